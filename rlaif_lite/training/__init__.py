@@ -1,0 +1,1 @@
+"""What a training stage needs beside its loss: batches, schedules, a metrics log, checkpoints, a meter."""

@@ -1,0 +1,121 @@
+"""What a phase cost: seconds, peak memory, tokens per second; and on which machine, with which versions.
+
+Peak memory is the CUDA allocator's peak on a GPU and this process's peak resident set on a CPU. The kernel's high-water
+mark is reset at the start of a phase (Linux: 5 into /proc/self/clear_refs), so a phase does not inherit the peak of an
+earlier one; where that is not possible the peak is the whole process's so far. Worker processes are not counted.
+"""
+
+import os
+import platform
+import resource
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "triton", "decord", "safetensors", "accelerate", "numpy")
+
+
+class Meter:
+    """Measures the block under `with`; reading it inside gives the figures so far.
+
+    with Meter(device) as meter:
+        ...
+        meter.tokens += answer_tokens
+    meter.seconds, meter.peak_memory_bytes, meter.tokens_per_second
+
+    Phases do not nest and do not overlap: each start resets the one high-water mark there is.
+    """
+
+    def __init__(self, device: str | torch.device):
+        self.device = torch.device(device)
+        self.tokens = 0
+        self._started = 0.0
+        self._seconds: float | None = None
+        self._peak: int | None = None
+
+    def __enter__(self) -> "Meter":
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            _reset_peak_rss()
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._peak = self.peak_memory_bytes
+        self._seconds = self.seconds
+
+    @property
+    def seconds(self) -> float:
+        if self._seconds is not None:
+            return self._seconds
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - self._started
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        if self._peak is not None:
+            return self._peak
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _peak_rss()
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+
+def describe_machine() -> dict[str, str | int]:
+    """Name of the device work runs on, and the cores, memory and system around it; plain JSON."""
+    machine: dict[str, str | int] = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count() or 1,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": platform.platform(),
+    }
+    if torch.cuda.is_available():
+        machine["gpu_memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
+    return machine
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and what its numbers depend on; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in ("rlaif-lite", *PACKAGES):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _reset_peak_rss() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # not Linux, or a container that forbids it: the peak is then the process's so far
+
+
+def _peak_rss() -> int:
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kilobytes here
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,139 @@
+"""YAML that remembers the line of every key, so that an error can point at it.
+
+Scalars follow YAML 1.2's core schema, not PyYAML's YAML 1.1: `1e-4` is a number (1.1 reads a string), and `yes`, `no`, `on`
+are the words that they look like (1.1 reads booleans, and `no: no` becomes `{False: False}`). A key that stands twice is an
+error, not a silent overwrite.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from rlaif_lite.errors import RecipeError
+
+FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
+MAX_DEPTH = 20  # no recipe nests deeper; an alias that contains itself would nest for ever
+
+Key = tuple[str | int, ...]  # the way to a value: ("features", "prune", 0, "pool")
+
+
+class Marked(NamedTuple):
+    """Plain data, and where each part of it was written."""
+
+    data: object  # dicts, lists and scalars
+    marks: dict[Key, str]  # key -> "file.yaml:41"; the empty key stands for the whole
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Keeps the YAML 1.1 resolvers, so that `no` and `1e-4` as text come out quoted and every parser reads them alike."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
+for _resolver in (_Loader, _Dumper):
+    _resolver.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
+
+_SCALARS = {
+    "tag:yaml.org,2002:null": lambda text: None,
+    "tag:yaml.org,2002:bool": lambda text: text.lower() == "true",
+    "tag:yaml.org,2002:int": int,
+    "tag:yaml.org,2002:float": lambda text: float(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", text.lower())),
+    "tag:yaml.org,2002:str": str,
+}
+
+
+def parse(text: str, name: str, where: str | None = None) -> Marked:
+    """Reads one YAML document. `name` is the file's name in messages; `where`, when given, stands in for "name:line" everywhere.
+
+    Raises RecipeError for text that is not YAML, for a key that stands twice and for a key that is not text.
+    """
+
+    def place(mark: yaml.Mark) -> str:
+        return where or f"{name}:{mark.line + 1}"
+
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        what = " ".join(part for part in (error.context, error.problem) if part)
+        raise RecipeError(f"Not readable as YAML: {what} ({place(error.problem_mark or error.context_mark)}).") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"Not readable as YAML: {' '.join(str(error).split())} ({where or name}).") from error
+
+    marks: dict[Key, str] = {(): where or name}
+    twice: list[str] = []
+
+    def build(node: yaml.Node, key: Key) -> object:
+        if len(key) > MAX_DEPTH:
+            raise RecipeError(f"Nested more than {MAX_DEPTH} deep ({place(node.start_mark)}). Does an alias contain itself?")
+        if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
+            try:
+                return _SCALARS[node.tag](node.value)
+            except ValueError as error:  # only a tag written by hand gets here, such as `!!int ten`
+                raise RecipeError(f"{node.value!r} is not what its tag {node.tag} says ({place(node.start_mark)}).") from error
+        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+            for index, item in enumerate(node.value):
+                marks[(*key, index)] = place(item.start_mark)
+            return [build(item, (*key, index)) for index, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+            result: dict[str, object] = {}
+            for key_node, value_node in node.value:
+                if not isinstance(key_node, yaml.ScalarNode):
+                    raise RecipeError(f"A key must be one word, found a list or section as key ({place(key_node.start_mark)}).")
+                word, here = key_node.value, place(key_node.start_mark)
+                if word in result:
+                    twice.append(f"`{dotted((*key, word))}` stands twice: {marks[(*key, word)]} and {here}. Keep one of them.")
+                    continue
+                marks[(*key, word)] = here
+                result[word] = build(value_node, (*key, word))
+            return result
+        raise RecipeError(f"The tag {node.tag} has no meaning in a recipe ({place(node.start_mark)}). Write a plain value.")
+
+    data = None if node is None else build(node, ())
+    if twice:
+        raise RecipeError("\n".join(twice))
+    return Marked(data, marks)
+
+
+def read(path: Path, name: str) -> Marked:
+    """`parse` of a file. Raises RecipeError also when the file cannot be read as text."""
+    try:
+        return parse(path.read_text(encoding="utf-8"), name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{name} cannot be read as a text file: {error}.") from error
+
+
+def dump(data: object) -> str:
+    """Data as YAML that `parse` reads back to the same data."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100_000)
+
+
+def merge(below: Marked, above: Marked) -> Marked:
+    """`above` laid over `below`: sections are merged key by key, everything else is replaced, marks go with the values."""
+    marks = dict(below.marks)
+
+    def lay(low: object, high: object, key: Key) -> object:
+        if isinstance(low, dict) and isinstance(high, dict):
+            marks.update({(*key, word): above.marks[(*key, word)] for word in high})
+            return {**low, **{word: lay(low.get(word), value, (*key, word)) for word, value in high.items()}}
+        for old in [old for old in marks if old[: len(key)] == key]:
+            del marks[old]
+        marks.update({new: mark for new, mark in above.marks.items() if new[: len(key)] == key})
+        return high
+
+    data = lay(below.data, above.data, ())
+    marks[()] = above.marks[()]
+    return Marked(data, marks)
+
+
+def dotted(key: Key) -> str:
+    """("features", "prune", 0, "pool") -> "features.prune[0].pool"."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).lstrip(".")

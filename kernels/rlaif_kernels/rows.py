@@ -1,0 +1,238 @@
+"""The one loop behind `linear_logprob` and the losses: chunks of rows through the head, statistics out, gradient out.
+
+For every chunk of R rows: logits (float32 whatever the inputs) -> one pass for the statistics -> one pass that turns the
+logits into dz, the gradient of the loss with respect to them -> dz @ W. The head is frozen, so these two matmuls are all
+there is: nothing is recomputed in the backward. No more than one chunk of logits (two with a reference) is ever held.
+
+Formulas. s = h W^T + b, softcap s <- c tanh(s/c), z = s/T; p = softmax(z), r = softmax(z') of the reference:
+    lse = log sum exp z        logp = z_y - lse        H = lse - sum p z        KL = sum p (z - z') - lse + lse'
+and for upstream gradients g of logp, h of H, k of KL (all per row)
+    dz_j = g 1[j=y] + p_j (-g - h (log p_j + H) + k (log p_j - log r_j - KL)),      ds_j = dz_j (1 - tanh^2(s_j/c)) / T
+|dz_j| <= G = |g| + |h| (H + 1/e) + |k| (2 KL + 1/e), so dz is kept as dz/G, which fits any dtype, and G/T is applied to
+the D-vector after the second matmul.
+
+Shapes: N tokens (rows), R rows of a chunk, D channels, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A bias at or below this bans its token id: the logit is set to BANNED after the softcap, and never yields inf or NaN.
+BANNED = -1e30
+# Bytes of one chunk of logits. On a GPU wide enough for full matmul speed (384 rows of a 152k vocabulary), on a CPU for its caches.
+LOGITS_BYTES_GPU = 256 << 20
+LOGITS_BYTES_CPU = 32 << 20
+# dz lies in [-1, 1]; before it is rounded to fp16 it is multiplied by this.
+FP16_UNIT = 8192.0
+# Where no matmul takes low precision in and gives float32 out (the CPU), the head is upcast this many bytes at a time.
+UPCAST_BYTES = 32 << 20
+
+
+class Head(NamedTuple):
+    """A frozen output layer and what is done to its logits."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None  # float32 (float64 for a float64 head), nothing below BANNED
+    temperature: float
+    softcap: float | None
+
+
+class PpoInputs(NamedTuple):
+    """What the PPO loss needs per row; constants of the loss beside it."""
+
+    old_logp_N: Tensor
+    advantage_N: Tensor
+    mask_N: Tensor  # 1.0 on rows that count
+    reference_logp_N: Tensor | None  # for the k3 penalty
+    clip: float
+    entropy_coef: float
+    k3_coef: float
+    kl_coef: float  # of the exact KL
+
+    def upstream(self, logp_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(g, h, k): derivatives of each row's loss by logp, entropy and exact KL; 0 on masked rows."""
+        ratio_N = capped_exp(logp_N - self.old_logp_N)
+        unclipped_N = -self.advantage_N * ratio_N
+        clipped_N = -self.advantage_N * ratio_N.clamp(1 - self.clip, 1 + self.clip)
+        g_N = unclipped_N.where(unclipped_N >= clipped_N, 0.0)
+        if self.reference_logp_N is not None:
+            g_N = g_N + self.k3_coef * (1 - capped_exp(self.reference_logp_N - logp_N))
+        real_N = self.mask_N > 0
+        return g_N.where(real_N, 0.0), -self.entropy_coef * self.mask_N, self.kl_coef * self.mask_N
+
+    def slice(self, start: int, stop: int) -> "PpoInputs":
+        """The same for rows start..stop."""
+        return self._replace(
+            old_logp_N=self.old_logp_N[start:stop], advantage_N=self.advantage_N[start:stop], mask_N=self.mask_N[start:stop],
+            reference_logp_N=None if self.reference_logp_N is None else self.reference_logp_N[start:stop],
+        )
+
+
+class Rows(NamedTuple):
+    """Per-row results, float32 (float64 for float64 inputs); 0 on rows whose target is the ignore index."""
+
+    logp_N: Tensor
+    lse_N: Tensor
+    entropy_N: Tensor
+    kl_N: Tensor | None
+    chain_N: Tensor | None  # d z_y / d s_y times T, where a softcap bends it
+    grad_ND: Tensor | None  # d/d hidden: of logp times T in float32, or of the loss's sum in the dtype of hidden
+
+
+def capped_exp(x: Tensor) -> Tensor:
+    """exp(x), its argument held within +-80: float32 stays finite, and no probability ratio that means anything is touched."""
+    return x.clamp(-80.0, 80.0).exp()
+
+
+def chunk_size(rows: int, vocabulary: int, itemsize: int, on_gpu: bool) -> int:
+    """Rows per chunk: the budget, spread evenly over the chunks, in multiples of 128 where there are that many."""
+    budget = LOGITS_BYTES_GPU if on_gpu else LOGITS_BYTES_CPU
+    most = max(1, budget // (vocabulary * itemsize))
+    if most >= rows:
+        return max(1, rows)
+    most = most // 128 * 128 or most
+    even = -(-rows // -(-rows // most))
+    return min(most, -(-even // 128) * 128)
+
+
+def run_rows(
+    hidden_ND: Tensor, head: Head, target_N: Tensor, valid_N: Tensor, *, reference_hidden_ND: Tensor | None = None,
+    want_grad: bool, gain_N: Tensor | None = None, ppo: PpoInputs | None = None, triton: bool, chunk_rows: int | None,
+) -> Rows:
+    """Statistics of every row and, with `want_grad`, the gradient.
+
+    Neither `gain_N` nor `ppo`: grad_ND is T * d logp / d hidden, float32. With `gain_N`: gain * d logp / d hidden. With `ppo`:
+    the gradient of the summed PPO loss. The last two come in the dtype of hidden.
+    """
+    N, D = hidden_ND.shape
+    V = head.weight_VD.shape[0]
+    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+    new = lambda *shape: hidden_ND.new_zeros(shape, dtype=dtype)  # noqa: E731
+    keep_unit = gain_N is None and ppo is None
+    out = Rows(
+        logp_N=new(N), lse_N=new(N), entropy_N=new(N), kl_N=None if reference_hidden_ND is None else new(N),
+        chain_N=new(N) if want_grad and head.softcap is not None else None,
+        grad_ND=hidden_ND.new_empty((N, D), dtype=dtype if keep_unit else hidden_ND.dtype) if want_grad else None,
+    )
+    step = chunk_rows or chunk_size(N, V, dtype.itemsize, hidden_ND.is_cuda)
+    with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
+        for start in range(0, N, step):
+            stop = min(start + step, N)
+            logits_RV = head_logits(hidden_ND[start:stop], head.weight_VD)
+            reference_RV = None
+            if reference_hidden_ND is not None:
+                reference_RV = head_logits(reference_hidden_ND[start:stop], head.weight_VD)
+            part = Rows(*(None if field is None else field[start:stop] for field in out))
+            dz_RV, scale_R = row_pass_torch(
+                logits_RV, reference_RV, head, target_N[start:stop], valid_N[start:stop], part,
+                None if ppo is None else ppo.slice(start, stop), want_grad,
+            )
+            del logits_RV, reference_RV
+            if want_grad:
+                unit_RD = times_weight(dz_RV, head.weight_VD)
+                if gain_N is not None:
+                    scale_R = scale_R * gain_N[start:stop] / head.temperature
+                elif ppo is not None:
+                    scale_R = scale_R / head.temperature
+                torch.mul(unit_RD, scale_R[:, None], out=part.grad_ND)
+    return out
+
+
+def head_logits(hidden_RD: Tensor, weight_VD: Tensor) -> Tensor:
+    """h W^T accumulated and returned in float32 (float64 for float64), before bias, softcap and temperature."""
+    if hidden_RD.dtype in (torch.float32, torch.float64):
+        return hidden_RD @ weight_VD.T
+    if hidden_RD.is_cuda:
+        return torch.mm(hidden_RD, weight_VD.T, out_dtype=torch.float32)
+    R, V = hidden_RD.shape[0], weight_VD.shape[0]
+    logits_RV = torch.empty(R, V)
+    hidden_RD = hidden_RD.float()
+    for block in upcast_blocks(weight_VD):
+        logits_RV[:, block] = hidden_RD @ weight_VD[block].float().T
+    return logits_RV
+
+
+def times_weight(dz_RV: Tensor, weight_VD: Tensor) -> Tensor:
+    """dz W, accumulated and returned in float32 (float64 for float64)."""
+    if dz_RV.dtype == weight_VD.dtype and dz_RV.dtype in (torch.float32, torch.float64):
+        return dz_RV @ weight_VD
+    if dz_RV.is_cuda:
+        # fp16 ends at 6e-8, the probabilities of a large vocabulary do not: use its upper half
+        unit = FP16_UNIT if weight_VD.dtype == torch.float16 else 1.0
+        return torch.mm((dz_RV * unit).to(weight_VD.dtype), weight_VD, out_dtype=torch.float32) / unit
+    out_RD = dz_RV.new_zeros(dz_RV.shape[0], weight_VD.shape[1])
+    for block in upcast_blocks(weight_VD):
+        out_RD.addmm_(dz_RV[:, block], weight_VD[block].float())
+    return out_RD
+
+
+def upcast_blocks(weight_VD: Tensor) -> list[slice]:
+    """Slices of the vocabulary whose float32 copy stays within UPCAST_BYTES."""
+    V, D = weight_VD.shape
+    step = max(1, UPCAST_BYTES // (4 * D))
+    return [slice(v, v + step) for v in range(0, V, step)]
+
+
+def row_pass_torch(
+    s_RV: Tensor, s_ref_RV: Tensor | None, head: Head, target_R: Tensor, valid_R: Tensor, out: Rows, ppo: PpoInputs | None,
+    want_grad: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fills `out` for one chunk of logits (which it overwrites) and returns dz/G and G, or None without `want_grad`."""
+    y_R1 = target_R[:, None]
+    z_RV, chain_RV = bend_logits(s_RV, head, want_chain=want_grad)
+    highest_R = z_RV.amax(1)
+    logp_RV = z_RV.log_softmax(1)
+    del s_RV, z_RV
+    p_RV = logp_RV.exp()
+    out.logp_N.copy_(logp_RV.gather(1, y_R1)[:, 0].where(valid_R, 0.0))
+    out.lse_N.copy_((highest_R - logp_RV.amax(1)).where(valid_R, 0.0))
+    out.entropy_N.copy_((-torch.linalg.vecdot(p_RV, logp_RV)).where(valid_R, 0.0))
+    if s_ref_RV is not None:
+        logr_RV = bend_logits(s_ref_RV, head, want_chain=False)[0].log_softmax(1)
+        out.kl_N.copy_(torch.linalg.vecdot(p_RV, logp_RV - logr_RV).where(valid_R, 0.0))
+    if not want_grad:
+        return None, None
+    if ppo is None:
+        scale_R = valid_R.to(p_RV.dtype)
+        dz_RV = p_RV.neg_().scatter_add_(1, y_R1, torch.ones_like(p_RV[:, :1]))
+    else:
+        g_R, h_R, k_R = ppo.upstream(out.logp_N)
+        scale_R = bound_of_dz(g_R, h_R, k_R, out.entropy_N, out.kl_N)
+        g_R, h_R, k_R = g_R / scale_R, h_R / scale_R, k_R / scale_R
+        mean_R = h_R * out.entropy_N if out.kl_N is None else h_R * out.entropy_N + k_R * out.kl_N
+        dz_RV = logp_RV.mul_((k_R - h_R)[:, None])
+        if s_ref_RV is not None:
+            dz_RV.addcmul_(logr_RV, k_R[:, None], value=-1)
+        dz_RV.sub_((g_R + mean_R)[:, None]).mul_(p_RV).scatter_add_(1, y_R1, g_R[:, None])
+        scale_R = scale_R * valid_R
+    if chain_RV is not None:
+        out.chain_N.copy_(chain_RV.gather(1, y_R1)[:, 0])
+        dz_RV *= chain_RV
+    return dz_RV, scale_R
+
+
+def bend_logits(s_RV: Tensor, head: Head, want_chain: bool) -> tuple[Tensor, Tensor | None]:
+    """Bias, softcap and temperature, in place; with `want_chain` also T dz/ds where a softcap makes it differ from 1."""
+    chain_RV = None
+    if head.bias_V is not None:
+        s_RV += head.bias_V
+    if head.softcap is not None:
+        s_RV.div_(head.softcap).tanh_()
+        if want_chain:
+            chain_RV = 1 - s_RV.square()
+        s_RV *= head.softcap
+        if head.bias_V is not None:  # the cap would lift a banned id back among the living
+            s_RV.masked_fill_(head.bias_V <= BANNED / 2, BANNED)
+    if head.temperature != 1.0:
+        s_RV.div_(head.temperature).clamp_(min=BANNED)
+    return s_RV, chain_RV
+
+
+def bound_of_dz(g_R: Tensor, h_R: Tensor, k_R: Tensor, entropy_R: Tensor, kl_R: Tensor | None) -> Tensor:
+    """G of the module docstring: no element of dz is larger. Never 0, so that it can be divided by."""
+    bound_R = g_R.abs() + h_R.abs() * (entropy_R + 0.37)
+    if kl_R is not None:
+        bound_R = bound_R + k_R.abs() * (2 * kl_R + 0.37)
+    return bound_R.clamp(min=1e-20)

@@ -1,8 +1,8 @@
 """The recipe: one strict YAML file that says everything about a run.
 
-First the sections: to add a key, add one line with its default, range and help. Then what belongs together across sections
-(`cross_checks`), and the way from a file to a checked Recipe (`load_recipe`). Errors name file and line, or the override.
-"published" in a help text gives VLM-RLAIF's value (arXiv 2402.03746 and its released scripts) where it is known and differs.
+The sections first: to add a key, add one line with its default, range and help. Then the way from a file to a checked
+Recipe (`load_recipe`), and views of it. Errors name file and line, or the override that they came from.
+"published" in a help text gives VLM-RLAIF's value (arXiv 2402.03746 and its released scripts) where ours differs.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from string import Formatter
-from typing import Annotated, Any, Iterator, Literal
+from typing import Annotated, Any, Iterable, Iterator, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, Strict, ValidationError, model_serializer
 
-from rlaif_lite import recipe_file
-from rlaif_lite.errors import RecipeError
+from . import recipe_file
+from .errors import RecipeError
+from .recipe_checks import cross_checks, file_checks
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -24,8 +24,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Words = Annotated[tuple[str, ...], Strict(False)]  # not strict about list or tuple; the items are text all the same
 
 SEVEN_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-WORLD_SETS = ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")  # what `world:...` may name
-DATA_KEYS = ("sft", "sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")
 
 # Keys that say where and how fast, not what: two runs that differ only here have the same hash.
 # Batch sizes of sampling are not among them: they change which random numbers an answer is drawn with.
@@ -281,88 +279,6 @@ class Recipe(Section):
         """Where `key` was written ("recipes/x.yaml:41", "override `a.b=1`"), or the section that leaves it at its default."""
         return recipe_file.nearest_mark(self._marks, key)
 
-    @property
-    def run_dir(self) -> Path:
-        """`output`, filled in."""
-        return Path(self.output.format(name=self.name, seed=self.seed)).expanduser()
-
-
-# -------------------------------------------------------------------------------------------------- what belongs together
-
-
-def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Yields (key, message) for every pair of values that contradict each other. The message says the fix."""
-    yield from _data_checks(recipe.data)
-    yield from _template_checks(recipe)
-    features, preference, reward, ppo = recipe.features, recipe.preference, recipe.reward, recipe.ppo
-
-    selectors = [i for i, step in enumerate(features.prune) if step.pool is None]
-    for i, step in enumerate(features.prune):
-        if len(step.model_fields_set) != 1:
-            yield f"features.prune[{i}]", "is one step and takes one key: pool, evs or st_mean. Write a list item for each."
-    if selectors not in ([], [len(features.prune) - 1]):
-        yield "features.prune", "may have one of evs and st_mean, as its last step. Put `pool` first."
-    if recipe.context.markers and len(recipe.context.markers) != features.clips:
-        yield "context.markers", f"has {len(recipe.context.markers)} words for features.clips: {features.clips}. Give one per clip."
-    if preference.samples % 2:
-        yield "preference.samples", f"is {preference.samples}, but neighbours form pairs. Make it even."
-    if preference.consistent_only and preference.judge != "pairwise":
-        yield "preference.consistent_only", "asks for two orders, which only `preference.judge: pairwise` has. Set one of them."
-    if reward.pool == "tokens" and not reward.pool_tokens:
-        yield "reward.pool", "is tokens, but reward.pool_tokens is empty. List the words, or set `reward.pool: last`."
-
-    phases = {"sft.easy": recipe.sft.easy, "sft.hard": recipe.sft.hard, "sft.policy_init": recipe.sft.policy_init, "reward": reward}
-    for key, phase in phases.items():
-        if phase is not None and phase.micro_batch is not None and phase.micro_batch > phase.batch_size:
-            yield f"{key}.micro_batch", f"is {phase.micro_batch}, above batch_size: {phase.batch_size}. Lower it."
-    if ppo.value == "none" and ppo.group_size < 2:
-        yield "ppo.value", "is none, which compares answers to one prompt. Set ppo.group_size to 2 or more."
-    if ppo.rollouts % ppo.group_size:
-        yield "ppo.rollouts", f"is {ppo.rollouts}, not divisible by ppo.group_size: {ppo.group_size}. Change one of them."
-    if ppo.minibatch > ppo.rollouts:
-        yield "ppo.minibatch", f"is {ppo.minibatch}, above ppo.rollouts: {ppo.rollouts}. Lower it or raise ppo.rollouts."
-    if ppo.micro_batch is not None and ppo.micro_batch > ppo.minibatch:
-        yield "ppo.micro_batch", f"is {ppo.micro_batch}, above ppo.minibatch: {ppo.minibatch}. Lower it."
-
-
-def _data_checks(data: Data) -> Iterator[tuple[str, str]]:
-    for name in DATA_KEYS:
-        for i, entry in enumerate(getattr(data, name)):
-            kind, _, which = entry.partition(":")
-            if kind != "world":
-                continue
-            if which not in WORLD_SETS:
-                hint = recipe_file.did_you_mean(which, WORLD_SETS, "world:") or f"The sets are {', '.join(WORLD_SETS)}."
-                yield f"data.{name}[{i}]", f"names `{entry}`, which the world does not have. {hint}"
-            elif data.world is None:
-                yield f"data.{name}[{i}]", f"names `{entry}`, but data.world is null. Set `data.world: {{seed: 0}}`."
-    if data.sft and (data.sft_easy or data.sft_hard):
-        yield "data.sft", "stands beside data.sft_easy or data.sft_hard. Give `sft` to have it split by length, or the two."
-
-
-def _template_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    claims, pairwise = recipe.preference.claims, recipe.preference.pairwise
-    in_claims = {"context", "claim", "question"} if claims.mode == "ask" else {"context", "question"}
-    templates = (  # key, template, placeholders that must stand in it, placeholders that may
-        ("output", recipe.output, set(), {"name", "seed"}),
-        ("preference.claims.prompt", claims.prompt, {"context", "claim"} & in_claims, in_claims),
-        ("preference.claims.context_prefix", claims.context_prefix, {"context"}, {"context"}),
-        ("preference.pairwise.prompt", pairwise.prompt, {"context", "a", "b"}, {"context", "a", "b", "question"}),
-        ("preference.pairwise.context_prefix", pairwise.context_prefix, {"context"}, {"context"}),
-        ("reward.prompt", recipe.reward.prompt or "{question}", set(), {"question", "context"}),
-    )
-    for key, template, must, may in templates:
-        try:
-            found = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
-        except ValueError as error:
-            yield key, f"has a brace too many or too few ({error}). Write {{{{ and }}}} for braces that are meant."
-            continue
-        if missing := must - found:
-            yield key, f"lacks {', '.join('{%s}' % name for name in sorted(missing))}. Put it where that text goes."
-        if strange := found - may:
-            names = ", ".join("{%s}" % name for name in sorted(may))
-            yield key, f"has {', '.join('{%s}' % name for name in sorted(strange))}, which nothing fills in. It may have {names}."
-
 
 # ------------------------------------------------------------------------------------------------------- from file to Recipe
 
@@ -381,10 +297,10 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
         raise RecipeError("\n".join(lines)) from None
     recipe._marks = marks
     raise_all(recipe, cross_checks(recipe))
-    return recipe
+    return recipe.model_copy(update={"output": recipe.output.format(name=recipe.name, seed=recipe.seed)})
 
 
-def raise_all(recipe: Recipe, problems: Iterator[tuple[str, str]]) -> None:
+def raise_all(recipe: Recipe, problems: Iterable[tuple[str, str]]) -> None:
     """Raises RecipeError with one line per (key, message), or nothing where there are none."""
     if lines := [f"`{key}` ({recipe.where(key)}) {message}" for key, message in problems]:
         raise RecipeError("\n".join(lines))
@@ -392,32 +308,7 @@ def raise_all(recipe: Recipe, problems: Iterator[tuple[str, str]]) -> None:
 
 def check_files(recipe: Recipe) -> None:
     """Looks whether the files and folders that the recipe names are there, and whether every stage has data. Reads none of them."""
-    raise_all(recipe, _file_checks(recipe))
-
-
-def _file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    data, sft = recipe.data, recipe.sft
-    for name in DATA_KEYS:
-        for i, entry in enumerate(getattr(data, name)):
-            if not entry.startswith("world:") and not Path(entry).expanduser().is_file():
-                yield f"data.{name}[{i}]", f"names {entry}, which is not a file. {recipe_file.files_near(Path(entry).expanduser())}"
-    if data.video_root is not None and not Path(data.video_root).expanduser().is_dir():
-        yield "data.video_root", f"names {data.video_root}, which is not a folder. Paths start at {Path.cwd()}."
-    if recipe.model.base.startswith((".", "/", "~")) and not Path(recipe.model.base).expanduser().is_dir():
-        yield "model.base", f"names {recipe.model.base}, which is not a folder. Paths start at {Path.cwd()}."
-
-    needs = (  # key, is it given, who asks for it, how to do without
-        ("data.sft_easy", data.sft or data.sft_easy, sft.easy, "sft.easy trains on it", "set `sft.easy: null`"),
-        ("data.sft_hard", data.sft or data.sft_hard, sft.hard, "sft.hard trains on it", "set `sft.hard: null`"),
-        ("data.policy_init", data.policy_init, sft.policy_init, "sft.policy_init trains on it", "set `sft.policy_init: null`"),
-        ("data.preference", data.preference, True, "the preference stage asks its questions", None),
-        ("data.rl", data.rl, True, "PPO takes its prompts from it", None),
-        ("data.test", data.test, recipe.evaluate.roles, "the evaluation asks its questions", "set `evaluate.roles: []`"),
-    )
-    for key, given, asked, why, without in needs:
-        if asked and not given:
-            world = f" (or [world:{key.removeprefix('data.')}])" if data.world else ""
-            yield key, f"is empty, but {why}. Give files{world}{', or ' + without if without else ''}."
+    raise_all(recipe, file_checks(recipe))
 
 
 # ------------------------------------------------------------------------------------------------------------ views of it

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any, Iterable, NamedTuple
 
-from rlaif_lite.errors import RecipeError
-from rlaif_lite.marked_yaml import Key, Marked, dotted, dump, merge, parse, read
+from .errors import RecipeError
+from .marked_yaml import Key, Marked, dotted, dump, merge, parse, read
 
 __all__ = ["FieldInfo", "did_you_mean", "dotted", "dump", "explain", "fields_of", "fields_text", "files_near", "nearest_mark",
            "read_recipe", "recipe_folders"]  # fmt: skip

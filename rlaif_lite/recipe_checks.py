@@ -1,0 +1,117 @@
+"""What no single key can say about itself: values that contradict each other, templates, files that are not there.
+
+Each check yields (key, message); `recipe.raise_all` adds where the key was written and lists them all.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from string import Formatter
+from typing import TYPE_CHECKING, Iterator
+
+from .recipe_file import did_you_mean, files_near
+
+if TYPE_CHECKING:
+    from .recipe import Data, Recipe
+
+WORLD_SETS = ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")  # what `world:...` may name
+DATA_KEYS = ("sft", *WORLD_SETS)
+
+
+def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yields (key, message) for every pair of values that contradict each other. The message says the fix."""
+    yield from _data_checks(recipe.data)
+    yield from _template_checks(recipe)
+    features, preference, reward, ppo = recipe.features, recipe.preference, recipe.reward, recipe.ppo
+
+    selectors = [i for i, step in enumerate(features.prune) if step.pool is None]
+    for i, step in enumerate(features.prune):
+        if len(step.model_fields_set) != 1:
+            yield f"features.prune[{i}]", "is one step and takes one key: pool, evs or st_mean. Write a list item for each."
+    if selectors not in ([], [len(features.prune) - 1]):
+        yield "features.prune", "may have one of evs and st_mean, as its last step. Put `pool` first."
+    if recipe.context.markers and len(recipe.context.markers) != features.clips:
+        yield "context.markers", f"has {len(recipe.context.markers)} words for features.clips: {features.clips}. Give one per clip."
+    if preference.samples % 2:
+        yield "preference.samples", f"is {preference.samples}, but neighbours form pairs. Make it even."
+    if preference.consistent_only and preference.judge != "pairwise":
+        yield "preference.consistent_only", "asks for two orders, which only `preference.judge: pairwise` has. Set one of them."
+    if reward.pool == "tokens" and not reward.pool_tokens:
+        yield "reward.pool", "is tokens, but reward.pool_tokens is empty. List the words, or set `reward.pool: last`."
+
+    phases = {"sft.easy": recipe.sft.easy, "sft.hard": recipe.sft.hard, "sft.policy_init": recipe.sft.policy_init, "reward": reward}
+    for key, phase in phases.items():
+        if phase is not None and phase.micro_batch is not None and phase.micro_batch > phase.batch_size:
+            yield f"{key}.micro_batch", f"is {phase.micro_batch}, above batch_size: {phase.batch_size}. Lower it."
+    if ppo.value == "none" and ppo.group_size < 2:
+        yield "ppo.value", "is none, which compares answers to one prompt. Set ppo.group_size to 2 or more."
+    if ppo.rollouts % ppo.group_size:
+        yield "ppo.rollouts", f"is {ppo.rollouts}, not divisible by ppo.group_size: {ppo.group_size}. Change one of them."
+    if ppo.minibatch > ppo.rollouts:
+        yield "ppo.minibatch", f"is {ppo.minibatch}, above ppo.rollouts: {ppo.rollouts}. Lower it or raise ppo.rollouts."
+    if ppo.micro_batch is not None and ppo.micro_batch > ppo.minibatch:
+        yield "ppo.micro_batch", f"is {ppo.micro_batch}, above ppo.minibatch: {ppo.minibatch}. Lower it."
+
+
+def _data_checks(data: Data) -> Iterator[tuple[str, str]]:
+    for name in DATA_KEYS:
+        for i, entry in enumerate(getattr(data, name)):
+            kind, _, which = entry.partition(":")
+            if kind != "world":
+                continue
+            if which not in WORLD_SETS:
+                hint = did_you_mean(which, WORLD_SETS, "world:") or f"The sets are {', '.join(WORLD_SETS)}."
+                yield f"data.{name}[{i}]", f"names `{entry}`, which the world does not have. {hint}"
+            elif data.world is None:
+                yield f"data.{name}[{i}]", f"names `{entry}`, but data.world is null. Set `data.world: {{seed: 0}}`."
+    if data.sft and (data.sft_easy or data.sft_hard):
+        yield "data.sft", "stands beside data.sft_easy or data.sft_hard. Give `sft` to have it split by length, or the two."
+
+
+def _template_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    claims, pairwise = recipe.preference.claims, recipe.preference.pairwise
+    in_claims = {"context", "claim", "question"} if claims.mode == "ask" else {"context", "question"}
+    templates = (  # key, template, placeholders that must stand in it, placeholders that may
+        ("output", recipe.output, set(), {"name", "seed"}),
+        ("preference.claims.prompt", claims.prompt, {"context", "claim"} & in_claims, in_claims),
+        ("preference.claims.context_prefix", claims.context_prefix, {"context"}, {"context"}),
+        ("preference.pairwise.prompt", pairwise.prompt, {"context", "a", "b"}, {"context", "a", "b", "question"}),
+        ("preference.pairwise.context_prefix", pairwise.context_prefix, {"context"}, {"context"}),
+        ("reward.prompt", recipe.reward.prompt or "{question}", set(), {"question", "context"}),
+    )
+    for key, template, must, may in templates:
+        try:
+            found = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+        except ValueError as error:
+            yield key, f"has a brace too many or too few ({error}). Write {{{{ and }}}} for braces that are meant."
+            continue
+        if missing := must - found:
+            yield key, f"lacks {', '.join('{%s}' % name for name in sorted(missing))}. Put it where that text goes."
+        if strange := found - may:
+            names = ", ".join("{%s}" % name for name in sorted(may))
+            yield key, f"has {', '.join('{%s}' % name for name in sorted(strange))}, which nothing fills in. It may have {names}."
+
+
+def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    data, sft = recipe.data, recipe.sft
+    for name in DATA_KEYS:
+        for i, entry in enumerate(getattr(data, name)):
+            if not entry.startswith("world:") and not Path(entry).expanduser().is_file():
+                yield f"data.{name}[{i}]", f"names {entry}, which is not a file. {files_near(Path(entry).expanduser())}"
+    if data.video_root is not None and not Path(data.video_root).expanduser().is_dir():
+        yield "data.video_root", f"names {data.video_root}, which is not a folder. Paths start at {Path.cwd()}."
+    if recipe.model.base.startswith((".", "/", "~")) and not Path(recipe.model.base).expanduser().is_dir():
+        yield "model.base", f"names {recipe.model.base}, which is not a folder. Paths start at {Path.cwd()}."
+
+    needs = (  # key, is it given, who asks for it, how to do without
+        ("data.sft_easy", data.sft or data.sft_easy, sft.easy, "sft.easy trains on it", "set `sft.easy: null`"),
+        ("data.sft_hard", data.sft or data.sft_hard, sft.hard, "sft.hard trains on it", "set `sft.hard: null`"),
+        ("data.policy_init", data.policy_init, sft.policy_init, "sft.policy_init trains on it", "set `sft.policy_init: null`"),
+        ("data.preference", data.preference, True, "the preference stage asks its questions", None),
+        ("data.rl", data.rl, True, "PPO takes its prompts from it", None),
+        ("data.test", data.test, recipe.evaluate.roles, "the evaluation asks its questions", "set `evaluate.roles: []`"),
+    )
+    for key, given, asked, why, without in needs:
+        if asked and not given:
+            world = f" (or [world:{key.removeprefix('data.')}])" if data.world else ""
+            yield key, f"is empty, but {why}. Give files{world}{', or ' + without if without else ''}."

@@ -4,8 +4,8 @@
     <folder>/slot-a, slot-b     tensors.safetensors and state.json; one slot is current, the other is being written
 
 `save` fills the slot that `latest` does not name, syncs it to disk, swaps `latest` in one rename, and removes the old
-slot. Whatever a killed save left behind is cleared by the next one. Loading gives the same bits back: tensors, optimizer
-states with their step counters, JSON state, and the random states of Python, NumPy, torch and every CUDA device.
+slot. Whatever a killed save left behind is cleared by the next one. Loading gives the same bits back: tensors,
+optimizer states with their step counters, other state, and the random states of Python, NumPy, torch and CUDA devices.
 """
 
 import json

@@ -1,0 +1,135 @@
+"""One Record: a video, what is said about it, and where it came from, held together in one object.
+
+Every stage passes Records on whole. The official VLM-RLAIF release keeps prompts and records in two lists and filters only one of
+them, so that after the first over-long prompt every prompt meets the wrong video; with one object there is nothing to misalign.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+
+from rlaif_lite.errors import DataError
+
+VIDEO = "<video>"  # marks in a user turn where the video stands
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: str  # "system", "user" or "assistant"
+    content: str  # the text; `<video>` marks where the video stands
+
+
+@dataclass(frozen=True)
+class Record:
+    """One video with its conversation; all optional fields are None (or empty) where the data does not carry them."""
+
+    id: str
+    video: str | tuple[str, ...] | None  # a file or a folder of frames, or the frames in order, or no video
+    messages: tuple[Message, ...]
+    chosen: str | None = None  # preference data: the better answer to `prompt`
+    rejected: str | None = None  # and the worse one
+    clip: int | None = None  # the record is about this clip of the video only; None is the whole video
+    verdicts: tuple[tuple[int, str], ...] = ()  # (end offset in characters in `answer`, label word), process supervision
+    facts: dict | None = None  # the truth about the video; synthetic world only
+    source: str = ""  # where it was read: "file.json#17"
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The turns up to and including the last user turn: what a model is asked to answer."""
+        last = max(i for i, message in enumerate(self.messages) if message.role == "user")
+        return self.messages[: last + 1]
+
+    @property
+    def answer(self) -> str | None:
+        """The answer to `prompt` that the data carries, or None when the conversation ends with the user."""
+        return self.messages[-1].content if self.messages[-1].role == "assistant" else None
+
+
+def check(record: Record) -> Record:
+    """Return `record` when it is one that every stage can use; raise DataError, naming its source, when it is not."""
+
+    def fail(what: str):
+        raise DataError(f"{record.source or 'record ' + record.id}: {what}")
+
+    turns = [m for m in record.messages if m.role != "system"]
+    if not turns:
+        fail("it has no user turn; a record needs at least one question.")
+    for i, message in enumerate(record.messages):
+        if message.role not in ROLES:
+            fail(f"turn {i} has the role {message.role!r}; expected one of {', '.join(ROLES)}.")
+        if message.role == "system" and i > 0:
+            fail(f"turn {i} is a system turn; only the first turn may be.")
+    for i, message in enumerate(turns):
+        expected = ("user", "assistant")[i % 2]
+        if message.role != expected:
+            fail(f"turn {i} (system turn not counted) is from the {message.role}, expected the {expected}: turns alternate.")
+        if message.role == "assistant" and VIDEO in message.content:
+            fail(f"turn {i}: an answer contains {VIDEO}; the video can stand in a user turn only.")
+    marks = sum(m.content.count(VIDEO) for m in record.messages)
+    if record.video is None and marks:
+        fail(f"{marks} {VIDEO} in the text, but the record has no video.")
+    if record.video is not None and marks != 1:
+        fail(f"{marks} {VIDEO} in the text, expected exactly one: a record has one video.")
+    if record.video is not None and not record.video:
+        fail("its video is empty.")
+    if (record.chosen is None) != (record.rejected is None):
+        fail("`chosen` and `rejected` come together; one is missing.")
+    for end, _ in record.verdicts:
+        if not 0 < end <= len(record.answer or ""):
+            fail(f"a verdict ends at character {end} of an answer of {len(record.answer or '')} characters.")
+    if record.clip is not None and record.clip < 0:
+        fail(f"`clip` is {record.clip}; clips are numbered from 0.")
+    return record
+
+
+def to_json(record: Record) -> dict:
+    """The record as a JSON object, its keys the field names; absent fields and `source` (set by the reader) are left out."""
+    found = asdict(record)
+    found["messages"] = [asdict(message) for message in record.messages]
+    found["verdicts"] = [list(verdict) for verdict in record.verdicts]
+    if isinstance(record.video, tuple):
+        found["video"] = list(record.video)
+    del found["source"]
+    return {key: value for key, value in found.items() if value is not None and value != []}
+
+
+def from_json(found: dict, source: str) -> Record:
+    """Read what `to_json` writes. Raises DataError naming `source` and the key that is wrong or unknown."""
+    names = [field.name for field in fields(Record)]
+    for key in found:
+        if key not in names:
+            near = get_close_matches(key, names, 1)
+            raise DataError(f"{source}: unknown key `{key}`" + (f"; did you mean `{near[0]}`?" if near else "."))
+
+    def typed(key: str, kind, what: str):
+        value = found.get(key)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise DataError(f"{source}: `{key}` is {value!r}, expected {what}.")
+        return value
+
+    video = typed("video", (str, list), "a path or a list of frame paths")
+    if isinstance(video, list) and not all(isinstance(frame, str) for frame in video):
+        raise DataError(f"{source}: `video` is a list, but not of paths.")
+    messages, verdicts = typed("messages", list, "a list of turns"), typed("verdicts", list, "a list of [offset, word]")
+    try:
+        turns = tuple(Message(role=str(m["role"]), content=m["content"]) for m in messages or ())
+        marks = tuple((int(end), str(word)) for end, word in verdicts or ())
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{source}: `messages` holds {{role, content}} and `verdicts` [offset, word]; got {error!r}.") from None
+    if not all(isinstance(m.content, str) for m in turns):
+        raise DataError(f"{source}: `content` of a turn is not a text.")
+    return check(
+        Record(
+            id=str(found.get("id", source)),
+            video=tuple(video) if isinstance(video, list) else video,
+            messages=turns,
+            chosen=typed("chosen", str, "a text"),
+            rejected=typed("rejected", str, "a text"),
+            clip=typed("clip", int, "a clip number"),
+            verdicts=marks,
+            facts=typed("facts", dict, "an object"),
+            source=source,
+        )
+    )

@@ -1,0 +1,166 @@
+"""The feature cache: each video goes through the vision tower once, and every later stage reads what came out.
+
+One safetensors file per video holds all its views (the whole video and its clips). Its name is a hash of everything that decides
+its content: the bytes of the video, the sampling, the image processor, the tower's weights, the prune chain, the dtype. So a file
+that exists is right, runs can share a folder, and changing any of these never meets stale features.
+
+Shapes: K tokens kept, D width, T frames of the view.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # counted up whenever the files or the arithmetic behind them change
+
+
+class FeatureRecord(NamedTuple):
+    """The pruned features of one view of one video."""
+
+    features_KD: torch.Tensor  # bfloat16 or float32, after the projector and the prune chain
+    position_K: torch.Tensor  # int64, index of the token on the unpruned layout of this view
+    frame_K: torch.Tensor  # int64, index of the token's frame in time_T; -1 for a mean over all frames
+    time_T: torch.Tensor  # float64, seconds of each frame since the first frame of the video
+    layout_tokens: int  # tokens of the unpruned layout
+    frames: int  # T
+
+
+def video_name(video: str | tuple[str, ...]) -> str:
+    """A short text that stands for a record's video in `index.json`: the path, or for frames the first path and a hash of all."""
+    if isinstance(video, str):
+        return video
+    return f"{video[0]} and {len(video) - 1} more ({hashlib.sha256(chr(10).join(video).encode()).hexdigest()[:16]})"
+
+
+def video_digest(video: str | tuple[str, ...]) -> str:
+    """sha256 of the bytes of a video file, or of its frames' digests in order (a folder: the files in it, by name)."""
+    if isinstance(video, str) and not os.path.isdir(video):
+        with open(video, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    frames = video if isinstance(video, tuple) else sorted(str(path) for path in Path(video).iterdir() if path.is_file())
+    return hashlib.sha256("".join(video_digest(frame) for frame in frames).encode()).hexdigest()
+
+
+def feature_key(*, video: str, views: dict, processor: dict, tower: str, chain: list[dict], dtype: str) -> str:
+    """The name of a cache file, 32 hex digits.
+
+    video: its digest; views: {name: View}; processor: the whole image-processor configuration; tower: base name and digest of
+    the weights; chain: the prune chain; dtype: of the stored features.
+    """
+    parts = {"format": FORMAT, "video": video, "views": {name: list(view) for name, view in views.items()}}
+    parts |= {"processor": processor, "tower": tower, "chain": chain, "dtype": dtype}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class FeatureStore:
+    """A folder of cache files, with the ones last used held in memory (`memory_bytes` at most)."""
+
+    def __init__(self, folder: str | os.PathLike, *, memory_bytes: int = 1 << 30):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.memory_bytes = memory_bytes
+        self._held: OrderedDict[str, tuple[dict[str, FeatureRecord], int]] = OrderedDict()
+        self._held_bytes = 0
+        for left in self.folder.glob("*.tmp"):  # of a run that was killed while writing; younger ones may be a neighbour's
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink(missing_ok=True)
+
+    def path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def has(self, key: str) -> bool:
+        """Whether a sound file is there. Checks header and size; `get` checks every byte."""
+        return key in self._held or self._header(key) is not None
+
+    def get(self, key: str) -> dict[str, FeatureRecord] | None:
+        """All views of one video by name, on the CPU; None when absent or damaged (which is said). Do not write into the tensors."""
+        if key in self._held:
+            self._held.move_to_end(key)
+            return self._held[key][0]
+        header = self._header(key)
+        if header is None:
+            return None
+        try:
+            with safe_open(self.path(key), "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            return self._damaged(key, str(error))
+        if _checksum(tensors) != header["checksum"]:
+            return self._damaged(key, "its checksum does not fit its content")
+        views = {
+            name: FeatureRecord(*(tensors[f"{name}/{part}"] for part in FeatureRecord._fields[:4]), **numbers)
+            for name, numbers in header["views"].items()
+        }
+        self._hold(key, views)
+        return views
+
+    def put(self, key: str, views: dict[str, FeatureRecord], about: dict | None = None) -> None:
+        """Write one video's views; a reader sees the whole file or none. `about` is kept in the header for people to read."""
+        parts = FeatureRecord._fields[:4]
+        tensors = {f"{name}/{part}": getattr(view, part).cpu().contiguous() for name, view in views.items() for part in parts}
+        numbers = {name: {"layout_tokens": view.layout_tokens, "frames": view.frames} for name, view in views.items()}
+        header = {"key": key, "views": numbers, "checksum": _checksum(tensors), "about": about or {}}
+        partial = self.folder / f"{key}.{os.getpid()}.tmp"
+        save_file(tensors, partial, metadata={"rlaif_lite": json.dumps(header)})
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, self.path(key))
+        self._drop(key)
+
+    def _header(self, key: str) -> dict | None:
+        path = self.path(key)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {})["rlaif_lite"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            return self._damaged(key, str(error))
+        return header if header["key"] == key else self._damaged(key, f"it was written as {header['key']}")
+
+    def _damaged(self, key: str, why: str) -> None:
+        log.warning("%s is damaged (%s); it counts as absent and will be made anew.", self.path(key), why)
+
+    def _hold(self, key: str, views: dict[str, FeatureRecord]) -> None:
+        size = sum(tensor.nbytes for view in views.values() for tensor in view[:4])
+        if size > self.memory_bytes:
+            return
+        self._held[key] = (views, size)
+        self._held_bytes += size
+        while self._held_bytes > self.memory_bytes:
+            self._drop(next(iter(self._held)))
+
+    def _drop(self, key: str) -> None:
+        if key in self._held:
+            self._held_bytes -= self._held.pop(key)[1]
+
+
+def write_index(path: str | os.PathLike, keys: dict[str, str]) -> None:
+    """Write a run's `index.json`, {video_name: key}, whole or not at all."""
+    partial = Path(f"{path}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps(keys, indent=1, sort_keys=True), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_index(path: str | os.PathLike) -> dict[str, str]:
+    """{video_name: key} of a run; empty when it was not written yet."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.exists(path) else {}
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> int:
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode(), total))
+    return total

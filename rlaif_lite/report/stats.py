@@ -1,0 +1,95 @@
+"""Metrics against the truth as ratios of sums, and paired bootstrap intervals of their change.
+
+Precision over a test set is (sum of what was right) / (sum of what was said), not a mean of per-video precisions: a short
+answer must not count as much as a long one. Such a ratio has no standard error to look up, so its change gets a
+percentile bootstrap interval that resamples VIDEOS, with all answers to a video drawn together (Efron and Tibshirani 1993).
+
+Shapes: N items (videos), K counts per item (`COUNTS`, in that order), R resamples.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+COUNTS = ("answers", "correct", "wrong", "total", "mentions", "hallucinated", "malformed", "length", "stopped")
+Metric = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+class Interval(NamedTuple):
+    delta: float
+    "the change, after - before, on the items as they are"
+    low: float
+    "2.5th percentile over resamples"
+    high: float
+    "97.5th percentile over resamples"
+
+
+def tally(rows: Iterable[Mapping]) -> dict[str, NDArray[np.float64]]:
+    """Counts (K,) per item id, summed over the item's answers, of rows of `evaluate/*.jsonl`.
+
+    A row without truth counts as zero facts said and zero to say. `malformed` counts answers, not sentences.
+    """
+    counts: dict[str, NDArray[np.float64]] = {}
+    for row in rows:
+        truth = row["truth"] or dict.fromkeys(("correct", "wrong", "total", "mentions", "hallucinated", "malformed"), 0)
+        facts = [truth[name] for name in ("correct", "wrong", "total", "mentions", "hallucinated")]
+        values = [1, *facts, truth["malformed"] > 0, row["length"], row["stopped"]]
+        counts[row["id"]] = counts.get(row["id"], 0.0) + np.array(values, dtype=np.float64)
+    return counts
+
+
+def _share(part: str, *whole: str) -> Metric:
+    "Sum of `part` over the sum of all in `whole`; 0 where nothing was counted."
+
+    def metric(sums_RK: NDArray[np.float64]) -> NDArray[np.float64]:
+        below_R = sums_RK[..., [COUNTS.index(name) for name in whole]].sum(axis=-1)
+        return sums_RK[..., COUNTS.index(part)] / np.where(below_R == 0, 1.0, below_R)
+
+    return metric
+
+
+def _f1(sums_RK: NDArray[np.float64]) -> NDArray[np.float64]:
+    precision_R, recall_R = RATIOS["precision"](sums_RK), RATIOS["recall"](sums_RK)
+    below_R = precision_R + recall_R
+    return 2 * precision_R * recall_R / np.where(below_R == 0, 1.0, below_R)
+
+
+RATIOS: dict[str, Metric] = {
+    "precision": _share("correct", "correct", "wrong"),
+    "recall": _share("correct", "total"),
+    "f1": _f1,
+    "hallucination": _share("hallucinated", "mentions"),
+    "malformed": _share("malformed", "answers"),
+    "length": _share("length", "answers"),
+    "stop_rate": _share("stopped", "answers"),
+}
+NEEDS_TRUTH = ("precision", "recall", "f1", "hallucination", "malformed")
+
+
+def paired_bootstrap(
+    before: NDArray | Sequence, after: NDArray | Sequence, metric: Metric | None = None, n: int = 2000, seed: int = 0
+) -> Interval:
+    """Change from `before` to `after`, two rows of measurements of the same N items in the same order, with its 95 % interval.
+
+    Without `metric`: one number per item (N,), compared by their means. With one: counts (N, K), and
+    `metric(sums_RK) -> (R,)`, one of `RATIOS`. Raises ValueError when the two do not have the same items.
+    """
+    before_NK, after_NK = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
+    if before_NK.shape != after_NK.shape or len(before_NK) == 0:
+        raise ValueError(f"cannot pair measurements of shapes {before_NK.shape} and {after_NK.shape}")
+    items = len(before_NK)
+    if metric is None:
+        before_NK, after_NK = before_NK[:, None], after_NK[:, None]
+    value = metric or (lambda sums_RK: sums_RK[..., 0] / items)
+
+    def change(weight_RN: NDArray) -> NDArray[np.float64]:
+        return value(weight_RN @ after_NK) - value(weight_RN @ before_NK)
+
+    rng = np.random.default_rng(seed)
+    even_N = np.full(items, 1.0 / items)
+    pieces = [min(200, n - start) for start in range(0, n, 200)]  # 200 resamples at a time: memory stays small
+    deltas_R = np.concatenate([change(rng.multinomial(items, even_N, size=piece)) for piece in pieces])
+    low, high = np.percentile(deltas_R, [2.5, 97.5])
+    return Interval(float(change(np.ones((1, items)))[0]), float(low), float(high))

@@ -1,8 +1,8 @@
 """YAML that remembers the line of every key, so that an error can point at it.
 
-Scalars follow YAML 1.2's core schema, not PyYAML's YAML 1.1: `1e-4` is a number (1.1 reads a string), and `yes`, `no`, `on`
-are the words that they look like (1.1 reads booleans, and `no: no` becomes `{False: False}`). A key that stands twice is an
-error, not a silent overwrite.
+Scalars follow YAML 1.2's core schema, not PyYAML's YAML 1.1: `1e-4` is a number (1.1 reads a string), and `yes`, `no`
+and `on` are the words that they look like (1.1 reads booleans, and `no: no` becomes `{False: False}`). A key that
+stands twice is an error, not a silent overwrite.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Keeps the YAML 1.1 resolvers, so that `no` and `1e-4` as text come out quoted and every parser reads them alike."""
+    """Keeps the YAML 1.1 resolvers: `no` and `1e-4` as text come out quoted, and every parser reads them alike."""
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^([Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
 for _resolver in (_Loader, _Dumper):
     _resolver.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+.0123456789"))
@@ -52,7 +52,7 @@ _SCALARS = {
 
 
 def parse(text: str, name: str, where: str | None = None) -> Marked:
-    """Reads one YAML document. `name` is the file's name in messages; `where`, when given, stands in for "name:line" everywhere.
+    """Reads one YAML document. `name` is the file's name in messages; `where`, when given, replaces "name:line".
 
     Raises RecipeError for text that is not YAML, for a key that stands twice and for a key that is not text.
     """
@@ -64,7 +64,8 @@ def parse(text: str, name: str, where: str | None = None) -> Marked:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         what = " ".join(part for part in (error.context, error.problem) if part)
-        raise RecipeError(f"Not readable as YAML: {what} ({place(error.problem_mark or error.context_mark)}).") from error
+        here = place(error.problem_mark or error.context_mark)
+        raise RecipeError(f"Not readable as YAML: {what} ({here}).") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"Not readable as YAML: {' '.join(str(error).split())} ({where or name}).") from error
 
@@ -72,13 +73,14 @@ def parse(text: str, name: str, where: str | None = None) -> Marked:
     twice: list[str] = []
 
     def build(node: yaml.Node, key: Key) -> object:
+        here = place(node.start_mark)
         if len(key) > MAX_DEPTH:
-            raise RecipeError(f"Nested more than {MAX_DEPTH} deep ({place(node.start_mark)}). Does an alias contain itself?")
+            raise RecipeError(f"Nested more than {MAX_DEPTH} deep ({here}). Does an alias contain itself?")
         if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
             try:
                 return _SCALARS[node.tag](node.value)
             except ValueError as error:  # only a tag written by hand gets here, such as `!!int ten`
-                raise RecipeError(f"{node.value!r} is not what its tag {node.tag} says ({place(node.start_mark)}).") from error
+                raise RecipeError(f"{node.value!r} is not what its tag {node.tag} says ({here}).") from error
         if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
             for index, item in enumerate(node.value):
                 marks[(*key, index)] = place(item.start_mark)
@@ -86,16 +88,17 @@ def parse(text: str, name: str, where: str | None = None) -> Marked:
         if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
             result: dict[str, object] = {}
             for key_node, value_node in node.value:
-                if not isinstance(key_node, yaml.ScalarNode):
-                    raise RecipeError(f"A key must be one word, found a list or section as key ({place(key_node.start_mark)}).")
                 word, here = key_node.value, place(key_node.start_mark)
+                if not isinstance(key_node, yaml.ScalarNode):
+                    raise RecipeError(f"A key must be one word, found a list or section as key ({here}).")
                 if word in result:
-                    twice.append(f"`{dotted((*key, word))}` stands twice: {marks[(*key, word)]} and {here}. Keep one of them.")
+                    first = marks[(*key, word)]
+                    twice.append(f"`{dotted((*key, word))}` stands twice: {first} and {here}. Keep one of them.")
                     continue
                 marks[(*key, word)] = here
                 result[word] = build(value_node, (*key, word))
             return result
-        raise RecipeError(f"The tag {node.tag} has no meaning in a recipe ({place(node.start_mark)}). Write a plain value.")
+        raise RecipeError(f"The tag {node.tag} has no meaning in a recipe ({here}). Write a plain value.")
 
     data = None if node is None else build(node, ())
     if twice:
@@ -117,7 +120,7 @@ def dump(data: object) -> str:
 
 
 def merge(below: Marked, above: Marked) -> Marked:
-    """`above` laid over `below`: sections are merged key by key, everything else is replaced, marks go with the values."""
+    """`above` laid over `below`: sections merge key by key, everything else is replaced; marks go with the values."""
     marks = dict(below.marks)
 
     def lay(low: object, high: object, key: Key) -> object:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LINE_EVERY_S = 5.0  # at most one plain line in this time
 
@@ -52,7 +52,8 @@ class Counter:
 
     def line(self) -> str:
         """The state as one plain line."""
-        parts = [f"{self.description}: {self.done}" + ("" if self.total is None else f"/{self.total}"), self.rate_text()]
+        of_total = "" if self.total is None else f"/{self.total}"
+        parts = [f"{self.description}: {self.done}{of_total}", self.rate_text()]
         if self.total is not None and 0 < self.done < self.total:
             parts.append(f"{duration(self.seconds / self.done * (self.total - self.done))} left")
         return "  ".join(part for part in (*parts, self.stats_text()) if part)
@@ -72,7 +73,7 @@ def progress(total: int | None, description: str, unit: str = "it") -> Iterator[
 
 def _bar(total: int | None, description: str, unit: str) -> Iterator[Counter]:
     global _bar_is_up
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
                MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
                TextColumn("{task.fields[note]}", markup=False))  # fmt: skip
     with Progress(*columns, console=_console, transient=True, refresh_per_second=4) as bar:

@@ -23,13 +23,14 @@ Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Words = Annotated[tuple[str, ...], Strict(False)]  # not strict about list or tuple; the items are text all the same
 
+NARRATIVE = "Video description (may be incomplete): {context}\n"
 SEVEN_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # Keys that say where and how fast, not what: two runs that differ only here have the same hash.
 # Batch sizes of sampling are not among them: they change which random numbers an answer is drawn with.
 NOT_SCIENCE = (
-    "name", "output", "device", "threads", "data.world.workers", "features.workers", "features.cache",
-    "context.batch_size", "ppo.checkpoint_every",
+    "name", "output", "device", "threads", "data.folder", "data.world.workers", "model.gradient_checkpointing",
+    "features.workers", "features.cache", "context.batch_size", "ppo.checkpoint_every",
 )  # fmt: skip
 
 
@@ -37,7 +38,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-# ---------------------------------------------------------------------------------------------------------------- sections
+# ------------------------------------------------------------------------------------------------------------ sections
 
 
 class World(Section):
@@ -53,9 +54,9 @@ class World(Section):
 
 
 class Data(Section):
-    """Files of records; `world:rl` and the like name sets of the synthetic world. Paths start at the working directory."""
+    """Files of records, from the working directory; `world:rl` and the like name sets of the synthetic world."""
 
-    world: World | None = Field(None, description="synthetic videos with known facts, made when the run starts; null: your own data")
+    world: World | None = Field(None, description="synthetic videos with known facts, made by the run; null: none")
     sft: Words = Field((), description="instruction files, split into easy and hard by answer length")
     sft_easy: Words = Field((), description="instruction files of the easy stage (instead of `sft`)")
     sft_hard: Words = Field((), description="instruction files of the hard stage (instead of `sft`)")
@@ -64,8 +65,9 @@ class Data(Section):
     preference: Words = Field((), description="prompts that the model answers twice and judges")
     rl: Words = Field((), description="prompts of PPO")
     test: Words = Field((), description="prompts of the evaluation, on videos used nowhere else")
+    folder: str | None = Field(None, description="where the world is written; null: inside the run folder")
     video_root: str | None = Field(None, description="folder that video paths start from; null: the data file's folder")
-    on_missing: Literal["error", "skip"] = Field("error", description="a missing or unreadable video: stop, or skip and count")
+    on_missing: Literal["error", "skip"] = Field("error", description="an unreadable video: stop, or skip and count")
 
 
 class Lora(Section):
@@ -73,7 +75,7 @@ class Lora(Section):
 
     rank: Count = Field(16, description="rank (published 64)")
     alpha: Positive = Field(32.0, description="scale; the update is multiplied by alpha / rank (published 16)")
-    targets: Words = Field(SEVEN_LINEARS, min_length=1, description="linear layers of the language model that carry an adapter")
+    targets: Words = Field(SEVEN_LINEARS, min_length=1, description="linear layers that carry an adapter")
 
 
 class Model(Section):
@@ -82,7 +84,8 @@ class Model(Section):
     base: str = Field("embedded", description="embedded | embedded-weak | a folder | a Hugging Face id")
     revision: str | None = Field(None, description="revision of a Hugging Face id")
     quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4-bit with double quantisation")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on a CPU, bfloat16 on a GPU")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on CPU, bfloat16 on GPU")
+    gradient_checkpointing: bool = Field(False, description="recompute in the backward: less memory, more time")
     lora: Lora = Lora()
 
 
@@ -90,12 +93,15 @@ class Prune(Section):
     """One step of pruning, as a mapping with one key."""
 
     pool: Count | None = Field(None, description="side length of a frame's token grid after average pooling")
-    evs: float | None = Field(None, gt=0, le=1, description="share of tokens kept: those that changed most since the last frame")
-    st_mean: Literal[True] | None = Field(None, description="one token per frame and one per place (published: 50 + 576)")
+    evs: float | None = Field(None, gt=0, le=1, description="share of tokens kept: those that changed most")
+    st_mean: Literal[True] | None = Field(None, description="a token per frame and per place (published)")
 
     @model_serializer
     def _one_key(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None}
+
+
+Prunes = Annotated[tuple[Prune, ...], Strict(False)]
 
 
 class Features(Section):
@@ -104,7 +110,7 @@ class Features(Section):
     frames: Count = Field(50, description="frames taken from a video, spread evenly")
     clips: Count = Field(3, description="clips that the context stage captions")
     clip_frames: Count = Field(20, description="frames taken from a clip")
-    prune: Annotated[tuple[Prune, ...], Strict(False)] = Field((), description="chain of steps, such as [{pool: 12}, {evs: 0.25}]")
+    prune: Prunes = Field((), description="chain of steps, such as [{pool: 12}, {evs: 0.25}]")
     cache: str | None = Field(None, description="folder of the feature cache; null: inside the run folder")
     workers: int = Field(2, ge=0, description="threads that decode videos ahead")
 
@@ -120,6 +126,7 @@ class Training(Section):
     warmup_ratio: Share = Field(0.03, description="share of the steps in which the rate rises")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="the rate after the warm-up")
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
+    lr_end: Share = Field(0.0, description="share of the rate that is left at the last step")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay")
 
 
@@ -128,15 +135,16 @@ class Sft(Section):
 
     easy: Training | None = Field(Training(), description="short answers; null leaves the phase out")
     hard: Training | None = Field(Training(), description="long answers; null leaves the phase out")
-    policy_init: Training | None = Field(Training(), description="RL domain; seeds policy and reference; null leaves it out")
+    policy_init: Training | None = Field(Training(), description="RL domain, seeds the policy; null leaves it out")
     replay: float = Field(0.0, ge=0, lt=1, description="share of every later batch drawn from the easy records")
+    loss_per: Literal["token", "record"] = Field("token", description="what weighs alike: every token, or every record")
 
 
 class Context(Section):
     """Clips captioned and joined to the narrative that the judge reads."""
 
     prompt: str = Field("Describe this video in detail.", description="what is asked about each clip (published)")
-    markers: Words = Field((), description="word before each clip's caption, one per clip, such as [first, then, finally]")
+    markers: Words = Field((), description="word before each clip's caption: none, or one per clip")
     max_new_tokens: Count = Field(128, description="longest caption")
     batch_size: Count = Field(32, description="clips per batch")
 
@@ -144,12 +152,12 @@ class Context(Section):
 class Claims(Section):
     """The judge that checks an answer claim by claim."""
 
-    mode: Literal["ask", "inline"] = Field("ask", description="ask about each sentence, or read verdicts inside the answer")
+    mode: Literal["ask", "inline"] = Field("ask", description="ask per sentence, or read verdicts inside the answer")
     prompt: str = Field(
         "{context}Is this statement about the video true? {claim} Answer yes or no.",
-        description="the judge's prompt; {context} is where the narrative goes, {claim} the sentence, {question} the question",
+        description="the judge's prompt; the narrative goes to {context}, the sentence to {claim}; {question} may stand",
     )
-    context_prefix: str = Field("Video description (may be incomplete): {context}\n", description="how the narrative is put")
+    context_prefix: str = Field(NARRATIVE, description="how the narrative is put")
     yes: str = Field("yes", min_length=1, description="word for true")
     no: str = Field("no", min_length=1, description="word for false")
 
@@ -158,13 +166,13 @@ class Pairwise(Section):
     """The judge that compares two answers (the published form)."""
 
     prompt: str = Field(
-        "{context}Question: {question}\nResponse A: {a}\nResponse B: {b}\nWhich response is more accurate to the video, helpful, "
-        "natural and concise? Answer with A or B.",
-        description="the judge's prompt; {a} and {b} are the answers, {context} and {question} as for claims",
+        "{context}Question: {question}\nResponse A: {a}\nResponse B: {b}\nWhich response is more accurate to the "
+        "video, helpful, natural and concise? Answer with A or B.",
+        description="the judge's prompt; the answers go to {a} and {b}, the rest as for claims; `<|>` before each answer "
+        "and before the rest lays the answers side by side, neither seeing the other",
     )
-    context_prefix: str = Field("Video description (may be incomplete): {context}\n", description="how the narrative is put")
-    layout: Literal["sequential", "parallel"] = Field("sequential", description="parallel: neither answer sees the other")
-    choices: Annotated[tuple[str, str], Strict(False)] = Field(("A", "B"), description="words for the first and second answer")
+    context_prefix: str = Field(NARRATIVE, description="how the narrative is put")
+    choices: Annotated[tuple[str, str], Strict(False)] = Field(("A", "B"), description="words for first and second")
 
 
 class Preference(Section):
@@ -175,10 +183,10 @@ class Preference(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus of sampling")
     max_new_tokens: Count = Field(256, description="longest answer")
     batch_size: Count = Field(32, description="answers per batch")
-    judge: Literal["claims", "pairwise"] = Field("claims", description="which judge labels the pairs (published: pairwise)")
+    judge: Literal["claims", "pairwise"] = Field("claims", description="who labels the pairs (published: pairwise)")
     context: bool = Field(True, description="the narrative stands in the judge's prompt")
     compare_context: bool = Field(True, description="also judge the other way, to report what context is worth")
-    compare_judges: bool = Field(True, description="also run the other judge, to compare")
+    compare_pairs: int = Field(0, ge=0, description="pairs that the other judge decides as well, to compare; 0: none")
     min_margin: float = Field(0.0, ge=0, description="drop pairs whose scores differ by no more than this")
     consistent_only: bool = Field(False, description="pairwise: drop pairs that the two orders decide differently")
     claims: Claims = Claims()
@@ -193,7 +201,7 @@ class Reward(Training):
     micro_batch: Count | None = Field(None, description="pairs per forward; null: the whole batch")
     schedule: Literal["cosine", "linear", "constant"] = Field("constant", description="the rate after the warm-up")
     centering: float = Field(1e-3, ge=0, description="weight of the term that keeps the mean reward near 0")
-    pool: Literal["last", "tokens"] = Field("last", description="read the last token, or sum over `pool_tokens` and the last")
+    pool: Literal["last", "tokens"] = Field("last", description="the last token, or the sum over `pool_tokens` and it")
     pool_tokens: Words = Field((), description="words whose tokens `pool: tokens` reads")
     prompt: str | None = Field(None, description="template with {question}; null: the question as asked")
     context: bool = Field(False, description="the narrative stands in the prompt (published: no)")
@@ -216,7 +224,7 @@ class Ppo(Section):
     warmup_steps: int = Field(3, ge=0, description="steps in which the rate rises (published 5)")
     lr_end: Share = Field(0.1, description="share of the rate that is left at the last step, falling linearly")
     kl_coef: float = Field(0.1, ge=0, description="weight of the KL to the reference in the reward")
-    kl_target: Positive | None = Field(None, description="KL per answer that an adaptive weight aims at; null: fixed weight")
+    kl_target: Positive | None = Field(None, description="KL per answer aimed at by adapting the weight; null: fixed")
     kl_horizon: Count = Field(10000, description="answers over which the adaptive weight moves")
     kl_estimator: Literal["k1", "k3"] = Field("k1", description="log ratio, or Schulman's non-negative estimator")
     clip: float = Field(0.2, gt=0, lt=1, description="range of the policy's probability ratio")
@@ -227,13 +235,13 @@ class Ppo(Section):
     lam: Share = Field(0.95, description="GAE's lambda (published 1)")
     whiten_rewards: bool = Field(False, description="scale rewards to unit variance before GAE")
     whiten_advantages: bool = Field(True, description="scale advantages to mean 0, variance 1 over real tokens")
-    normalize_reward: bool = Field(True, description="standardise the reward model on the reference's answers (published: no)")
+    normalize_reward: bool = Field(True, description="standardise on the reference's answers (published: no)")
     stop_penalty: float = Field(3.0, ge=0, description="taken off an answer without end (published 8)")
     length_penalty: float = Field(0.0, ge=0, description="times length / max_new_tokens, taken off (published 10)")
     temperature: Positive = Field(1.0, description="temperature of sampling")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus of sampling")
     max_new_tokens: Count = Field(64, description="longest answer (published 896)")
-    value: Literal["adapter", "none"] = Field("adapter", description="a value adapter of its own, or none: leave-one-out (RLOO)")
+    value: Literal["adapter", "none"] = Field("adapter", description="an adapter of its own, or none: leave-one-out")
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
     checkpoint_every: Count = Field(5, description="steps between checkpoints")
 
@@ -276,11 +284,11 @@ class Recipe(Section):
     _marks: dict[str, str] = PrivateAttr(default_factory=lambda: {"": "not from a file"})
 
     def where(self, key: str) -> str:
-        """Where `key` was written ("recipes/x.yaml:41", "override `a.b=1`"), or the section that leaves it at its default."""
+        """Where `key` was written ("recipes/x.yaml:41", "override `a.b=1`"), or the section that leaves it out."""
         return recipe_file.nearest_mark(self._marks, key)
 
 
-# ------------------------------------------------------------------------------------------------------- from file to Recipe
+# ------------------------------------------------------------------------------------------------- from file to Recipe
 
 
 def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
@@ -307,11 +315,11 @@ def raise_all(recipe: Recipe, problems: Iterable[tuple[str, str]]) -> None:
 
 
 def check_files(recipe: Recipe) -> None:
-    """Looks whether the files and folders that the recipe names are there, and whether every stage has data. Reads none of them."""
+    """Looks whether the files that the recipe names are there, and whether every stage has data. Reads none of them."""
     raise_all(recipe, file_checks(recipe))
 
 
-# ------------------------------------------------------------------------------------------------------------ views of it
+# --------------------------------------------------------------------------------------------------------- views of it
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:

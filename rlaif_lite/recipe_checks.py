@@ -27,28 +27,30 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     selectors = [i for i, step in enumerate(features.prune) if step.pool is None]
     for i, step in enumerate(features.prune):
         if len(step.model_fields_set) != 1:
-            yield f"features.prune[{i}]", "is one step and takes one key: pool, evs or st_mean. Write a list item for each."
+            yield f"features.prune[{i}]", "takes one key: pool, evs or st_mean. Write a list item for each."
     if selectors not in ([], [len(features.prune) - 1]):
         yield "features.prune", "may have one of evs and st_mean, as its last step. Put `pool` first."
     if recipe.context.markers and len(recipe.context.markers) != features.clips:
-        yield "context.markers", f"has {len(recipe.context.markers)} words for features.clips: {features.clips}. Give one per clip."
+        words = len(recipe.context.markers)
+        yield "context.markers", f"has {words} words for features.clips: {features.clips}. Give one per clip."
     if preference.samples % 2:
         yield "preference.samples", f"is {preference.samples}, but neighbours form pairs. Make it even."
     if preference.consistent_only and preference.judge != "pairwise":
-        yield "preference.consistent_only", "asks for two orders, which only `preference.judge: pairwise` has. Set one of them."
+        yield "preference.consistent_only", "needs two orders, which only `preference.judge: pairwise` has. Set that."
     if reward.pool == "tokens" and not reward.pool_tokens:
         yield "reward.pool", "is tokens, but reward.pool_tokens is empty. List the words, or set `reward.pool: last`."
 
-    phases = {"sft.easy": recipe.sft.easy, "sft.hard": recipe.sft.hard, "sft.policy_init": recipe.sft.policy_init, "reward": reward}
-    for key, phase in phases.items():
+    sft = recipe.sft
+    phases = (("sft.easy", sft.easy), ("sft.hard", sft.hard), ("sft.policy_init", sft.policy_init), ("reward", reward))
+    for key, phase in phases:
         if phase is not None and phase.micro_batch is not None and phase.micro_batch > phase.batch_size:
             yield f"{key}.micro_batch", f"is {phase.micro_batch}, above batch_size: {phase.batch_size}. Lower it."
     if ppo.value == "none" and ppo.group_size < 2:
         yield "ppo.value", "is none, which compares answers to one prompt. Set ppo.group_size to 2 or more."
     if ppo.rollouts % ppo.group_size:
-        yield "ppo.rollouts", f"is {ppo.rollouts}, not divisible by ppo.group_size: {ppo.group_size}. Change one of them."
+        yield "ppo.rollouts", f"is {ppo.rollouts}, no multiple of ppo.group_size: {ppo.group_size}. Change either."
     if ppo.minibatch > ppo.rollouts:
-        yield "ppo.minibatch", f"is {ppo.minibatch}, above ppo.rollouts: {ppo.rollouts}. Lower it or raise ppo.rollouts."
+        yield "ppo.minibatch", f"is {ppo.minibatch}, above ppo.rollouts: {ppo.rollouts}. Lower it."
     if ppo.micro_batch is not None and ppo.micro_batch > ppo.minibatch:
         yield "ppo.micro_batch", f"is {ppo.micro_batch}, above ppo.minibatch: {ppo.minibatch}. Lower it."
 
@@ -65,7 +67,7 @@ def _data_checks(data: Data) -> Iterator[tuple[str, str]]:
             elif data.world is None:
                 yield f"data.{name}[{i}]", f"names `{entry}`, but data.world is null. Set `data.world: {{seed: 0}}`."
     if data.sft and (data.sft_easy or data.sft_hard):
-        yield "data.sft", "stands beside data.sft_easy or data.sft_hard. Give `sft` to have it split by length, or the two."
+        yield "data.sft", "stands beside data.sft_easy or data.sft_hard. Give `sft` (split by length) or the two."
 
 
 def _template_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -86,10 +88,13 @@ def _template_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield key, f"has a brace too many or too few ({error}). Write {{{{ and }}}} for braces that are meant."
             continue
         if missing := must - found:
-            yield key, f"lacks {', '.join('{%s}' % name for name in sorted(missing))}. Put it where that text goes."
+            yield key, f"lacks {_braced(missing)}. Put it where that text goes."
         if strange := found - may:
-            names = ", ".join("{%s}" % name for name in sorted(may))
-            yield key, f"has {', '.join('{%s}' % name for name in sorted(strange))}, which nothing fills in. It may have {names}."
+            yield key, f"has {_braced(strange)}, which nothing fills in. It may have {_braced(may)}."
+
+
+def _braced(names: set[str]) -> str:
+    return ", ".join(f"{{{name}}}" for name in sorted(names))
 
 
 def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -103,15 +108,15 @@ def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.model.base.startswith((".", "/", "~")) and not Path(recipe.model.base).expanduser().is_dir():
         yield "model.base", f"names {recipe.model.base}, which is not a folder. Paths start at {Path.cwd()}."
 
-    needs = (  # key, is it given, who asks for it, how to do without
-        ("data.sft_easy", data.sft or data.sft_easy, sft.easy, "sft.easy trains on it", "set `sft.easy: null`"),
-        ("data.sft_hard", data.sft or data.sft_hard, sft.hard, "sft.hard trains on it", "set `sft.hard: null`"),
-        ("data.policy_init", data.policy_init, sft.policy_init, "sft.policy_init trains on it", "set `sft.policy_init: null`"),
-        ("data.preference", data.preference, True, "the preference stage asks its questions", None),
-        ("data.rl", data.rl, True, "PPO takes its prompts from it", None),
-        ("data.test", data.test, recipe.evaluate.roles, "the evaluation asks its questions", "set `evaluate.roles: []`"),
+    needs = (  # set, is it given, who asks for it, how to do without
+        ("sft_easy", data.sft or data.sft_easy, sft.easy, "sft.easy trains on it", "set `sft.easy: null`"),
+        ("sft_hard", data.sft or data.sft_hard, sft.hard, "sft.hard trains on it", "set `sft.hard: null`"),
+        ("policy_init", data.policy_init, sft.policy_init, "its phase needs it", "set `sft.policy_init: null`"),
+        ("preference", data.preference, True, "the preference stage asks its questions", None),
+        ("rl", data.rl, True, "PPO takes its prompts from it", None),
+        ("test", data.test, recipe.evaluate.roles, "the evaluation asks its questions", "set `evaluate.roles: []`"),
     )
-    for key, given, asked, why, without in needs:
+    for name, given, asked, why, without in needs:
         if asked and not given:
-            world = f" (or [world:{key.removeprefix('data.')}])" if data.world else ""
-            yield key, f"is empty, but {why}. Give files{world}{', or ' + without if without else ''}."
+            world = f" (or [world:{name}])" if data.world else ""
+            yield f"data.{name}", f"is empty, but {why}. Give files{world}{', or ' + without if without else ''}."

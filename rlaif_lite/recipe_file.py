@@ -1,4 +1,4 @@
-"""From files and overrides to the data of a recipe, and from what pydantic found wrong to a sentence a person can act on."""
+"""From files and overrides to the data of a recipe, and from what pydantic found wrong to a sentence to act on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from typing import Any, Iterable, NamedTuple
 from .errors import RecipeError
 from .marked_yaml import Key, Marked, dotted, dump, merge, parse, read
 
-__all__ = ["FieldInfo", "did_you_mean", "dotted", "dump", "explain", "fields_of", "fields_text", "files_near", "nearest_mark",
-           "read_recipe", "recipe_folders"]  # fmt: skip
-
 
 class FieldInfo(NamedTuple):
     """One key of the schema."""
@@ -25,11 +22,11 @@ class FieldInfo(NamedTuple):
     section: bool
 
 
-# ------------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------------------------- reading
 
 
 def read_recipe(path: str | Path, overrides: Iterable[str]) -> Marked:
-    """The recipe at `path` over its `base_recipe`, under `overrides`. A bare name is also looked for among the shipped recipes."""
+    """The recipe at `path` over its `base_recipe`, under `overrides`. A bare name means a shipped recipe."""
     path = find_recipe(path)
     marked = _section(read(path, str(path)), str(path))
     base = marked.data.pop("base_recipe", None)
@@ -54,7 +51,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str]) -> Marked:
 
 def _section(marked: Marked, name: str) -> Marked:
     if marked.data is None:
-        raise RecipeError(f"{name} is empty. A recipe needs at least `name: ...`; `rlaif-lite recipes show` lists the keys.")
+        raise RecipeError(f"{name} is empty. It needs at least `name: ...`; `rlaif-lite recipes show` lists the keys.")
     if not isinstance(marked.data, dict):
         raise RecipeError(f"{name} holds {found(marked.data)}, expected keys and values such as `name: my_run`.")
     return marked
@@ -73,7 +70,7 @@ def _override(text: str, marked: Marked) -> Marked:
         below = below.get(word) if isinstance(below, dict) else None
         if below is not None and not isinstance(below, dict):
             whole = dotted(words[: depth + 1])
-            raise RecipeError(f"`{whole}` is {found(below)} and has no keys below it ({where}). Set it whole: {whole}=...")
+            raise RecipeError(f"`{whole}` is {found(below)} and has no keys ({where}). Set it whole: {whole}=...")
     data: object = parsed.data
     for word in reversed(words):
         data = {word: data}
@@ -84,8 +81,9 @@ def _override(text: str, marked: Marked) -> Marked:
 
 
 def recipe_folders() -> list[Path]:
-    """Where recipes are looked for by name: the working directory, the checkout that this package stands in, the installation."""
-    folders = (Path("recipes"), Path(__file__).parent.parent / "recipes", Path(sys.prefix) / "share" / "rlaif-lite" / "recipes")
+    """Where recipes are looked for by name: the working directory, this package's checkout, the installation."""
+    beside, installed = Path(__file__).parent.parent / "recipes", Path(sys.prefix) / "share" / "rlaif-lite" / "recipes"
+    folders = (Path("recipes"), beside, installed)
     seen: dict[Path, Path] = {}
     for folder in folders:
         if folder.is_dir():
@@ -94,7 +92,7 @@ def recipe_folders() -> list[Path]:
 
 
 def find_recipe(path: str | Path) -> Path:
-    """`path` itself, or the shipped recipe of that bare name ("tiny"). Raises RecipeError with the names that come near."""
+    """`path` itself, or the shipped recipe of that name ("tiny"). Raises RecipeError with the names that come near."""
     path = Path(path).expanduser()
     if path.is_file():
         return path
@@ -114,12 +112,13 @@ def files_near(path: Path) -> str:
     if not folder.is_dir():
         return f"The folder {folder} does not exist; paths start at {Path.cwd()}."
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
-    near = difflib.get_close_matches(path.name, names, n=5, cutoff=0.5) or [n for n in names if n.endswith(path.suffix)][:8]
+    near = difflib.get_close_matches(path.name, names, n=5, cutoff=0.5)
+    near = near or [name for name in names if name.endswith(path.suffix)][:8]
     shown = folder if folder != Path(".") else Path.cwd()
-    return f"In {shown} there is {', '.join(near)}." if near else f"In {shown} there is no {path.suffix or 'such'} file."
+    return f"In {shown} there is {', '.join(near)}." if near else f"In {shown} is no {path.suffix or 'such'} file."
 
 
-# -------------------------------------------------------------------------------------------------------------------- errors
+# -------------------------------------------------------------------------------------------------------------- errors
 
 
 def explain(error: dict[str, Any], marks: dict[str, str], fields: dict[str, FieldInfo]) -> str:
@@ -129,12 +128,16 @@ def explain(error: dict[str, Any], marks: dict[str, str], fields: dict[str, Fiel
     if error["type"] == "extra_forbidden":
         return f"`{key}` is not a recipe key ({where}). {_suggest(key, fields)}"
     info = fields.get(re.sub(r"\[\d+\]", "[]", key))
-    expected = f"expected {info.type}: {info.help}" if info else error["msg"]
+    expected = f"expected {_article(info.type)}{info.type}: {info.help}" if info else error["msg"]
     if error["type"] == "missing":
         return f"`{key}` is missing ({where}), {expected}."
     if info and info.section:
         expected = f"expected a section, keys indented below it: {info.help}"
     return f"`{key}` is {found(error['input'])} ({where}), {expected}."
+
+
+def _article(type_words: str) -> str:
+    return "a " if type_words.startswith(("whole", "number", "list")) else ""
 
 
 def _suggest(key: str, fields: dict[str, FieldInfo]) -> str:
@@ -179,7 +182,7 @@ def nearest_mark(marks: dict[str, str], key: str) -> str:
     return marks[key]
 
 
-# ----------------------------------------------------------------------------------------------------------- schema as words
+# ----------------------------------------------------------------------------------------------------- schema as words
 
 
 def fields_of(schema: dict[str, Any]) -> dict[str, FieldInfo]:
@@ -193,16 +196,22 @@ def fields_of(schema: dict[str, Any]) -> dict[str, FieldInfo]:
         for name, part in section["properties"].items():
             options = [resolve(option) for option in part.get("anyOf", [part])]
             inner = [(option, ".") for option in options if "properties" in option]
-            inner += [(resolve(o["items"]), "[].") for o in options if "items" in o and "properties" in resolve(o["items"])]
+            items = [resolve(option["items"]) for option in options if "items" in option]
+            inner += [(item, "[].") for item in items if "properties" in item]
             is_section = bool(inner) and inner[0][1] == "."
             default = _value_words(part["default"]) if "default" in part else "required"
             help = part.get("description") or options[0].get("description", "").rstrip(".")
-            result[prefix + name] = FieldInfo(" or ".join(map(_type_words, options)), default, help, is_section)
+            result[prefix + name] = FieldInfo(_either(map(_type_words, options)), default, help, is_section)
             for option, joint in inner:
                 walk(option, prefix + name + joint)
 
     walk(schema, "")
     return result
+
+
+def _either(types: Iterable[str]) -> str:
+    *most, last = types
+    return f"{', '.join(most)}{', or ' if ',' in ''.join(most) else ' or '}{last}" if most else last
 
 
 def _value_words(value: object) -> str:

@@ -129,14 +129,13 @@ def run_rows(
                 logits_RV, reference_RV, head, target_N[start:stop], valid_N[start:stop], part,
                 None if ppo is None else ppo.slice(start, stop), want_grad,
             )
-            del logits_RV, reference_RV
-            if want_grad:
-                unit_RD = times_weight(dz_RV, head.weight_VD)
-                if gain_N is not None:
-                    scale_R = scale_R * gain_N[start:stop] / head.temperature
-                elif ppo is not None:
-                    scale_R = scale_R / head.temperature
-                torch.mul(unit_RD, scale_R[:, None], out=part.grad_ND)
+            if not want_grad:
+                continue
+            if keep_unit:
+                times_weight(dz_RV, head.weight_VD, out_RD=part.grad_ND)
+            else:
+                gain_R = gain_N[start:stop] if ppo is None else scale_R
+                torch.mul(times_weight(dz_RV, head.weight_VD), (gain_R / head.temperature)[:, None], out=part.grad_ND)
     return out
 
 
@@ -154,15 +153,17 @@ def head_logits(hidden_RD: Tensor, weight_VD: Tensor) -> Tensor:
     return logits_RV
 
 
-def times_weight(dz_RV: Tensor, weight_VD: Tensor) -> Tensor:
+def times_weight(dz_RV: Tensor, weight_VD: Tensor, out_RD: Tensor | None = None) -> Tensor:
     """dz W, accumulated and returned in float32 (float64 for float64)."""
-    if dz_RV.dtype == weight_VD.dtype and dz_RV.dtype in (torch.float32, torch.float64):
-        return dz_RV @ weight_VD
+    if out_RD is None:
+        out_RD = torch.empty(dz_RV.shape[0], weight_VD.shape[1], dtype=torch.promote_types(dz_RV.dtype, torch.float32), device=dz_RV.device)
+    if weight_VD.dtype in (torch.float32, torch.float64):
+        return torch.mm(dz_RV, weight_VD, out=out_RD)
     if dz_RV.is_cuda:
         # fp16 ends at 6e-8, the probabilities of a large vocabulary do not: use its upper half
         unit = FP16_UNIT if weight_VD.dtype == torch.float16 else 1.0
-        return torch.mm((dz_RV * unit).to(weight_VD.dtype), weight_VD, out_dtype=torch.float32) / unit
-    out_RD = dz_RV.new_zeros(dz_RV.shape[0], weight_VD.shape[1])
+        return torch.mm((dz_RV * unit).to(weight_VD.dtype), weight_VD, out_dtype=torch.float32, out=out_RD).div_(unit)
+    out_RD.zero_()
     for block in upcast_blocks(weight_VD):
         out_RD.addmm_(dz_RV[:, block], weight_VD[block].float())
     return out_RD
@@ -179,38 +180,52 @@ def row_pass_torch(
     s_RV: Tensor, s_ref_RV: Tensor | None, head: Head, target_R: Tensor, valid_R: Tensor, out: Rows, ppo: PpoInputs | None,
     want_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Fills `out` for one chunk of logits (which it overwrites) and returns dz/G and G, or None without `want_grad`."""
+    """Fills `out` for one chunk of logits and returns dz/G and G (None: it is 1), or (None, None) without `want_grad`.
+
+    The logits are consumed. Passes work in place: on a CPU a fresh buffer costs more in page faults than the arithmetic.
+    """
     y_R1 = target_R[:, None]
     z_RV, chain_RV = bend_logits(s_RV, head, want_chain=want_grad)
-    highest_R = z_RV.amax(1)
-    logp_RV = z_RV.log_softmax(1)
-    del s_RV, z_RV
-    p_RV = logp_RV.exp()
-    out.logp_N.copy_(logp_RV.gather(1, y_R1)[:, 0].where(valid_R, 0.0))
-    out.lse_N.copy_((highest_R - logp_RV.amax(1)).where(valid_R, 0.0))
-    out.entropy_N.copy_((-torch.linalg.vecdot(p_RV, logp_RV)).where(valid_R, 0.0))
+    top_R, exp_RV, sum_R, log_sum_R = centre(z_RV)
+    out.logp_N.copy_((z_RV.gather(1, y_R1)[:, 0] - log_sum_R).where(valid_R, 0.0))
+    out.lse_N.copy_((top_R + log_sum_R).where(valid_R, 0.0))
     if s_ref_RV is not None:
-        logr_RV = bend_logits(s_ref_RV, head, want_chain=False)[0].log_softmax(1)
-        out.kl_N.copy_(torch.linalg.vecdot(p_RV, logp_RV - logr_RV).where(valid_R, 0.0))
+        gap_RV, _ = bend_logits(s_ref_RV, head, want_chain=False)
+        _, _, _, ref_log_sum_R = centre(gap_RV)
+        torch.sub(z_RV, gap_RV, out=gap_RV)
+        mean_gap_R = (gap_RV.mul_(exp_RV) if ppo is None else gap_RV * exp_RV).sum(1) / sum_R
+        out.kl_N.copy_((mean_gap_R + ref_log_sum_R - log_sum_R).where(valid_R, 0.0))
+    mean_z_R = (z_RV.mul_(exp_RV) if ppo is None else z_RV * exp_RV).sum(1) / sum_R
+    out.entropy_N.copy_((log_sum_R - mean_z_R).where(valid_R, 0.0))
     if not want_grad:
         return None, None
     if ppo is None:
-        scale_R = valid_R.to(p_RV.dtype)
-        dz_RV = p_RV.neg_().scatter_add_(1, y_R1, torch.ones_like(p_RV[:, :1]))
+        bound_R, g_R = None, valid_R.to(exp_RV.dtype)
+        dz_RV = exp_RV.mul_((-g_R / sum_R)[:, None])
     else:
         g_R, h_R, k_R = ppo.upstream(out.logp_N)
-        scale_R = bound_of_dz(g_R, h_R, k_R, out.entropy_N, out.kl_N)
-        g_R, h_R, k_R = g_R / scale_R, h_R / scale_R, k_R / scale_R
-        mean_R = h_R * out.entropy_N if out.kl_N is None else h_R * out.entropy_N + k_R * out.kl_N
-        dz_RV = logp_RV.mul_((k_R - h_R)[:, None])
+        bound_R = bound_of_dz(g_R, h_R, k_R, out.entropy_N, out.kl_N)
+        g_R, h_R, k_R = g_R / bound_R, h_R / bound_R, k_R / bound_R
+        dz_RV = z_RV.mul_(-h_R[:, None])  # log p_j + H is z_j - mean z, log p_j - log r_j - KL is gap_j - mean gap
+        constant_R = h_R * mean_z_R - g_R
         if s_ref_RV is not None:
-            dz_RV.addcmul_(logr_RV, k_R[:, None], value=-1)
-        dz_RV.sub_((g_R + mean_R)[:, None]).mul_(p_RV).scatter_add_(1, y_R1, g_R[:, None])
-        scale_R = scale_R * valid_R
+            dz_RV.addcmul_(gap_RV, k_R[:, None])
+            constant_R -= k_R * mean_gap_R
+        dz_RV.add_(constant_R[:, None]).mul_(exp_RV.div_(sum_R[:, None]))
+    dz_RV.scatter_add_(1, y_R1, g_R[:, None])
     if chain_RV is not None:
         out.chain_N.copy_(chain_RV.gather(1, y_R1)[:, 0])
         dz_RV *= chain_RV
-    return dz_RV, scale_R
+    return dz_RV, bound_R
+
+
+def centre(z_RV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Subtracts each row's maximum in place, so that nothing cancels at logits of 1e4; returns (maximum, exp, sum, log sum)."""
+    top_R = z_RV.amax(1)
+    z_RV -= top_R[:, None]
+    exp_RV = z_RV.exp()
+    sum_R = exp_RV.sum(1)
+    return top_R, exp_RV, sum_R, sum_R.log()
 
 
 def bend_logits(s_RV: Tensor, head: Head, want_chain: bool) -> tuple[Tensor, Tensor | None]:

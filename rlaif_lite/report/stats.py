@@ -56,16 +56,23 @@ def _f1(sums_RK: NDArray[np.float64]) -> NDArray[np.float64]:
     return 2 * precision_R * recall_R / np.where(below_R == 0, 1.0, below_R)
 
 
+def _score(sums_RK: NDArray[np.float64]) -> NDArray[np.float64]:
+    return RATIOS["right"](sums_RK) - RATIOS["wrong"](sums_RK)
+
+
 RATIOS: dict[str, Metric] = {
     "precision": _share("correct", "correct", "wrong"),
     "recall": _share("correct", "total"),
     "f1": _f1,
     "hallucination": _share("hallucinated", "mentions"),
     "malformed": _share("malformed", "answers"),
+    "right": _share("correct", "answers"),
+    "wrong": _share("wrong", "answers"),
+    "score": _score,
     "length": _share("length", "answers"),
     "stop_rate": _share("stopped", "answers"),
 }
-NEEDS_TRUTH = ("precision", "recall", "f1", "hallucination", "malformed")
+NEEDS_TRUTH = ("precision", "recall", "f1", "hallucination", "malformed", "right", "wrong", "score")
 
 
 def paired_bootstrap(

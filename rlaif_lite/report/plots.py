@@ -1,0 +1,95 @@
+"""Small, calm plots as inline SVG: curves over steps and the calibration of the reward model. Pure functions to text."""
+
+import io
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+INK, MUTED, GRID = "#1d2129", "#6b7280", "#e7e5df"
+COLOURS = ("#0f766e", "#b08968", "#7c8a9e")  # the thing itself, then what is shown beside it
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "rlaif-lite", "font.family": "sans-serif", "font.size": 9}
+
+
+def curve(series: dict[str, tuple[Sequence[float], Sequence[float]]], zero: bool = False) -> str:
+    """Lines over steps, {label: (steps, values)}, the last value written at each end; labelled when there are several.
+
+    Many steps are drawn pale, with a moving average over a twentieth of them on top. `zero` keeps 0 in view.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(3.5, 2.0)
+        for colour, (label, (steps, values)) in zip(COLOURS, series.items(), strict=False):
+            smooth = _moving_average(np.asarray(values, dtype=float), max(1, len(values) // 20))
+            if len(values) >= 40:
+                axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+            axes.plot(steps, smooth, color=colour, linewidth=1.8, solid_capstyle="round", label=label)
+            axes.plot(steps[-1:], smooth[-1:], "o", color=colour, markersize=4)
+            axes.annotate(
+                _short(smooth[-1]), (steps[-1], smooth[-1]), xytext=(7, 0), textcoords="offset points", va="center", color=colour
+            )
+        axes.margins(x=0.02, y=0.12)
+        if zero:
+            axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        if len(series) > 1:
+            axes.legend(frameon=False, fontsize=8, labelcolor=MUTED, handlelength=1.2, loc="best", borderaxespad=0)
+        return _svg(figure)
+
+
+def calibration(bins: Sequence[dict]) -> str:
+    """P(chosen wins) as predicted against the share in which it did, dots sized by how many pairs they stand for."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(3.5, 3.0)
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
+        predicted, observed = [b["predicted"] for b in bins], [b["observed"] for b in bins]
+        largest = max(b["count"] for b in bins)
+        axes.plot(predicted, observed, color=COLOURS[0], linewidth=1, alpha=0.5)
+        axes.scatter(predicted, observed, s=[12 + 90 * b["count"] / largest for b in bins], color=COLOURS[0], zorder=3)
+        low = min(0.5, *predicted, *observed) - 0.05
+        axes.set_xlim(low, 1.03)
+        axes.set_ylim(low, 1.05)
+        axes.set_xlabel("predicted", color=MUTED, fontsize=8)
+        axes.set_ylabel("observed", color=MUTED, fontsize=8)
+        return _svg(figure)
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height))
+    FigureCanvasSVG(figure)
+    axes = figure.add_axes((0.13, 0.14, 0.73, 0.8))
+    axes.patch.set_alpha(0)
+    figure.patch.set_alpha(0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color("#c9c6bd")
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, colors=MUTED, labelsize=8)
+    return figure, axes
+
+
+def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
+    "Centred; at the ends, the mean of what is there."
+    kernel = np.ones(window)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+
+
+def _short(value: float) -> str:
+    text = f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return text.replace("-", "−")
+
+
+def _svg(figure: Figure) -> str:
+    "The <svg> element alone, as wide as its place, with neither a date nor a fixed size."
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    width, height = (72 * size for size in figure.get_size_inches())
+    body = text[text.index(">", text.index("<svg")) + 1 :]
+    links = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {links} viewBox="0 0 {width:g} {height:g}" role="img">{body}'

@@ -1,0 +1,176 @@
+"""Did RLAIF help? A headline and a few sentences, made from the numbers and as ready to say no as yes.
+
+A change counts only when its 95 % interval (paired bootstrap over videos) excludes zero. In this order:
+
+    hacked      the truth fell while the reward rose
+    harmed      the truth fell
+    traded      fewer hallucinations, but a lower F1
+    helped      fewer hallucinations or a higher F1 in greedy answers
+    sharper     only sampled answers improved: a lower temperature does that without any alignment
+    unclear     no change that the intervals support
+    no_truth    the data does not say what is true
+    unfinished  nothing was evaluated
+
+"The truth fell": right minus wrong facts per answer fell, or hallucination rose without a better F1.
+"""
+
+from typing import Any, NamedTuple
+
+from rlaif_lite.report.folder import Change, Run, changes
+
+Changes = dict[str, Change]
+
+
+class Verdict(NamedTuple):
+    kind: str
+    headline: str
+    sentences: list[str]
+    cautions: list[str]
+
+
+def judge_run(run: Run) -> Verdict:
+    """The verdict on PPO against SFT."""
+    greedy, sample = (changes(run.rows, "sft", mode) for mode in ("greedy", "sample"))
+    if not greedy and not sample:
+        done = [name for name, stage in run.summary.get("stages", {}).items() if stage["status"] in ("done", "skipped")]
+        so_far = f"Stages finished: {', '.join(done)}." if done else "No stage has finished."
+        return Verdict("unfinished", "Not evaluated yet", [so_far, *_training(run)], cautions(run))
+    kind = classify(greedy, sample, _reward_rose(run.summary))
+    sentences = [*_effect("Greedy answers", greedy), *_effect("Sampled answers", sample), *_temperature(run, sample)]
+    return Verdict(kind, _headline(kind, greedy or sample), [*sentences, *_training(run)], cautions(run))
+
+
+def classify(greedy: Changes, sample: Changes, reward_rose: bool | None) -> str:
+    """The kind of verdict (see the top of this file) of changes that were evaluated."""
+    known = [one for one in (greedy, sample) if "f1" in one]
+    if not known:
+        return "no_truth"
+    if any(_fell(one, "score") or (_rose(one, "hallucination") and not _rose(one, "f1")) for one in known):
+        return "hacked" if reward_rose else "harmed"
+    first = known[0]
+    if _fell(first, "hallucination"):
+        return "traded" if _fell(first, "f1") else "helped"
+    if _rose(first, "f1"):
+        return "helped"
+    if len(known) == 2 and (_fell(sample, "hallucination") or _rose(sample, "f1")):
+        return "sharper"
+    return "unclear"
+
+
+def cautions(run: Run) -> list[str]:
+    """What a careful reader should know before quoting a number from this run."""
+    summary, found = run.summary, []
+    ppo, reward, preference = (summary.get(name, {}) for name in ("ppo", "reward", "preference"))
+    if ppo.get("kl_start", 0.0) != 0.0:
+        found.append(f"PPO began at a KL of {ppo['kl_start']:.3g}, not 0: policy and reference were not the same model.")
+    if ppo.get("kl_end", 0.0) > 10.0:
+        found.append(f"The policy is {ppo['kl_end']:.1f} nats per answer away from the reference, which is far.")
+    accuracy = reward.get("heldout_accuracy_truth", reward.get("heldout_accuracy"))
+    if accuracy is not None and accuracy < 0.65:
+        found.append(f"The reward model decides only {percent(accuracy)} of held-out pairs rightly (chance: 50 %).")
+    agreement = preference.get("judge_agreement_with_truth")
+    if agreement is not None and agreement < 0.7:
+        found.append(f"The judge agrees with the truth on only {percent(agreement)} of pairs.")
+    for mode in ("greedy", "sample"):
+        malformed = summary.get("evaluation", {}).get("ppo", {}).get(f"{mode}_malformed", 0.0)
+        if malformed > 0.02:
+            found.append(f"{percent(malformed)} of PPO's {_adjective(mode)} answers hold a malformed sentence.")
+    missing = summary.get("features", {}).get("missing", 0)
+    if missing:
+        found.append(f"{missing} videos were missing or unreadable and left out.")
+    items = max((c.items for mode in ("greedy", "sample") for c in changes(run.rows, "sft", mode, n=1).values()), default=0)
+    if 0 < items < 100:
+        found.append(f"Only {items} videos were evaluated; the intervals are wide and rough.")
+    return found
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def number(value: float, digits: int = 2) -> str:
+    "With a true minus sign, and no sign on what rounds to zero."
+    text = f"{value:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def signed(value: float, digits: int = 1) -> str:
+    text = number(value, digits)
+    return text if text.startswith("−") or float(text) == 0 else f"+{text}"
+
+
+def _headline(kind: str, first: Changes) -> str:
+    if kind in ("helped", "traded") and _fell(first, "hallucination"):
+        was, now = percent(first["hallucination"].before), percent(first["hallucination"].after)
+        fall = f"hallucination fell from {was} to {now}"
+        return f"RLAIF helped: {fall}" if kind == "helped" else f"A trade: {fall}, but F1 fell too"
+    return {
+        "hacked": "Reward hacking: the reward rose while the answers got worse",
+        "harmed": "RLAIF made the answers worse",
+        "helped": "RLAIF helped: more of what the answers say is right",
+        "sharper": "Sampled answers improved, greedy ones did not: this looks like sharper sampling, not alignment",
+        "unclear": "No effect that the intervals support",
+        "no_truth": "Whether the answers got better, this data cannot say",
+    }[kind]
+
+
+def _effect(what: str, found: Changes) -> list[str]:
+    if not found:
+        return []
+    items = next(iter(found.values())).items
+    if "f1" not in found:
+        length = found["length"]
+        return [f"{what} to {items} held-out videos went from {length.before:.1f} to {length.after:.1f} tokens; no truth is known."]
+    shares = [("hallucination", "hallucination"), ("F1", "f1"), ("recall", "recall")]
+    parts = [
+        f"{label} {percent(found[name].before)} → {percent(found[name].after)} "
+        f"({signed(100 * found[name].interval.delta)} points, 95 % interval "
+        f"{signed(100 * found[name].interval.low)} to {signed(100 * found[name].interval.high)})"
+        for label, name in shares
+    ]
+    return [f"{what} to {items} held-out videos: {', '.join(parts)}."]
+
+
+def _temperature(run: Run, sample: Changes) -> list[str]:
+    "Sharpening alone lowers hallucination too; say whether it explains what PPO's sampled answers gained."
+    cooler = {
+        role.removeprefix("sft@"): metrics["sample_hallucination"]
+        for role, metrics in run.summary.get("evaluation", {}).items()
+        if role.startswith("sft@") and "sample_hallucination" in metrics
+    }
+    if not cooler or not _fell(sample, "hallucination"):
+        return []
+    best = min(cooler, key=lambda temperature: cooler[temperature])
+    reached, ppo = cooler[best], sample["hallucination"].after
+    if ppo < reached:
+        return [f"Sharper sampling does not explain it: SFT at temperature {best} still hallucinates {percent(reached)}, PPO {percent(ppo)}."]
+    return [f"Sharper sampling explains the gain of sampled answers: SFT at temperature {best} gets down to {percent(reached)} by itself."]
+
+
+def _training(run: Run) -> list[str]:
+    ppo: dict[str, Any] = run.summary.get("ppo", {})
+    if "reward_start" not in ppo:
+        return []
+    start, end = ppo["reward_start"], ppo["reward_end"]
+    moved = "rose" if end > start else "fell" if end < start else "stayed"
+    text = f"Over PPO the reward model's score {moved} from {number(start)} to {number(end)}"
+    if "oracle_start" in ppo:
+        text += f" and the true score of the rollouts went from {number(ppo['oracle_start'])} to {number(ppo['oracle_end'])}"
+    return [f"{text}; the policy ended {number(ppo['kl_end'])} nats per answer away from the reference."]
+
+
+def _reward_rose(summary: dict) -> bool | None:
+    ppo = summary.get("ppo", {})
+    return ppo["reward_end"] > ppo["reward_start"] if "reward_end" in ppo else None
+
+
+def _fell(found: Changes, name: str) -> bool:
+    return name in found and found[name].interval.high < 0
+
+
+def _rose(found: Changes, name: str) -> bool:
+    return name in found and found[name].interval.low > 0
+
+
+def _adjective(mode: str) -> str:
+    return {"greedy": "greedy", "sample": "sampled"}[mode]

@@ -1,0 +1,1 @@
+"""Records, the readers of the formats people have, and the synthetic world."""

@@ -1,0 +1,170 @@
+"""The synthetic world: small mp4 videos whose facts are known, and the data files of a whole RLAIF run over them.
+
+A video is 24 frames of 64 x 64 pixels at 8 frames per second. Three events follow each other, 8 frames each: a coloured shape that moves or
+changes size. In half of the videos a small star stands in a corner all the time. Pixel noise, jitter and frames in which the object is hidden
+make it hard: a policy that sees 2 frames of each event misses things that a clip caption (6 frames of it) does not.
+
+Video `index` of `split` in world `seed` is a pure function of the three: splits never share a video, and a smaller world is a subset of a
+larger one. This world has no counterpart in the paper; it exists so that every stage can be run and measured against the truth in minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+
+from rlaif_lite.data.world_text import (
+    COLOURS,
+    MOTIONS,
+    ORDINALS,
+    SHAPES,
+    Facts,
+    Noise,
+    Truth,
+    answer_yes_no,
+    caption,
+    claim,
+    corrupt,
+    describe,
+    narrative,
+    pair,
+    question,
+    sampled,
+    score,
+    star_question,
+    truth,
+    verdicts,
+)
+
+__all__ = [
+    "EVENTS",
+    "Facts",
+    "Noise",
+    "Truth",
+    "WorldConfig",
+    "WorldSplits",
+    "corrupt",
+    "describe",
+    "facts_of",
+    "render",
+    "score",
+    "truth",
+    "write_video",
+    "write_world",
+]
+
+EVENTS = len(ORDINALS)
+RGB = {
+    "red": (220, 40, 40),
+    "green": (40, 190, 60),
+    "blue": (50, 70, 230),
+    "yellow": (225, 215, 50),
+    "purple": (160, 50, 190),
+    "white": (235, 235, 235),
+}
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """What videos look like. The embedded base was pretrained on the defaults."""
+
+    size: int = 64  # pixels, width and height
+    frames_per_event: int = 8
+    fps: int = 8
+    noise: float = 22.0  # standard deviation of the pixel noise, of 255
+    jitter: float = 1.0  # standard deviation of the object's place, pixels
+    dropout: float = 0.33  # chance that the object is hidden in a frame
+    star: float = 0.5  # chance of a corner star
+    crf: int = 20  # libx264 quality
+
+
+@dataclass(frozen=True)
+class WorldSplits:
+    """Videos per split."""
+
+    sft: int = 600
+    preference: int = 800
+    rl: int = 800
+    test: int = 300
+
+
+class FrameTruth(tuple):
+    """(visible, x, y, radius) of the object in one frame, in pixels; only the vision tower's pretraining reads it."""
+
+
+def facts_of(world_seed: int, split: str, index: int, config: WorldConfig = WorldConfig()) -> Facts:
+    """The facts of one video."""
+    rng = random.Random(f"facts/{world_seed}/{split}/{index}")
+    events = [[rng.choice(COLOURS), rng.choice(SHAPES), rng.choice(MOTIONS)] for _ in range(EVENTS)]
+    return {"events": events, "star": rng.choice(COLOURS) if rng.random() < config.star else None}
+
+
+def _shape(name: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """Mask of a shape; x and y are pixel offsets from its centre (F,H,W), r its radius (F,1,1)."""
+    if name == "circle":
+        return x * x + y * y <= r * r
+    if name == "square":
+        return (abs(x) <= r * 0.88) & (abs(y) <= r * 0.88)
+    if name == "triangle":
+        return (y <= r * 0.8) & (y >= -r) & (abs(x) <= (y + r) * 0.6)
+    if name == "cross":
+        return ((abs(x) <= r * 0.33) & (abs(y) <= r)) | ((abs(y) <= r * 0.33) & (abs(x) <= r))
+    return np.hypot(x, y) <= r * (0.62 + 0.38 * np.cos(5 * np.arctan2(y, x)))  # star
+
+
+def render(facts: Facts, rng: np.random.Generator, config: WorldConfig = WorldConfig()) -> tuple[np.ndarray, np.ndarray]:
+    """Draws a video: frames (F,H,W,3) uint8, and (F,4) float32 of visible, x, y, radius (pixels) of the object in every frame."""
+    size, per = config.size, config.frames_per_event
+    rows, columns = np.mgrid[0:size, 0:size].astype(np.float32)
+    frames = np.empty((EVENTS * per, size, size, 3), np.float32)
+    frames[:] = rng.uniform(55, 75, (EVENTS * per, 1, 1, 1))
+    if facts["star"]:
+        corner = np.array([8, size - 8])[rng.integers(0, 2, 2)]
+        frames[:, _shape("star", columns - corner[0], rows - corner[1], np.float32(7.5))] = RGB[facts["star"]]
+    along = np.linspace(-0.5, 0.5, per)
+    placed = []
+    for number, (colour, shape, motion) in enumerate(facts["events"]):
+        (x0, y0), radius, distance = rng.uniform(26, 38, 2) * size / 64, rng.uniform(8.5, 11), rng.uniform(20, 28)
+        step = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}.get(motion, (0, 0))
+        x = x0 + step[0] * distance * along + rng.normal(0, config.jitter, per)
+        y = y0 + step[1] * distance * along + rng.normal(0, config.jitter, per)
+        r = radius * (1 + {"grows": 0.9, "shrinks": -0.9}.get(motion, 0.0) * along)
+        visible = rng.random(per) >= config.dropout
+        place = lambda values: values[:, None, None].astype(np.float32)  # noqa: E731
+        mask = _shape(shape, columns - place(x), rows - place(y), place(r)) & visible[:, None, None]
+        bright = np.array(RGB[colour], np.float32) * rng.uniform(0.85, 1.08, (per, 1))
+        event = frames[number * per : (number + 1) * per]
+        event[:] = np.where(mask[..., None], bright[:, None, None], event)
+        placed.append(np.stack([visible, x, y, r], 1))
+    frames += rng.standard_normal(frames.shape, np.float32) * config.noise
+    return frames.clip(0, 255).astype(np.uint8), np.concatenate(placed).astype(np.float32)
+
+
+def pixels_rng(world_seed: int, split: str, index: int) -> np.random.Generator:
+    """The generator of everything in a video that is not a fact: places, brightness, noise, hidden frames."""
+    return np.random.default_rng(random.Random(f"pixels/{world_seed}/{split}/{index}").getrandbits(128))
+
+
+def encode(path: str | Path, frames: np.ndarray, config: WorldConfig = WorldConfig()) -> None:
+    """Writes frames (F,H,W,3) uint8 as H.264 mp4; one thread, so that the same frames give the same bytes."""
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=config.fps, options={"crf": str(config.crf), "preset": "ultrafast", "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_video(path: str | Path, world_seed: int, split: str, index: int, config: WorldConfig = WorldConfig()) -> np.ndarray:
+    """Renders and encodes one video of the world; returns what `render` says of its frames, (F,4)."""
+    frames, placed = render(facts_of(world_seed, split, index, config), pixels_rng(world_seed, split, index), config)
+    encode(path, frames, config)
+    return placed

@@ -1,0 +1,222 @@
+"""The language of the synthetic world: how facts become text, how text is checked against facts, and the judge's task formats.
+
+A fact sheet is plain JSON, `{"events": [[colour, shape, motion], x3], "star": colour or None}`. Every string here is lower-case words split
+by single spaces (the embedded tokenizer is word-level). The grammar is the contract between the world, the embedded base and the recipes:
+
+    description   first a red circle left . then a blue square up . finally a green cross grows . also a yellow star .
+    clip caption  a red circle left and a yellow star .
+    narrative     first a red circle left and a yellow star . then ... . finally ... .        (three clip captions, joined)
+"""
+
+from __future__ import annotations
+
+import random
+from typing import NamedTuple, TypedDict
+
+COLOURS = ("red", "green", "blue", "yellow", "purple", "white")
+SHAPES = ("circle", "square", "triangle", "cross")
+MOTIONS = ("left", "right", "up", "down", "grows", "shrinks")
+KINDS = {"colour": COLOURS, "shape": SHAPES, "motion": MOTIONS}
+ORDINALS = ("first", "then", "finally")
+MALFORMED_COST = 3  # a malformed sentence counts as three wrong facts: what a whole wrong event costs
+
+# What a wrong label says most often: the language prior that SFT picks up and RLAIF has to unlearn.
+PRIOR = {"colour": "red", "shape": "circle", "motion": "left", "star": "yellow"}
+
+
+class Facts(TypedDict):
+    """What is true of one video."""
+
+    events: list[list[str]]  # three [colour, shape, motion], in order of time
+    star: str | None  # colour of the static corner star; None = there is none
+
+
+class Noise(NamedTuple):
+    """How a description is corrupted. The defaults are the noisy SFT labels of the demo."""
+
+    attribute: float = 0.2  # chance that a colour, shape or motion is replaced
+    prior: float = 0.7  # share of replacements that say the language prior instead of a uniform draw
+    false_star: float = 0.55  # chance that a video without a star is said to have one
+    omit_star: float = 0.3  # chance that a true star is left out
+
+
+CLEAN = Noise(0.0, 0.0, 0.0, 0.0)
+
+
+class Truth(NamedTuple):
+    """One text held against the facts of its video."""
+
+    correct: int  # attributes (and the star) said rightly
+    wrong: int  # said wrongly, plus MALFORMED_COST for each malformed sentence
+    total: int  # facts there are to say: 9, or 10 with a star
+    mentions: int  # objects mentioned: well-formed event and star sentences
+    hallucinated: int  # of these, objects (colour and shape) that are nowhere in the video
+    malformed: int  # sentences that are not of the grammar, or repeat an ordinal
+
+
+def describe(facts: Facts) -> str:
+    """The full description of a video."""
+    sentences = [f"{ordinal} a {' '.join(event)} ." for ordinal, event in zip(ORDINALS, facts["events"])]
+    if facts["star"]:
+        sentences.append(f"also a {facts['star']} star .")
+    return " ".join(sentences)
+
+
+def caption(facts: Facts, clip: int) -> str:
+    """What clip number `clip` (0, 1, 2) shows."""
+    star = f" and a {facts['star']} star" if facts["star"] else ""
+    return f"a {' '.join(facts['events'][clip])}{star} ."
+
+
+def corrupt(facts: Facts, rng: random.Random, noise: Noise = Noise()) -> Facts:
+    """Facts as a careless annotator would have them. A replacement may by chance be the truth again."""
+
+    def replace(kind: str, value: str) -> str:
+        if rng.random() >= noise.attribute:
+            return value
+        return PRIOR[kind] if rng.random() < noise.prior else rng.choice(KINDS[kind])
+
+    def invent() -> str:
+        return PRIOR["star"] if rng.random() < noise.prior else rng.choice(COLOURS)
+
+    events = [[replace(kind, value) for kind, value in zip(KINDS, event)] for event in facts["events"]]
+    star = facts["star"]
+    if star is None:
+        star = invent() if rng.random() < noise.false_star else None
+    elif rng.random() < noise.omit_star:
+        star = None
+    elif rng.random() < noise.attribute:
+        star = invent()
+    return {"events": events, "star": star}
+
+
+def narrative(facts: Facts, rng: random.Random, error: float = 0.02) -> str:
+    """Three clip captions joined as the context stage joins them; every attribute and star mention is wrong with chance `error`."""
+    noise = Noise(error, 0.3, error, error)
+    return " ".join(f"{ordinal} {caption(corrupt(facts, rng, noise), clip)}" for clip, ordinal in enumerate(ORDINALS))
+
+
+def sentences_of(text: str) -> list[list[str]]:
+    """The words of each sentence, without the full stop; a last sentence without one counts like any other."""
+    parts: list[list[str]] = [[]]
+    for word in text.split():
+        if word == ".":
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    return [part for part in parts if part]
+
+
+def _is_event(words: list[str]) -> bool:
+    return (
+        len(words) == 5 and words[0] in ORDINALS and words[1] == "a" and all(w in pool for w, pool in zip(words[2:], KINDS.values()))
+    )
+
+
+def _is_star(words: list[str]) -> bool:
+    return len(words) == 4 and words[:2] == ["also", "a"] and words[2] in COLOURS and words[3] == "star"
+
+
+def truth(text: str, facts: Facts) -> Truth:
+    """Holds a description against the facts. A second star sentence is wrong even when its colour is right."""
+    correct = wrong = mentions = hallucinated = malformed = 0
+    objects = {(colour, shape) for colour, shape, _ in facts["events"]}
+    said: set[str] = set()
+    for words in sentences_of(text):
+        if _is_event(words) and words[0] not in said:
+            said.add(words[0])
+            right = sum(a == b for a, b in zip(words[2:], facts["events"][ORDINALS.index(words[0])]))
+            correct, wrong, mentions = correct + right, wrong + 3 - right, mentions + 1
+            hallucinated += (words[2], words[3]) not in objects
+        elif _is_star(words):
+            right = words[2] == facts["star"] and "also" not in said
+            said.add("also")
+            correct, wrong, mentions = correct + right, wrong + (not right), mentions + 1
+            hallucinated += words[2] != facts["star"]
+        else:
+            malformed += 1
+            wrong += MALFORMED_COST
+    return Truth(correct, wrong, 9 + (facts["star"] is not None), mentions, hallucinated, malformed)
+
+
+def score(text: str, facts: Facts) -> int:
+    """Right minus wrong: what judges are measured against."""
+    result = truth(text, facts)
+    return result.correct - result.wrong
+
+
+def verdicts(text: str, facts: Facts) -> list[str]:
+    """One label per word of a description: "yes" or "no" at every attribute word (colour, shape, motion, colour of the star), else "-".
+
+    Their sum (yes +1, no -1) is `score(text, facts)` for every well-formed text.
+    """
+    labels: list[str] = []
+    sentence: list[str] = []
+    said: set[str] = set()
+    for word in text.split():
+        if word != ".":
+            sentence.append(word)
+            continue
+        labels += _sentence_verdicts(sentence, facts, said) + ["-"]
+        sentence = []
+    return labels + _sentence_verdicts(sentence, facts, said)
+
+
+def _sentence_verdicts(words: list[str], facts: Facts, said: set[str]) -> list[str]:
+    labels = ["-"] * len(words)
+    if _is_event(words) and words[0] not in said:
+        event = facts["events"][ORDINALS.index(words[0])]
+        labels[2:] = ["yes" if a == b else "no" for a, b in zip(words[2:], event)]
+        said.add(words[0])
+    elif _is_star(words):
+        labels[2] = "yes" if words[2] == facts["star"] and "also" not in said else "no"
+        said.add("also")
+    return labels
+
+
+def question(facts: Facts, rng: random.Random) -> tuple[str, str]:
+    """A short question about one event, and its answer."""
+    kind, event = rng.randrange(3), rng.randrange(3)
+    return f"what is the {list(KINDS)[kind]} {ORDINALS[event]} ?", f"{facts['events'][event][kind]} ."
+
+
+def star_question(facts: Facts) -> tuple[str, str]:
+    """The question about the star; "no ." when there is none."""
+    return "what is the colour star ?", f"{facts['star'] or 'no'} ."
+
+
+def claim(facts: Facts, rng: random.Random) -> tuple[str, bool]:
+    """A claim to verify and whether it is true: a sentence (40 %), an attribute (40 %) or a star (20 %); true in half of the cases."""
+    form = rng.random()
+    if form < 0.2:
+        colour = facts["star"] if facts["star"] and rng.random() < 0.65 else rng.choice(COLOURS)
+        return f"claim : also a {colour} star ?", colour == facts["star"]
+    position, kind = rng.randrange(3), rng.randrange(3)
+    event = list(facts["events"][position])
+    if rng.random() < 0.5:
+        pool = list(KINDS.values())[kind]
+        # a value of another event is the tempting mistake: it is in the video, at another time
+        others = [e[kind] for e in facts["events"] if e[kind] != event[kind]]
+        wrong = others if others and rng.random() < 0.3 else [v for v in pool if v != event[kind]]
+        event[kind] = rng.choice(wrong)
+    words = f"a {' '.join(event)}" if form < 0.6 else event[kind]
+    return f"claim : {ORDINALS[position]} {words} ?", event == facts["events"][position]
+
+
+def answer_yes_no(is_true: bool) -> str:
+    return "yes ." if is_true else "no ."
+
+
+def sampled(facts: Facts, rng: random.Random) -> str:
+    """A description as an SFT model would sample it: corrupted, mostly towards the language prior."""
+    noise = Noise(rng.choice((0.15, 0.2, 0.25, 0.3)), 0.7 if rng.random() < 0.7 else 0.0, 0.5, 0.3)
+    return describe(corrupt(facts, rng, noise))
+
+
+def pair(facts: Facts, rng: random.Random, ties: float = 0.3) -> tuple[str, str, int]:
+    """Two different descriptions of one video and the margin score(a) - score(b); a tied pair is kept with chance `ties`."""
+    while True:
+        a, b = sampled(facts, rng), sampled(facts, rng)
+        margin = score(a, facts) - score(b, facts)
+        if a != b and (margin != 0 or rng.random() < ties):
+            return a, b, margin

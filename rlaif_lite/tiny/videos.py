@@ -1,0 +1,70 @@
+"""Videos for the pretraining of the embedded base: made, encoded to mp4 and read back as any other video, then kept as 32 x 32 frames.
+
+They come from a world seed that no recipe uses. Training and held-out videos are different indices of it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from rlaif_lite.data.world import WorldConfig, facts_of, write_video
+from rlaif_lite.data.world_text import COLOURS, SHAPES, Facts
+from rlaif_lite.tiny.architecture import FRAME_SIZE
+
+WORLD_SEED = 1_000_003
+FRAMES = 24
+HIDDEN = 6  # the class "no object" of colour; SHAPES has its own at 4
+
+
+class VideoSet(NamedTuple):
+    """Decoded videos with what is true of them."""
+
+    frames_NFHWC: np.ndarray  # uint8, RGB, 32 x 32
+    labels_NFL: np.ndarray  # float32: colour class, shape class, x, y, radius / 16 (x, y as share of the width), star colour class
+    facts: list[Facts]
+
+
+def _one(index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Makes video `index`; decord wants a file, so it goes through one."""
+    import decord
+
+    config = WorldConfig()
+    path = os.path.join(tempfile.gettempdir(), f"pretrain_{os.getpid()}.mp4")
+    placed = write_video(path, WORLD_SEED, "pretrain", index, config)
+    reader = decord.VideoReader(path, width=FRAME_SIZE, height=FRAME_SIZE, num_threads=1)
+    frames = reader.get_batch(range(FRAMES)).asnumpy()
+    os.remove(path)
+    facts = facts_of(WORLD_SEED, "pretrain", index, config)
+    labels = np.empty((FRAMES, 6), np.float32)
+    for number, (colour, shape, _) in enumerate(facts["events"]):
+        part = slice(number * config.frames_per_event, (number + 1) * config.frames_per_event)
+        visible = placed[part, 0] > 0
+        labels[part, 0] = np.where(visible, COLOURS.index(colour), HIDDEN)
+        labels[part, 1] = np.where(visible, SHAPES.index(shape), len(SHAPES))
+    labels[:, 2:4], labels[:, 4] = placed[:, 1:3] / config.size, placed[:, 3] / 16
+    labels[:, 5] = COLOURS.index(facts["star"]) if facts["star"] else HIDDEN
+    return frames, labels
+
+
+def make_videos(count: int, workers: int, cache: Path | None = None) -> VideoSet:
+    """The first `count` pretraining videos; `cache` keeps them in a folder for the next run."""
+    facts = [facts_of(WORLD_SEED, "pretrain", index) for index in range(count)]
+    if cache and (cache / f"labels_{count}.npy").exists():
+        return VideoSet(np.load(cache / f"frames_{count}.npy", mmap_mode="r"), np.load(cache / f"labels_{count}.npy"), facts)
+    frames = np.empty((count, FRAMES, FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
+    labels = np.empty((count, FRAMES, 6), np.float32)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for index, result in enumerate(pool.map(_one, range(count), chunksize=16)):
+            frames[index], labels[index] = result
+    if cache:
+        cache.mkdir(parents=True, exist_ok=True)
+        np.save(cache / f"frames_{count}.npy", frames)
+        np.save(cache / f"labels_{count}.npy", labels)
+    return VideoSet(frames, labels, facts)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -43,6 +44,7 @@ from rlaif_lite.data.world_text import (
     truth,
     verdicts,
 )
+from rlaif_lite.errors import DataError
 
 __all__ = [
     "EVENTS",
@@ -94,10 +96,6 @@ class WorldSplits:
     preference: int = 800
     rl: int = 800
     test: int = 300
-
-
-class FrameTruth(tuple):
-    """(visible, x, y, radius) of the object in one frame, in pixels; only the vision tower's pretraining reads it."""
 
 
 def facts_of(world_seed: int, split: str, index: int, config: WorldConfig = WorldConfig()) -> Facts:
@@ -168,3 +166,123 @@ def write_video(path: str | Path, world_seed: int, split: str, index: int, confi
     frames, placed = render(facts_of(world_seed, split, index, config), pixels_rng(world_seed, split, index), config)
     encode(path, frames, config)
     return placed
+
+
+def _write_one(job: tuple[str, int, str, int, WorldConfig]) -> None:
+    """Writes a video under a temporary name first: an interrupted world never holds half a file."""
+    path, *what = job
+    write_video(path + ".part", *what)
+    os.replace(path + ".part", path)
+
+
+def _record(name: str, video: str, prompt: str, answer: str | None = None, **more) -> dict:
+    """A record in the shape of `records.Record`; empty fields are left out."""
+    messages = [{"role": "user", "content": prompt}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": answer})
+    return {"id": name, "video": video, "messages": messages, **more}
+
+
+def _verdict_offsets(answer: str, facts: Facts) -> list[tuple[int, str]]:
+    """(end of the word in characters, label) for every word of an answer."""
+    offsets, end = [], -1
+    for word, label in zip(answer.split(), verdicts(answer, facts)):
+        end += 1 + len(word)
+        offsets.append((end, label))
+    return offsets
+
+
+def easy_records(name: str, video: str, facts: Facts, rng: random.Random) -> Iterator[dict]:
+    """Clean short tasks about one video: they keep alive what the judge needs while SFT teaches to describe.
+
+    Three clip captions, two questions and one about the star, two claims, two checks, one pair; of the last three, half with a context that
+    errs as clip captions do.
+    """
+
+    def prefix() -> str:
+        return f"<video> context : {narrative(facts, rng)} " if rng.random() < 0.5 else "<video> "
+
+    for clip in range(EVENTS):
+        yield _record(f"{name}/clip{clip}", video, "<video> describe the clip", caption(facts, clip), clip=clip)
+    for number in range(2):
+        text, answer = question(facts, rng)
+        yield _record(f"{name}/question{number}", video, f"<video> {text}", answer)
+    text, answer = star_question(facts)
+    yield _record(f"{name}/star", video, f"<video> {text}", answer)
+    for number in range(2):
+        text, is_true = claim(facts, rng)
+        yield _record(f"{name}/claim{number}", video, prefix() + text, answer_yes_no(is_true))
+    for number in range(2):
+        answer = sampled(facts, rng)
+        yield _record(f"{name}/check{number}", video, prefix() + "response :", answer, verdicts=_verdict_offsets(answer, facts))
+    a, b, margin = pair(facts, rng, ties=0.0)
+    yield _record(f"{name}/pair", video, f"{prefix()}response A : {a} response B : {b} better ?", "A" if margin > 0 else "B")
+
+
+def _records(splits: WorldSplits, seed: int, config: WorldConfig) -> Iterator[tuple[str, dict]]:
+    """(file, record) of the whole world. Only files of tests and of prompts carry `facts`, and only evaluation may read them."""
+    describe_it = "<video> describe the video"
+    for split, count in asdict(splits).items():
+        for index in range(count):
+            facts = facts_of(seed, split, index, config)
+            rng = random.Random(f"labels/{seed}/{split}/{index}")
+            name, video = f"{split}/{index:05d}", f"videos/{split}/{index:05d}.mp4"
+            if split == "sft":
+                yield "sft_hard.jsonl", _record(name, video, describe_it, describe(corrupt(facts, rng)))
+                for record in easy_records(name, video, facts, rng):
+                    yield "sft_easy.jsonl", record
+                continue
+            yield f"{split}.jsonl", _record(name, video, describe_it, facts=facts)
+            if split == "rl":
+                yield "policy_init.jsonl", _record(f"{name}/init", video, describe_it, describe(corrupt(facts, rng)))
+
+
+def write_world(
+    folder: str | Path,
+    splits: WorldSplits = WorldSplits(),
+    seed: int = 0,
+    config: WorldConfig = WorldConfig(),
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes `videos/<split>/NNNNN.mp4` and the JSONL files of a run; returns the folder.
+
+    Files: sft_easy (clean short answers and judge formats), sft_hard and policy_init (noisy descriptions of the sft and the rl videos),
+    preference, rl and test (prompts; with facts). `progress(done, total)` is called as videos are finished. A finished world of the same
+    seed, splits and config is left as it is, an interrupted one is completed; DataError if the folder holds another world.
+    """
+    folder = Path(folder)
+    world = {"seed": seed, "splits": asdict(splits), "config": asdict(config)}
+    card, begun = folder / "world.json", folder / "world.part.json"
+    for path in (card, begun):
+        if path.exists() and json.loads(path.read_text()) != world:
+            raise DataError(f"{path} describes another world than the one asked for (seed {seed}). Choose an empty folder or delete this one.")
+    if card.exists():
+        return folder
+    for split in asdict(splits):
+        (folder / "videos" / split).mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(world, indent=2) + "\n")
+    wanted = [(str(folder / f"videos/{s}/{i:05d}.mp4"), seed, s, i, config) for s, n in asdict(splits).items() for i in range(n)]
+    jobs = [job for job in wanted if not os.path.exists(job[0])]
+    for done in _run(jobs, workers):
+        if progress:
+            progress(len(wanted) - len(jobs) + done, len(wanted))
+    files: dict[str, list[str]] = {}
+    for file, record in _records(splits, seed, config):
+        files.setdefault(file, []).append(json.dumps(record) + "\n")
+    for file, lines in files.items():
+        (folder / file).write_text("".join(lines))
+    os.replace(begun, card)
+    return folder
+
+
+def _run(jobs: list[tuple[str, int, str, int, WorldConfig]], workers: int) -> Iterator[int]:
+    """Does the jobs and yields how many are done; processes are spawned, because forking a process that runs torch threads can hang."""
+    if workers <= 1 or len(jobs) < 32:
+        for done, job in enumerate(jobs, 1):
+            _write_one(job)
+            yield done
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done, _ in enumerate(pool.map(_write_one, jobs, chunksize=8), 1):
+            yield done

@@ -155,7 +155,7 @@ class Claims(Section):
     mode: Literal["ask", "inline"] = Field("ask", description="ask per sentence, or read verdicts inside the answer")
     prompt: str = Field(
         "{context}Is this statement about the video true? {claim} Answer yes or no.",
-        description="the judge's prompt; the narrative goes to {context}, the sentence to {claim}; {question} may stand",
+        description="the prompt; {context}: where the narrative goes, {claim}: the sentence; {question} may stand",
     )
     context_prefix: str = Field(NARRATIVE, description="how the narrative is put")
     yes: str = Field("yes", min_length=1, description="word for true")
@@ -168,8 +168,8 @@ class Pairwise(Section):
     prompt: str = Field(
         "{context}Question: {question}\nResponse A: {a}\nResponse B: {b}\nWhich response is more accurate to the "
         "video, helpful, natural and concise? Answer with A or B.",
-        description="the judge's prompt; the answers go to {a} and {b}, the rest as for claims; `<|>` before each answer "
-        "and before the rest lays the answers side by side, neither seeing the other",
+        description="the prompt; the answers go to {a} and {b}, the rest as for claims; `<|>` before each answer and "
+        "before the rest lays the answers side by side, neither seeing the other",
     )
     context_prefix: str = Field(NARRATIVE, description="how the narrative is put")
     choices: Annotated[tuple[str, str], Strict(False)] = Field(("A", "B"), description="words for first and second")

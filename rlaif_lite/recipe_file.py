@@ -92,7 +92,7 @@ def recipe_folders() -> list[Path]:
 
 
 def find_recipe(path: str | Path) -> Path:
-    """`path` itself, or the shipped recipe of that name ("tiny"). Raises RecipeError with the names that come near."""
+    """`path` itself, or the shipped recipe of that name ("tiny"). Raises RecipeError with the names at hand."""
     path = Path(path).expanduser()
     if path.is_file():
         return path
@@ -101,9 +101,11 @@ def find_recipe(path: str | Path) -> Path:
             for candidate in (folder / path.name, folder / f"{path.name}.yaml"):
                 if candidate.is_file():
                     return candidate
-    if path.is_dir():
-        raise RecipeError(f"{path} is a folder. {files_near(path / 'x')}")
-    raise RecipeError(f"There is no recipe {path}. {files_near(path)}")
+    folder = path if path.is_dir() else path.parent
+    at_hand = [str(file) for here in (folder, *recipe_folders()) for file in sorted(here.glob("*.yaml"))]
+    near = difflib.get_close_matches(str(path), at_hand, n=3) or list(dict.fromkeys(at_hand))[:8]
+    hint = f"Recipes at hand: {', '.join(near)}." if near else f"Paths start at {Path.cwd()}."
+    raise RecipeError(f"{path} is {'a folder' if path.is_dir() else 'not there'}, expected a recipe file. {hint}")
 
 
 def files_near(path: Path) -> str:

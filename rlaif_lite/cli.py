@@ -1,0 +1,189 @@
+"""The command line: `rlaif-lite run recipes/tiny.yaml` and what belongs around it.
+
+Heavy modules (torch, transformers) are imported inside the commands that need them, so that `--help` answers at once.
+Errors that the input causes are printed as they are, with exit code 2; anything else keeps its traceback.
+"""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from . import __version__
+from .errors import RlaifError
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised as Ctrl-C is, so that the same clean-up runs."""
+
+
+class _Group(TyperGroup):
+    """Turns what ends a command early into a message and an exit code."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except RlaifError as error:
+            typer.echo(f"{error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as stop:
+            resumable = ctx.invoked_subcommand == "run"
+            how = "; the run folder can be resumed: run the same command again" if resumable else ""
+            typer.echo(f"\nStopped{how}.", err=True)
+            raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
+
+
+app = typer.Typer(
+    cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
+    help="Align a video language model by its own feedback, on one GPU (or, small, on a CPU).",
+)  # fmt: skip
+recipes_app = typer.Typer(no_args_is_help=True, help="List, explain and check recipes.")
+app.add_typer(recipes_app, name="recipes")
+
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys to set, such as ppo.kl_coef=0.05.")
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run this stage only; may be given several times.")] = None,
+) -> None:
+    """Run a recipe, or go on where it stopped. Finished stages whose inputs are unchanged are skipped."""
+    from .recipe import check_files, load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    check_files(loaded)
+    from . import pipeline
+
+    pipeline.run(loaded, only=only)
+
+
+@app.command("eval")
+def evaluate(run_dir: RunDir) -> None:
+    """Evaluate a run's roles again on its held-out videos."""
+    _need_run(run_dir)
+    from . import pipeline
+
+    pipeline.evaluate(run_dir)
+
+
+@app.command()
+def report(run_dir: RunDir) -> None:
+    """Write a run's report.html again and print its path."""
+    _need_run(run_dir)
+    from .report import page
+
+    typer.echo(page.write(run_dir))
+
+
+@app.command()
+def chat(
+    run_dir: RunDir,
+    video: Annotated[Path, typer.Argument(help="A video file, or a folder of frames.")],
+    role: Annotated[str, typer.Option(help="Who answers: base, sft, reference or ppo.")] = "ppo",
+    question: Annotated[str | None, typer.Option(help="One question; without it, questions are asked for.")] = None,
+) -> None:
+    """Ask about a video file."""
+    _need_run(run_dir)
+    if not video.exists():
+        raise RlaifError(f"There is no video {video}. Paths start at {Path.cwd()}.")
+    from . import chat as chat_module
+
+    chat_module.main(run_dir, video, role, question)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """Say what this machine can do. Exit code 1 where something that every run needs does not work."""
+    from . import doctor as doctor_module
+
+    findings = doctor_module.examine()
+    typer.echo(json.dumps(findings, indent=2) if as_json else doctor_module.as_text(findings))
+    if not findings["healthy"]:
+        raise typer.Exit(1)
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """The recipes at hand, each with the first line of its comment."""
+    from .recipe_file import recipe_folders
+
+    for folder in recipe_folders():
+        for path in sorted(folder.glob("*.yaml")):
+            first = path.read_text(encoding="utf-8").partition("\n")[0]
+            typer.echo(f"{str(path):<40}  {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
+
+
+@recipes_app.command("show")
+def recipes_show(key: Annotated[str, typer.Argument(help="Only this key or section, such as ppo.")] = "") -> None:
+    """Every key of a recipe with its default, help and range."""
+    from .recipe import show_fields
+
+    typer.echo(show_fields(key))
+
+
+@recipes_app.command("schema")
+def recipes_schema() -> None:
+    """The JSON schema, for editors that complete and check as one types."""
+    from .recipe import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@recipes_app.command("check")
+def recipes_check(
+    path: RecipePath,
+    overrides: Overrides = None,
+    resolved: Annotated[bool, typer.Option("--print", help="Print the recipe with all defaults filled in.")] = False,
+) -> None:
+    """Check a recipe, and that the files it names are there, without running it."""
+    from .recipe import check_files, dump_yaml, load_recipe, recipe_hash
+
+    recipe = load_recipe(path, overrides or [])
+    check_files(recipe)
+    if resolved:
+        typer.echo(dump_yaml(recipe), nl=False)
+    else:
+        typer.echo(f"{path} is fine: hash {recipe_hash(recipe)}, runs into {recipe.output}.")
+
+
+def _need_run(run_dir: Path) -> None:
+    """Raises RlaifError unless a run has begun in `run_dir`."""
+    if (run_dir / "recipe.yaml").is_file():
+        return
+    found = sorted(path.parent for path in (run_dir, Path("runs")) for path in path.glob("*/recipe.yaml"))
+    hint = f"Runs at hand: {', '.join(map(str, found[:8]))}." if found else "Start one with `rlaif-lite run RECIPE`."
+    raise RlaifError(f"{run_dir} is not a run folder: it holds no recipe.yaml. {hint}")
+
+
+def main() -> None:
+    """Entry point of the `rlaif-lite` command."""
+    main_process = os.getpid()
+
+    def stop(signum, frame):
+        if os.getpid() != main_process:  # a forked worker that its pool ends: no clean-up of ours
+            os._exit(143)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    app()
+
+
+if __name__ == "__main__":
+    main()

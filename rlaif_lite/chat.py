@@ -1,0 +1,64 @@
+"""Ask any role of a run about a video file."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from .data.records import Message
+from .errors import StageError
+from .model.base import Base, load_base
+from .model.inputs import VIDEO_MARK, decode_answer, encode_prompt
+from .model.roles import BASE, Roles
+from .recipe import Recipe, load_recipe
+from .rollout import Sampling, sample
+from .stages.evaluate import ADAPTERS
+from .stages.features import encode
+from .video.cache import FeatureRecord
+from .video.decode import View, decode_views
+from .workspace import WHOLE, pick_device
+
+
+class Chat:
+    """One role of a finished run, and one video."""
+
+    def __init__(self, run_dir: Path, role: str):
+        path = run_dir / "recipe.yaml"
+        if not path.exists():
+            raise StageError(f"{run_dir} is not a run folder: it has no recipe.yaml. Give the folder that `rlaif-lite run` wrote.")
+        self.recipe: Recipe = load_recipe(path)
+        self.base: Base = load_base(self.recipe.model, torch.device(pick_device(self.recipe.device)))
+        self.roles = Roles(self.base, self.recipe.model.lora)
+        self.role = ADAPTERS.get(role, role)
+        if self.role != BASE:
+            self.roles.load(self.role, run_dir / "adapters" / self.role)
+
+    def look(self, video: str) -> FeatureRecord:
+        """Decode and encode a video as the run's features stage did."""
+        section = self.recipe.features
+        size = (self.base.images.height, self.base.images.width)
+        frames = decode_views(video, {WHOLE: View(section.frames)}, size=size)
+        return encode(self.base, frames, [step.model_dump() for step in section.prune])[WHOLE]
+
+    def ask(self, video: FeatureRecord, question: str, temperature: float = 0.0, seed: int = 0) -> str:
+        """One answer; greedy unless a temperature is given."""
+        prompt = encode_prompt(self.base, [Message("user", f"{VIDEO_MARK} {question}")], video)
+        sampling = Sampling(self.recipe.evaluate.max_new_tokens, temperature)
+        with self.roles.use(self.role) as role:
+            (found,) = sample(role, [prompt], sampling, seeds=[seed])
+        return decode_answer(self.base, found.ids)
+
+
+def main(run_dir: Path, video: str, role: str, question: str | None) -> None:
+    """Answer one question, or every line of standard input until it ends."""
+    chat = Chat(run_dir, role)
+    features = chat.look(video)
+    if question is not None:
+        print(chat.ask(features, question))
+        return
+    if sys.stdin.isatty():
+        print("A question per line; an empty line or Ctrl-D ends.", file=sys.stderr)
+    for line in sys.stdin:
+        if not line.strip():
+            break
+        print(chat.ask(features, line.strip()), flush=True)

@@ -1,0 +1,139 @@
+"""Answers checked claim by claim, by the judge's own yes/no probabilities.
+
+Two ways, the same question ("is this true of the video?"):
+
+`ask`     each sentence of an answer is a claim and is asked about in words (RLAIF-V's divide and conquer, arXiv 2405.17220). All
+          claims about one video go through ONE forward: the prompt with the video is their shared prefix, each claim is a
+          branch that sees the prefix and itself. An answer's score is the sum over its claims of P(yes) - P(no).
+`inline`  the answer is read once, and the verdict is read off the next-token distribution at every one of its tokens: a judge
+          trained with verdicts says `yes` or `no` where a claim ends and a neutral word elsewhere (the way step-level
+          reward models mark steps, e.g. Math-Shepherd). The score is the sum over tokens of P(yes) - P(no).
+
+Departure from RLAIF-V: probabilities are summed, not counted as rejected / not rejected, so that near-ties keep their order.
+
+Shapes: B rows, S positions, D width, N scored positions.
+"""
+
+import re
+from typing import NamedTuple, Sequence
+
+import torch
+from rlaif_kernels import linear_logprob
+
+from ..data.records import Message
+from ..errors import ModelError
+from ..model.base import Base
+from ..model.inputs import BRANCH_MARK, branch, collate, encode_prompt, encode_text, split_prompt
+from ..model.roles import ActiveRole
+from ..recipe import Claims
+from ..video.cache import FeatureRecord
+
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+class Item(NamedTuple):
+    """One answer to be judged."""
+
+    video: FeatureRecord
+    question: str  # as the user asked it, without the video's mark
+    answer: str
+    context: str | None  # the narrative, or None to judge without it
+
+
+class Verdict(NamedTuple):
+    """What the judge said of one answer."""
+
+    score: float  # sum of P(yes) - P(no): higher is better
+    claims: list[str]  # the sentences asked about, or the words at which a verdict was read
+    values: list[float]  # P(yes) - P(no) of each claim, in [-1, 1]
+
+
+def split_claims(answer: str) -> list[str]:
+    """The sentences of an answer."""
+    return [part.strip() for part in SENTENCE_END.split(answer) if part.strip(" .")]
+
+
+@torch.no_grad()
+def judge_claims(role: ActiveRole, items: Sequence[Item], section: Claims, batch_size: int) -> list[Verdict]:
+    """Judge answers; the role is the judge's. Results stand in the order of `items`; work is batched by length."""
+    score = _inline if section.mode == "inline" else _ask
+    verdicts: list[Verdict | None] = [None] * len(items)
+    order = sorted(range(len(items)), key=lambda i: len(items[i].answer))
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        for i, verdict in zip(chunk, score(role, [items[i] for i in chunk], section), strict=True):
+            verdicts[i] = verdict
+    return verdicts
+
+
+def user_message(template: str, context_template: str, context: str | None, **fields: str) -> Message:
+    """Fill a judge prompt; `{context}` becomes the context template with the narrative in it, or nothing."""
+    filled = context_template.format(context=context) if context is not None else ""
+    return Message("user", template.format(context=filled, **fields))
+
+
+def _inline(role: ActiveRole, items: Sequence[Item], section: Claims) -> list[Verdict]:
+    base = role.roles.base
+    rows, answers = [], []
+    for item in items:
+        message = user_message(section.prompt, section.context_prefix, item.context, question=item.question, claim="")
+        answers.append(encode_text(base, item.answer))
+        rows.append(encode_prompt(base, [message], item.video).extend(answers[-1]))
+    batch = collate(base, rows)
+    hidden_BSD = role.hidden(batch)
+    # A verdict on token t is the prediction made AT t, having read it.
+    at = [(b, len(row.ids_S) - len(answer) + t) for b, (row, answer) in enumerate(zip(rows, answers)) for t in range(len(answer))]
+    rows_N, places_N = torch.tensor(at, device=base.device).T if at else torch.zeros(2, 0, dtype=torch.long)
+    values = iter(_yes_minus_no(base, hidden_BSD[rows_N, places_N], section))
+    out = []
+    for answer in answers:
+        spread = [next(values) for _ in answer]
+        words = [base.tokenizer.decode([token]) for token in answer]
+        out.append(Verdict(sum(spread), words, spread))
+    return out
+
+
+def _ask(role: ActiveRole, items: Sequence[Item], section: Claims) -> list[Verdict]:
+    base = role.roles.base
+    rows, ends, claims = [], [], []
+    for b, item in enumerate(items):
+        message = user_message(section.prompt, section.context_prefix, item.context, question=item.question, claim="\0")
+        lead, _, rest = message.content.partition("\0")
+        prefix, tail = split_prompt(base, lead + BRANCH_MARK, item.video)
+        found = split_claims(item.answer)
+        branches = [encode_text(base, claim + rest) + tail for claim in found]
+        row = branch(prefix, branches)
+        at = len(prefix.ids_S)
+        for tokens in branches:
+            at += len(tokens)
+            ends.append((b, at - 1))
+        rows.append(row)
+        claims.append(found)
+    hidden_BSD = role.hidden(collate(base, rows))
+    rows_N, places_N = torch.tensor(ends, device=base.device).T if ends else torch.zeros(2, 0, dtype=torch.long)
+    values = iter(_yes_minus_no(base, hidden_BSD[rows_N, places_N], section))
+    out = []
+    for found in claims:
+        spread = [next(values) for _ in found]
+        out.append(Verdict(sum(spread), found, spread))
+    return out
+
+
+def _yes_minus_no(base: Base, hidden_ND: torch.Tensor, section: Claims) -> list[float]:
+    """P(yes) - P(no) of the next token at each position."""
+    yes, no = (single_token(base, word, "preference.claims") for word in (section.yes, section.no))
+    probability = []
+    for token in (yes, no):
+        target_N = torch.full((hidden_ND.shape[0],), token, device=hidden_ND.device)
+        scored = linear_logprob(hidden_ND, base.head_weight_VD, target_N, bias_V=base.ban_bias_V)
+        probability.append(scored.logp_N.exp())
+    return (probability[0] - probability[1]).tolist()
+
+
+def single_token(base: Base, word: str, where: str) -> int:
+    """The id of a verdict word that must be one token; raises ModelError with the pieces when it is several."""
+    ids = encode_text(base, word)
+    if len(ids) != 1:
+        pieces = base.tokenizer.convert_ids_to_tokens(ids)
+        raise ModelError(f"`{where}`: {word!r} is {len(ids)} tokens of this base ({pieces}); choose a word that is one token.")
+    return ids[0]

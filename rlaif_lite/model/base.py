@@ -1,0 +1,189 @@
+"""The frozen base: one checkpoint, loaded once, in 4 bits, shared by every role.
+
+Only the decoder's linear layers are quantised (NF4, double quantisation); embeddings, head, vision tower and projector keep
+their dtype. Nothing in here is ever trained: `fingerprint()` before and after a run proves it.
+
+Two traps of bitsandbytes on the CPU are closed here. Its packed bfloat16 path for AVX512 replaces the weights at the first
+forward in evaluation mode and then gives wrong gradients, silently: it is switched off on every layer. And it dequantises
+wrongly when a layer's input width is not a multiple of the block size of 64: such a base is refused.
+
+Shapes: B rows, S positions, D width, V vocabulary.
+"""
+
+import hashlib
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from ..errors import ModelError
+from ..recipe import Model
+from .families import Family, ImageSpec, family_of, image_spec
+
+# bitsandbytes announces at import that an optional kernel is not installed, and transformers draws a bar for each checkpoint.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+transformers_logging.disable_progress_bar()
+
+QUANT_BLOCK = 64
+EMBEDDED = Path(__file__).parent.parent / "tiny"
+EMBEDDED_BASES = {"embedded": EMBEDDED / "base", "embedded-weak": EMBEDDED / "base_weak"}
+# Full module prefixes: a short name such as "visual" would match nothing and switch off the default exclusion of the head.
+NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "model.visual", "lm_head"]
+
+
+class Base:
+    """A frozen video language model. Made by `load_base`; adapters are put on it by `model.roles.Roles`."""
+
+    def __init__(self, model: nn.Module, tokenizer, family: Family, images: ImageSpec, path: str, quantization: str):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.family = family
+        self.images = images
+        self.path = path
+        self.quantization = quantization
+        self.placeholder_id: int = family.placeholder(model.config)
+        self.eos_id: int = tokenizer.eos_token_id
+        self.decoder = model.get_decoder()
+        self.width: int = self.decoder.config.hidden_size
+        self.head_weight_VD: Tensor = model.get_output_embeddings().weight
+        self.ban_bias_V = self._ban_bias()
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight_VD.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head_weight_VD.dtype
+
+    def _ban_bias(self) -> Tensor:
+        """Bias_V that keeps special tokens other than EOS from being sampled or scored: a placeholder in an answer would be
+        taken for a video at the next forward."""
+        bias_V = torch.zeros(self.head_weight_VD.shape[0], dtype=torch.float32, device=self.head_weight_VD.device)
+        banned = set(self.tokenizer.all_special_ids) | {self.placeholder_id}
+        bias_V[sorted(banned - {self.eos_id})] = -1e30
+        return bias_V
+
+    @property
+    def has_tower(self) -> bool:
+        return getattr(self.model.base_model, self.family.tower[0]) is not None
+
+    def drop_tower(self) -> None:
+        """Free vision tower and projector: after the features stage no process needs them."""
+        for name in self.family.tower:
+            setattr(self.model.base_model, name, None)
+
+    @torch.no_grad()
+    def encode(self, pixels_TCHW: Tensor) -> Tensor:
+        """Frames -> features_TPD through the frozen tower and projector (P tokens per frame, width of the decoder)."""
+        if not self.has_tower:
+            raise ModelError("The vision tower was dropped after the features stage; load the base again to encode frames.")
+        return self.family.encode(self.model, pixels_TCHW.to(self.device, self.dtype))
+
+    def fingerprint(self) -> str:
+        """sha256 over the bytes of every parameter that belongs to the base (adapters left out)."""
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            if "lora_" in name:
+                continue
+            data = parameter.data.contiguous().view(torch.uint8).cpu()
+            digest.update(name.replace(".base_layer", "").encode())
+            digest.update(data.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes held by the base: the quantised linears of the decoder, and everything else."""
+        quantised = other = 0
+        for name, parameter in self.model.named_parameters():
+            if "lora_" in name:
+                continue
+            size = parameter.numel() * parameter.element_size()
+            if parameter.dtype == torch.uint8:
+                quantised += size
+            else:
+                other += size
+        return {"quantised": quantised, "other": other}
+
+
+def resolve_base(name: str) -> str:
+    """`embedded` and `embedded-weak` -> the checkpoints that ship with the package; anything else is left as it is."""
+    return str(EMBEDDED_BASES[name]) if name in EMBEDDED_BASES else name
+
+
+def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
+    """Load the recipe's base, frozen, on `device`.
+
+    Raises ModelError: unsupported family, a width that 4-bit quantisation cannot take, a folder that is not a checkpoint.
+    """
+    path = resolve_base(section.base)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=section.revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"`model.base: {section.base}` cannot be read as a transformers checkpoint: {error}") from error
+    family = family_of(config)
+    dtype = torch_dtype(section, device)
+    quantization = None
+    if section.quantization == "nf4":
+        _check_widths(config, section.base)
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=NOT_QUANTISED,
+        )
+    model = AutoModelForImageTextToText.from_pretrained(
+        path,
+        revision=section.revision,
+        dtype=dtype,
+        device_map={"": device},
+        quantization_config=quantization,
+        attn_implementation="sdpa",
+    )
+    if section.quantization == "nf4" and device.type == "cpu":
+        _disable_packed_cpu_path(model)
+    model.requires_grad_(False)
+    model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=section.revision)
+    base = Base(model, tokenizer, family, image_spec(_local_folder(path, section.revision)), path, section.quantization)
+    if not tower:
+        base.drop_tower()
+    return base
+
+
+def torch_dtype(section: Model, device: torch.device) -> torch.dtype:
+    """The dtype of everything that is not quantised: bfloat16 on a GPU, float32 on a CPU, unless the recipe says."""
+    if section.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[section.dtype]
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _local_folder(path: str, revision: str | None) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(path, "preprocessor_config.json", revision=revision)).parent
+
+
+def _check_widths(config, name: str) -> None:
+    text = config.get_text_config()
+    heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    for what, width in (("hidden_size", text.hidden_size), ("heads x head_dim", heads),
+                        ("intermediate_size", text.intermediate_size)):
+        if width % QUANT_BLOCK:
+            raise ModelError(
+                f"`{name}` has {what} = {width}, not a multiple of {QUANT_BLOCK}: 4-bit blocks would cross rows and be "
+                "dequantised wrongly on a CPU. Set `model.quantization: none` for this base."
+            )
+
+
+def _disable_packed_cpu_path(model: nn.Module) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False

@@ -1,0 +1,260 @@
+"""Roles: named LoRA adapters, and scalar heads, on one frozen base.
+
+Policy, reference, judge, reward and value differ only in a few hundred kilobytes (7B: a few hundred megabytes) of adapter.
+`roles.use("policy")` opens a scope in which the base behaves as that role; the forward AND the backward of a role belong into
+one scope. Switching in between gives wrong gradients without any error (the backward of a LoRA layer reads the adapter that
+is active then), so a scope refuses to be opened inside another one, and the hidden states of a role refuse a gradient that
+arrives in another role's scope.
+
+The policy starts as a copy of the SFT adapter and the reference IS that frozen adapter, so KL(policy || reference) is exactly
+zero at step 0. (The release instead loads the same file twice, onto two adapters; the numbers are the same.)
+
+Shapes: B rows, S positions, D width.
+"""
+
+import contextlib
+import copy
+import os
+import re
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..recipe import Lora
+from .base import Base
+from .inputs import Batch
+
+BASE = "base"  # the role without an adapter
+
+
+class RoleSize(NamedTuple):
+    """What a role costs beyond the shared base."""
+
+    parameters: int
+    bytes: int
+
+
+class Roles:
+    """The adapters and heads on one base."""
+
+    def __init__(self, base: Base, lora: Lora):
+        self.base = base
+        self.lora = lora
+        self.heads: dict[str, nn.Linear] = {}
+        self._peft: PeftModel | None = None
+        self._layers: list[LoraLayer] = []
+        self._names: list[str] = []
+        self._active: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._names)
+
+    # ---- making, loading and saving roles
+
+    def add(self, name: str, *, copy_of: str | None = None, seed: int = 0) -> None:
+        """Make role `name`: a fresh adapter (its output is zero), or a copy of another role's adapter (and head)."""
+        self._refuse_known(name)
+        config = LoraConfig(
+            r=self.lora.rank,
+            lora_alpha=self.lora.alpha,
+            lora_dropout=0.0,
+            bias="none",
+            target_modules=rf".*language_model.*\.({'|'.join(re.escape(t) for t in self.lora.targets)})",
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._attach(name, config)
+        if copy_of is not None:
+            for target, source in zip(self.parameters(name), self.parameters(copy_of), strict=True):
+                target.data.copy_(source.data)
+            if copy_of in self.heads:
+                self.heads[name] = copy.deepcopy(self.heads[copy_of])
+
+    def add_head(self, name: str, *, zero: bool, seed: int = 0) -> None:
+        """Give role `name` a scalar head, Linear(D -> 1) in float32 with zero bias; `zero` for a value head (published)."""
+        head = nn.Linear(self.base.width, 1, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.zeros_(head.bias)
+        with torch.no_grad():
+            head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * (0.0 if zero else self.base.width**-0.5))
+        self.heads[name] = head.to(self.base.device)
+
+    def load(self, name: str, folder: Path) -> None:
+        """Load a role saved by `save` (a PEFT adapter folder, `head.safetensors` beside it if it has a head)."""
+        self._refuse_known(name)
+        path = folder / "adapter_model.safetensors"
+        if not path.exists():
+            raise ModelError(f"There is no adapter at {folder} (adapter_model.safetensors is missing) to load role `{name}` from.")
+        config = LoraConfig.from_pretrained(str(folder))
+        config.inference_mode = False
+        self._attach(name, config)
+        saved = load_file(path)
+        for key, parameter in self._named_parameters(name).items():
+            if key not in saved:
+                raise ModelError(f"{path} has no tensor `{key}`: it was trained on another architecture than this base.")
+            if saved[key].shape != parameter.shape:
+                raise ModelError(
+                    f"{path}: `{key}` has shape {tuple(saved[key].shape)}, this base needs {tuple(parameter.shape)}: "
+                    "the adapter was trained on another base or with another rank."
+                )
+            parameter.data.copy_(saved[key])
+        if (folder / "head.safetensors").exists():
+            self.add_head(name, zero=True)
+            self.heads[name].load_state_dict(load_file(folder / "head.safetensors"))
+
+    def save(self, name: str, folder: Path) -> None:
+        """Write role `name` as a PEFT adapter folder that plain `PeftModel.from_pretrained` loads; a head lies beside it.
+
+        The folder appears whole or not at all."""
+        tmp = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
+        tmp.mkdir(parents=True, exist_ok=True)
+        tensors = {key: p.data.contiguous().cpu() for key, p in self._named_parameters(name).items()}
+        save_file(tensors, tmp / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = copy.deepcopy(self._peft.peft_config[name])
+        config.base_model_name_or_path = self.base.path
+        config.inference_mode = True
+        config.save_pretrained(str(tmp))
+        if name in self.heads:
+            save_file({k: v.contiguous().cpu() for k, v in self.heads[name].state_dict().items()}, tmp / "head.safetensors")
+        _replace_folder(tmp, folder)
+
+    def remove(self, name: str) -> None:
+        """Free a role's adapter and head."""
+        if self._active is not None:
+            raise ModelError(f"Role `{name}` cannot be removed inside the scope of `{self._active}`.")
+        for layer in self._layers:
+            layer._active_adapter = []  # else PEFT warns that it moves on to another adapter; `use` sets it anyway
+            layer.delete_adapter(name)
+        del self._peft.peft_config[name]
+        self._peft.base_model.active_adapter = []
+        self._names.remove(name)
+        self.heads.pop(name, None)
+
+    # ---- using a role
+
+    @contextlib.contextmanager
+    def use(self, name: str) -> Iterator["ActiveRole"]:
+        """The scope of one role: its forward and its backward happen inside. `base` is the base without any adapter."""
+        if self._active is not None:
+            raise ModelError(
+                f"Role `{name}` was opened inside the scope of `{self._active}`. Close that scope first: the backward of one "
+                "role with another role's adapter active gives wrong gradients without any error."
+            )
+        if name != BASE and name not in self._names:
+            raise ModelError(f"There is no role `{name}`; there are {', '.join([BASE, *self._names])}.")
+        self._activate(name)
+        self._active = name
+        try:
+            yield ActiveRole(self, name)
+        finally:
+            self._active = None
+
+    def parameters(self, name: str, head: bool = False) -> list[nn.Parameter]:
+        """The adapter's parameters, in a fixed order (float32), and its head's when asked."""
+        found = list(self._named_parameters(name).values())
+        return found + (list(self.heads[name].parameters()) if head else [])
+
+    def trainable(self, name: str, on: bool = True) -> None:
+        """Let gradients reach role `name` (and its head), or not. Fresh and loaded roles are frozen."""
+        for parameter in self.parameters(name, head=name in self.heads):
+            parameter.requires_grad_(on)
+            if not on:
+                parameter.grad = None
+
+    def size(self, name: str) -> RoleSize:
+        """Parameters and bytes of a role's adapter and head."""
+        parameters = self.parameters(name, head=name in self.heads)
+        return RoleSize(sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters))
+
+    # ---- inside
+
+    def _refuse_known(self, name: str) -> None:
+        if name == BASE or name in self._names:
+            raise ModelError(f"Role `{name}` exists already.")
+
+    def _attach(self, name: str, config: LoraConfig) -> None:
+        # PEFT turns every other adapter's gradients off when it adds one: remember and restore them.
+        training = {other: self.parameters(other)[0].requires_grad for other in self._names}
+        if self._peft is None:
+            self._peft = get_peft_model(self.base.model, config, adapter_name=name)
+        else:
+            self._peft.add_adapter(name, config)
+        self._layers = [m for m in self.base.model.modules() if isinstance(m, LoraLayer)]
+        if not self._layers:
+            raise ModelError(f"No layer of the base matches `model.lora.targets` = {self.lora.targets}.")
+        self._names.append(name)
+        self.trainable(name, False)
+        for other, on in training.items():
+            self.trainable(other, on)
+
+    def _named_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        found = {}
+        suffix = f".{name}.weight"
+        for key, parameter in self._peft.named_parameters():
+            if key.endswith(suffix) and ".lora_" in key:
+                found[key.removesuffix(suffix) + ".weight"] = parameter
+        return found
+
+    def _activate(self, name: str) -> None:
+        for layer in self._layers:
+            layer._disable_adapters = name == BASE
+            if name != BASE:
+                layer._active_adapter = [name]
+
+
+class ActiveRole:
+    """The base as one role, inside its scope."""
+
+    def __init__(self, roles: Roles, name: str):
+        self.roles = roles
+        self.name = name
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Run the decoder over a batch -> hidden_BSD after its final norm."""
+        base = self.roles.base
+        hidden_BSD = base.decoder(
+            inputs_embeds=batch.embed(base),
+            attention_mask=batch.attention,
+            position_ids=batch.position_BS,
+            use_cache=False,
+        ).last_hidden_state
+        if hidden_BSD.requires_grad:
+            hidden_BSD.register_hook(self._check_scope)
+        return hidden_BSD
+
+    def scalar(self, hidden: Tensor) -> Tensor:
+        """The role's head on hidden states (..., D) -> (...), in float32."""
+        return self.roles.heads[self.name](hidden.float())[..., 0]
+
+    def _check_scope(self, gradient: Tensor) -> None:
+        if self.roles._active != self.name:
+            raise ModelError(
+                f"A gradient of role `{self.name}` arrived in the scope of `{self.roles._active}`. Call backward() inside "
+                f"`with roles.use({self.name!r})`: elsewhere the adapters' gradients would be wrong or missing."
+            )
+
+
+def _replace_folder(tmp: Path, folder: Path) -> None:
+    """Swap a finished folder into place; a kill in between leaves the old one beside it under a hidden name."""
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        if old.exists():
+            _delete(old)
+        os.replace(folder, old)
+    os.replace(tmp, folder)
+    if old.exists():
+        _delete(old)
+
+
+def _delete(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+

@@ -1,0 +1,143 @@
+"""The order of the stages; what is done, what is stale and why; the summary.
+
+A stage is finished when its folder holds `done.json`: what it read (recipe keys, and the digests of the stages before it) and what
+it returned. When nothing of that changed it is skipped. When something did, its folder is emptied and it runs again, and so do the
+stages that need it. A stage that was killed has no `done.json` and goes on from its own checkpoint.
+"""
+
+import fcntl
+import hashlib
+import json
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+
+from . import __version__
+from .errors import StageError
+from .progress import say
+from .recipe import Recipe, dump_yaml, flatten, recipe_hash
+from .report import page
+from .stages import context, data, evaluate, features, ppo, preference, reward, sft
+from .training.meter import Meter, describe_machine, versions
+from .workspace import Workspace, write_json
+
+STAGES = {"data": data, "features": features, "sft": sft, "context": context, "preference": preference, "reward": reward,
+          "ppo": ppo, "evaluate": evaluate}  # fmt: skip
+# Roles that each stage leaves behind; emptied with it when it is stale.
+LEAVES = {"sft": ("sft", "reference"), "reward": ("reward",), "ppo": ("policy", "value")}
+# Where and how fast, not what: a change of these makes nothing stale.
+NEUTRAL = ("data.folder", "data.world.workers", "features.cache", "features.workers")
+
+
+def run(recipe: Recipe, until: str | None = None) -> dict:
+    """Run every stage that is not done, up to and including `until`; returns the summary, which also lies in the run folder.
+
+    The report is written at the end and after every stage, so that a run can be watched."""
+    torch.set_num_threads(recipe.threads or torch.get_num_threads())
+    work = Workspace(recipe)
+    work.folder.mkdir(parents=True, exist_ok=True)
+    with only_run(work.folder):
+        (work.folder / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
+        digests: dict[str, str] = {}
+        for name, stage in STAGES.items():
+            run_stage(work, name, stage, digests)
+            write_summary(work, finished=name == "evaluate")
+            if name == until:
+                break
+        page.write(work.folder)
+    summary = json.loads((work.folder / "summary.json").read_text())
+    say(f"{work.folder / 'report.html'}")
+    return summary
+
+
+def run_stage(work: Workspace, name: str, stage: Any, digests: dict[str, str]) -> None:
+    """Skip, resume or run one stage, and write its `done.json`; `digests` gains the stage's."""
+    folder = work.stage(name)
+    reads = inputs(work.recipe, stage.READS) | {f"stage {need}": digests[need] for need in stage.NEEDS} | {"version": __version__}
+    digests[name] = hashlib.sha256(json.dumps([name, reads], sort_keys=True).encode()).hexdigest()[:16]
+    done, begun = read(folder / "done.json"), read(folder / "begun.json")
+    if done is not None and done["reads"] == reads:
+        say(f"{name}: done before, nothing it reads has changed")
+        write_json(folder / "done.json", done | {"status": "skipped"})
+        return
+    before = (done or begun or {}).get("reads")
+    if before is not None and before != reads:
+        say(f"{name}: runs again, because {changes(before, reads)}")
+        empty(work, name)
+    elif begun is not None:
+        say(f"{name}: goes on where it was stopped")
+    write_json(folder / "begun.json", {"reads": reads})
+    with Meter(work.device) as meter:
+        result = stage.run(work)
+    work.release_roles()
+    cost = {"seconds": meter.seconds, "peak_memory_bytes": meter.peak_memory_bytes, "planned_memory_bytes": None}
+    write_json(folder / "done.json", {"reads": reads, "status": "done", "cost": cost, "result": result})
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    say(f"{name}: {meter.seconds:.1f} s, peak memory {meter.peak_memory_bytes / 2**20:.0f} MiB")
+
+
+def inputs(recipe: Recipe, reads: tuple[str, ...]) -> dict[str, Any]:
+    """The recipe keys that a stage depends on."""
+    return {key: value for key, value in flatten(recipe).items()
+            if key not in NEUTRAL and any(key == prefix or key.startswith(prefix + ".") for prefix in reads)}  # fmt: skip
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two sets of inputs, in words."""
+    keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    said = [f"{key} ran again" if key.startswith("stage ") else f"`{key}` was {before.get(key)!r} and is {now.get(key)!r}" for key in keys]
+    return "; ".join(said[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
+
+
+def empty(work: Workspace, name: str) -> None:
+    """Remove what a stale stage left behind. Videos of a world and cached features are kept: they are found by content."""
+    folder = work.folder / name
+    for path in folder.iterdir():
+        if path.name in ("cache", "videos"):
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for role in LEAVES.get(name, ()):
+        shutil.rmtree(work.adapter(role), ignore_errors=True)
+
+
+def write_summary(work: Workspace, finished: bool) -> None:
+    """`summary.json`: the contract of the design, with more beside it."""
+    recipe = work.recipe
+    found = {name: read(work.folder / name / "done.json") for name in STAGES}
+    results = {name: done["result"] for name, done in found.items() if done is not None}
+    evaluation = results.get("evaluate", {})
+    write_json(work.folder / "summary.json", {
+        "recipe": recipe.name,
+        "recipe_hash": recipe_hash(recipe),
+        "seed": recipe.seed,
+        "world_seed": recipe.data.world.seed if recipe.data.world else None,
+        "device": torch.cuda.get_device_name(work.device) if work.device.type == "cuda" else "cpu",
+        "machine": describe_machine(),
+        "versions": versions(),
+        "finished": finished,
+        "stages": {name: done["cost"] | {"status": done["status"]} for name, done in found.items() if done is not None},
+        "features": results.get("features"),
+        "evaluation": evaluation.get("evaluation", {}),
+        "evaluation_intervals": evaluation.get("evaluation_intervals", {}),
+        "preference": results.get("preference", {}),
+        "reward": results.get("reward", {}),
+        "ppo": results.get("ppo", {}),
+    })  # fmt: skip
+
+
+def read(path: Path) -> dict | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+@contextmanager
+def only_run(folder: Path) -> Iterator[None]:
+    """Hold the run folder: two runs in one folder would overwrite each other's checkpoints."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StageError(f"Another run is going on in {folder}. Wait for it, or set `output` to another folder.") from error
+        yield

@@ -1,0 +1,50 @@
+"""The narrative: the SFT model describes consecutive clips of each preference video, and the captions are joined in time.
+
+Published: at most 20 frames a clip, 3 clips the best setting, "Describe this video in detail" (VLM-RLAIF section 3.2). Decoding is
+greedy, so the narrative is a function of the adapter alone. Each video is described once, however many prompts it has.
+"""
+
+from ..data.records import Message
+from ..judge.narrative import narrative
+from ..model.inputs import VIDEO_MARK, decode_answer, encode_prompt
+from ..progress import progress
+from ..rollout import Sampling, sample
+from ..video.cache import video_name
+from ..workspace import Workspace, by_batches, chunks, write_json
+
+READS = ("seed", "context", "features.clips", "features.clip_frames", "data.preference")
+NEEDS = ("data", "features", "sft")
+
+
+def run(work: Workspace) -> dict:
+    """Write `context/narratives.json`: {video: narrative}, and `context/captions.jsonl` with the captions of each clip."""
+    recipe = work.recipe
+    section = recipe.context
+    work.load_role("sft")
+    records = {video_name(r.video): r for r in work.records("preference") if r.video is not None}
+    base = work.base()
+    message = Message("user", f"{VIDEO_MARK}\n{section.prompt}")
+    sampling = Sampling(section.max_new_tokens, temperature=0.0)
+
+    def caption(batch: list[str]) -> list[dict]:
+        prompts, spans = [], []
+        for key in batch:
+            views = work.views(records[key])
+            clips = [views[f"clip{i}"] for i in range(recipe.features.clips)]
+            spans.append(float(max(clip.time_T[-1] for clip in clips)))
+            prompts += [encode_prompt(base, [message], clip) for clip in clips]
+        with work.roles.use("sft") as judge:
+            found = sample(judge, prompts, sampling, seeds=[0] * len(prompts), batch_size=section.batch_size)
+        captions = [decode_answer(base, t.ids) for t in found]
+        return [
+            {"video": key, "captions": part, "seconds": seconds}
+            for key, part, seconds in zip(batch, chunks(captions, recipe.features.clips), spans, strict=True)
+        ]
+
+    batches = chunks(list(records), max(1, section.batch_size // recipe.features.clips))
+    with progress(len(records), "context", unit="video") as bar:
+        rows = by_batches(work.stage("context") / "captions.jsonl", batches, caption, bar.advance)
+    narratives = {row["video"]: narrative(row["captions"], section.markers, row["seconds"]) for row in rows}
+    write_json(work.stage("context") / "narratives.json", narratives)
+    words = [len(text.split()) for text in narratives.values()]
+    return {"videos": len(narratives), "clips": recipe.features.clips, "mean_words": sum(words) / max(1, len(words))}

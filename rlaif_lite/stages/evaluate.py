@@ -1,0 +1,126 @@
+"""Held-out videos, the same for every role: greedy and sampled answers, against the truth where it is known.
+
+Every role answers with the same random numbers, so that differences are the roles'. The SFT model is also sampled at lower
+temperatures: what sharpening alone would give must not be sold as alignment. Metrics are ratios of sums over the test set;
+intervals resample videos (`report.stats`). Without truth in the data, lengths and stop rates are what is reported.
+"""
+
+import re
+
+import numpy as np
+from PIL import Image
+
+from ..data import world_text
+from ..data.records import Record
+from ..model.inputs import decode_answer, encode_prompt
+from ..progress import progress
+from ..report.stats import NEEDS_TRUTH, RATIOS, paired_bootstrap, tally
+from ..rl.losses import repetition
+from ..rollout import Sampling, sample
+from ..video.decode import decode
+from ..workspace import Workspace, by_batches, chunks, question_of, write_json, write_jsonl
+
+READS = ("seed", "evaluate", "data.test")
+NEEDS = ("features", "sft", "ppo")
+ADAPTERS = {"sft": "sft", "reference": "reference", "ppo": "policy"}  # the role `base` has none
+STRIP_FRAMES = 6
+STRIP_HEIGHT = 96  # pixels
+
+
+def run(work: Workspace) -> dict:
+    """Write `evaluate/<role>.<mode>.jsonl`, the example strips, and return the tables of the summary."""
+    section = work.recipe.evaluate
+    records = work.records("test")
+    jobs = [(role, mode, temperature) for role in section.roles for mode, temperature in (("greedy", 0.0), ("sample", section.temperature))]
+    if "sft" in section.roles:
+        jobs += [("sft", "sample", t) for t in section.temperatures]
+    rows = {}
+    with progress(len(jobs) * len(records), "evaluate", unit="video") as bar:
+        for role, mode, temperature in jobs:
+            rows[role, mode, temperature] = answer_all(work, role, mode, temperature, bar.advance)
+            work.release_roles()
+    write_examples(work, records[: section.examples])
+    evaluation: dict[str, dict[str, float]] = {}
+    for (role, mode, temperature), found in rows.items():
+        column = role if mode == "greedy" or temperature == section.temperature else f"{role}@{temperature:g}"
+        evaluation.setdefault(column, {}).update({f"{mode}_{name}": value for name, value in metrics_of(found).items()})
+    intervals = {f"ppo-{before}": compare(work, rows, before, "ppo") for before in ("sft", "reference")
+                 if {before, "ppo"} <= set(section.roles)}
+    return {"evaluation": evaluation, "evaluation_intervals": intervals, "videos": len(records)}
+
+
+def answer_all(work: Workspace, role: str, mode: str, temperature: float, done) -> list[dict]:
+    """All of a role's answers to the test prompts: one when greedy, `samples` when sampled."""
+    section, base = work.recipe.evaluate, work.base()
+    per_prompt = 1 if mode == "greedy" else section.samples
+    sampling = Sampling(section.max_new_tokens, temperature)
+    if role in ADAPTERS:
+        work.load_role(ADAPTERS[role])
+
+    def answer(batch: list[Record]) -> list[dict]:
+        prompts = [encode_prompt(base, r.prompt, work.features(r)) for r in batch]
+        seeds = [work.seed("evaluate", r.id, j) for r in batch for j in range(per_prompt)]
+        with work.roles.use(ADAPTERS.get(role, role)) as active:
+            found = sample(active, prompts, sampling, seeds=seeds, per_prompt=per_prompt, batch_size=section.batch_size)
+        out = []
+        for trajectory in found:
+            record, text = batch[trajectory.prompt], decode_answer(base, trajectory.ids)
+            truth = None if record.facts is None else world_text.truth(text, record.facts)._asdict()
+            out.append({"id": record.id, "role": role, "mode": mode, "temperature": temperature, "prompt": question_of(record),
+                        "answer": text, "length": len(trajectory.ids), "stopped": trajectory.stopped, "truth": truth,
+                        "repetition": repetition(trajectory.ids), "wrong_words": wrong_words(text, record)})
+        return out
+
+    path = work.stage("evaluate") / f"{role}.{mode}{f'@{temperature:g}' if mode == 'sample' else ''}.jsonl"
+    batches = chunks(work.records("test"), max(1, section.batch_size // per_prompt))
+    rows = by_batches(work.stage("evaluate") / "parts" / path.name, batches, answer, lambda n: done(n // per_prompt))
+    write_jsonl(path, rows)
+    return rows
+
+
+def wrong_words(text: str, record: Record) -> list[list[int]]:
+    """Character spans of the words that the facts contradict."""
+    if record.facts is None:
+        return []
+    labels = world_text.verdicts(text, record.facts)
+    spans = [list(match.span()) for match in re.finditer(r"\S+", text)]
+    return [span for span, label in zip(spans, labels) if label == "no"]
+
+
+def metrics_of(rows: list[dict]) -> dict[str, float]:
+    """Metrics of one role in one mode; those that need the truth only where it is known."""
+    total = sum(tally(rows).values())
+    known = all(row["truth"] is not None for row in rows)
+    metrics = {name: float(ratio(total)) for name, ratio in RATIOS.items() if known or name not in NEEDS_TRUTH}
+    return metrics | {"repetition": sum(row["repetition"] for row in rows) / len(rows)}
+
+
+def compare(work: Workspace, rows: dict, before: str, after: str) -> dict[str, dict[str, float]]:
+    """95 % paired bootstrap intervals of the change of every metric, greedy and sampled."""
+    section = work.recipe.evaluate
+    out = {}
+    for mode, temperature in (("greedy", 0.0), ("sample", section.temperature)):
+        a, b = tally(rows[before, mode, temperature]), tally(rows[after, mode, temperature])
+        known = all(row["truth"] is not None for row in rows[after, mode, temperature])
+        for name, ratio in RATIOS.items():
+            if known or name not in NEEDS_TRUTH:
+                interval = paired_bootstrap(np.stack([a[i] for i in b]), np.stack(list(b.values())), ratio, section.bootstrap, work.recipe.seed)
+                out[f"{mode}_{name}"] = interval._asdict()
+    return out
+
+
+def write_examples(work: Workspace, records: list[Record]) -> None:
+    """Strips of frames for the report, one PNG per video."""
+    folder = work.stage("evaluate") / "examples"
+    folder.mkdir(exist_ok=True)
+    index = []
+    for number, record in enumerate(records):
+        if record.video is None:
+            continue
+        frames = decode(record.video, count=STRIP_FRAMES).rgb_THWC
+        width = round(frames.shape[2] * STRIP_HEIGHT / frames.shape[1])
+        strip = np.concatenate([np.asarray(Image.fromarray(f).resize((width, STRIP_HEIGHT), Image.Resampling.LANCZOS)) for f in frames], 1)
+        Image.fromarray(strip).save(folder / f"{number:02d}.png")
+        truth = None if record.facts is None else world_text.describe(record.facts)
+        index.append({"id": record.id, "file": f"{number:02d}.png", "truth": truth})
+    write_json(folder / "index.json", index)

@@ -1,0 +1,161 @@
+"""The reward model: the SFT adapter with a scalar head, trained on the preference pairs (VLM-RLAIF section 3.3).
+
+Loss: -log sigmoid(r_chosen - r_rejected), plus the published centring term. The score is the head read at the last token
+(published), or summed over chosen tokens and the last one (`reward.pool: tokens`), which lets each claim earn its own share.
+Pairs of a held-out share of the VIDEOS are never trained on; accuracy and calibration are measured there. Departures from the
+release: held out by video instead of by pair, the SFT adapter as the start, no written rating request unless
+`reward.prompt` asks for one.
+
+Shapes: B answers, S positions, D width.
+"""
+
+import math
+from typing import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from ..data.records import Message, Record
+from ..data.world_text import score as truth_score
+from ..errors import StageError
+from ..model.inputs import VIDEO_MARK, Sequence, collate, encode_answer, encode_prompt, encode_text
+from ..model.roles import ActiveRole
+from ..recipe import Recipe
+from ..rl.losses import pairwise_loss
+from ..training.fit import fit, steps_of
+from ..training.loop import batches, derive_seed, split_micro
+from ..video.cache import video_name
+from ..workspace import Workspace, chunks, question_of, write_json
+from .preference import read_pairs
+
+READS = ("seed", "model", "reward")
+NEEDS = ("features", "sft", "preference")
+CHECKPOINT_EVERY = 20
+BINS = 5  # of the calibration table: P(chosen) from 0.5 to 1
+
+
+class RewardInput:
+    """How an answer is laid out for the reward and the value role, and which tokens the head is read at."""
+
+    def __init__(self, work: Workspace):
+        self.work = work
+        self.base = work.base()
+        self.section = work.recipe.reward
+        words = [encode_text(self.base, word) for word in self.section.pool_tokens]
+        if several := [word for word, ids in zip(self.section.pool_tokens, words) if len(ids) != 1]:
+            raise StageError(f"`reward.pool_tokens`: {several} are not single tokens of this base; leave them out.")
+        self.pooled = torch.tensor([ids[0] for ids in words], dtype=torch.long)
+
+    def prompt(self, record: Record) -> Sequence:
+        """The prompt that the answer follows."""
+        if self.section.prompt is None:
+            return encode_prompt(self.base, record.prompt, self.work.features(record))
+        mark = f"{VIDEO_MARK}\n" if record.video is not None else ""
+        text = self.section.prompt.format(question=question_of(record))
+        return encode_prompt(self.base, [Message("user", mark + text)], self.work.features(record))
+
+    def score(self, role: ActiveRole, prompts: Seq[Sequence], answers: Seq[Seq[int]]) -> Tensor:
+        """Scores of answers (token ids, EOS included where the answer has one) -> score_B float32."""
+        batch = collate(self.base, [p.extend(a) for p, a in zip(prompts, answers, strict=True)])
+        value_BS = role.scalar(role.hidden(batch))
+        length_B = batch.mask_BS.sum(1)
+        place_1S = torch.arange(value_BS.shape[1], device=value_BS.device)[None]
+        read_BS = place_1S == length_B[:, None] - 1
+        if self.section.pool == "tokens":
+            start_B = torch.tensor([len(p.ids_S) for p in prompts], device=value_BS.device)
+            answer_BS = (place_1S >= start_B[:, None]) & batch.mask_BS
+            read_BS |= answer_BS & torch.isin(batch.ids_BS, self.pooled.to(value_BS.device))
+        return (value_BS * read_BS).sum(1)
+
+
+def run(work: Workspace) -> dict:
+    """Train the `reward` role and measure it; writes its adapter, head and `reward/heldout.json`."""
+    section = work.recipe.reward
+    work.load_role("sft")
+    work.roles.add("reward", copy_of="sft")
+    work.roles.add_head("reward", zero=False, seed=work.seed("reward", "head"))
+    work.roles.remove("sft")
+    train, held = split_by_video(read_pairs(work), section.heldout, work.recipe.seed)
+    train = train[: section.pairs] if section.pairs else train
+    if not train or not held:
+        raise StageError(
+            f"The reward model has {len(train)} pairs to train on and {len(held)} held out. "
+            "More prompts, more `preference.samples`, or another `reward.heldout` would give both."
+        )
+    layout = RewardInput(work)
+    steps = steps_of(section, len(train))
+    order = batches(len(train), section.batch_size, steps, work.recipe.seed, "reward")
+
+    def step_loss(active: ActiveRole, step: int) -> dict[str, float]:
+        chosen = [train[i] for i in order[step]]
+        totals = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
+        for part in split_micro(chosen, section.micro_batch):
+            share = len(part) / len(chosen)
+            score_B2 = score_pairs(layout, active, part)
+            loss, stats = pairwise_loss(score_B2[:, 0], score_B2[:, 1], section.centering)
+            (loss * share).backward()
+            for name, value in (("loss", loss), ("accuracy", stats.accuracy), ("margin", stats.margin)):
+                totals[name] += value.item() * share
+        return totals
+
+    fit(work.roles, "reward", section, steps, step_loss, label="reward", folder=work.stage("reward") / "checkpoint",
+        log=work.log, seed=work.recipe.seed, checkpoint_every=CHECKPOINT_EVERY)
+    work.roles.save("reward", work.adapter("reward"))
+    result = measure(work, layout, held) | {"train_pairs": len(train), "heldout_pairs": len(held), "steps": steps,
+                                            "floor": section.floor}
+    write_json(work.stage("reward") / "heldout.json", result)
+    return result
+
+
+def score_pairs(layout: RewardInput, active: ActiveRole, pairs: Seq[tuple[Record, str, str]]) -> Tensor:
+    """score_B2 of (chosen, rejected), both in one forward."""
+    prompts = [layout.prompt(record) for record, _, _ in pairs]
+    answers = [encode_answer(layout.base, text) for _, chosen, rejected in pairs for text in (chosen, rejected)]
+    return layout.score(active, [p for p in prompts for _ in range(2)], answers).view(-1, 2)
+
+
+def split_by_video(pairs: list, share: float, seed: int) -> tuple[list, list]:
+    """(train, held out): the pairs of a random `share` of the videos are held out."""
+    videos = sorted({video_name(record.video) for record, _, _ in pairs}, key=lambda key: derive_seed(seed, "heldout", key))
+    held = set(videos[: math.ceil(share * len(videos))])
+    return [p for p in pairs if video_name(p[0].video) not in held], [p for p in pairs if video_name(p[0].video) in held]
+
+
+@torch.no_grad()
+def measure(work: Workspace, layout: RewardInput, held: list[tuple[Record, str, str]]) -> dict:
+    """Held-out accuracy against the labels and, where it is known, against the truth; calibration of P(chosen)."""
+    gaps = []
+    for part in chunks(held, 32):
+        with work.roles.use("reward") as active:
+            score_B2 = score_pairs(layout, active, part)
+        gaps += (score_B2[:, 0] - score_B2[:, 1]).tolist()
+    result = {"heldout_accuracy": sum(gap > 0 for gap in gaps) / len(gaps), "calibration": calibration(gaps)}
+    truths = [truth_score(c, r.facts) - truth_score(x, r.facts) for r, c, x in held if r.facts is not None]
+    if len(truths) == len(gaps):
+        decided = [(gap, truth) for gap, truth in zip(gaps, truths) if truth != 0]
+        result["heldout_accuracy_truth"] = sum((g > 0) == (t > 0) for g, t in decided) / max(1, len(decided))
+    return result
+
+
+def calibration(gaps: Seq[float]) -> list[dict]:
+    """When the model says with probability p that an answer is the better one, how often is it? Equal bins of p >= 0.5."""
+    table: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
+    for gap in gaps:
+        p = 1 / (1 + math.exp(-abs(gap)))
+        table[min(BINS - 1, int((p - 0.5) * 2 * BINS))].append((p, gap > 0))
+    width = 0.5 / BINS
+    return [
+        {"low": 0.5 + i * width, "high": 0.5 + (i + 1) * width, "predicted": sum(p for p, _ in found) / len(found),
+         "observed": sum(right for _, right in found) / len(found), "count": len(found)}
+        for i, found in enumerate(table) if found
+    ]  # fmt: skip
+
+
+def check_floor(recipe: Recipe, accuracy: float) -> None:
+    """Raises StageError when the reward model is too weak for PPO."""
+    if accuracy < recipe.reward.floor:
+        raise StageError(
+            f"The reward model decides {accuracy:.3f} of held-out pairs as labelled, below `reward.floor: {recipe.reward.floor}`: "
+            "PPO would optimise noise. More or cleaner pairs help (`preference.samples`, `preference.min_margin`); to go on "
+            "all the same, lower the floor."
+        )

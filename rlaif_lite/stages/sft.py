@@ -1,0 +1,128 @@
+"""Supervised fine-tuning: easy data, then hard data, then the policy's initialisation on the RL domain (VLM-RLAIF section 3.1).
+
+`sft`        one LoRA adapter trained on short answers first and on long ones after (the curriculum). It is the judge later, and
+             the reward model starts from it.
+`reference`  the same adapter trained on, on the RL domain's prompts with reference answers (the release's policy initialisation).
+             It seeds the policy and, frozen, is what the KL is measured against. Without `sft.policy_init` it is a copy of `sft`.
+
+The loss is on answers only. A record with verdicts (process supervision) is trained on the verdict at each marked word instead:
+that keeps the judge's skill in the adapter. Departures from the release: it starts a fresh adapter on merged weights for the
+initialisation, here the same adapter goes on; a share of easy records can be replayed in the later phases (`sft.replay`), and
+`sft.loss_per: record` weighs every record alike instead of every token.
+
+Shapes: B records, S positions, N answer tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+from rlaif_kernels import sft_loss
+
+from ..data.records import Record
+from ..errors import DataError
+from ..model.base import Base
+from ..model.inputs import IGNORE, Sequence, collate, encode_answer, encode_prompt, encode_text
+from ..model.roles import ActiveRole
+from ..recipe import Training
+from ..training.fit import fit, steps_of
+from ..training.loop import batches, split_micro
+from ..workspace import Workspace
+
+READS = ("seed", "model", "sft", "data.sft", "data.sft_easy", "data.sft_hard", "data.policy_init", "data.max_easy_words")
+NEEDS = ("data", "features")
+CHECKPOINT_EVERY = 20
+
+
+class Example(NamedTuple):
+    """A record ready for training."""
+
+    row: Sequence
+    targets_S: list[int]  # the token that each position should predict, IGNORE where there is no loss
+    weight: float  # of each of its targets
+
+
+def run(work: Workspace) -> dict:
+    """Train `sft` and `reference`; returns records and steps of each phase."""
+    recipe = work.recipe
+    work.roles.add("sft", seed=work.seed("sft", "init"))
+    easy = work.records("sft_easy")
+    result = {}
+    result["easy"] = train(work, "sft", "easy", recipe.sft.easy, easy, replay=[])
+    result["hard"] = train(work, "sft", "hard", recipe.sft.hard, work.records("sft_hard"), replay=easy)
+    work.roles.save("sft", work.adapter("sft"))
+    work.roles.add("reference", copy_of="sft")
+    if recipe.sft.policy_init is not None:
+        records = work.records("policy_init")
+        result["policy_init"] = train(work, "reference", "policy_init", recipe.sft.policy_init, records, replay=easy)
+    work.roles.save("reference", work.adapter("reference"))
+    return result
+
+
+def train(work: Workspace, role: str, phase: str, section: Training, records: list[Record], replay: list[Record]) -> dict:
+    """One phase on one role; each batch draws `sft.replay` of its records from `replay` (when there are any)."""
+    recipe, base = work.recipe, work.base()
+    label = f"sft.{phase}"
+    steps = steps_of(section, len(records))
+    old = round(section.batch_size * recipe.sft.replay) if replay else 0
+    fresh = batches(len(records), section.batch_size - old, steps, recipe.seed, label)
+    again = batches(len(replay), old, steps, recipe.seed, f"{label}.replay") if old else [[]] * steps
+
+    def step_loss(active: ActiveRole, step: int) -> dict[str, float]:
+        chosen = [records[i] for i in fresh[step]] + [replay[i] for i in again[step]]
+        examples = [example(base, r, work.features(r), recipe.sft.loss_per) for r in chosen]
+        examples.sort(key=lambda e: len(e.row.ids_S))  # little padding in each micro-batch
+        total = sum(e.weight * sum(t != IGNORE for t in e.targets_S) for e in examples)
+        loss = 0.0
+        for part in split_micro(examples, section.micro_batch):
+            loss += backward(active, part, total)
+        return {"loss": loss}
+
+    fit(work.roles, role, section, steps, step_loss, label=label, folder=work.stage("sft") / "checkpoint" / phase, log=work.log,
+        seed=recipe.seed, checkpoint_every=CHECKPOINT_EVERY)
+    return {"records": len(records), "steps": steps}
+
+
+def backward(active: ActiveRole, examples: list[Example], total: float) -> float:
+    """Forward and backward of a micro-batch; `total` is the weight of all targets of the whole batch. Returns its loss."""
+    base = active.roles.base
+    batch = collate(base, [e.row for e in examples])
+    length = batch.ids_BS.shape[1]
+    target_BS = torch.tensor([e.targets_S + [IGNORE] * (length - len(e.targets_S)) for e in examples], device=base.device)
+    weight_BS = torch.tensor([[e.weight] for e in examples], device=base.device).expand_as(target_BS)
+    hidden_BSD = active.hidden(batch)
+    scored_BS = target_BS != IGNORE
+    loss, _ = sft_loss(
+        hidden_BSD[scored_BS], base.head_weight_VD, target_BS[scored_BS], weight_BS[scored_BS], bias_V=base.ban_bias_V,
+        denominator=total,
+    )
+    loss.backward()
+    return loss.item()
+
+
+def example(base: Base, record: Record, features, loss_per: str) -> Example:
+    """Tokenise a record with an answer; raises DataError when it has none."""
+    if record.answer is None:
+        raise DataError(f"{record.source}: a record for SFT needs an answer; its last turn is the user's.")
+    prompt = encode_prompt(base, record.prompt, features)
+    if record.verdicts:
+        ids = encode_text(base, record.answer)
+        row = prompt.extend(ids)
+        targets_S = [IGNORE] * len(prompt.ids_S) + verdict_targets(base, record)
+    else:
+        ids = encode_answer(base, record.answer)
+        row = prompt.extend(ids)
+        # The last token of the prompt predicts the first of the answer; the EOS predicts nothing.
+        targets_S = [IGNORE] * (len(prompt.ids_S) - 1) + ids + [IGNORE]
+    scored = sum(t != IGNORE for t in targets_S)
+    return Example(row, targets_S, 1.0 / scored if loss_per == "record" else 1.0)
+
+
+def verdict_targets(base: Base, record: Record) -> list[int]:
+    """The verdict's token at the last token of each judged span of the answer, IGNORE elsewhere."""
+    encoded = base.tokenizer(record.answer, add_special_tokens=False, return_offsets_mapping=True)
+    words = {end: word for end, word in record.verdicts}
+    targets = []
+    for start, end in encoded["offset_mapping"]:
+        ending = [word for place, word in words.items() if start < place <= end]
+        targets.append(base.tokenizer.convert_tokens_to_ids(ending[0]) if ending else IGNORE)
+    return targets

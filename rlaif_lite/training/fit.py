@@ -1,0 +1,76 @@
+"""The supervised loop: one role's adapter (and head), one optimiser, one schedule, resumable at any step.
+
+A step's batch, learning rate and randomness follow from its number alone, so a killed run that goes on from its last
+checkpoint ends with the same bits as one that was never killed. Forward and backward stay inside the role's scope.
+"""
+
+import time
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+from ..model.roles import ActiveRole, Roles
+from ..progress import progress
+from ..recipe import Training
+from .checkpoint import load, restore_optimizer, save
+from .loop import MetricsLog, derive_seed, lr_at
+
+
+def steps_of(section: Training, items: int) -> int:
+    """`steps` of the recipe, or as many as `epochs` over `items` take."""
+    return section.steps if section.steps is not None else max(1, round(section.epochs * items / section.batch_size))
+
+
+def fit(
+    roles: Roles, role: str, section: Training, steps: int, step_loss: Callable[[ActiveRole, int], dict[str, float]],
+    *, label: str, folder: Path, log: MetricsLog, seed: int, checkpoint_every: int,
+) -> None:
+    """Train `role` for `steps` updates. `step_loss(active, step)` runs the forward and backward of one whole batch, leaves the
+    gradients on the parameters, and returns what is to be logged; `label` names the phase in the log and in the seeds.
+
+    The checkpoint in `folder` is gone on with if there is one, and is left there when the last step is done."""
+    roles.trainable(role)
+    parameters = roles.parameters(role, head=role in roles.heads)
+    optimizer = torch.optim.AdamW(parameters, lr=section.lr, weight_decay=section.weight_decay, betas=(0.9, 0.98), fused=True)
+    start, _ = restore(roles, {role: optimizer}, folder)
+    log.resume(label, start)
+    with progress(steps, label, unit="step") as bar:
+        bar.advance(start)
+        for step in range(start, steps):
+            began = time.perf_counter()
+            torch.manual_seed(derive_seed(seed, label, step))
+            lr = lr_at(step, steps, section.lr, section.schedule, section.warmup_ratio, section.lr_end)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            with roles.use(role) as active:
+                stats = step_loss(active, step)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            log.append(label, step, {**stats, "lr": lr, "grad_norm": norm.item()}, {"seconds": time.perf_counter() - began})
+            if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+                keep(roles, {role: optimizer}, folder, step + 1)
+            bar.advance(1, loss=stats["loss"])
+    roles.trainable(role, False)
+
+
+def keep(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Path, step: int, state: dict | None = None) -> None:
+    """Checkpoint the adapters and heads of the roles that `optimizers` train, and the optimisers themselves."""
+    tensors = {}
+    for role in optimizers:
+        for i, parameter in enumerate(roles.parameters(role, head=role in roles.heads)):
+            tensors[f"{role}/{i}"] = parameter.data
+    save(folder, step, tensors, optimizers, state or {})
+
+
+def restore(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Path) -> tuple[int, dict]:
+    """Put the last checkpoint back, if there is one -> (the step to go on with, the extra state that `keep` was given)."""
+    checkpoint = load(folder)
+    if checkpoint is None:
+        return 0, {}
+    for role, optimizer in optimizers.items():
+        for i, parameter in enumerate(roles.parameters(role, head=role in roles.heads)):
+            parameter.data.copy_(checkpoint.tensors[f"{role}/{i}"])
+        restore_optimizer(optimizer, checkpoint, role)
+    return checkpoint.step, checkpoint.state

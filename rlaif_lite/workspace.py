@@ -1,0 +1,247 @@
+"""What every stage works with: the recipe, the run folder, the records, the cached features, the base and its roles.
+
+A stage takes what it needs from here and leaves its results in the run folder:
+
+    <run>/recipe.yaml            the resolved recipe
+    <run>/metrics.jsonl          one line per step of every stage
+    <run>/summary.json           the contract other programs read
+    <run>/adapters/<role>/       PEFT folders (and `head.safetensors`)
+    <run>/<stage>/               the stage's own outputs, its checkpoint, and `done.json` when it is finished
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Callable, Iterable, NamedTuple
+
+import torch
+
+from .data.readers import read_records, split_by_answer_length, with_videos
+from .data.records import Record
+from .errors import DataError, StageError
+from .model.base import Base, load_base
+from .model.inputs import VIDEO_MARK
+from .model.roles import Roles
+from .progress import say
+from .recipe import Recipe
+from .training.loop import MetricsLog, derive_seed
+from .video.cache import FeatureRecord, FeatureStore, read_index, video_name
+
+WORLD = "world:"
+WHOLE = "video"  # name of the view of a whole video; clips are "clip0", "clip1", ...
+
+
+class Split(NamedTuple):
+    """Where a split's records come from in the recipe."""
+
+    name: str  # as the stages call it
+    paths: list[str]
+
+
+class Workspace:
+    """One run."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.folder = Path(recipe.output)
+        self.device = torch.device(pick_device(recipe.device))
+        self.log = MetricsLog(self.folder / "metrics.jsonl")
+        self.missing_videos: set[str] = set()
+        self._base: Base | None = None
+        self._roles: Roles | None = None
+        self._records: dict[str, list[Record]] = {}
+        self._features: FeatureStore | None = None
+        self._index: dict[str, str] = {}
+
+    # ---- folders and randomness
+
+    def stage(self, name: str) -> Path:
+        """The stage's folder."""
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def adapter(self, role: str) -> Path:
+        return self.folder / "adapters" / role
+
+    def seed(self, *parts: int | str) -> int:
+        """A seed that depends on the recipe's seed and `parts` alone."""
+        return derive_seed(self.recipe.seed, *parts)
+
+    # ---- data
+
+    @property
+    def data_folder(self) -> Path:
+        return Path(self.recipe.data.folder) if self.recipe.data.folder else self.folder / "data"
+
+    def splits(self) -> list[Split]:
+        """Every split that the recipe names, with its files; `world:rl` is the file that the `data` stage writes."""
+        data = self.recipe.data
+        named = [("sft", data.sft), ("sft_easy", data.sft_easy), ("sft_hard", data.sft_hard), ("policy_init", data.policy_init),
+                 ("preference", data.preference), ("rl", data.rl), ("test", data.test)]
+        return [Split(name, [self._path(p) for p in paths]) for name, paths in named if paths]
+
+    def records(self, name: str) -> list[Record]:
+        """The records of a split; `sft` files are split into `sft_easy` and `sft_hard` by the length of the answer.
+
+        Videos that are missing stop the run with their list, or are left out and counted (`data.on_missing: skip`)."""
+        self._load()
+        if name not in self._records:
+            raise StageError(f"The recipe names no `data.{name}`, which this stage needs. Add its file to the recipe.")
+        bad = self.quarantined
+        return [r for r in self._records[name] if r.video is None or video_name(r.video) not in bad]
+
+    def split_names(self) -> list[str]:
+        """The splits that the recipe gives data for."""
+        self._load()
+        return list(self._records)
+
+    def _load(self) -> None:
+        if self._records:
+            return
+        loaded = {split.name: self._read(split) for split in self.splits()}
+        if "sft" in loaded:
+            easy, hard = split_by_answer_length(loaded.pop("sft"), self.recipe.data.max_easy_words)
+            loaded["sft_easy"] = loaded.get("sft_easy", []) + easy
+            loaded["sft_hard"] = loaded.get("sft_hard", []) + hard
+        self._records = loaded
+
+    def _read(self, split: Split) -> list[Record]:
+        records = []
+        for path in split.paths:
+            read = read_records(path, video_root=self.recipe.data.video_root)
+            say(f"{path}: {len(read.records)} records, {read.format}")
+            records += read.records
+        records, missing = with_videos(records)
+        if missing and self.recipe.data.on_missing == "error":
+            shown = "\n  ".join(sorted({video_name(r.video) for r in missing})[:20])
+            raise DataError(
+                f"data.{split.name}: {len(missing)} records have a video that is not there, among them:\n  {shown}\n"
+                "Set `data.video_root` to their folder, or `data.on_missing: skip` to go on without them."
+            )
+        self.missing_videos |= {video_name(r.video) for r in missing}
+        return records
+
+    def _path(self, path: str) -> str:
+        return str(self.data_folder / f"{path.removeprefix(WORLD)}.jsonl") if path.startswith(WORLD) else path
+
+    @property
+    def quarantined(self) -> set[str]:
+        """Videos that the features stage could not decode (only with `data.on_missing: skip`)."""
+        path = self.folder / "features" / "quarantine.json"
+        return set(json.loads(path.read_text())) if path.exists() else set()
+
+    # ---- features
+
+    @property
+    def store(self) -> FeatureStore:
+        if self._features is None:
+            self._features = FeatureStore(Path(self.recipe.features.cache or self.folder / "features" / "cache"))
+        return self._features
+
+    def features(self, record: Record) -> FeatureRecord | None:
+        """The cached tokens of a record's video (or of its clip), pruned as the recipe says; None for a text record."""
+        if record.video is None:
+            return None
+        return self.views(record)[WHOLE if record.clip is None else f"clip{record.clip}"]
+
+    def views(self, record: Record) -> dict[str, FeatureRecord]:
+        """All views of a record's video: the whole and each clip."""
+        if not self._index:
+            self._index = read_index(self.folder / "features" / "index.json")
+        return self.store.get(self._index[video_name(record.video)])
+
+    # ---- model
+
+    def base(self, tower: bool = False) -> Base:
+        """The frozen base, loaded once; loaded again when a tower is asked for and was dropped."""
+        if self._base is None or (tower and not self._base.has_tower):
+            self._roles = None
+            self._base = load_base(self.recipe.model, self.device, tower=tower)
+        return self._base
+
+    @property
+    def roles(self) -> Roles:
+        if self._roles is None:
+            self._roles = Roles(self.base(), self.recipe.model.lora)
+        return self._roles
+
+    def load_role(self, name: str) -> None:
+        """Put a saved role onto the base, frozen."""
+        if name not in self.roles.names:
+            self.roles.load(name, self.adapter(name))
+
+    def release_roles(self) -> None:
+        """Free every role: the next stage loads what it needs from disk."""
+        if self._roles is not None:
+            for name in self._roles.names:
+                self._roles.remove(name)
+
+
+def pick_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise StageError("`device: cuda`, but torch sees no CUDA GPU here. Set `device: auto` or `cpu`.")
+    return device
+
+
+def question_of(record: Record) -> str:
+    """What the user asked, without the video's mark."""
+    return record.prompt[-1].content.replace(VIDEO_MARK, "").strip()
+
+
+# ---- results that arrive batch by batch, so that a killed stage goes on where it was
+
+
+def by_batches(path: Path, batches: list, work: Callable[[Any], list], done: Callable[[int], None] = lambda n: None) -> list:
+    """Map `work` over `batches`, one JSON line per batch in `path`; batches whose line is there already are not redone.
+
+    A line cut short by a kill is dropped. Returns the concatenated results, read back from the file, so that a resumed stage
+    and an uninterrupted one hold the very same objects.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = _whole_lines(path)
+    with open(path, "w" if not lines else "r+", encoding="utf-8") as file:
+        file.seek(sum(len(line.encode()) for line in lines))
+        file.truncate()
+        for finished in lines:
+            done(len(json.loads(finished)))
+        for batch in batches[len(lines) :]:
+            line = json.dumps(work(batch)) + "\n"
+            file.write(line)
+            file.flush()
+            lines.append(line)
+            done(len(batch))
+    return [item for line in lines for item in json.loads(line)]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return lines if not lines or lines[-1].endswith("\n") else lines[:-1]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a kill leaves either the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.tmp")
+    tmp.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(tmp, path)
+
+
+def write_jsonl(path: Path, values: Iterable[Any]) -> None:
+    """Write JSON lines atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.tmp")
+    tmp.write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8")
+    os.replace(tmp, path)
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def chunks(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]

@@ -12,8 +12,8 @@ Formats, told apart by the keys of the first record; every other record must the
     trl-preference        `prompt`, `chosen`, `rejected`, as texts or as lists of messages
     trl-prompt            `prompt` alone or with `completion`
 
-Turns may be spelled {from, value} or {role, content} or any mix of the two, with "human" and "gpt" or "user" and "assistant":
-the release documents one spelling and reads the other. `<image>` marks a video where `images` or `image` holds it.
+Turns may be spelled {from, value} or {role, content} or any mix of the two, with "human" and "gpt" or "user" and
+"assistant": the release documents one spelling and reads the other. `<image>` marks a video where `images` holds it.
 
 Departure from the release: an index never joins two lists. Each Record carries its prompt, its video and its source.
 """
@@ -22,18 +22,18 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from rlaif_lite.data.records import VIDEO, Message, Record, check, from_json
-from rlaif_lite.errors import DataError
+from ..errors import DataError
+from .records import VIDEO, Message, Record, check, from_json
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
-SPELLINGS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "system": "system"}
+SPELLINGS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
 class Read(NamedTuple):
@@ -45,7 +45,7 @@ class Read(NamedTuple):
 
 
 def read_records(path: str | os.PathLike, *, video_root: str | os.PathLike | None = None) -> Read:
-    """Read a `.json` (a list) or `.jsonl` file. Relative video names are looked up in `video_root`, then beside the file.
+    """Read a `.json` (a list) or `.jsonl` file. Relative video names are sought in `video_root`, then beside the file.
 
     Raises DataError naming the file, the index of the record (from 0) and what is wrong with it.
     """
@@ -53,19 +53,19 @@ def read_records(path: str | os.PathLike, *, video_root: str | os.PathLike | Non
     look = _Videos([str(video_root)] if video_root else [], str(path.parent))
     records, format = [], ""
     for index, found in _objects(path):
-        source = f"{path.name}#{index}"
+        source, place = f"{path.name}#{index}", f"{path}, record {index}"
         if not isinstance(found, dict):
-            raise DataError(f"{path}, record {index}: expected an object, found {type(found).__name__}.")
+            raise DataError(f"{place}: expected an object, found {type(found).__name__}.")
         this = detect(found)
         format = format or this
         if not this:
-            raise DataError(f"{path}, record {index}: keys {sorted(found)} belong to no format that is known here. {_known()}")
+            raise DataError(f"{place}: the keys {sorted(found)} fit no format. Known: {', '.join(_PARSERS)}.")
         if this != format:
-            raise DataError(f"{path}, record {index}: it looks like {this}, the records before it like {format}; one file, one format.")
+            raise DataError(f"{place}: it looks like {this}, the records before like {format}; one file, one format.")
         try:
-            record = from_json(found, source) if format == "record" else check(_PARSERS[format](found, source))
+            record = check(_PARSERS[format](found, source))
         except DataError as error:
-            raise DataError(f"{path}, record {index}: {str(error).removeprefix(source + ': ')}") from None
+            raise DataError(f"{place}: {str(error).removeprefix(source + ': ')}") from None
         records.append(replace(record, video=look.resolve(record.video)))
     if not records:
         raise DataError(f"{path}: it holds no records.")
@@ -85,18 +85,18 @@ def detect(found: dict) -> str:
             return "vlm-rlaif-rl" if "uid" in keys else "vlm-rlaif-sft"
         return "llava"
     if "messages" in keys:
-        return "record" if "id" in keys and "videos" not in keys and _plain(found["messages"]) else "trl-messages"
+        return "record" if _is_ours(found) else "trl-messages"
     if "prompt" in keys:
         return "trl-preference" if {"chosen", "rejected"} & keys else "trl-prompt"
     return ""
 
 
 def split_by_answer_length(records: list[Record], max_easy_words: int) -> tuple[list[Record], list[Record]]:
-    """The curriculum of VLM-RLAIF: (easy, hard) by the number of words of the answer; easy has at most `max_easy_words`."""
+    """The curriculum of VLM-RLAIF: (easy, hard) by the words of the answer; easy has at most `max_easy_words`."""
     easy, hard = [], []
     for record in records:
         if record.answer is None:
-            raise DataError(f"{record.source}: it has no answer, so it can be neither easy nor hard; SFT data needs answers.")
+            raise DataError(f"{record.source}: it has no answer, so it is neither easy nor hard; SFT needs answers.")
         (easy if len(record.answer.split()) <= max_easy_words else hard).append(record)
     return easy, hard
 
@@ -106,7 +106,7 @@ def with_videos(records: list[Record]) -> tuple[list[Record], list[Record]]:
     names = lru_cache(maxsize=None)(_names_in)
 
     def there(path: str) -> bool:
-        folder, name = os.path.split(path)
+        folder, name = os.path.split(os.path.normpath(path))
         return name in names(folder or ".")
 
     @lru_cache(maxsize=None)
@@ -124,11 +124,11 @@ def check_videos(records: list[Record]) -> list[Record]:
     return with_videos(records)[1]
 
 
-# ---- the file ---------------------------------------------------------------------------------------------------------------
+# ---- the file
 
 
 def _objects(path: Path) -> Iterator[tuple[int, object]]:
-    """(index, decoded object), one at a time, so that a released file of 700 MB is never held as a tree of Python objects."""
+    """(index, decoded object), one at a time: a released file of 700 MB is never held as a tree of Python objects."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -160,59 +160,59 @@ def _skip(text: str, at: int) -> int:
 
 
 def _names_in(folder: str) -> set[str]:
-    """Names in `folder`; one listing serves the thousands of frames in it. A folder counts only if something is in it."""
+    """Names in `folder`; one listing serves all frames in it. A folder counts only if something is in it."""
     try:
         with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if not entry.is_dir() or any(os.scandir(entry.path))}
+            return {entry.name for entry in entries if not entry.is_dir() or os.listdir(entry.path)}
     except OSError:
         return set()
 
 
 class _Videos:
-    """Turns the name of a video in a data file into a path. Equal answers are one object: 99k released records share 13k videos."""
+    """Turns the name of a video in a data file into a path. Equal names give one object: records share videos."""
 
     def __init__(self, roots: list[str], beside: str):
         self.roots = [*roots, beside]
         self.known: dict[str | tuple[str, ...], str | tuple[str, ...]] = {}
 
     def resolve(self, video: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-        """Absolute names stay. An unknown name becomes a path below the first root, for the list of missing videos to name."""
+        """Absolute names stay. A name not found becomes a path below the first root, for the list of missing videos."""
         if video is None:
             return None
         if video not in self.known:
             if isinstance(video, tuple):
-                first = self._find(video[0])
-                root = first.removesuffix(video[0]) if first.endswith(video[0]) else ""
-                self.known[video] = tuple(root + frame for frame in video)
+                first = self._find(video[0], [video[0]])
+                root = first.removesuffix(video[0])
+                self.known[video] = tuple(os.path.join(root, frame) for frame in video)
             else:
-                self.known[video] = self._find(video)
+                self.known[video] = self._find(video, self._spellings(video))
         return self.known[video]
 
-    def _find(self, name: str) -> str:
-        """`name` as it stands, then (ActivityNet style) as a folder of frames or a file of any known suffix, with or without `v_`."""
+    def _spellings(self, name: str) -> list[str]:
+        """`name`, then (ActivityNet style) a folder of frames or a file of a known suffix, with and without `v_`."""
         stem, suffix = os.path.splitext(name)
         stem = stem if suffix.lower() in SUFFIXES else name
         folder, base = os.path.split(stem)
-        stems = [stem] if base.startswith("v_") else [stem, os.path.join(folder, "v_" + base)]
-        tried = [name, *(s + end for s in stems for end in ("", *SUFFIXES))]
+        stems = [stem, os.path.join(folder, base[2:] if base.startswith("v_") else "v_" + base)]
+        return [name, *(stem + end for stem in stems for end in ("", *SUFFIXES))]
+
+    def _find(self, name: str, spellings: list[str]) -> str:
         for root in self.roots:
-            for candidate in tried:
-                path = os.path.join(root, candidate)
+            for spelling in spellings:
+                path = os.path.join(root, spelling)
                 if os.path.exists(path):
                     return path
         return os.path.join(self.roots[0], name)
 
 
-# ---- the formats ------------------------------------------------------------------------------------------------------------
+# ---- the formats
 
 
-def _known() -> str:
-    return "Known formats: " + ", ".join(["record", *_PARSERS]) + "; their keys stand in rlaif_lite/data/readers.py."
-
-
-def _plain(messages) -> bool:
-    """Whether these turns are ours: {role, content} with the content a text, not a list of typed parts."""
-    return isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages)
+def _is_ours(found: dict) -> bool:
+    """Turns with plain texts and an id, beside a `video` or with our keys alone. A misspelt key is then said."""
+    turns = found["messages"]
+    plain = isinstance(turns, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in turns)
+    return plain and "id" in found and ("video" in found or found.keys() <= {field.name for field in fields(Record)})
 
 
 def _text(found, source: str, what: str) -> str:
@@ -229,7 +229,7 @@ def _text(found, source: str, what: str) -> str:
 def _turn(found, source: str, what: str) -> Message:
     """One turn in any spelling; typed parts ({"type": "text"}, {"type": "video"}) become text with marks."""
     if not isinstance(found, dict):
-        raise DataError(f"{source}: {what} is {found!r}, expected an object with `from` and `value` or `role` and `content`.")
+        raise DataError(f"{source}: {what} is {found!r}, expected {{from, value}} or {{role, content}}.")
     role = found.get("from", found.get("role"))
     content = found.get("value", found.get("content"))
     if role not in SPELLINGS:
@@ -264,7 +264,7 @@ def _frames(found: dict, source: str) -> tuple[str, ...]:
 
 
 def _one_video(found: dict, source: str) -> str | tuple[str, ...] | None:
-    """The single video of a LLaVA, ShareGPT or TRL record: `video`, `videos`, `images` (frames of one video) or `image`."""
+    """The video of a LLaVA, ShareGPT or TRL record: `video`, `videos`, `images` (frames of one video) or `image`."""
     if found.get("images"):
         return _frames(found, source)
     if found.get("image") is not None:
@@ -282,8 +282,8 @@ def _one_video(found: dict, source: str) -> str | tuple[str, ...] | None:
     return video
 
 
-def _record(found: dict, source: str, turns: list[Message], video, chosen: str | None = None, rejected: str | None = None) -> Record:
-    """Put the parts together: `<image>` becomes `<video>`, a missing mark is set before the first question, as LLaVA does."""
+def _record(found: dict, source: str, turns: list[Message], video, chosen=None, rejected=None) -> Record:
+    """Put the parts together; `<image>` becomes `<video>`, and a missing mark is set before the first question."""
     turns = [Message(m.role, m.content.replace("<image>", VIDEO) if m.role == "user" else m.content) for m in turns]
     first = next((i for i, m in enumerate(turns) if m.role == "user"), None)
     if video is not None and first is not None and not any(VIDEO in m.content for m in turns):
@@ -344,6 +344,7 @@ def _trl_prompt(found: dict, source: str) -> Record:
 
 
 _PARSERS = {
+    "record": from_json,
     "vlm-rlaif-sft": _sft,
     "vlm-rlaif-preference": _rlaif_preference,
     "vlm-rlaif-rl": _rl,

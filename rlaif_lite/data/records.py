@@ -1,13 +1,14 @@
 """One Record: a video, what is said about it, and where it came from, held together in one object.
 
-Every stage passes Records on whole. The official VLM-RLAIF release keeps prompts and records in two lists and filters only one of
-them, so that after the first over-long prompt every prompt meets the wrong video; with one object there is nothing to misalign.
+Every stage passes Records on whole. The official VLM-RLAIF release keeps prompts and records in two lists and filters
+only one of them, so that after the first over-long prompt every prompt meets the wrong video; with one object there is
+nothing to misalign.
 """
 
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 
-from rlaif_lite.errors import DataError
+from ..errors import DataError
 
 VIDEO = "<video>"  # marks in a user turn where the video stands
 ROLES = ("system", "user", "assistant")
@@ -31,7 +32,7 @@ class Record:
     chosen: str | None = None  # preference data: the better answer to `prompt`
     rejected: str | None = None  # and the worse one
     clip: int | None = None  # the record is about this clip of the video only; None is the whole video
-    verdicts: tuple[tuple[int, str], ...] = ()  # (end offset in characters in `answer`, label word), process supervision
+    verdicts: tuple[tuple[int, str], ...] = ()  # (end offset in `answer`, label word): process supervision
     facts: dict | None = None  # the truth about the video; synthetic world only
     source: str = ""  # where it was read: "file.json#17"
 
@@ -64,7 +65,7 @@ def check(record: Record) -> Record:
     for i, message in enumerate(turns):
         expected = ("user", "assistant")[i % 2]
         if message.role != expected:
-            fail(f"turn {i} (system turn not counted) is from the {message.role}, expected the {expected}: turns alternate.")
+            fail(f"turn {i} (after any system turn) is from the {message.role}, expected the {expected}.")
         if message.role == "assistant" and VIDEO in message.content:
             fail(f"turn {i}: an answer contains {VIDEO}; the video can stand in a user turn only.")
     marks = sum(m.content.count(VIDEO) for m in record.messages)
@@ -85,7 +86,7 @@ def check(record: Record) -> Record:
 
 
 def to_json(record: Record) -> dict:
-    """The record as a JSON object, its keys the field names; absent fields and `source` (set by the reader) are left out."""
+    """The record as a JSON object, keys as the fields; absent fields and `source` (set by the reader) are left out."""
     found = asdict(record)
     found["messages"] = [asdict(message) for message in record.messages]
     found["verdicts"] = [list(verdict) for verdict in record.verdicts]
@@ -117,7 +118,7 @@ def from_json(found: dict, source: str) -> Record:
         turns = tuple(Message(role=str(m["role"]), content=m["content"]) for m in messages or ())
         marks = tuple((int(end), str(word)) for end, word in verdicts or ())
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{source}: `messages` holds {{role, content}} and `verdicts` [offset, word]; got {error!r}.") from None
+        raise DataError(f"{source}: turns are {{role, content}}, verdicts [offset, word]; got {error!r}.") from None
     if not all(isinstance(m.content, str) for m in turns):
         raise DataError(f"{source}: `content` of a turn is not a text.")
     return check(

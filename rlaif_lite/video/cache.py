@@ -1,8 +1,8 @@
 """The feature cache: each video goes through the vision tower once, and every later stage reads what came out.
 
-One safetensors file per video holds all its views (the whole video and its clips). Its name is a hash of everything that decides
-its content: the bytes of the video, the sampling, the image processor, the tower's weights, the prune chain, the dtype. So a file
-that exists is right, runs can share a folder, and changing any of these never meets stale features.
+One safetensors file per video holds all its views (the whole video and its clips). Its name is a hash of everything
+that decides its content: the bytes of the video, the sampling, the image processor, the tower's weights, the prune
+chain, the dtype. So a file that exists is right, runs can share a folder, and a change never meets stale features.
 
 Shapes: K tokens kept, D width, T frames of the view.
 """
@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..errors import VideoError
+
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # counted up whenever the files or the arithmetic behind them change
@@ -38,26 +40,34 @@ class FeatureRecord(NamedTuple):
 
 
 def video_name(video: str | tuple[str, ...]) -> str:
-    """A short text that stands for a record's video in `index.json`: the path, or for frames the first path and a hash of all."""
+    """What stands for a record's video in `index.json`: the path, or for frames the first path and a hash of all."""
     if isinstance(video, str):
         return video
     return f"{video[0]} and {len(video) - 1} more ({hashlib.sha256(chr(10).join(video).encode()).hexdigest()[:16]})"
 
 
 def video_digest(video: str | tuple[str, ...]) -> str:
-    """sha256 of the bytes of a video file, or of its frames' digests in order (a folder: the files in it, by name)."""
+    """sha256 of the bytes of a video file, or of its frames' digests in order (a folder: the files in it, by name).
+
+    Raises VideoError for a file that cannot be read.
+    """
     if isinstance(video, str) and not os.path.isdir(video):
-        with open(video, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    frames = video if isinstance(video, tuple) else sorted(str(path) for path in Path(video).iterdir() if path.is_file())
+        try:
+            with open(video, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise VideoError(f"{video}: it cannot be read ({error.strerror}).") from None
+    frames = video
+    if isinstance(video, str):
+        frames = sorted(str(path) for path in Path(video).iterdir() if path.is_file())
     return hashlib.sha256("".join(video_digest(frame) for frame in frames).encode()).hexdigest()
 
 
 def feature_key(*, video: str, views: dict, processor: dict, tower: str, chain: list[dict], dtype: str) -> str:
     """The name of a cache file, 32 hex digits.
 
-    video: its digest; views: {name: View}; processor: the whole image-processor configuration; tower: base name and digest of
-    the weights; chain: the prune chain; dtype: of the stored features.
+    video: its digest; views: {name: View}; processor: the whole image-processor configuration; tower: base name and
+    digest of the weights; chain: the prune chain; dtype: of the stored features.
     """
     parts = {"format": FORMAT, "video": video, "views": {name: list(view) for name, view in views.items()}}
     parts |= {"processor": processor, "tower": tower, "chain": chain, "dtype": dtype}
@@ -73,7 +83,7 @@ class FeatureStore:
         self.memory_bytes = memory_bytes
         self._held: OrderedDict[str, tuple[dict[str, FeatureRecord], int]] = OrderedDict()
         self._held_bytes = 0
-        for left in self.folder.glob("*.tmp"):  # of a run that was killed while writing; younger ones may be a neighbour's
+        for left in self.folder.glob("*.tmp"):  # of a run killed while writing; younger ones may be a neighbour's
             if time.time() - left.stat().st_mtime > 3600:
                 left.unlink(missing_ok=True)
 
@@ -85,7 +95,10 @@ class FeatureStore:
         return key in self._held or self._header(key) is not None
 
     def get(self, key: str) -> dict[str, FeatureRecord] | None:
-        """All views of one video by name, on the CPU; None when absent or damaged (which is said). Do not write into the tensors."""
+        """All views of one video by name, on the CPU; None when absent. Do not write into the tensors.
+
+        A damaged file is said and removed, so that it is made anew.
+        """
         if key in self._held:
             self._held.move_to_end(key)
             return self._held[key][0]
@@ -95,7 +108,7 @@ class FeatureStore:
         try:
             with safe_open(self.path(key), "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             return self._damaged(key, str(error))
         if _checksum(tensors) != header["checksum"]:
             return self._damaged(key, "its checksum does not fit its content")
@@ -107,9 +120,9 @@ class FeatureStore:
         return views
 
     def put(self, key: str, views: dict[str, FeatureRecord], about: dict | None = None) -> None:
-        """Write one video's views; a reader sees the whole file or none. `about` is kept in the header for people to read."""
+        """Write one video's views; a reader sees the whole file or none. `about` goes into the header, for people."""
         parts = FeatureRecord._fields[:4]
-        tensors = {f"{name}/{part}": getattr(view, part).cpu().contiguous() for name, view in views.items() for part in parts}
+        tensors = {f"{n}/{part}": getattr(view, part).cpu().contiguous() for n, view in views.items() for part in parts}
         numbers = {name: {"layout_tokens": view.layout_tokens, "frames": view.frames} for name, view in views.items()}
         header = {"key": key, "views": numbers, "checksum": _checksum(tensors), "about": about or {}}
         partial = self.folder / f"{key}.{os.getpid()}.tmp"
@@ -126,12 +139,13 @@ class FeatureStore:
         try:
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {})["rlaif_lite"])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, ValueError) as error:
             return self._damaged(key, str(error))
         return header if header["key"] == key else self._damaged(key, f"it was written as {header['key']}")
 
     def _damaged(self, key: str, why: str) -> None:
-        log.warning("%s is damaged (%s); it counts as absent and will be made anew.", self.path(key), why)
+        log.warning("%s is damaged (%s); it counts as absent and is removed.", self.path(key), why)
+        self.path(key).unlink(missing_ok=True)
 
     def _hold(self, key: str, views: dict[str, FeatureRecord]) -> None:
         size = sum(tensor.nbytes for view in views.values() for tensor in view[:4])

@@ -1,13 +1,15 @@
 """Frames with their true times, from a video file, a folder of frames, or a list of them.
 
-Sampling is uniform: the middle frame of each of `count` equal segments, of the whole video or of one of its clips. Times come from
-the decoder, never from an index and an average rate (wrong for variable frame rates); they count from the first frame.
+Sampling is uniform: the middle frame of each of `count` equal segments, of the whole video or of one of its clips.
+Times are the file's own, never an index over an average rate (wrong for variable frame rates), from the first frame.
 
-decord decodes. Where it is known to be silently wrong the file goes to PyAV, which decodes from the start and in order:
+decord decodes. Where it is known to be silently wrong the file goes to PyAV, which decodes from the start and in order
+(slower for long files, right for all). It shows in the packets, which are read once per file without decoding:
   - stream-copied cuts (edit lists): decord counts the hidden frames and returns frames out of order;
-  - MPEG-TS: it loses the first frames and seeks several frames off;
-  - timestamps that run backwards, or a frame count other than the container's.
-A file that decord refuses is tried with PyAV too (newer codecs). What neither reads raises VideoError with both reasons.
+  - MPEG-TS and other formats without an index: it loses the first frames and seeks several frames off;
+  - open groups of pictures (x265's default, MPEG-4 and MPEG-2 with B-frames): it is some frames off after a seek;
+  - missing or repeated timestamps; a frame count or timestamps other than the container's.
+A file that decord refuses is tried with PyAV too (newer codecs). What neither reads raises VideoError with the reasons.
 
 Shapes: T frames, H rows, W columns, C = 3 (RGB).
 """
@@ -15,6 +17,7 @@ Shapes: T frames, H rows, W columns, C = 3 (RGB).
 import logging
 import os
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +26,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from rlaif_lite.errors import VideoError
+from ..errors import VideoError
 
 try:
     import decord
@@ -80,16 +83,26 @@ def sample_indices(frames: int, view: View) -> np.ndarray:
     return first + (2 * step + 1) * (end - first) // (2 * view.count)
 
 
-def decode(path_or_frames, *, count: int, clip: int | None = None, clips: int = 1, size: tuple[int, int] | None = None) -> Frames:
+def decode(
+    path_or_frames: str | os.PathLike | Sequence[str],
+    *,
+    count: int,
+    clip: int | None = None,
+    clips: int = 1,
+    size: tuple[int, int] | None = None,
+) -> Frames:
     """`count` frames of a video, or of segment number `clip` of `clips`; `size` (H, W) resizes while decoding.
 
+    The video is a file, a folder of frames (in natural order of their names) or the frames' paths in order.
     Raises VideoError naming the file and the decoder's reason.
     """
     return decode_views(path_or_frames, {"view": View(count, clip, clips)}, size=size)["view"]
 
 
-def decode_views(path_or_frames, views: dict[str, View], *, size: tuple[int, int] | None = None) -> dict[str, Frames]:
-    """Several samplings of one video in one pass over it; only frames that some view needs are held. Raises as `decode`."""
+def decode_views(
+    path_or_frames: str | os.PathLike | Sequence[str], views: dict[str, View], *, size: tuple[int, int] | None = None
+) -> dict[str, Frames]:
+    """Several samplings of one video in one pass; only frames that some view needs are held. Raises as `decode`."""
     for name, view in views.items():
         if view.count < 1 or view.clips < 1 or not 0 <= (view.clip or 0) < view.clips:
             raise ValueError(f"view {name}: {view} does not name frames")
@@ -109,9 +122,11 @@ def probe(path_or_frames) -> Probe:
 
 
 def _read(video, views: dict[str, View]) -> dict[str, Frames]:
-    index = {name: sample_indices(len(video.time_N), view) for name, view in views.items()}
-    wanted = np.unique(np.concatenate(list(index.values())))
-    rgb_NHWC = video.read(wanted)
+    rgb_NHWC = None
+    while rgb_NHWC is None:  # None: there are fewer frames than the container said, and time_N has been set right
+        index = {name: sample_indices(len(video.time_N), view) for name, view in views.items()}
+        wanted = np.unique(np.concatenate(list(index.values())))
+        rgb_NHWC = video.read(wanted)
     return {
         name: Frames(rgb_NHWC[np.searchsorted(wanted, at)], video.time_N[at], video.duration, video.source, video.timed)
         for name, at in index.items()
@@ -144,7 +159,7 @@ def _open(path_or_frames, size: tuple[int, int] | None):
     return _PyAV(facts, size, why_not)
 
 
-# ---- what the container says ------------------------------------------------------------------------------------------------
+# ---- what the container says
 
 
 class _Facts(NamedTuple):
@@ -153,62 +168,92 @@ class _Facts(NamedTuple):
     path: str
     time_N: np.ndarray  # float64, seconds of each frame that is shown, from the first
     duration: float
+    origin: float  # seconds of the first frame on the container's own clock
     why_not_decord: str  # "" where decord can be trusted, as far as the container shows
 
 
+class _Packet(NamedTuple):
+    """What one packet, of one frame, says; in decoding order."""
+
+    pts: int | None  # when it is shown, in ticks
+    duration: int | None
+    is_key: bool
+    is_hidden: bool  # by an edit list
+    is_corrupt: bool
+
+
 def _facts(path: str) -> _Facts:
-    """Read all packets (a fraction of a millisecond for a small file). Raises VideoError for a file that is not a whole video."""
+    """Read all packets. Raises VideoError for a file that is not a whole video."""
     try:
         with av.open(path) as container:
             stream = container.streams.best("video")
             if stream is None or "attached_pic" in str(stream.disposition):
-                raise VideoError(f"{path}: it has no video stream, only {_kinds(container)}.")
-            format, alone = container.format.name, len(container.streams) == 1
-            packets = [packet for packet in container.demux(stream) if packet.size]
-            expected = _expected_seconds(container, stream, format, alone)
+                kinds = ", ".join(sorted({other.type for other in container.streams}))
+                raise VideoError(f"{path}: it has no video stream, only {kinds or 'nothing'}.")
+            packets = [
+                _Packet(packet.pts, packet.duration, packet.is_keyframe, packet.is_discard, packet.is_corrupt)
+                for packet in container.demux(stream)
+                if packet.size
+            ]
+            format, promised = container.format.name, stream.frames
+            expected = _expected_seconds(container, stream)
             tick = float(stream.time_base)
+            step = float(1 / stream.average_rate) if stream.average_rate else tick
     except (av.FFmpegError, ValueError) as error:
         raise VideoError(f"{path}: it is not a video that can be read ({_brief(error)}).") from None
     if format.endswith("_pipe") or format in ("image2", "tty"):
         raise VideoError(f"{path}: its content is not a video ({format}); the extension is wrong.")
-    if not packets:
+    shown = [packet for packet in packets if not packet.is_hidden]
+    if not shown:
         raise VideoError(f"{path}: its video stream holds no frames.")
-    shown = [packet for packet in packets if not packet.is_discard]
-    stamped = bool(shown) and all(packet.pts is not None for packet in shown)
-    pts = np.array(sorted(packet.pts for packet in shown) if stamped else range(len(shown)), dtype=np.float64) * tick
-    gap = float(np.median(np.diff(pts))) if len(pts) > 1 else 0.0
-    last = (shown[-1].duration or 0) * tick or gap
-    time_N, duration = pts - pts[0], float(pts[-1] - pts[0] + last)
+    if all(packet.pts is not None for packet in shown):
+        pts_N = np.array([packet.pts for packet in shown], dtype=np.float64) * tick
+    else:  # a guess, mended by PyAV's decoder
+        pts_N = np.arange(len(shown)) * step
+    sorted_N = np.sort(pts_N)
+    gap = float(np.median(np.diff(sorted_N))) if len(shown) > 1 else step
+    end = float(sorted_N[-1]) + ((shown[-1].duration or 0) * tick or gap)
     if format.startswith("mov") and any(packet.is_corrupt for packet in packets):
         raise VideoError(f"{path}: it is cut short; a frame of its index lies beyond the end of the file.")
-    if expected - duration > max(3 * gap, 0.02 * expected):
-        raise VideoError(f"{path}: it is cut short; it should last {expected:.2f} s and its frames end at {duration:.2f} s.")
-    why = ""
+    if expected - end > max(3 * gap, 0.02 * expected):
+        raise VideoError(f"{path}: it is cut short; it should last {expected:.2f} s, its frames end at {end:.2f} s.")
+    why = _why_not_decord(format, packets, pts_N, promised)
+    return _Facts(path, sorted_N - sorted_N[0], end - float(sorted_N[0]), float(sorted_N[0]), why)
+
+
+def _why_not_decord(format: str, packets: list[_Packet], pts_N: np.ndarray, promised: int) -> str:
+    """What makes decord's frames wrong without an error. pts_N: seconds of the frames shown, in decoding order."""
+    shown = [packet for packet in packets if not packet.is_hidden]
+    is_key_N = np.array([packet.is_key for packet in shown])
+    earliest_later_N = np.minimum.accumulate(pts_N[::-1])[::-1]
     if not format.startswith(("mov", "matroska", "avi")):
-        why = f"decord cannot be trusted with {format}"
-    elif len(shown) < len(packets):
-        why = f"an edit list hides {len(packets) - len(shown)} frames (a stream-copied cut)"
-    elif not packets[0].is_keyframe:
-        why = "it does not begin with a key frame"
-    elif not stamped or (np.diff(pts) <= 0).any():
-        why = "timestamps are missing or repeated"
-    return _Facts(path, time_N, duration, why)
+        return f"decord cannot be trusted with {format}"
+    if len(shown) < len(packets):
+        return f"an edit list hides {len(packets) - len(shown)} frames (a stream-copied cut)"
+    if not is_key_N[0]:
+        return "it does not begin with a key frame"
+    if any(packet.pts is None for packet in shown) or (np.diff(np.sort(pts_N)) <= 0).any():
+        return "timestamps are missing or repeated"
+    if (is_key_N & (earliest_later_N < pts_N)).any():
+        return "it has open groups of pictures"
+    if promised not in (0, len(packets)):
+        return f"its header promises {promised} frames, it holds {len(packets)}"
+    return ""
 
 
-def _expected_seconds(container, stream, format: str, alone: bool) -> float:
+def _expected_seconds(container, stream) -> float:
     """How long the header says that the video lasts; 0 where it says nothing about this stream."""
+    format = container.format.name
     if format.startswith("mov"):
         return float((stream.duration or 0) * stream.time_base)
     if format.startswith("avi"):
-        return float(stream.frames / stream.average_rate) if stream.average_rate else 0.0
+        known = stream.average_rate and stream.frames < 1 << 30  # that number stands in an unfinished recording
+        return float(stream.frames / stream.average_rate) if known else 0.0
+    alone = len(container.streams) == 1
     return (container.duration or 0) / av.time_base if format.startswith("matroska") and alone else 0.0
 
 
-def _kinds(container) -> str:
-    return ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-
-
-# ---- the readers: time_N, duration, shape (H, W), source, reason, timed, read(indices in rising order) -> rgb_THWC -------------
+# ---- the readers: time_N, duration, shape (H, W), source, reason, timed, read(indices in rising order) -> rgb_THWC
 
 
 class _Decord:
@@ -224,7 +269,7 @@ class _Decord:
             raise VideoError(f"decord: {_brief(error)}") from None
         if len(begin_N) != len(self.time_N):
             raise VideoError(f"decord counts {len(begin_N)} frames, the container {len(self.time_N)}")
-        if not np.allclose(begin_N - begin_N[0], self.time_N, rtol=1e-5, atol=2e-3):  # decord's times are float32
+        if not np.allclose(begin_N - begin_N[0], self.time_N, rtol=5e-7, atol=2e-3):  # decord's times are float32
             raise VideoError("decord's timestamps are not the container's")
 
     @property
@@ -244,27 +289,34 @@ class _PyAV:
     source, timed = "pyav", True
 
     def __init__(self, facts: _Facts, size: tuple[int, int] | None, reason: str):
-        self.path, self.time_N, self.duration, self.size, self.reason = facts.path, facts.time_N, facts.duration, size, reason
+        self.path, self.duration, self.origin = facts.path, facts.duration, facts.origin
+        self.time_N, self.size, self.reason = facts.time_N.copy(), size, reason
         _say(self.path, reason)
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.read(np.array([0])).shape[1:3]
 
-    def read(self, indices: np.ndarray) -> np.ndarray:
-        wanted, images, count = set(indices.tolist()), [], 0
+    def read(self, indices: np.ndarray) -> np.ndarray | None:
+        """The frames, their times set by the decoder. None, after mending time_N, where a few promised ones are not."""
+        wanted, images, times = set(indices.tolist()), [], []
         try:
             with av.open(self.path) as container:
-                for count, frame in enumerate(container.decode(container.streams.best("video"))):
-                    if count in wanted:
+                for index, frame in enumerate(container.decode(container.streams.best("video"))):
+                    times.append(self.time_N[index] if frame.time is None else frame.time - self.origin)
+                    if index in wanted:
                         images.append(self._rgb(frame))
+                        self.time_N[index] = times[-1]
                     if len(images) == len(wanted):
-                        break
+                        return np.stack(images)
         except av.FFmpegError as error:
-            raise VideoError(f"{self.path}: it cannot be decoded after frame {count} ({_brief(error)}; {self.reason}).") from None
-        if len(images) < len(wanted):
-            raise VideoError(f"{self.path}: only {count} of {len(self.time_N)} frames can be decoded ({self.reason}).")
-        return np.stack(images)
+            reason = f"{_brief(error)}; {self.reason}"
+            raise VideoError(f"{self.path}: it cannot be decoded after frame {len(times)} ({reason}).") from None
+        if len(times) < 0.9 * len(self.time_N):
+            some = f"only {len(times)} of {len(self.time_N)} frames"
+            raise VideoError(f"{self.path}: {some} can be decoded ({self.reason}).")
+        self.time_N = np.array(times)
+        return None
 
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """The frame upright (PyAV leaves the rotation of phone videos to its caller) and at the size asked for."""
@@ -272,7 +324,8 @@ class _PyAV:
         height, width = self.size or (None, None)
         if turns % 2:
             height, width = width, height
-        rgb_HWC = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")  # decord's own scaling
+        # BILINEAR is what decord scales with: the same bytes come out
+        rgb_HWC = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BILINEAR")
         return np.ascontiguousarray(np.rot90(rgb_HWC, turns))
 
 
@@ -301,7 +354,8 @@ class _Images:
                 image = image.resize((self.size[1], self.size[0]), Image.Resampling.BILINEAR)
             images.append(np.asarray(image))
             if images[-1].shape != images[0].shape:
-                raise VideoError(f"{path}: {images[-1].shape[:2]} pixels, the frames before it {images[0].shape[:2]}; give a size.")
+                sizes = f"its size is {images[-1].shape[:2]}, that of the frames before {images[0].shape[:2]}"
+                raise VideoError(f"{path}: {sizes}.")
         return np.stack(images)
 
 
@@ -320,4 +374,4 @@ def _natural(path: str) -> list:
 def _brief(error: Exception) -> str:
     """The last line of a decoder's message, without its stack trace."""
     lines = [line.strip() for line in str(error).split("Stack trace")[0].splitlines() if line.strip()]
-    return lines[-1][-200:] if lines else type(error).__name__
+    return re.sub(r"^\[[\d:]+\] \S+: ", "", lines[-1])[-200:] if lines else type(error).__name__

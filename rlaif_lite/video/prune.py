@@ -2,12 +2,14 @@
 
 Shapes: T frames, P tokens per frame, C width, K tokens kept, N = T*P tokens of the layout.
 
-A chain is a list of one-key mappings, e.g. `[{"pool": 12}, {"evs": 0.25}]`: an optional `pool` first (it makes a smaller layout),
-then at most one reduction, `evs` or `st_mean`. Selected tokens keep their positions on the layout, so that the model sees the time
-and place each token came from; renumbering them changes the logits. `st_mean` makes new tokens and so numbers them from 0.
+A chain is a list of one-key mappings, e.g. `[{"pool": 12}, {"evs": 0.25}]`: an optional `pool` first (it makes a
+smaller layout), then at most one reduction, `evs` or `st_mean`. Selected tokens keep their positions on the layout, so
+that the model sees the time and place each token came from; renumbering them changes the logits. `st_mean` makes new
+tokens and so numbers them from 0.
 
-Departure from the sources: EVS scores are float32 whatever the dtype of the features. In bfloat16 the cosine of neighbouring frames
-has a handful of distinct values and ties fall to the early frames: up to a third of the tokens kept are the wrong ones.
+Departure from the sources: EVS scores are float32 whatever the dtype of the features. In bfloat16 the cosine of
+neighbouring frames has a handful of distinct values and ties fall to the early frames: up to a third of the tokens kept
+are then the wrong ones.
 """
 
 from math import floor, isqrt
@@ -15,8 +17,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from rlaif_kernels import frame_dissimilarity, select_and_gather
 
-from rlaif_lite.errors import RecipeError
+from ..errors import RecipeError
+
+CHAINS = ([], ["pool"], ["evs"], ["st_mean"], ["pool", "evs"], ["pool", "st_mean"])
 
 
 class Pruned(NamedTuple):
@@ -29,12 +34,12 @@ class Pruned(NamedTuple):
 
 
 def pool(features_TPC: torch.Tensor, grid: tuple[int, int], side: int) -> Pruned:
-    """Adaptive average pooling of every frame from `grid` (rows, columns) to side x side cells (PLLaVA, arXiv 2404.16994)."""
+    """Adaptive average pooling of each frame from `grid` (rows, columns) to side x side (PLLaVA, arXiv 2404.16994)."""
     frames, tokens, width = features_TPC.shape
     if grid[0] * grid[1] != tokens:
-        raise RecipeError(f"features.prune: {tokens} tokens per frame are not a grid of {grid[0]} x {grid[1]}; pool cannot serve.")
-    if side > min(grid):
-        raise RecipeError(f"features.prune: pool: {side} asks for more cells than a frame of this model has ({grid[0]} x {grid[1]}).")
+        raise RecipeError(f"features.prune: pool: {tokens} tokens per frame are no grid of {grid[0]} x {grid[1]}.")
+    if type(side) is not int or not 0 < side <= min(grid):
+        raise RecipeError(f"features.prune: pool: {side!r}; a frame of this model is {grid[0]} x {grid[1]} tokens.")
     image_TCHW = features_TPC.float().transpose(1, 2).reshape(frames, width, *grid)
     pooled_TPC = F.adaptive_avg_pool2d(image_TCHW, side).flatten(2).transpose(1, 2).to(features_TPC.dtype)
     return _all(pooled_TPC.contiguous())
@@ -56,58 +61,26 @@ def st_mean(features_TPC: torch.Tensor) -> Pruned:
 def evs(features_TPC: torch.Tensor, keep: float) -> Pruned:
     """Keep the share `keep` of all tokens that differ most from the same cell one frame earlier, frame 0 always.
 
-    Efficient Video Sampling, arXiv 2510.14624, as in vLLM (multimodal/evs.py): score = 1 - cosine, the largest over the whole
-    video, ties to the earlier token. At least one frame's worth of tokens is kept.
+    Efficient Video Sampling, arXiv 2510.14624, as in vLLM (multimodal/evs.py): score = 1 - cosine, the largest over the
+    whole video, ties to the earlier token. At least one frame's worth of tokens is kept.
     """
     frames, tokens, _ = features_TPC.shape
     if not 0 < keep <= 1:
         raise RecipeError(f"features.prune: evs: {keep} is not a share between 0 (excluded) and 1.")
     everything = _all(features_TPC)
     count = max(tokens, floor(keep * frames * tokens + 1e-9))  # 1e-9: .29 * 100 is 28.999...
-    score_TP = _dissimilarity(features_TPC)
-    index_K = torch.argsort(score_TP.flatten(), descending=True, stable=True)[:count].sort().values
-    return everything._replace(
-        features_KC=everything.features_KC[index_K],
-        position_K=everything.position_K[index_K],
-        frame_K=everything.frame_K[index_K],
-    )
-
-
-def _dissimilarity(features_TPC: torch.Tensor) -> torch.Tensor:
-    score_TP = torch.full(features_TPC.shape[:2], torch.inf, device=features_TPC.device)
-    now, before = features_TPC[1:].float(), features_TPC[:-1].float()
-    score_TP[1:] = 1 - F.cosine_similarity(now, before, dim=-1)
-    return score_TP
-
-
-def check_chain(chain: list[dict]) -> None:
-    """Raise RecipeError unless `chain` is an optional `pool`, then at most one of `evs` and `st_mean`, with sound values."""
-    for i, step in enumerate(chain):
-        if not isinstance(step, dict) or len(step) != 1:
-            raise RecipeError(f"features.prune[{i}]: {step!r} is not one step such as `pool: 12`, `evs: 0.25` or `st_mean: true`.")
-        (name, value), *_ = step.items()
-        if name == "pool":
-            sound = type(value) is int and value > 0
-            allowed = i == 0
-        elif name == "evs":
-            sound = type(value) in (int, float) and 0 < value <= 1
-            allowed = i == len(chain) - 1
-        elif name == "st_mean":
-            sound, allowed = value is True, i == len(chain) - 1
-        else:
-            raise RecipeError(f"features.prune[{i}]: unknown step `{name}`; known are pool, evs and st_mean.")
-        if not sound:
-            raise RecipeError(f"features.prune[{i}]: {name}: {value!r}; pool takes a whole number, evs a share up to 1, st_mean true.")
-        if not allowed:
-            raise RecipeError(f"features.prune[{i}]: `{name}` stands in the wrong place; first `pool`, then `evs` or `st_mean`.")
+    score_N = frame_dissimilarity(features_TPC).flatten()
+    kept = select_and_gather(score_N, count, everything.features_KC, everything.position_K, everything.frame_K)
+    return Pruned(kept.features_KC, kept.position, kept.frame_K, frames * tokens)
 
 
 def apply(chain: list[dict], features_TPC: torch.Tensor, grid: tuple[int, int] | None = None) -> Pruned:
-    """Run the chain on one video; an empty chain keeps every token. `grid` is (rows, columns) of a frame, None when it is square.
+    """Run the chain on one video; an empty one keeps every token. `grid` is (rows, columns) of a frame, None if square.
 
     Only `pool` uses the grid. Raises RecipeError for a chain or a grid that does not fit.
     """
-    check_chain(chain)
+    if [name for step in chain for name in step] not in CHAINS:
+        raise RecipeError(f"features.prune: {chain} is not an optional pool, then at most one of evs and st_mean.")
     pruned = _all(features_TPC)
     for step in chain:
         (name, value), *_ = step.items()

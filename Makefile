@@ -1,0 +1,27 @@
+# Two commands from a clean clone: `make demo` and `make test`. Each makes its own virtual environment first.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Installed by itself and first: a range would let pip take a newer build with gigabytes of CUDA libraries. On a GPU machine
+# choose yours, for example `make demo TORCH="torch --index-url <the index of your CUDA version>"`.
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test test-gpu clean
+
+demo: $(VENV)/ready
+	$(VENV)/bin/rlaif-lite run recipes/tiny.yaml
+
+test: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+test-gpu: $(VENV)/ready
+	$(VENV)/bin/python -m pytest -m gpu
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -18,7 +18,7 @@ import torch
 from . import __version__
 from .errors import StageError
 from .progress import say
-from .recipe import Recipe, dump_yaml, flatten, recipe_hash
+from .recipe import Recipe, dump_yaml, flatten, load_recipe, recipe_hash
 from .report import page
 from .stages import context, data, evaluate, features, ppo, preference, reward, sft
 from .training.meter import Meter, describe_machine, versions
@@ -35,7 +35,9 @@ NEUTRAL = ("data.folder", "data.world.workers", "features.cache", "features.work
 def run(recipe: Recipe, until: str | None = None) -> dict:
     """Run every stage that is not done, up to and including `until`; returns the summary, which also lies in the run folder.
 
-    The report is written at the end and after every stage, so that a run can be watched."""
+    Raises StageError for an unknown stage, and whatever the stages raise; what was done before stays done."""
+    if until is not None and until not in STAGES:
+        raise StageError(f"There is no stage `{until}`; the stages are {', '.join(STAGES)}.")
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
     work = Workspace(recipe)
     work.folder.mkdir(parents=True, exist_ok=True)
@@ -51,6 +53,13 @@ def run(recipe: Recipe, until: str | None = None) -> dict:
     summary = json.loads((work.folder / "summary.json").read_text())
     say(f"{work.folder / 'report.html'}")
     return summary
+
+
+def evaluate_again(run_dir: Path) -> dict:
+    """Evaluate a run's roles once more, by the recipe in its folder, and write its summary and report again."""
+    recipe = load_recipe(run_dir / "recipe.yaml", [f"output={run_dir}"])
+    shutil.rmtree(run_dir / "evaluate", ignore_errors=True)
+    return run(recipe)
 
 
 def run_stage(work: Workspace, name: str, stage: Any, digests: dict[str, str]) -> None:
@@ -93,12 +102,11 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def empty(work: Workspace, name: str) -> None:
-    """Remove what a stale stage left behind. Videos of a world and cached features are kept: they are found by content."""
+    """Remove what a stale stage left behind, but for cached features: they are found by content."""
     folder = work.folder / name
     for path in folder.iterdir():
-        if path.name in ("cache", "videos"):
-            continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.name != "cache":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     for role in LEAVES.get(name, ()):
         shutil.rmtree(work.adapter(role), ignore_errors=True)
 

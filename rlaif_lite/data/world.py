@@ -216,7 +216,7 @@ def easy_records(name: str, video: str, facts: Facts, rng: random.Random) -> Ite
         answer = sampled(facts, rng)
         yield _record(f"{name}/check{number}", video, prefix() + "response :", answer, verdicts=_verdict_offsets(answer, facts))
     a, b, margin = pair(facts, rng, ties=0.0)
-    yield _record(f"{name}/pair", video, f"{prefix()}response A : {a} response B : {b} better ?", "A" if margin > 0 else "B")
+    yield _record(f"{name}/pair", video, f"{prefix()}<|> response A : {a} <|> response B : {b} <|> better ?", "A" if margin > 0 else "B")
 
 
 def _records(splits: WorldSplits, seed: int, config: WorldConfig) -> Iterator[tuple[str, dict]]:

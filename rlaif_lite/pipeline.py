@@ -17,6 +17,7 @@ import torch
 
 from . import __version__
 from .errors import StageError
+from .model.base import base_digest
 from .progress import say
 from .recipe import Recipe, dump_yaml, flatten, load_recipe, recipe_hash
 from .report import page
@@ -29,7 +30,8 @@ STAGES = {"data": data, "features": features, "sft": sft, "context": context, "p
 # Roles that each stage leaves behind; emptied with it when it is stale.
 LEAVES = {"sft": ("sft", "reference"), "reward": ("reward",), "ppo": ("policy", "value")}
 # Where and how fast, not what: a change of these makes nothing stale.
-NEUTRAL = ("data.folder", "data.world.workers", "features.cache", "features.workers")
+NEUTRAL = ("data.folder", "data.world.workers", "features.cache", "features.workers", "model.gradient_checkpointing",
+           "ppo.checkpoint_every")  # fmt: skip
 
 
 def run(recipe: Recipe, until: str | None = None) -> dict:
@@ -46,7 +48,7 @@ def run(recipe: Recipe, until: str | None = None) -> dict:
         digests: dict[str, str] = {}
         for name, stage in STAGES.items():
             run_stage(work, name, stage, digests)
-            write_summary(work, finished=name == "evaluate")
+            write_summary(work, list(digests), finished=name == "evaluate")
             if name == until:
                 break
         page.write(work.folder)
@@ -65,7 +67,7 @@ def evaluate_again(run_dir: Path) -> dict:
 def run_stage(work: Workspace, name: str, stage: Any, digests: dict[str, str]) -> None:
     """Skip, resume or run one stage, and write its `done.json`; `digests` gains the stage's."""
     folder = work.stage(name)
-    reads = inputs(work.recipe, stage.READS) | {f"stage {need}": digests[need] for need in stage.NEEDS} | {"version": __version__}
+    reads = inputs(work, name, stage.READS) | {f"stage {need}": digests[need] for need in stage.NEEDS}
     digests[name] = hashlib.sha256(json.dumps([name, reads], sort_keys=True).encode()).hexdigest()[:16]
     done, begun = read(folder / "done.json"), read(folder / "begun.json")
     if done is not None and done["reads"] == reads:
@@ -88,10 +90,21 @@ def run_stage(work: Workspace, name: str, stage: Any, digests: dict[str, str]) -
     say(f"{name}: {meter.seconds:.1f} s, peak memory {meter.peak_memory_bytes / 2**20:.0f} MiB")
 
 
-def inputs(recipe: Recipe, reads: tuple[str, ...]) -> dict[str, Any]:
-    """The recipe keys that a stage depends on."""
-    return {key: value for key, value in flatten(recipe).items()
-            if key not in NEUTRAL and any(key == prefix or key.startswith(prefix + ".") for prefix in reads)}  # fmt: skip
+def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]:
+    """What a stage depends on beside the stages before it: recipe keys, the base's files, the data files, this version."""
+    found = {key: value for key, value in flatten(work.recipe).items()
+             if key not in NEUTRAL and any(key == prefix or key.startswith(prefix + ".") for prefix in reads)}  # fmt: skip
+    if "model.base" in found:
+        found["files of model.base"] = base_digest(work.recipe.model)
+    if name == "data":
+        for path in work.own_files():
+            found[f"file {path}"] = file_digest(path)
+    return found | {"version": __version__}
+
+
+def file_digest(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -102,19 +115,21 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def empty(work: Workspace, name: str) -> None:
-    """Remove what a stale stage left behind, but for cached features: they are found by content."""
-    folder = work.folder / name
-    for path in folder.iterdir():
-        if path.name != "cache":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Remove what a stale stage left behind, but for cached features: they are found by content. What says that it is stale goes
+    last, so that a kill in between leaves it stale."""
     for role in LEAVES.get(name, ()):
         shutil.rmtree(work.adapter(role), ignore_errors=True)
+    marks = ("begun.json", "done.json")
+    for path in sorted((work.folder / name).iterdir(), key=lambda p: p.name in marks):
+        if path.name != "cache":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def write_summary(work: Workspace, finished: bool) -> None:
-    """`summary.json`: the contract of the design, with more beside it."""
+def write_summary(work: Workspace, stages: list[str], finished: bool) -> None:
+    """`summary.json`: the contract of the design, with more beside it. `stages` are those that this run did or found done: what a
+    stale stage once found does not belong to this recipe."""
     recipe = work.recipe
-    found = {name: read(work.folder / name / "done.json") for name in STAGES}
+    found = {name: read(work.folder / name / "done.json") for name in stages}
     results = {name: done["result"] for name, done in found.items() if done is not None}
     evaluation = results.get("evaluate", {})
     write_json(work.folder / "summary.json", {

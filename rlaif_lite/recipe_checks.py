@@ -79,7 +79,7 @@ def _template_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         ("preference.claims.context_prefix", claims.context_prefix, {"context"}, {"context"}),
         ("preference.pairwise.prompt", pairwise.prompt, {"context", "a", "b"}, {"context", "a", "b", "question"}),
         ("preference.pairwise.context_prefix", pairwise.context_prefix, {"context"}, {"context"}),
-        ("reward.prompt", recipe.reward.prompt or "{question}", set(), {"question", "context"}),
+        ("reward.prompt", recipe.reward.prompt or "{question}", set(), {"question"}),
     )
     for key, template, must, may in templates:
         try:

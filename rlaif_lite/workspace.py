@@ -122,14 +122,23 @@ class Workspace:
         self.missing_videos |= {video_name(r.video) for r in missing}
         return records
 
+    def own_files(self) -> list[str]:
+        """The data files that are the user's, not the world's. Raises DataError for one that is not there."""
+        data = self.recipe.data
+        named = (data.sft, data.sft_easy, data.sft_hard, data.policy_init, data.preference, data.rl, data.test)
+        files = [path for paths in named for path in paths if not path.startswith(WORLD)]
+        if missing := [path for path in files if not Path(path).is_file()]:
+            raise DataError(f"There is no data file {', '.join(missing)}. Paths start at {Path.cwd()}.")
+        return files
+
     def _path(self, path: str) -> str:
         return str(self.data_folder / f"{path.removeprefix(WORLD)}.jsonl") if path.startswith(WORLD) else path
 
     @property
     def quarantined(self) -> set[str]:
-        """Videos that the features stage could not decode (only with `data.on_missing: skip`)."""
-        path = self.folder / "features" / "quarantine.json"
-        return set(json.loads(path.read_text())) if path.exists() else set()
+        """Videos that a finished features stage could not decode (only with `data.on_missing: skip`)."""
+        folder = self.folder / "features"
+        return set(json.loads((folder / "quarantine.json").read_text())) if (folder / "done.json").exists() else set()
 
     # ---- features
 
@@ -149,7 +158,14 @@ class Workspace:
         """All views of a record's video: the whole and each clip."""
         if not self._index:
             self._index = read_index(self.folder / "features" / "index.json")
-        return self.store.get(self._index[video_name(record.video)])
+        name = video_name(record.video)
+        views = self.store.get(self._index[name])
+        if views is None:
+            raise StageError(
+                f"The cached features of {name} are gone or damaged. Delete {self.folder / 'features' / 'done.json'} and run again: "
+                "only what is missing is encoded."
+            )
+        return views
 
     # ---- model
 
@@ -205,8 +221,8 @@ def by_batches(path: Path, batches: list, work: Callable[[Any], list], done: Cal
     with open(path, "w" if not lines else "r+", encoding="utf-8") as file:
         file.seek(sum(len(line.encode()) for line in lines))
         file.truncate()
-        for finished in lines:
-            done(len(json.loads(finished)))
+        for _, batch in zip(lines, batches):
+            done(len(batch))
         for batch in batches[len(lines) :]:
             line = json.dumps(work(batch)) + "\n"
             file.write(line)
@@ -240,7 +256,8 @@ def write_jsonl(path: Path, values: Iterable[Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines(): an answer may hold U+2028 and the like, which are line ends to Python and not to JSON lines.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def chunks(items: list, size: int) -> list[list]:

@@ -23,7 +23,7 @@ from rlaif_kernels import linear_logprob
 from ..data.records import Message
 from ..errors import ModelError
 from ..model.base import Base
-from ..model.inputs import BRANCH_MARK, branch, collate, encode_prompt, encode_text, split_prompt
+from ..model.inputs import BRANCH_MARK, VIDEO_MARK, branch, collate, encode_prompt, encode_text, split_prompt
 from ..model.roles import ActiveRole
 from ..recipe import Claims
 from ..video.cache import FeatureRecord
@@ -34,7 +34,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 class Item(NamedTuple):
     """One answer to be judged."""
 
-    video: FeatureRecord
+    video: FeatureRecord | None
     question: str  # as the user asked it, without the video's mark
     answer: str
     context: str | None  # the narrative, or None to judge without it
@@ -66,17 +66,20 @@ def judge_claims(role: ActiveRole, items: Sequence[Item], section: Claims, batch
     return verdicts
 
 
-def user_message(template: str, context_template: str, context: str | None, **fields: str) -> Message:
-    """Fill a judge prompt; `{context}` becomes the context template with the narrative in it, or nothing."""
+def user_message(template: str, context_template: str, context: str | None, video: bool, **fields: str) -> Message:
+    """Fill a judge prompt; `{context}` becomes the context template with the narrative in it, or nothing. A video's mark is put in
+    front when the template has none."""
     filled = context_template.format(context=context) if context is not None else ""
-    return Message("user", template.format(context=filled, **fields))
+    mark = f"{VIDEO_MARK}\n" if video and VIDEO_MARK not in template else ""
+    return Message("user", mark + template.format(context=filled, **fields))
 
 
 def _inline(role: ActiveRole, items: Sequence[Item], section: Claims) -> list[Verdict]:
     base = role.roles.base
     rows, answers = [], []
     for item in items:
-        message = user_message(section.prompt, section.context_prefix, item.context, question=item.question, claim="")
+        seen = item.video is not None
+        message = user_message(section.prompt, section.context_prefix, item.context, seen, question=item.question, claim="")
         answers.append(encode_text(base, item.answer))
         rows.append(encode_prompt(base, [message], item.video).extend(answers[-1]))
     batch = collate(base, rows)
@@ -97,7 +100,8 @@ def _ask(role: ActiveRole, items: Sequence[Item], section: Claims) -> list[Verdi
     base = role.roles.base
     rows, ends, claims = [], [], []
     for b, item in enumerate(items):
-        message = user_message(section.prompt, section.context_prefix, item.context, question=item.question, claim="\0")
+        seen = item.video is not None
+        message = user_message(section.prompt, section.context_prefix, item.context, seen, question=item.question, claim="\0")
         lead, _, rest = message.content.partition("\0")
         prefix, tail = split_prompt(base, lead + BRANCH_MARK, item.video)
         found = split_claims(item.answer)

@@ -20,7 +20,7 @@ from .claims import single_token, user_message
 class Pair(NamedTuple):
     """Two answers to one question."""
 
-    video: FeatureRecord
+    video: FeatureRecord | None
     question: str
     a: str
     b: str
@@ -52,7 +52,8 @@ def _gaps(role: ActiveRole, pairs: Sequence[Pair], texts, section: Pairwise, bat
     for start in range(0, len(pairs), batch_size):
         rows = []
         for pair, (a, b) in zip(pairs[start : start + batch_size], texts[start : start + batch_size]):
-            message = user_message(section.prompt, section.context_prefix, pair.context, question=pair.question, a=a, b=b)
+            seen = pair.video is not None
+            message = user_message(section.prompt, section.context_prefix, pair.context, seen, question=pair.question, a=a, b=b)
             rows.append(encode_prompt(base, [message], pair.video))
         batch = collate(base, rows)
         hidden_BSD = role.hidden(batch)

@@ -44,6 +44,7 @@ class Base:
         self.images = images
         self.path = path
         self.quantization = quantization
+        self.gradient_checkpointing = False
         self.placeholder_id: int = family.placeholder(model.config)
         self.eos_id: int = tokenizer.eos_token_id
         self.decoder = model.get_decoder()
@@ -92,6 +93,10 @@ class Base:
             data = parameter.data.contiguous().view(torch.uint8).cpu()
             digest.update(name.replace(".base_layer", "").encode())
             digest.update(data.numpy().tobytes())
+            if parameter.dtype == torch.uint8:  # packed 4-bit weights: their scales are weights as well
+                for key, value in sorted(parameter.quant_state.as_dict(packed=True).items()):
+                    digest.update(key.encode())
+                    digest.update(value.contiguous().view(torch.uint8).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def bytes(self) -> dict[str, int]:
@@ -149,9 +154,28 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(path, revision=section.revision)
     base = Base(model, tokenizer, family, image_spec(_local_folder(path, section.revision)), path, section.quantization)
+    if section.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.gradient_checkpointing = True
     if not tower:
         base.drop_tower()
     return base
+
+
+def base_digest(section: Model) -> str:
+    """What the base is, for telling whether it changed: of a folder, the small files whole, and of each weight file its name, size,
+    first and last MiB (hashing 15 GB would take longer than loading them); of a hub id, the id and the revision."""
+    path = Path(resolve_base(section.base))
+    digest = hashlib.sha256(f"{section.base}@{section.revision}".encode() if not path.is_dir() else b"")
+    for file in sorted(path.iterdir()) if path.is_dir() else []:
+        if file.suffix in (".json", ".safetensors", ".jinja"):
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}".encode())
+            with open(file, "rb") as data:
+                digest.update(data.read(1 << 20))
+                data.seek(max(0, size - (1 << 20)))
+                digest.update(data.read())
+    return digest.hexdigest()[:16]
 
 
 def torch_dtype(section: Model, device: torch.device) -> torch.dtype:

@@ -73,12 +73,12 @@ def encode_prompt(base: Base, messages: Seq[Message], video: FeatureRecord | Non
     text = base.tokenizer.apply_chat_template(
         [{"role": m.role, "content": m.content} for m in messages], tokenize=False, add_generation_prompt=True
     )
-    parts = text.split(BRANCH_MARK)
-    prefix = place_video(base, base.tokenizer.encode(parts[0].rstrip(), add_special_tokens=False), video, text)
-    if len(parts) == 1:
-        return prefix
-    branches = [encode_text(base, part.strip()) for part in parts[1:-1]]
-    return branch(prefix, branches, base.tokenizer.encode(parts[-1].strip(), add_special_tokens=False))
+    head, *parts = text.split(BRANCH_MARK)
+    if not parts:
+        return place_video(base, base.tokenizer.encode(text, add_special_tokens=False), video, text)
+    prefix = place_video(base, base.tokenizer.encode(head.rstrip(), add_special_tokens=False), video, text)
+    *branches, closing = [encode_text(base, part.lstrip() if part is parts[-1] else part.strip()) for part in parts]
+    return branch(prefix, branches, closing)
 
 
 def split_prompt(base: Base, content: str, video: FeatureRecord | None) -> tuple[Sequence, list[int]]:
@@ -90,7 +90,7 @@ def split_prompt(base: Base, content: str, video: FeatureRecord | None) -> tuple
     )
     head, tail = text.split(BRANCH_MARK)
     prefix = place_video(base, base.tokenizer.encode(head.rstrip(), add_special_tokens=False), video, text)
-    return prefix, base.tokenizer.encode(tail.strip(), add_special_tokens=False)
+    return prefix, encode_text(base, tail.lstrip())
 
 
 def place_video(base: Base, ids: list[int], video: FeatureRecord | None, text: str) -> Sequence:

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -113,8 +114,9 @@ class Roles:
         """Write role `name` as a PEFT adapter folder that plain `PeftModel.from_pretrained` loads; a head lies beside it.
 
         The folder appears whole or not at all."""
-        tmp = folder.with_name(f".{folder.name}.tmp{os.getpid()}")
-        tmp.mkdir(parents=True, exist_ok=True)
+        tmp = folder.with_name(f".{folder.name}.tmp")
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
         tensors = {key: p.data.contiguous().cpu() for key, p in self._named_parameters(name).items()}
         save_file(tensors, tmp / "adapter_model.safetensors", metadata={"format": "pt"})
         config = copy.deepcopy(self._peft.peft_config[name])
@@ -219,6 +221,8 @@ class ActiveRole:
     def hidden(self, batch: Batch) -> Tensor:
         """Run the decoder over a batch -> hidden_BSD after its final norm."""
         base = self.roles.base
+        if base.gradient_checkpointing:  # transformers checkpoints in training mode only; there is no dropout to wake up
+            base.decoder.train(torch.is_grad_enabled())
         hidden_BSD = base.decoder(
             inputs_embeds=batch.embed(base),
             attention_mask=batch.attention,
@@ -245,16 +249,8 @@ def _replace_folder(tmp: Path, folder: Path) -> None:
     """Swap a finished folder into place; a kill in between leaves the old one beside it under a hidden name."""
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
-        if old.exists():
-            _delete(old)
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)
     os.replace(tmp, folder)
-    if old.exists():
-        _delete(old)
-
-
-def _delete(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
+    shutil.rmtree(old, ignore_errors=True)
 

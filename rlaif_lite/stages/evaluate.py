@@ -30,7 +30,7 @@ STRIP_HEIGHT = 96  # pixels
 def run(work: Workspace) -> dict:
     """Write `evaluate/<role>.<mode>.jsonl`, the example strips, and return the tables of the summary."""
     section = work.recipe.evaluate
-    records = work.records("test")
+    records = work.records("test") if section.roles else []
     jobs = [(role, mode, temperature) for role in section.roles for mode, temperature in (("greedy", 0.0), ("sample", section.temperature))]
     if "sft" in section.roles:
         jobs += [("sft", "sample", t) for t in section.temperatures]
@@ -73,7 +73,7 @@ def answer_all(work: Workspace, role: str, mode: str, temperature: float, done) 
 
     path = work.stage("evaluate") / f"{role}.{mode}{f'@{temperature:g}' if mode == 'sample' else ''}.jsonl"
     batches = chunks(work.records("test"), max(1, section.batch_size // per_prompt))
-    rows = by_batches(work.stage("evaluate") / "parts" / path.name, batches, answer, lambda n: done(n // per_prompt))
+    rows = by_batches(work.stage("evaluate") / "parts" / path.name, batches, answer, done)
     write_jsonl(path, rows)
     return rows
 

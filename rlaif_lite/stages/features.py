@@ -37,7 +37,7 @@ def run(work: Workspace) -> dict:
     tower = tower_digest(base)
     chain = [step.model_dump() for step in work.recipe.features.prune]
     keys = {
-        name: feature_key(video=video_digest(video), views=views, processor=base.images._asdict(), tower=tower, chain=chain,
+        name: feature_key(video=video_digest(video), views=views, processor=base.images._asdict() | {"of": tower_config(base)}, tower=tower, chain=chain,
                           dtype=str(base.dtype))
         for name, (video, views) in wanted.items()
     }
@@ -51,13 +51,13 @@ def run(work: Workspace) -> dict:
             else:
                 work.store.put(keys[name], encode(base, found, chain), {"video": name})
             bar.advance(1)
-    write_json(work.stage("features") / "quarantine.json", failed)
     if failed and work.recipe.data.on_missing == "error":
         shown = "\n  ".join(list(failed.values())[:20])
         raise DataError(
             f"{len(failed)} of {len(wanted)} videos cannot be decoded:\n  {shown}\n"
             "The others are cached. Mend or remove these, or set `data.on_missing: skip` to go on without them."
         )
+    write_json(work.stage("features") / "quarantine.json", failed)
     write_index(work.folder / "features" / "index.json", {name: key for name, key in keys.items() if name not in failed})
     base.drop_tower()
     return describe(work, wanted, keys, failed)
@@ -128,6 +128,11 @@ def tower_digest(base: Base) -> str:
             digest.update(f"{part}.{name}".encode())
             digest.update(parameter.data.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def tower_config(base: Base) -> dict:
+    """The base's configuration but for its language model: layer, strategy and strides decide the features as well."""
+    return {key: value for key, value in base.model.config.to_diff_dict().items() if key not in ("text_config", "quantization_config")}
 
 
 def describe(work: Workspace, wanted: dict, keys: dict[str, str], failed: dict[str, str]) -> dict:

@@ -116,16 +116,21 @@ def score_pairs(layout: RewardInput, active: ActiveRole, pairs: Seq[tuple[Record
 
 def split_by_video(pairs: list, share: float, seed: int) -> tuple[list, list]:
     """(train, held out): the pairs of a random `share` of the videos are held out."""
-    videos = sorted({video_name(record.video) for record, _, _ in pairs}, key=lambda key: derive_seed(seed, "heldout", key))
+
+
+    def about(record: Record) -> str:
+        return record.id if record.video is None else video_name(record.video)
+
+    videos = sorted({about(record) for record, _, _ in pairs}, key=lambda name: derive_seed(seed, "heldout", name))
     held = set(videos[: math.ceil(share * len(videos))])
-    return [p for p in pairs if video_name(p[0].video) not in held], [p for p in pairs if video_name(p[0].video) in held]
+    return [p for p in pairs if about(p[0]) not in held], [p for p in pairs if about(p[0]) in held]
 
 
 @torch.no_grad()
 def measure(work: Workspace, layout: RewardInput, held: list[tuple[Record, str, str]]) -> dict:
     """Held-out accuracy against the labels and, where it is known, against the truth; calibration of P(chosen)."""
     gaps = []
-    for part in chunks(held, 32):
+    for part in chunks(held, layout.section.micro_batch or layout.section.batch_size):
         with work.roles.use("reward") as active:
             score_B2 = score_pairs(layout, active, part)
         gaps += (score_B2[:, 0] - score_B2[:, 1]).tolist()

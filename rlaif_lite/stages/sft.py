@@ -20,6 +20,7 @@ from rlaif_kernels import sft_loss
 
 from ..data.records import Record
 from ..errors import DataError
+from ..judge.claims import single_token
 from ..model.base import Base
 from ..model.inputs import IGNORE, Sequence, collate, encode_answer, encode_prompt, encode_text
 from ..model.roles import ActiveRole
@@ -45,10 +46,12 @@ def run(work: Workspace) -> dict:
     """Train `sft` and `reference`; returns records and steps of each phase."""
     recipe = work.recipe
     work.roles.add("sft", seed=work.seed("sft", "init"))
-    easy = work.records("sft_easy")
+    easy = work.records("sft_easy") if "sft_easy" in work.split_names() else []
     result = {}
-    result["easy"] = train(work, "sft", "easy", recipe.sft.easy, easy, replay=[])
-    result["hard"] = train(work, "sft", "hard", recipe.sft.hard, work.records("sft_hard"), replay=easy)
+    if recipe.sft.easy is not None:
+        result["easy"] = train(work, "sft", "easy", recipe.sft.easy, work.records("sft_easy"), replay=[])
+    if recipe.sft.hard is not None:
+        result["hard"] = train(work, "sft", "hard", recipe.sft.hard, work.records("sft_hard"), replay=easy)
     work.roles.save("sft", work.adapter("sft"))
     work.roles.add("reference", copy_of="sft")
     if recipe.sft.policy_init is not None:
@@ -124,5 +127,5 @@ def verdict_targets(base: Base, record: Record) -> list[int]:
     targets = []
     for start, end in encoded["offset_mapping"]:
         ending = [word for place, word in words.items() if start < place <= end]
-        targets.append(base.tokenizer.convert_tokens_to_ids(ending[0]) if ending else IGNORE)
+        targets.append(single_token(base, ending[0], record.source) if ending else IGNORE)
     return targets

@@ -1,0 +1,196 @@
+"""The synthetic world: what is seeded, what is said, and how what is said is held against the truth."""
+
+import json
+import random
+
+import decord
+import numpy as np
+import pytest
+
+from rlaif_lite.data.world import WorldConfig, WorldSplits, corrupt, describe, facts_of, render, score, truth, write_video, write_world
+from rlaif_lite.data.world_text import CLEAN, KINDS, Noise, caption, claim, narrative, pair, verdicts
+from rlaif_lite.errors import DataError
+
+FACTS = {"events": [["red", "circle", "left"], ["blue", "square", "up"], ["green", "cross", "grows"]], "star": "yellow"}
+NO_STAR = {**FACTS, "star": None}
+TEXT = "first a red circle left . then a blue square up . finally a green cross grows . also a yellow star ."
+
+
+def test_texts():
+    assert describe(FACTS) == TEXT
+    assert describe(NO_STAR) == TEXT.removesuffix(" also a yellow star .")
+    assert caption(FACTS, 1) == "a blue square up and a yellow star ."
+    assert narrative(NO_STAR, random.Random(0), error=0.0) == describe(NO_STAR)
+    assert narrative(FACTS, random.Random(0), error=0.0).startswith("first a red circle left and a yellow star . then a blue square up and")
+
+
+@pytest.mark.parametrize(
+    ("text", "facts", "expected"),
+    [
+        # correct, wrong, total, mentions, hallucinated, malformed
+        (TEXT, FACTS, (10, 0, 10, 4, 0, 0)),
+        (TEXT, NO_STAR, (9, 1, 9, 4, 1, 0)),
+        ("", FACTS, (0, 0, 10, 0, 0, 0)),
+        ("first a red circle right .", FACTS, (2, 1, 10, 1, 0, 0)),  # wrong motion: the object is there
+        ("first a blue square up .", FACTS, (0, 3, 10, 1, 0, 0)),  # an object of another time is no hallucination
+        ("first a white square up .", FACTS, (0, 3, 10, 1, 1, 0)),
+        ("first a red circle left . first a red circle left .", FACTS, (3, 3, 10, 1, 0, 1)),  # repeated
+        ("first red circle left . then a blue square up", FACTS, (3, 3, 10, 1, 0, 1)),  # malformed; no full stop at the end
+        ("also a red star .", FACTS, (0, 1, 10, 1, 1, 0)),
+        ("also a yellow star . also a yellow star .", FACTS, (1, 1, 10, 2, 0, 0)),
+    ],
+)
+def test_truth_by_hand(text, facts, expected):
+    assert truth(text, facts) == expected
+    assert score(text, facts) == expected[0] - expected[1]
+
+
+def test_verdicts_stand_at_attribute_words():
+    labels = verdicts("first a red square left . also a red star .", FACTS)
+    assert labels == ["-", "-", "yes", "no", "yes", "-", "-", "-", "no", "-", "-"]
+
+
+def test_verdicts_sum_to_the_score():
+    rng = random.Random(0)
+    for index in range(200):
+        facts = facts_of(100, "test", index)
+        text = describe(corrupt(facts, rng))
+        labels = verdicts(text, facts)
+        assert len(labels) == len(text.split())
+        assert labels.count("yes") - labels.count("no") == score(text, facts)
+
+
+def test_corruption_rates():
+    """Against the closed form: an attribute changes with p * (1 - chance to draw the truth again)."""
+    rng, facts, trials = random.Random(0), NO_STAR, 4000
+    noise = Noise(attribute=0.2, prior=0.7, false_star=0.55)
+    drawn = [corrupt(facts, rng, noise) for _ in range(trials)]
+    green_kept = np.mean([d["events"][2][0] == "green" for d in drawn])
+    assert green_kept == pytest.approx(1 - 0.2 * (1 - 0.3 / 6), abs=0.03)
+    red_kept = np.mean([d["events"][0][0] == "red" for d in drawn])
+    assert red_kept == pytest.approx(1 - 0.2 * 0.3 * 5 / 6, abs=0.02)
+    assert np.mean([d["star"] is not None for d in drawn]) == pytest.approx(0.55, abs=0.03)
+    yellow = np.mean([d["star"] == "yellow" for d in drawn if d["star"]])
+    assert yellow == pytest.approx(0.7 + 0.3 / 6, abs=0.03)
+    assert np.mean([corrupt(FACTS, rng, noise)["star"] is None for _ in range(trials)]) == pytest.approx(0.3, abs=0.03)
+    assert corrupt(FACTS, rng, CLEAN) == FACTS
+
+
+def test_claims_are_true_as_often_as_they_say():
+    rng, true = random.Random(0), 0
+    for index in range(1000):
+        facts = facts_of(100, "test", index)
+        text, is_true = claim(facts, rng)
+        words = text.removeprefix("claim : ").removesuffix(" ?")
+        if words.startswith("also") or " a " in words:
+            assert is_true == (words in describe(facts))
+        else:
+            ordinal, value = words.split()
+            kind = next(number for number, pool in enumerate(KINDS.values()) if value in pool)
+            sentence = describe(facts).split(" . ")[["first", "then", "finally"].index(ordinal)]
+            assert is_true == (value == sentence.split()[2 + kind])
+        true += is_true
+    assert 420 < true < 560
+
+
+def test_pair_margin():
+    facts = facts_of(100, "test", 3)
+    for seed in range(50):
+        a, b, margin = pair(facts, random.Random(seed), ties=0.0)
+        assert a != b and margin == score(a, facts) - score(b, facts) != 0
+
+
+def test_a_video_is_a_function_of_seed_split_and_index(tmp_path):
+    write_video(tmp_path / "a.mp4", 100, "sft", 7)
+    write_video(tmp_path / "b.mp4", 100, "sft", 7)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    for other in ((101, "sft", 7), (100, "rl", 7), (100, "sft", 8)):
+        write_video(tmp_path / "c.mp4", *other)
+        assert (tmp_path / "a.mp4").read_bytes() != (tmp_path / "c.mp4").read_bytes()
+
+
+def test_mp4_round_trip(tmp_path):
+    """24 frames come back through decord; the star and the object have their colours where they were drawn."""
+    facts = {"events": [["red", "square", "left"], ["blue", "circle", "right"], ["green", "circle", "up"]], "star": "white"}
+    config = WorldConfig(noise=5.0, dropout=0.0)
+    frames, placed = render(facts, np.random.default_rng(0), config)
+    from rlaif_lite.data.world import encode
+
+    encode(tmp_path / "v.mp4", frames, config)
+    reader = decord.VideoReader(str(tmp_path / "v.mp4"))
+    assert len(reader) == 24 and reader.get_avg_fps() == pytest.approx(8)
+    back = reader.get_batch(range(24)).asnumpy()
+    for frame, channel in ((0, 0), (8, 2), (16, 1)):
+        _, x, y, _ = placed[frame].round().astype(int)
+        pixel = back[frame, y - 2 : y + 3, x - 2 : x + 3].mean((0, 1))
+        assert pixel.argmax() == channel and pixel.max() > 150
+    x_of = placed[:8, 1]
+    assert x_of[0] - x_of[-1] > 12  # "left" moves to the left
+    corners = [back[3][y - 2 : y + 3, x - 2 : x + 3].mean() for y in (8, 56) for x in (8, 56)]
+    assert sum(corner > 180 for corner in corners) == 1
+
+
+def test_dropout_hides_objects():
+    facts = facts_of(100, "sft", 0)
+    shown = np.concatenate([render(facts, np.random.default_rng(i))[1][:, 0] for i in range(25)])
+    assert shown.mean() == pytest.approx(0.67, abs=0.05)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    seen = []
+    folder = write_world(
+        tmp_path_factory.mktemp("world"), WorldSplits(6, 2, 2, 2), 100, workers=1, progress=lambda done, total: seen.append((done, total))
+    )
+    assert seen[-1] == (12, 12)
+    return folder
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_world_files(world):
+    easy, hard = lines(world / "sft_easy.jsonl"), lines(world / "sft_hard.jsonl")
+    assert len(hard) == 6 and len(easy) == 6 * 11
+    for name in ("preference", "rl", "test"):
+        for number, record in enumerate(lines(world / f"{name}.jsonl")):
+            assert record["facts"] == facts_of(100, name, number)
+            assert [m["role"] for m in record["messages"]] == ["user"]
+            assert (world / record["video"]).is_file()
+    assert [r["video"] for r in lines(world / "policy_init.jsonl")] == [r["video"] for r in lines(world / "rl.jsonl")]
+    assert not any("facts" in record for record in easy + hard)
+    videos = {name: {r["video"] for r in lines(world / f"{name}.jsonl")} for name in ("sft_hard", "preference", "rl", "test")}
+    assert sum(map(len, videos.values())) == len(set.union(*videos.values()))
+
+
+def test_check_records_carry_a_verdict_for_every_word(world):
+    checks = [record for record in lines(world / "sft_easy.jsonl") if "verdicts" in record]
+    assert len(checks) == 12
+    for record in checks:
+        answer = record["messages"][-1]["content"]
+        facts = facts_of(100, "sft", int(record["id"].split("/")[1]))
+        ends = [end for end, _ in record["verdicts"]]
+        words = [answer[start:end].strip() for start, end in zip([0, *ends], ends)]
+        assert words == answer.split() and ends[-1] == len(answer)
+        assert [label for _, label in record["verdicts"]] == verdicts(answer, facts)
+
+
+def test_pair_records_name_the_better_answer(world):
+    pairs = [record for record in lines(world / "sft_easy.jsonl") if record["id"].endswith("/pair")]
+    for record in pairs:
+        facts = facts_of(100, "sft", int(record["id"].split("/")[1]))
+        a, b = record["messages"][0]["content"].split(" response A : ")[1].removesuffix(" better ?").split(" response B : ")
+        assert record["messages"][1]["content"] == ("A" if score(a, facts) > score(b, facts) else "B")
+
+
+def test_a_world_is_completed_and_never_mixed(world, tmp_path):
+    folder = write_world(tmp_path, WorldSplits(2, 1, 1, 1), 100)
+    (folder / "world.json").rename(folder / "world.part.json")  # as an interruption leaves it
+    gone = folder / "videos/sft/00001.mp4"
+    before = gone.read_bytes()
+    gone.unlink()
+    write_world(folder, WorldSplits(2, 1, 1, 1), 100)
+    assert gone.read_bytes() == before == (world / "videos/sft/00001.mp4").read_bytes()  # and a small world is part of a larger one
+    with pytest.raises(DataError, match="another world"):
+        write_world(folder, WorldSplits(2, 1, 1, 1), 101)

@@ -62,7 +62,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
-    only: Annotated[list[str] | None, typer.Option(help="Run this stage only; may be given several times.")] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage, such as preference.")] = None,
 ) -> None:
     """Run a recipe, or go on where it stopped. Finished stages whose inputs are unchanged are skipped."""
     from .recipe import check_files, load_recipe
@@ -71,7 +71,7 @@ def run(
     check_files(loaded)
     from . import pipeline
 
-    pipeline.run(loaded, only=only)
+    pipeline.run(loaded, until=until)
 
 
 @app.command("eval")
@@ -80,7 +80,7 @@ def evaluate(run_dir: RunDir) -> None:
     _need_run(run_dir)
     from . import pipeline
 
-    pipeline.evaluate(run_dir)
+    pipeline.evaluate_again(run_dir)
 
 
 @app.command()
@@ -90,6 +90,23 @@ def report(run_dir: RunDir) -> None:
     from .report import page
 
     typer.echo(page.write(run_dir))
+
+
+@app.command()
+def across(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs, such as one recipe under several seeds.")],
+    out: Annotated[Path | None, typer.Option(help="Write OUT.md and OUT.json instead of printing.")] = None,
+) -> None:
+    """Several runs side by side: mean, spread, and each run's figures."""
+    from .report.across import table
+
+    markdown, figures = table(run_dirs)
+    if out is None:
+        typer.echo(markdown)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 @app.command()

@@ -1,0 +1,114 @@
+"""Several runs of one recipe side by side: mean and spread of what matters, as Markdown and JSON.
+
+    rlaif-lite across runs/seeds/*  --out docs/results/tiny
+
+Reads each run's `summary.json`; a figure that a run does not have is left out of its row.
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import StageError
+
+
+class Row(NamedTuple):
+    """One figure of the table."""
+
+    label: str
+    path: tuple[str, ...]  # where it stands in summary.json
+    minus: tuple[str, ...] | None = None  # subtracted from it, for a change
+
+
+def _change(metric: str, label: str) -> Row:
+    return Row(label, ("evaluation", "ppo", metric), ("evaluation", "sft", metric))
+
+
+ROWS = [
+    _change("greedy_hallucination", "hallucination, greedy, PPO - SFT"),
+    Row("... interval, low", ("evaluation_intervals", "ppo-sft", "greedy_hallucination", "low")),
+    Row("... interval, high", ("evaluation_intervals", "ppo-sft", "greedy_hallucination", "high")),
+    _change("sample_hallucination", "hallucination, sampled, PPO - SFT"),
+    Row("... interval, low", ("evaluation_intervals", "ppo-sft", "sample_hallucination", "low")),
+    Row("... interval, high", ("evaluation_intervals", "ppo-sft", "sample_hallucination", "high")),
+    _change("greedy_f1", "F1, greedy, PPO - SFT"),
+    _change("sample_f1", "F1, sampled, PPO - SFT"),
+    _change("greedy_precision", "precision, greedy, PPO - SFT"),
+    _change("greedy_recall", "recall, greedy, PPO - SFT"),
+    Row("hallucination, greedy, SFT", ("evaluation", "sft", "greedy_hallucination")),
+    Row("hallucination, greedy, PPO", ("evaluation", "ppo", "greedy_hallucination")),
+    Row("hallucination, sampled, SFT", ("evaluation", "sft", "sample_hallucination")),
+    Row("hallucination, sampled, PPO", ("evaluation", "ppo", "sample_hallucination")),
+    Row("hallucination, SFT sampled at T = 0.3", ("evaluation", "sft@0.3", "sample_hallucination")),
+    Row("F1, sampled, SFT", ("evaluation", "sft", "sample_f1")),
+    Row("F1, sampled, PPO", ("evaluation", "ppo", "sample_f1")),
+    Row("F1, SFT sampled at T = 0.3", ("evaluation", "sft@0.3", "sample_f1")),
+    Row("malformed answers, greedy, PPO", ("evaluation", "ppo", "greedy_malformed")),
+    Row("malformed answers, sampled, PPO", ("evaluation", "ppo", "sample_malformed")),
+    Row("length, greedy, SFT", ("evaluation", "sft", "greedy_length")),
+    Row("length, greedy, PPO", ("evaluation", "ppo", "greedy_length")),
+    Row("judge of the labels, agreement with the truth", ("preference", "judge_agreement_with_truth")),
+    Row("... without the narrative", ("preference", "judge_agreement_without_context")),
+    Row("claims judge, with narrative", ("judge", "claims+context", "agreement")),
+    Row("claims judge, without", ("judge", "claims", "agreement")),
+    Row("pairwise judge, with narrative", ("judge", "pairwise+context", "agreement")),
+    Row("pairwise judge, without", ("judge", "pairwise", "agreement")),
+    Row("pairwise judge, order consistency on decided pairs", ("judge", "pairwise+context", "consistency_decided")),
+    Row("reward model, held-out pairs, as labelled", ("reward", "heldout_accuracy")),
+    Row("reward model, held-out pairs, against the truth", ("reward", "heldout_accuracy_truth")),
+    Row("true score of rollouts, first step", ("ppo", "oracle_start")),
+    Row("true score of rollouts, last step", ("ppo", "oracle_end")),
+    Row("reward, first step", ("ppo", "reward_start")),
+    Row("reward, last step", ("ppo", "reward_end")),
+    Row("KL at step 0, nats per answer", ("ppo", "kl_start")),
+    Row("KL at the last step, nats per answer", ("ppo", "kl_end")),
+    Row("seconds, all stages", ("cost", "seconds")),
+    Row("peak memory, MiB", ("cost", "peak_mib")),
+]
+
+
+def table(folders: list[Path]) -> tuple[str, list[dict]]:
+    """(Markdown table, the figures of each run). Raises StageError for a folder without a finished run."""
+    runs = [figures(folder) for folder in folders]
+    names = [f"{run['name']}" for run in runs]
+    lines = [f"| figure | mean | sd | {' | '.join(names)} |", "|---|---|---|" + "---|" * len(runs)]
+    for row in ROWS:
+        values = [_value(run, row) for run in runs]
+        found = [v for v in values if v is not None]
+        if not found:
+            continue
+        spread = f"{statistics.stdev(found):.3f}" if len(found) > 1 else ""
+        cells = " | ".join("" if v is None else f"{v:.3f}" for v in values)
+        lines.append(f"| {row.label} | {statistics.fmean(found):.3f} | {spread} | {cells} |")
+    return "\n".join(lines) + "\n", runs
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """What the table needs of one run's summary."""
+    path = folder / "summary.json"
+    if not path.exists():
+        raise StageError(f"{path} is missing: {folder} is not the folder of a run.")
+    summary = json.loads(path.read_text())
+    if not summary["finished"]:
+        raise StageError(f"The run in {folder} is not finished. Run its recipe again; it goes on where it stopped.")
+    judges = {row["judge"] + ("+context" if row["context"] else ""): row for row in summary["preference"]["judges"]}
+    stages = summary["stages"].values()
+    cost = {"seconds": sum(s["seconds"] for s in stages), "peak_mib": max(s["peak_memory_bytes"] for s in stages) / 2**20}
+    kept = ("recipe", "recipe_hash", "seed", "world_seed", "device", "machine", "versions", "stages", "evaluation", "evaluation_intervals",
+            "preference", "reward", "ppo")  # fmt: skip
+    return {"name": folder.name, "judge": judges, "cost": cost} | {key: summary[key] for key in kept}
+
+
+def _value(run: dict, row: Row) -> float | None:
+    value, minus = _at(run, row.path), _at(run, row.minus) if row.minus else 0.0
+    return None if value is None or minus is None else value - minus
+
+
+def _at(run: dict, path: tuple[str, ...]) -> float | None:
+    found: Any = run
+    for key in path:
+        if not isinstance(found, dict) or key not in found:
+            return None
+        found = found[key]
+    return found

@@ -1,4 +1,4 @@
-"""Checkpoints, addressable batches and seeds, the metrics log, the meter: what lets an interrupted run end like any other."""
+"""Checkpoints, addressable batches and seeds, the metrics log, the meter: an interrupted run ends like any other."""
 
 import json
 import math

@@ -46,7 +46,7 @@ def read_run(folder: Path) -> Run:
     folder = Path(folder)
     summary, recipe = folder / "summary.json", folder / "recipe.yaml"
     if not summary.exists() and not recipe.exists():
-        raise StageError(f"{folder} holds neither summary.json nor recipe.yaml, so it is no run folder; name one that `run` made")
+        raise StageError(f"{folder} holds neither summary.json nor recipe.yaml, so it is no run folder")
     metrics: dict[str, list[dict]] = {}
     for line in _json_lines(folder / "metrics.jsonl"):
         metrics.setdefault(line["stage"], []).append(line)
@@ -70,13 +70,18 @@ def arms(rows: list[dict]) -> dict[Arm, dict[str, NDArray]]:
 
 
 class Change(NamedTuple):
+    "One metric of PPO's answers against a baseline's."
+
     before: float
     after: float
     interval: Interval
     items: int
 
 
-def changes(rows: list[dict], baseline: str, mode: str, n: int = 2000, seed: int = 0) -> dict[str, Change]:
+Changes = dict[str, Change]
+
+
+def changes(rows: list[dict], baseline: str, mode: str) -> Changes:
     """What PPO changed against `baseline` at the same temperature, per metric; empty when one of the two is missing.
 
     Metrics that need the truth are left out where no row has it. Items that only one of the two answered do not count.
@@ -94,7 +99,7 @@ def changes(rows: list[dict], baseline: str, mode: str, n: int = 2000, seed: int
         name: Change(
             before=float(metric(before_NK.sum(0))),
             after=float(metric(after_NK.sum(0))),
-            interval=paired_bootstrap(before_NK, after_NK, metric, n, seed),
+            interval=paired_bootstrap(before_NK, after_NK, metric),
             items=len(ids),
         )
         for name, metric in RATIOS.items()

@@ -1,6 +1,7 @@
-"""Small, calm plots as inline SVG: curves over steps and the calibration of the reward model. Pure functions to text."""
+"""Small, calm plots as inline SVG: curves over steps, and the calibration of the reward model."""
 
 import io
+import re
 from collections.abc import Sequence
 
 import matplotlib
@@ -28,9 +29,8 @@ def curve(series: dict[str, tuple[Sequence[float], Sequence[float]]], zero: bool
                 axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
             axes.plot(steps, smooth, color=colour, linewidth=1.8, solid_capstyle="round", label=label)
             axes.plot(steps[-1:], smooth[-1:], "o", color=colour, markersize=4)
-            axes.annotate(
-                _short(smooth[-1]), (steps[-1], smooth[-1]), xytext=(7, 0), textcoords="offset points", va="center", color=colour
-            )
+            end = (steps[-1], smooth[-1])
+            axes.annotate(_short(smooth[-1]), end, (7, 0), textcoords="offset points", va="center", color=colour)
         axes.margins(x=0.02, y=0.12)
         if zero:
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
@@ -91,5 +91,7 @@ def _svg(figure: Figure) -> str:
     text = out.getvalue()
     width, height = (72 * size for size in figure.get_size_inches())
     body = text[text.index(">", text.index("<svg")) + 1 :]
+    body = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", body)  # figure_1, ... would repeat from plot to plot
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     links = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     return f'<svg {links} viewBox="0 0 {width:g} {height:g}" role="img">{body}'

@@ -1,8 +1,8 @@
 """Metrics against the truth as ratios of sums, and paired bootstrap intervals of their change.
 
-Precision over a test set is (sum of what was right) / (sum of what was said), not a mean of per-video precisions: a short
-answer must not count as much as a long one. Such a ratio has no standard error to look up, so its change gets a
-percentile bootstrap interval that resamples VIDEOS, with all answers to a video drawn together (Efron and Tibshirani 1993).
+Precision over a test set is (sum of what was right) / (sum of what was said), not a mean of per-video precisions: a
+short answer must not count as much as a long one. Such a ratio has no standard error to look up, so its change gets a
+percentile bootstrap interval that resamples VIDEOS, all answers to a video together (Efron and Tibshirani 1993).
 
 Shapes: N items (videos), K counts per item (`COUNTS`, in that order), R resamples.
 """
@@ -78,7 +78,7 @@ NEEDS_TRUTH = ("precision", "recall", "f1", "hallucination", "malformed", "right
 def paired_bootstrap(
     before: NDArray | Sequence, after: NDArray | Sequence, metric: Metric | None = None, n: int = 2000, seed: int = 0
 ) -> Interval:
-    """Change from `before` to `after`, two rows of measurements of the same N items in the same order, with its 95 % interval.
+    """Change from `before` to `after`, measurements of the same N items in the same order, with its 95 % interval.
 
     Without `metric`: one number per item (N,), compared by their means. With one: counts (N, K), and
     `metric(sums_RK) -> (R,)`, one of `RATIOS`. Raises ValueError when the two do not have the same items.

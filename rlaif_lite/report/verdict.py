@@ -16,9 +16,7 @@ A change counts only when its 95 % interval (paired bootstrap over videos) exclu
 
 from typing import Any, NamedTuple
 
-from rlaif_lite.report.folder import Change, Run, changes
-
-Changes = dict[str, Change]
+from rlaif_lite.report.folder import Changes, Run
 
 
 class Verdict(NamedTuple):
@@ -28,16 +26,18 @@ class Verdict(NamedTuple):
     cautions: list[str]
 
 
-def judge_run(run: Run) -> Verdict:
-    """The verdict on PPO against SFT."""
-    greedy, sample = (changes(run.rows, "sft", mode) for mode in ("greedy", "sample"))
+def judge_run(run: Run, greedy: Changes, sample: Changes) -> Verdict:
+    """The verdict on a run, from what PPO changed against SFT (`folder.changes`; empty where nothing was evaluated)."""
+    warnings = cautions(run, max((change.items for change in [*greedy.values(), *sample.values()]), default=0))
     if not greedy and not sample:
         done = [name for name, stage in run.summary.get("stages", {}).items() if stage["status"] in ("done", "skipped")]
         so_far = f"Stages finished: {', '.join(done)}." if done else "No stage has finished."
-        return Verdict("unfinished", "Not evaluated yet", [so_far, *_training(run)], cautions(run))
+        if "ppo" in run.metrics and "ppo" not in done:
+            so_far += f" PPO has done {run.metrics['ppo'][-1]['step'] + 1} steps."
+        return Verdict("unfinished", "Not evaluated yet", [so_far, *_training(run)], warnings)
     kind = classify(greedy, sample, _reward_rose(run.summary))
     sentences = [*_effect("Greedy answers", greedy), *_effect("Sampled answers", sample), *_temperature(run, sample)]
-    return Verdict(kind, _headline(kind, greedy or sample), [*sentences, *_training(run)], cautions(run))
+    return Verdict(kind, _headline(kind, greedy or sample), [*sentences, *_training(run)], warnings)
 
 
 def classify(greedy: Changes, sample: Changes, reward_rose: bool | None) -> str:
@@ -57,12 +57,12 @@ def classify(greedy: Changes, sample: Changes, reward_rose: bool | None) -> str:
     return "unclear"
 
 
-def cautions(run: Run) -> list[str]:
-    """What a careful reader should know before quoting a number from this run."""
+def cautions(run: Run, items: int) -> list[str]:
+    """What a careful reader should know before quoting a number from this run, evaluated on `items` videos."""
     summary, found = run.summary, []
     ppo, reward, preference = (summary.get(name, {}) for name in ("ppo", "reward", "preference"))
     if ppo.get("kl_start", 0.0) != 0.0:
-        found.append(f"PPO began at a KL of {ppo['kl_start']:.3g}, not 0: policy and reference were not the same model.")
+        found.append(f"PPO began at a KL of {ppo['kl_start']:.3g}, not 0: policy and reference differed.")
     if ppo.get("kl_end", 0.0) > 10.0:
         found.append(f"The policy is {ppo['kl_end']:.1f} nats per answer away from the reference, which is far.")
     accuracy = reward.get("heldout_accuracy_truth", reward.get("heldout_accuracy"))
@@ -78,14 +78,13 @@ def cautions(run: Run) -> list[str]:
     missing = summary.get("features", {}).get("missing", 0)
     if missing:
         found.append(f"{missing} videos were missing or unreadable and left out.")
-    items = max((c.items for mode in ("greedy", "sample") for c in changes(run.rows, "sft", mode, n=1).values()), default=0)
     if 0 < items < 100:
         found.append(f"Only {items} videos were evaluated; the intervals are wide and rough.")
     return found
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f}\u00a0%"
 
 
 def number(value: float, digits: int = 2) -> str:
@@ -120,15 +119,13 @@ def _effect(what: str, found: Changes) -> list[str]:
     items = next(iter(found.values())).items
     if "f1" not in found:
         length = found["length"]
-        return [f"{what} to {items} held-out videos went from {length.before:.1f} to {length.after:.1f} tokens; no truth is known."]
-    shares = [("hallucination", "hallucination"), ("F1", "f1"), ("recall", "recall")]
-    parts = [
-        f"{label} {percent(found[name].before)} → {percent(found[name].after)} "
-        f"({signed(100 * found[name].interval.delta)} points, 95 % interval "
-        f"{signed(100 * found[name].interval.low)} to {signed(100 * found[name].interval.high)})"
-        for label, name in shares
-    ]
-    return [f"{what} to {items} held-out videos: {', '.join(parts)}."]
+        tokens = f"went from {length.before:.1f} to {length.after:.1f} tokens"
+        return [f"{what} to {items} held-out videos {tokens}; no truth is known."]
+    parts = []
+    for label, name in (("hallucination", "hallucination"), ("F1", "f1"), ("recall", "recall")):
+        delta, low, high = (signed(100 * points) for points in found[name].interval)
+        parts.append(f"{label} {delta} points ({low} to {high})")
+    return [f"{what} to {items} held-out videos, with 95\u00a0% intervals: {', '.join(parts)}."]
 
 
 def _temperature(run: Run, sample: Changes) -> list[str]:
@@ -142,9 +139,10 @@ def _temperature(run: Run, sample: Changes) -> list[str]:
         return []
     best = min(cooler, key=lambda temperature: cooler[temperature])
     reached, ppo = cooler[best], sample["hallucination"].after
+    control = f"hallucination of SFT at temperature {best} is {percent(reached)}, of PPO {percent(ppo)}"
     if ppo < reached:
-        return [f"Sharper sampling does not explain it: SFT at temperature {best} still hallucinates {percent(reached)}, PPO {percent(ppo)}."]
-    return [f"Sharper sampling explains the gain of sampled answers: SFT at temperature {best} gets down to {percent(reached)} by itself."]
+        return [f"Sharper sampling alone does not explain it: {control}."]
+    return [f"Sharper sampling alone explains what sampled answers gained: {control}."]
 
 
 def _training(run: Run) -> list[str]:
@@ -155,7 +153,8 @@ def _training(run: Run) -> list[str]:
     moved = "rose" if end > start else "fell" if end < start else "stayed"
     text = f"Over PPO the reward model's score {moved} from {number(start)} to {number(end)}"
     if "oracle_start" in ppo:
-        text += f" and the true score of the rollouts went from {number(ppo['oracle_start'])} to {number(ppo['oracle_end'])}"
+        oracle = f"{number(ppo['oracle_start'])} to {number(ppo['oracle_end'])}"
+        text += f" and the true score of the rollouts went from {oracle}"
     return [f"{text}; the policy ended {number(ppo['kl_end'])} nats per answer away from the reference."]
 
 

@@ -1,0 +1,303 @@
+"""`write(run_dir)`: one self-contained report.html: the verdict first, then the evidence, then what ran.
+
+The page needs no network and no JavaScript. What a run does not have (truth, a finished stage, examples) is left out.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+
+from rlaif_lite.report import plots
+from rlaif_lite.report.folder import Change, Changes, Run, changes, read_run
+from rlaif_lite.report.stats import Interval
+from rlaif_lite.report.verdict import judge_run, number, percent, signed
+
+ROLES = {"base": "Base", "sft": "SFT", "reference": "Reference", "ppo": "PPO"}
+MODES = {"greedy": "Greedy", "sample": "Sampled"}
+
+
+class Measure(NamedTuple):
+    label: str
+    help: str
+    better: int
+    "1 more is better, -1 less is better, 0 neither"
+    share: bool
+    "shown in per cent"
+
+
+MEASURES = {
+    "hallucination": Measure("Hallucination", "mentioned objects that are not in the video", -1, True),
+    "precision": Measure("Precision", "right among the facts said", 1, True),
+    "recall": Measure("Recall", "facts of the video that were said", 1, True),
+    "f1": Measure("F1", "harmonic mean of precision and recall", 1, True),
+    "score": Measure("Right − wrong", "facts per answer", 1, False),
+    "malformed": Measure("Malformed", "answers with a sentence outside the grammar", -1, True),
+    "repetition": Measure("Repetition", "repeated 4-grams", -1, True),
+    "stop_rate": Measure("Stopped", "answers that end by themselves", 1, True),
+    "length": Measure("Length", "tokens per answer", 0, False),
+}
+
+# title, {label: metric}, whether zero stays in view
+CURVES: list[tuple[str, dict[str, str], bool]] = [
+    ("Reward", {"reward model": "objective/scores", "with KL and penalties": "objective/rlhf_reward"}, False),
+    ("KL to the reference, nats per answer", {"KL": "objective/kl"}, True),
+    ("True score of rollouts, right − wrong", {"true score": "rollout/oracle_score"}, False),
+    ("Length, tokens per answer", {"length": "rollout/length"}, False),
+    ("Answers that stop by themselves", {"stop rate": "rollout/stop_rate"}, False),
+    ("Clipped share of tokens", {"clip fraction": "policy/clipfrac_avg"}, True),
+]
+MORE_CURVES: list[tuple[str, dict[str, str], bool]] = [
+    ("Entropy, nats per token", {"entropy": "policy/entropy_avg"}, False),
+    ("Explained variance of the value", {"explained variance": "val/explained_variance"}, False),
+    ("Repeated 4-grams", {"repetition": "rollout/repetition"}, True),
+    ("Approximate KL of an update", {"approximate KL": "policy/approxkl_avg"}, True),
+    ("Value loss", {"value loss": "loss/value_avg"}, True),
+    ("KL coefficient", {"coefficient": "objective/kl_coef"}, True),
+]
+
+
+def write(run_dir: Path) -> Path:
+    """Writes `report.html` into the run folder and returns its path.
+
+    Raises StageError when `run_dir` is no run folder, or when a file in it is damaged.
+    """
+    run = read_run(Path(run_dir))
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    templates.filters.update(percent=percent, number=number, signed=signed, duration=duration, size=size)
+    html = templates.get_template("page.html.jinja").render(view(run))
+    path = run.folder / "report.html"
+    temporary = path.with_name(".report.html.tmp")
+    temporary.write_text(html, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def view(run: Run) -> dict[str, Any]:
+    """Everything the template shows, as plain values."""
+    summary = run.summary
+    ppo = run.metrics.get("ppo", [])
+    effects = {base: {mode: changes(run.rows, base, mode) for mode in MODES} for base in ("sft", "reference")}
+    bins = summary.get("reward", {}).get("calibration")
+    return {
+        "title": summary.get("recipe", run.folder.name),
+        "folder": run.folder.name,
+        "summary": summary,
+        "verdict": judge_run(run, **effects["sft"]),
+        "changes": [panel for baseline, by_mode in effects.items() for panel in change_panels(baseline, by_mode)],
+        "curves": draw(CURVES, ppo),
+        "more_curves": draw(MORE_CURVES, ppo) + loss_curves(run),
+        "tables": [table for mode in MODES if (table := evaluation_table(summary.get("evaluation", {}), mode))],
+        "cooler": any("@" in role for role in summary.get("evaluation", {})),
+        "stages": stage_rows(summary.get("stages", {})),
+        "judges": summary.get("preference", {}).get("judges", []),
+        "calibration": Markup(plots.calibration(bins)) if bins else None,
+        "examples": (cards := example_cards(run)),
+        "question": cards[0].prompt if len({card.prompt for card in cards}) == 1 else None,
+        "recipe": run.recipe,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- what changed
+
+
+class ChangeRow(NamedTuple):
+    measure: Measure
+    change: Change
+    verdict: str
+    "better, worse, or same: what the interval supports"
+    bar: Interval | None
+    "where the interval lies on the panel's axis, 0 to 100; only for shares"
+
+
+class ChangePanel(NamedTuple):
+    title: str
+    baseline: str
+    items: int
+    reach: float
+    "the axis goes from -reach to +reach, in points"
+    rows: list[ChangeRow]
+
+
+def change_panels(baseline: str, by_mode: dict[str, Changes]) -> list[ChangePanel]:
+    """PPO against `baseline`, a panel per mode, all on the same axis."""
+    shown = [found[name] for found in by_mode.values() for name in found if name in MEASURES and MEASURES[name].share]
+    reach = max([0.01, *(abs(edge) for change in shown for edge in change.interval)])
+    panels = []
+    for mode, found in by_mode.items():
+        rows = []
+        for name, measure in MEASURES.items():
+            if name in found:
+                interval = found[name].interval
+                bar = Interval(*(50 + 50 * edge / reach for edge in interval)) if measure.share else None
+                rows.append(ChangeRow(measure, found[name], _verdict(measure, interval), bar))
+        if rows:
+            title = f"{MODES[mode]} answers, PPO against {ROLES[baseline]}"
+            panels.append(ChangePanel(title, ROLES[baseline], rows[0].change.items, 100 * reach, rows))
+    return panels
+
+
+def _verdict(measure: Measure, interval: Interval) -> str:
+    if measure.better == 0 or interval.low <= 0 <= interval.high:
+        return "same"
+    return "better" if (interval.low > 0) == (measure.better > 0) else "worse"
+
+
+class Table(NamedTuple):
+    title: str
+    measures: list[Measure]
+    rows: list[tuple[str, str, list[float | None]]]
+    "label, kind (a role's name or `cooler`), values"
+
+
+def evaluation_table(evaluation: dict[str, dict[str, float]], mode: str) -> Table | None:
+    """Every role in one mode; among the sampled ones SFT at lower temperatures, next to SFT."""
+    order = [role for name in ROLES for role in evaluation if role == name or role.startswith(f"{name}@")]
+    rows = {role: {name: evaluation[role].get(f"{mode}_{name}") for name in MEASURES} for role in order}
+    rows = {role: values for role, values in rows.items() if any(value is not None for value in values.values())}
+    names = [name for name in MEASURES if any(values[name] is not None for values in rows.values())]
+    if not rows:
+        return None
+    body = [
+        (_role_label(role), "cooler" if "@" in role else role, [values[name] for name in names])
+        for role, values in rows.items()
+    ]
+    return Table(f"{MODES[mode]} answers", [MEASURES[name] for name in names], body)
+
+
+def _role_label(role: str) -> str:
+    name, _, temperature = role.partition("@")
+    return f"{ROLES[name]} at temperature {temperature}" if temperature else ROLES[name]
+
+
+# ------------------------------------------------------------------------------------------------------- curves, costs
+
+
+def draw(wanted: list[tuple[str, dict[str, str], bool]], lines: list[dict]) -> list[tuple[str, Markup]]:
+    """(title, SVG) of every wanted curve that has at least two steps."""
+    drawn = []
+    for title, metrics, zero in wanted:
+        series = {label: _points(lines, metric) for label, metric in metrics.items()}
+        series = {label: points for label, points in series.items() if len(points[0]) > 1}
+        if series:
+            drawn.append((title, Markup(plots.curve(series, zero))))
+    return drawn
+
+
+def loss_curves(run: Run) -> list[tuple[str, Markup]]:
+    """The loss of every stage but PPO."""
+    return [
+        curve
+        for stage, lines in run.metrics.items()
+        if stage != "ppo"
+        for curve in draw([(f"Loss of {stage.replace('_', ' ')}", {"loss": "loss"}, True)], lines)
+    ]
+
+
+def _points(lines: list[dict], metric: str) -> tuple[list[int], list[float]]:
+    have = [line for line in lines if metric in line]
+    return [line["step"] for line in have], [line[metric] for line in have]
+
+
+class StageRow(NamedTuple):
+    name: str
+    status: str
+    seconds: float
+    share: float
+    "of the longest stage, 0 to 100"
+    peak: int
+    planned: int | None
+
+
+def stage_rows(stages: dict[str, dict]) -> list[StageRow]:
+    longest = max([1e-9, *(stage["seconds"] for stage in stages.values())])
+    return [
+        StageRow(
+            name=name,
+            status=stage["status"],
+            seconds=stage["seconds"],
+            share=100 * stage["seconds"] / longest,
+            peak=stage["peak_memory_bytes"],
+            planned=stage.get("planned_memory_bytes"),
+        )
+        for name, stage in stages.items()
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ examples
+
+
+class Answer(NamedTuple):
+    label: str
+    pieces: list[tuple[str, bool]]
+    "text, and whether it is wrong"
+    right: int | None
+    wrong: int | None
+
+
+class Card(NamedTuple):
+    id: str
+    image: str
+    prompt: str
+    truth: str | None
+    answers: list[Answer]
+
+
+def example_cards(run: Run) -> list[Card]:
+    """The examples that have an answer: SFT's before, PPO's after, greedy where there is a greedy one."""
+    rows = sorted(run.rows, key=lambda row: row["mode"] == "greedy")  # stable: a greedy row replaces a sampled one
+    by_role = {(row["id"], row["role"]): row for row in rows}
+    cards = []
+    for example in run.examples:
+        shown = {
+            label: by_role[example.id, role]
+            for role, label in (("sft", "Before, SFT"), ("ppo", "After, PPO"))
+            if (example.id, role) in by_role
+        }
+        if shown:
+            prompt = next(iter(shown.values()))["prompt"]
+            answers = [_answer(label, row) for label, row in shown.items()]
+            cards.append(Card(example.id, example.image, prompt, example.truth, answers))
+    return cards
+
+
+def _answer(label: str, row: dict) -> Answer:
+    text, pieces, end = row["answer"], [], 0
+    for start, stop in sorted(row.get("wrong_words", [])):
+        pieces += [(text[end:start], False), (text[start:stop], True)]
+        end = stop
+    pieces.append((text[end:], False))
+    truth = row["truth"]
+    return Answer(label, [piece for piece in pieces if piece[0]], truth and truth["correct"], truth and truth["wrong"])
+
+
+# ------------------------------------------------------------------------------------------------------------- formats
+
+
+def duration(seconds: float) -> str:
+    """0.4 s, 12 s, 3 min 05 s, 2 h 14 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes as people say them, in powers of 1000: 840 kB, 12.3 MB, 1.46 GB."""
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
+    if count < 1e9:
+        return f"{count / 1e6:.{1 if count < 1e8 else 0}f} MB"
+    return f"{count / 1e9:.2f} GB"

@@ -1,0 +1,175 @@
+"""Fabricated run folders in the real format, for the tests of the report. Nothing in them was measured."""
+
+import copy
+import itertools
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 70, 230), "yellow": (225, 215, 50)}
+MOTIONS = ("left", "right", "up", "down")
+ORDINALS = ("first", "then", "finally")
+MACHINE = {"device": "cpu", "cpu": "Made-up CPU", "cores": 2, "memory_bytes": 16_000_000_000, "system": "Linux"}
+VERSIONS = {"python": "3.11.7", "rlaif-lite": "0.0", "torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"}
+
+# chance that a word is right: role, greedy and sampled
+SKILL = {
+    "helped": {"base": (0.3, 0.3), "sft": (0.78, 0.66), "reference": (0.78, 0.67), "ppo": (0.92, 0.88)},
+    "hacked": {"base": (0.3, 0.3), "sft": (0.78, 0.66), "reference": (0.78, 0.67), "ppo": (0.60, 0.58)},
+}
+
+
+def make_run(folder: Path, kind: str = "helped", videos: int = 120, seed: int = 0) -> Path:
+    """`kind`: helped, hacked, no_truth (real data), unfinished (killed in PPO)."""
+    rng = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    skill = SKILL["hacked" if kind == "hacked" else "helped"]
+    (folder / "recipe.yaml").write_text("name: fixture\nseed: 0\nppo:\n  steps: 20\n  kl_coef: 0.2\n")
+    _metrics(folder / "metrics.jsonl", kind, rng)
+    rows = [] if kind == "unfinished" else _evaluate(folder / "evaluate", skill, kind != "no_truth", videos, rng)
+    (folder / "summary.json").write_text(json.dumps(_summary(kind, rows)))
+    return folder
+
+
+def _facts(video: int) -> list[list[str]]:
+    rng = random.Random(video)
+    return [[rng.choice(list(COLOURS)), rng.choice(("circle", "square")), rng.choice(MOTIONS)] for _ in ORDINALS]
+
+
+def _answer(facts: list[list[str]], right: float, rng: random.Random) -> tuple[str, dict, list[list[int]]]:
+    "A description with mistakes, held against the facts."
+    text, wrong, correct, hallucinated = "", [], 0, 0
+    for ordinal, event in zip(ORDINALS, facts):
+        said = [word if rng.random() < right else "zigzag" for word in event]
+        hallucinated += said[:2] != event[:2]
+        text += f"{ordinal} a "
+        for said_word, word in zip(said, event):
+            if said_word == word:
+                correct += 1
+            else:
+                wrong.append([len(text), len(text) + len(said_word)])
+            text += f"{said_word} "
+        text += ". "
+    counts = {"correct": correct, "wrong": 9 - correct, "total": 9, "mentions": 3, "malformed": 0}
+    return text.strip(), counts | {"hallucinated": hallucinated}, wrong
+
+
+def _evaluate(folder: Path, skill: dict, truth: bool, videos: int, rng: random.Random) -> list[dict]:
+    (folder / "examples").mkdir(parents=True)
+    rows = []
+    for role, (mode, k) in itertools.product(skill, (("greedy", 0), ("sample", 1))):
+        for video in range(videos):
+            for _ in range(1 if mode == "greedy" else 2):
+                text, counts, wrong = _answer(_facts(video), skill[role][k], rng)
+                row = {"id": f"test/{video:05d}", "role": role, "mode": mode, "temperature": float(k), "answer": text}
+                row |= {"prompt": "describe the video", "length": len(text.split()) + 1, "stopped": rng.random() < 0.98}
+                rows.append(row | {"truth": counts if truth else None} | ({"wrong_words": wrong} if truth else {}))
+        own = [row for row in rows if (row["role"], row["mode"]) == (role, mode)]
+        (folder / f"{role}.{mode}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    index = []
+    for video in range(10):
+        Image.fromarray(_strip(_facts(video))).save(folder / "examples" / f"{video:05d}.png")
+        text = " ".join(f"{o} a {' '.join(e)} ." for o, e in zip(ORDINALS, _facts(video)))
+        index.append({"id": f"test/{video:05d}", "file": f"{video:05d}.png", "truth": text if truth else None})
+    (folder / "examples" / "index.json").write_text(json.dumps(index))
+    return rows
+
+
+def _strip(facts: list[list[str]], frames: int = 9) -> np.ndarray:
+    "Frames of 64 x 64 side by side, a moving disc or square in each."
+    noise = np.random.default_rng(0).normal(30, 22, (64, 64 * frames, 3))
+    y, x = np.mgrid[:64, :64]
+    for frame in range(frames):
+        colour, shape, motion = facts[3 * frame // frames]
+        shift = 14 * (frame % 3 - 1)
+        dx, dy = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[motion]
+        cx, cy = 32 + dx * shift, 32 + dy * shift
+        inside = (x - cx) ** 2 + (y - cy) ** 2 < 100 if shape == "circle" else (abs(x - cx) < 9) & (abs(y - cy) < 9)
+        noise[:, 64 * frame : 64 * frame + 64][inside] += COLOURS[colour]
+    return noise.clip(0, 255).astype(np.uint8)
+
+
+def _metrics(path: Path, kind: str, rng: random.Random) -> None:
+    lines = []
+    for stage, steps in (("sft_easy", 60), ("sft_hard", 60), ("reward", 40)):
+        for step in range(steps):
+            loss = 2 * math.exp(-step / 15) + 0.3 + rng.gauss(0, 0.03)
+            lines.append({"stage": stage, "step": step, "loss": loss, "lr": 1e-4})
+    for step in range(11 if kind == "unfinished" else 20):
+        x = 1 - math.exp(-step / 6)
+        line = {
+            "objective/scores": 1.6 * x + rng.gauss(0, 0.05), "objective/rlhf_reward": 1.3 * x + rng.gauss(0, 0.05),
+            "objective/kl": 1.5 * x, "objective/kl_coef": 0.2, "policy/clipfrac_avg": 0.1 * x + 0.01,
+            "policy/entropy_avg": 0.8 - 0.5 * x, "policy/approxkl_avg": 0.01, "val/explained_variance": 0.7 * x,
+            "loss/value_avg": 0.5 - 0.3 * x, "rollout/length": 23 - 2 * x, "rollout/stop_rate": 0.97 + 0.02 * x,
+            "rollout/repetition": 0.01,
+        }  # fmt: skip
+        if kind != "no_truth":
+            line["rollout/oracle_score"] = (3 - 2.5 * x if kind == "hacked" else 3 + 3 * x) + rng.gauss(0, 0.15)
+        lines.append({"stage": "ppo", "step": step, **line, "time": {"seconds": 4.0}})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"stage": "ppo", "st')  # as a kill leaves it
+
+
+SECONDS = {"features": 31.2, "sft": 118.0, "context": 6.4, "preference": 52.0}
+SECONDS |= {"reward": 28.8, "ppo": 82.0, "evaluate": 21.5}
+JUDGES = [
+    {"judge": "claims", "context": True, "pairs": 1100, "agreement": 0.949, "length_bias": 0.55},
+    {"judge": "pairwise", "context": True, "pairs": 300, "agreement": 0.87, "length_bias": None, "consistency": 0.812},
+]
+BLOCKS = {
+    "features": {"videos": 2140, "missing": 0, "frames": 6, "tokens_before": 96, "tokens_after": 24},
+    "roles": {"base": {"parameters": 1_096_704, "bytes": 2_400_000}},
+    "preference": {
+        "pairs": 1100, "judge": "claims", "judge_agreement_with_truth": 0.949, "judge_agreement_without_context": 0.861,
+        "position_consistency": 0.812, "length_bias": 0.55, "truth_length_bias": 0.53, "judges": JUDGES,
+    },
+    "reward": {
+        "heldout_accuracy": 0.85, "heldout_accuracy_truth": 0.84, "floor": 0.6,
+        "calibration": [{"predicted": 0.55 + i / 10, "observed": 0.53 + i / 11, "count": 60 - 8 * i} for i in range(5)],
+    },
+    "ppo": {"kl_start": 0.0, "kl_end": 1.42, "reward_start": 0.02, "reward_end": 1.55, "steps": 20},
+}  # fmt: skip
+
+
+def _summary(kind: str, rows: list[dict]) -> dict:
+    stages = {
+        name: {"seconds": seconds, "peak_memory_bytes": int(7e8 + 4e6 * seconds), "status": "done"}
+        for name, seconds in SECONDS.items()
+    }
+    summary = {"recipe": "fixture", "recipe_hash": "0123456789ab", "seed": 0, "device": "cpu", "versions": VERSIONS}
+    summary |= {"machine": MACHINE, "stages": stages, **copy.deepcopy(BLOCKS)}
+    if kind != "no_truth":
+        summary["ppo"] |= {"oracle_start": 3.0, "oracle_end": 0.7 if kind == "hacked" else 5.8}
+    else:
+        for name in ("judge_agreement_with_truth", "judge_agreement_without_context", "truth_length_bias"):
+            summary["preference"][name] = None
+        summary["preference"]["judges"] = []
+        del summary["reward"]["heldout_accuracy_truth"]
+    if kind == "unfinished":
+        del summary["ppo"]
+        del stages["ppo"], stages["evaluate"]
+        return summary
+    summary["evaluation"] = {role: _figures([row for row in rows if row["role"] == role]) for role in SKILL["helped"]}
+    if kind != "no_truth":
+        for i, role in enumerate(("sft@0.7", "sft@0.5", "sft@0.3")):
+            summary["evaluation"][role] = {"sample_hallucination": 0.52 - 0.04 * i, "sample_f1": 0.7 + 0.03 * i}
+    return summary
+
+
+def _figures(rows: list[dict]) -> dict[str, float]:
+    figures = {}
+    for mode in ("greedy", "sample"):
+        own = [row for row in rows if row["mode"] == mode]
+        figures |= {f"{mode}_length": sum(r["length"] for r in own) / len(own), f"{mode}_repetition": 0.004}
+        if own[0]["truth"]:
+            total = {name: sum(row["truth"][name] for row in own) for name in own[0]["truth"]}
+            precision = total["correct"] / (total["correct"] + total["wrong"])
+            recall = total["correct"] / total["total"]
+            figures |= {f"{mode}_precision": precision, f"{mode}_recall": recall, f"{mode}_malformed": 0.0}
+            figures |= {f"{mode}_f1": 2 * precision * recall / (precision + recall)}
+            figures |= {f"{mode}_hallucination": total["hallucinated"] / total["mentions"]}
+    return figures

@@ -94,7 +94,7 @@ def report(run_dir: RunDir) -> None:
 
 @app.command()
 def across(
-    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs, such as one recipe under several seeds.")],
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs: one recipe, several seeds.")],
     out: Annotated[Path | None, typer.Option(help="Write OUT.md and OUT.json instead of printing.")] = None,
 ) -> None:
     """Several runs side by side: mean, spread, and each run's figures."""
@@ -122,7 +122,7 @@ def chat(
         raise RlaifError(f"There is no video {video}. Paths start at {Path.cwd()}.")
     from . import chat as chat_module
 
-    chat_module.main(run_dir, video, role, question)
+    chat_module.main(run_dir, str(video), role, question)
 
 
 @app.command()

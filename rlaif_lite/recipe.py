@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Iterable, Iterator, Literal
 
@@ -353,6 +354,7 @@ def json_schema() -> dict[str, Any]:
     return schema
 
 
+@cache
 def fields() -> dict[str, recipe_file.FieldInfo]:
     """Every key of the schema, in order, with type, default and help."""
     return recipe_file.fields_of(Recipe.model_json_schema())

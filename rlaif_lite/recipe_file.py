@@ -129,7 +129,8 @@ def explain(error: dict[str, Any], marks: dict[str, str], fields: dict[str, Fiel
     where = nearest_mark(marks, key)
     if error["type"] == "extra_forbidden":
         return f"`{key}` is not a recipe key ({where}). {_suggest(key, fields)}"
-    info = fields.get(re.sub(r"\[\d+\]", "[]", key))
+    general = re.sub(r"\[\d+\]", "[]", key)
+    info = fields.get(general) or fields.get(general.removesuffix("[]"))  # an item of a list is explained by its list
     expected = f"expected {_article(info.type)}{info.type}: {info.help}" if info else error["msg"]
     if error["type"] == "missing":
         return f"`{key}` is missing ({where}), {expected}."
@@ -139,20 +140,21 @@ def explain(error: dict[str, Any], marks: dict[str, str], fields: dict[str, Fiel
 
 
 def _article(type_words: str) -> str:
-    return "a " if type_words.startswith(("whole", "number", "list")) else ""
+    return "a " if type_words.startswith(("whole", "number", "list", "section")) else ""
 
 
 def _suggest(key: str, fields: dict[str, FieldInfo]) -> str:
-    """The key that was probably meant: near it in its section, of its name in another, or near it anywhere."""
+    """The key that was probably meant: near it in its section, or of (nearly) its name in another."""
     general = re.sub(r"\[\d+\]", "[]", key)
     parent, _, leaf = general.rpartition(".")
+    if general in fields:  # written with dots, which only overrides have
+        return f"Write `{leaf}` below `{parent}`, indented."
     siblings = {name.rpartition(".")[2]: name for name in fields if name.rpartition(".")[0] == parent}
     if near := difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6):
         return f"Did you mean `{siblings[near[0]].replace('[]', '')}`?"
-    if elsewhere := [name for name in fields if name.rpartition(".")[2] == leaf]:
-        return f"Did you mean {' or '.join(f'`{name}`' for name in elsewhere[:3])}?"
-    if near := difflib.get_close_matches(general, fields, n=1, cutoff=0.7):
-        return f"Did you mean `{near[0]}`?"
+    if near := difflib.get_close_matches(leaf, {name.rpartition(".")[2] for name in fields}, n=1, cutoff=0.75):
+        elsewhere = [f"`{name.replace('[]', '')}`" for name in fields if name.rpartition(".")[2] == near[0]]
+        return f"Did you mean {' or '.join(elsewhere[:3])}?"
     return f"The keys there are: {', '.join(siblings)}."
 
 
@@ -234,8 +236,12 @@ def _type_words(part: dict[str, Any]) -> str:
         return str(part["const"]).lower()
     if "properties" in part:
         return "section"
-    word = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false",
-            "array": "list", "null": "null"}  # fmt: skip
+    if "prefixItems" in part:
+        return f"list of {len(part['prefixItems'])}"
+    if part["type"] == "array":
+        item = "section" if "$ref" in part["items"] else _type_words(part["items"])
+        return f"list, each {_article(item)}{item}" + (", not empty" if part.get("minItems") else "")
+    word = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
     limits = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     ranges = [f"{text} {part[key]:g}" for key, text in limits.items() if key in part]
     if part.get("minLength"):

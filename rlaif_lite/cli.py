@@ -94,7 +94,7 @@ def report(run_dir: RunDir) -> None:
 
 @app.command()
 def across(
-    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs: one recipe, several seeds.")],
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs of one recipe.")],
     out: Annotated[Path | None, typer.Option(help="Write OUT.md and OUT.json instead of printing.")] = None,
 ) -> None:
     """Several runs side by side: mean, spread, and each run's figures."""

@@ -77,8 +77,7 @@ def sample_indices(frames: int, view: View) -> np.ndarray:
     """
     first, end = 0, frames
     if view.clip is not None:
-        first = min(view.clip * frames // view.clips, frames - 1)
-        end = max(first + 1, (view.clip + 1) * frames // view.clips)
+        first, end = view.clip * frames // view.clips, (view.clip + 1) * frames // view.clips
     step = np.arange(view.count)
     return first + (2 * step + 1) * (end - first) // (2 * view.count)
 
@@ -188,8 +187,8 @@ def _facts(path: str) -> _Facts:
         with av.open(path) as container:
             stream = container.streams.best("video")
             if stream is None or "attached_pic" in str(stream.disposition):
-                kinds = ", ".join(sorted({other.type for other in container.streams}))
-                raise VideoError(f"{path}: it has no video stream, only {kinds or 'nothing'}.")
+                kinds = ", ".join(sorted({other.type for other in container.streams})) or "nothing that is whole"
+                raise VideoError(f"{path}: it has no video stream, only {kinds}.")
             packets = [
                 _Packet(packet.pts, packet.duration, packet.is_keyframe, packet.is_discard, packet.is_corrupt)
                 for packet in container.demux(stream)
@@ -205,7 +204,7 @@ def _facts(path: str) -> _Facts:
         raise VideoError(f"{path}: its content is not a video ({format}); the extension is wrong.")
     shown = [packet for packet in packets if not packet.is_hidden]
     if not shown:
-        raise VideoError(f"{path}: its video stream holds no frames.")
+        raise VideoError(f"{path}: it has no frames, only a header.")
     if all(packet.pts is not None for packet in shown):
         pts_N = np.array([packet.pts for packet in shown], dtype=np.float64) * tick
     else:  # a guess, mended by PyAV's decoder
@@ -372,6 +371,8 @@ def _natural(path: str) -> list:
 
 
 def _brief(error: Exception) -> str:
-    """The last line of a decoder's message, without its stack trace."""
+    """The last line of a decoder's message, without its stack trace and source file."""
+    if isinstance(error, av.FFmpegError):
+        return error.strerror
     lines = [line.strip() for line in str(error).split("Stack trace")[0].splitlines() if line.strip()]
     return re.sub(r"^\[[\d:]+\] \S+: ", "", lines[-1])[-200:] if lines else type(error).__name__

@@ -133,7 +133,7 @@ def test_mp4_round_trip(tmp_path):
 def test_dropout_hides_objects():
     facts = facts_of(100, "sft", 0)
     shown = np.concatenate([render(facts, np.random.default_rng(i))[1][:, 0] for i in range(25)])
-    assert shown.mean() == pytest.approx(0.67, abs=0.05)
+    assert shown.mean() == pytest.approx(0.62, abs=0.05)
 
 
 @pytest.fixture(scope="module")

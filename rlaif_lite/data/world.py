@@ -83,7 +83,7 @@ class WorldConfig:
     fps: int = 8
     noise: float = 22.0  # standard deviation of the pixel noise, of 255
     jitter: float = 1.0  # standard deviation of the object's place, pixels
-    dropout: float = 0.33  # chance that the object is hidden in a frame
+    dropout: float = 0.38  # chance that the object is hidden in a frame
     star: float = 0.5  # chance of a corner star
     crf: int = 20  # libx264 quality
 

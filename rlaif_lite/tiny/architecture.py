@@ -40,7 +40,7 @@ CHAT_TEMPLATE = (
     "{% for part in message.content %}"
     "{% set words.all = words.all + ['<video>' if part.type == 'video' else part.text] %}{% endfor %}"
     "{% set text = words.all | join(' ') %}{% endif %}"
-    "{% if message.role == 'assistant' %} <ans>{% generation %} {{ text }} </s>{% endgeneration %}{% else %} {{ text }}{% endif %}"
+    "{% if message.role == 'assistant' %} <ans> {% generation %}{{ text }} </s>{% endgeneration %}{% else %} {{ text }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %} <ans>{% endif %}"
 )
 

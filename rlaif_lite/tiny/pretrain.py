@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import random
 import time
 from pathlib import Path
@@ -26,13 +28,14 @@ from torch import nn
 
 from rlaif_lite.data.world_text import COLOURS, SHAPES
 from rlaif_lite.tiny.architecture import build_model, save
+from rlaif_lite.tiny.card import write_card
 from rlaif_lite.tiny.network import Hidden, forward, pooled_features, tower_features, use_bf16_products
 from rlaif_lite.tiny.sheet import NUMBER, Batch, collate
-from rlaif_lite.tiny.tasks import BEFORE_PAIRS, WITH_PAIRS, draw
+from rlaif_lite.tiny.skills import measure
+from rlaif_lite.tiny.tasks import BEFORE_PAIRS, SHEET, WITH_PAIRS, draw
 from rlaif_lite.tiny.videos import VideoSet, make_videos
 
-PAIRS_FROM = 0.40  # share of the steps before pairs join
-HELD_OUT = 400  # the last videos are never trained on
+PAIRS_FROM = 0.36  # share of the steps before pairs join
 MARGINS = ((0.50, 3), (0.62, 2), (2.0, 0))  # until this share of the steps, pairs have at least this margin
 
 
@@ -51,6 +54,8 @@ class Options(NamedTuple):
     weak: bool
     cache: Path | None
     every: int  # steps between measurements
+    card_videos: int  # fresh videos for the skill table of the card
+    held_out: int  # videos that are never trained on; the log measures on the first 100 of them
 
 
 def average_gradients(parameters: list[nn.Parameter], processes: int) -> None:
@@ -75,7 +80,7 @@ def train_tower(model, videos: VideoSet, options: Options, rank: int) -> None:
     optimiser = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
     labels_ML = torch.from_numpy(videos.labels_NFL).flatten(0, 1)
     frames_MHWC = torch.from_numpy(videos.frames_NFHWC).flatten(0, 1)
-    usable = (len(videos.facts) - HELD_OUT) * videos.frames_NFHWC.shape[1]
+    usable = (len(videos.facts) - options.held_out) * videos.frames_NFHWC.shape[1]
     picker = torch.Generator().manual_seed(1000 * options.seed + rank)
 
     def losses(pick: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,7 +160,7 @@ def train_language(model, pooled_NFKD: torch.Tensor, facts: list, options: Optio
         parameter.grad = torch.zeros_like(parameter)
     both = optimisers(model, options.rate)
     peaks = [group["lr"] for optimiser in both for group in optimiser.param_groups]
-    trainable, steps, begun = len(facts) - HELD_OUT, options.steps, time.time()
+    trainable, steps, begun = len(facts) - options.held_out, options.steps, time.time()
     recent: list[dict] = []
     step = 0
     while not steps or step < steps:
@@ -188,10 +193,8 @@ def train_language(model, pooled_NFKD: torch.Tensor, facts: list, options: Optio
         if rank == 0 and step % options.every == 0:
             mean = {key: sum(p[key] for p in recent if key in p) / max(1, sum(key in p for p in recent)) for key in recent[-1]}
             recent.clear()
-            from rlaif_lite.tiny.skills import measure
-
             line = {"step": step, "of": steps, "seconds": round(time.time() - started), "train_seconds": round(time.time() - begun), "rate": factor}
-            line |= {k: round(v, 4) for k, v in (mean | measure(model, pooled_NFKD, facts, trainable, 100, options.weak)).items()}
+            line |= {k: round(v, 4) for k, v in (mean | measure(model, pooled_NFKD, facts, trainable, min(100, options.held_out))).items()}
             print(json.dumps(line), flush=True)
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -207,7 +210,7 @@ def work(rank: int, options: Options) -> None:
         store = f"file://{options.out.resolve()}/rendezvous"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=options.processes)
     started = time.time()
-    count = options.videos + HELD_OUT
+    count = options.videos + options.held_out
     if rank == 0:
         make_videos(count, options.processes, options.cache)
         print(f"{count} videos after {time.time() - started:.0f} s", flush=True)
@@ -231,9 +234,22 @@ def work(rank: int, options: Options) -> None:
     if rank == 0:
         print(f"features after {time.time() - started:.0f} s", flush=True)
     use_bf16_products(model)
-    train_language(model, pooled, videos.facts, options, rank, options.out / "log.jsonl", started)
+    begun = time.time()
+    steps = train_language(model, pooled, videos.facts, options, rank, options.out / "log.jsonl", started)
     if rank == 0:
-        save(model, options.out / "final")
+        save(model, options.out)
+        made = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            **{key: value for key, value in options._asdict().items() if key not in ("out", "cache", "minutes", "every")},
+            "steps": steps,
+            "columns": SHEET,
+            "pairs_from": PAIRS_FROM,
+            "seconds": round(time.time() - started),
+            "train_seconds": round(time.time() - begun),
+            "hardware": f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}",
+            "command": f"python -m rlaif_lite.tiny.pretrain --out DIR --steps {steps}" + (" --weak-video" if options.weak else ""),
+        }
+        write_card(options.out, made, options.card_videos)
         print(f"done after {time.time() - started:.0f} s", flush=True)
 
 
@@ -249,6 +265,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=400)
+    parser.add_argument("--held-out", type=int, default=400)
+    parser.add_argument("--card-videos", type=int, default=400)
     parser.add_argument("--cache", type=Path, default=None, help="keep decoded videos here for the next run")
     parser.add_argument("--weak-video", dest="weak", action="store_true")
     options = Options(**vars(parser.parse_args()))

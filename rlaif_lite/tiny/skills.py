@@ -13,7 +13,7 @@ from rlaif_lite.tiny.tasks import skill_sheets
 
 
 @torch.no_grad()
-def measure(model, pooled_NFKD: torch.Tensor, facts: list, start: int, count: int, weak: bool, seed: int = 5) -> dict[str, float]:
+def measure(model, pooled_NFKD: torch.Tensor, facts: list, start: int, count: int, seed: int = 5) -> dict[str, float]:
     """Skills on `count` videos from index `start`, as shares.
 
     Short answers and captions count when every word is right (greedy). Checks count attribute words; `pair_check` is the share of pairs whose
@@ -23,7 +23,7 @@ def measure(model, pooled_NFKD: torch.Tensor, facts: list, start: int, count: in
     right: dict[str, list[float]] = defaultdict(list)
     for first in range(start, start + count, 20):
         rngs = [(video, random.Random(f"skills/{seed}/{video}")) for video in range(first, min(first + 20, start + count))]
-        batch = collate([sheet for video, rng in rngs for sheet in skill_sheets(video, facts[video], rng, weak)])
+        batch = collate([sheet for video, rng in rngs for sheet in skill_sheets(video, facts[video], rng)])
         logits_BLV = forward(model, batch, pooled_NFKD).last_BLD @ model.lm_head.weight.t()
         sums: dict[int, list[tuple[str, float, int]]] = defaultdict(list)
         for span in batch.spans:

@@ -10,7 +10,6 @@ import random
 from typing import NamedTuple
 
 from rlaif_lite.data.world_text import (
-    CLEAN,
     Facts,
     Noise,
     answer_yes_no,
@@ -150,7 +149,7 @@ def draw(mix: Mix, video: int, facts: Facts, rng: random.Random, weak: bool, lea
     return whole_sheet("context" if weak and kind == "plain" else kind, video, facts, rng, weak)
 
 
-def skill_sheets(video: int, facts: Facts, rng: random.Random, weak: bool) -> list[Sheet]:
+def skill_sheets(video: int, facts: Facts, rng: random.Random) -> list[Sheet]:
     """What the skills are measured on, for one held-out video: exact views, one context, one pair."""
     clip = rng.randrange(3)
     first = Sheet(256)

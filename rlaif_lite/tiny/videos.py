@@ -5,6 +5,7 @@ They come from a world seed that no recipe uses. Training and held-out videos ar
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import tempfile
@@ -53,18 +54,19 @@ def _one(index: int) -> tuple[np.ndarray, np.ndarray]:
     return frames, labels
 
 
-def make_videos(count: int, workers: int, cache: Path | None = None) -> VideoSet:
-    """The first `count` pretraining videos; `cache` keeps them in a folder for the next run."""
-    facts = [facts_of(WORLD_SEED, "pretrain", index) for index in range(count)]
-    if cache and (cache / f"labels_{count}.npy").exists():
-        return VideoSet(np.load(cache / f"frames_{count}.npy", mmap_mode="r"), np.load(cache / f"labels_{count}.npy"), facts)
+def make_videos(count: int, workers: int, cache: Path | None = None, first: int = 0) -> VideoSet:
+    """Videos `first` to `first + count` of the pretraining split; `cache` keeps them in a folder for the next run of the same world."""
+    facts = [facts_of(WORLD_SEED, "pretrain", first + index) for index in range(count)]
+    key = hashlib.sha256(f"{WorldConfig()} {first} {count}".encode()).hexdigest()[:12]
+    if cache and (cache / f"labels_{key}.npy").exists():
+        return VideoSet(np.load(cache / f"frames_{key}.npy", mmap_mode="c"), np.load(cache / f"labels_{key}.npy"), facts)
     frames = np.empty((count, FRAMES, FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
     labels = np.empty((count, FRAMES, 6), np.float32)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for index, result in enumerate(pool.map(_one, range(count), chunksize=16)):
+        for index, result in enumerate(pool.map(_one, range(first, first + count), chunksize=16)):
             frames[index], labels[index] = result
     if cache:
         cache.mkdir(parents=True, exist_ok=True)
-        np.save(cache / f"frames_{count}.npy", frames)
-        np.save(cache / f"labels_{count}.npy", labels)
+        np.save(cache / f"frames_{key}.npy", frames)
+        np.save(cache / f"labels_{key}.npy", labels)
     return VideoSet(frames, labels, facts)

@@ -119,7 +119,7 @@ def draw(weight_VD: Tensor, bias_V: Tensor, hidden_BD: Tensor, uniform_B: Tensor
 
 def _nucleus(prob_BV: Tensor, top_p: float) -> Tensor:
     """Keep the smallest set of most likely tokens whose probability reaches `top_p`; the most likely one always stays."""
-    sorted_BV, order_BV = prob_BV.sort(-1, descending=True, stable=True)
+    sorted_BV, order_BV = prob_BV.sort(dim=-1, descending=True, stable=True)
     dropped_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
     return prob_BV.masked_fill(torch.zeros_like(dropped_BV).scatter(-1, order_BV, dropped_BV), 0.0)
 

@@ -126,13 +126,13 @@ class Workspace:
         """The data files that are the user's, not the world's. Raises DataError for one that is not there."""
         data = self.recipe.data
         named = (data.sft, data.sft_easy, data.sft_hard, data.policy_init, data.preference, data.rl, data.test)
-        files = [path for paths in named for path in paths if not path.startswith(WORLD)]
+        files = [self._path(path) for paths in named for path in paths if not path.startswith(WORLD)]
         if missing := [path for path in files if not Path(path).is_file()]:
             raise DataError(f"There is no data file {', '.join(missing)}. Paths start at {Path.cwd()}.")
         return files
 
     def _path(self, path: str) -> str:
-        return str(self.data_folder / f"{path.removeprefix(WORLD)}.jsonl") if path.startswith(WORLD) else path
+        return str(self.data_folder / f"{path.removeprefix(WORLD)}.jsonl") if path.startswith(WORLD) else os.path.expanduser(path)
 
     @property
     def quarantined(self) -> set[str]:

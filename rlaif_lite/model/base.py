@@ -12,9 +12,11 @@ Shapes: B rows, S positions, D width, V vocabulary.
 
 import hashlib
 import logging
+import os
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
@@ -115,7 +117,7 @@ class Base:
 
 def resolve_base(name: str) -> str:
     """`embedded` and `embedded-weak` -> the checkpoints that ship with the package; anything else is left as it is."""
-    return str(EMBEDDED_BASES[name]) if name in EMBEDDED_BASES else name
+    return str(EMBEDDED_BASES[name]) if name in EMBEDDED_BASES else os.path.expanduser(name)
 
 
 def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
@@ -126,7 +128,7 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
     path = resolve_base(section.base)
     try:
         config = AutoConfig.from_pretrained(path, revision=section.revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ModelError(f"`model.base: {section.base}` cannot be read as a transformers checkpoint: {error}") from error
     family = family_of(config)
     dtype = torch_dtype(section, device)

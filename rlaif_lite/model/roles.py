@@ -76,7 +76,7 @@ class Roles:
             for target, source in zip(self.parameters(name), self.parameters(copy_of), strict=True):
                 target.data.copy_(source.data)
             if copy_of in self.heads:
-                self.heads[name] = copy.deepcopy(self.heads[copy_of])
+                self.heads[name] = copy.deepcopy(self.heads[copy_of]).requires_grad_(False)
 
     def add_head(self, name: str, *, zero: bool, seed: int = 0) -> None:
         """Give role `name` a scalar head, Linear(D -> 1) in float32 with zero bias; `zero` for a value head (published)."""
@@ -85,7 +85,7 @@ class Roles:
         nn.init.zeros_(head.bias)
         with torch.no_grad():
             head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * (0.0 if zero else self.base.width**-0.5))
-        self.heads[name] = head.to(self.base.device)
+        self.heads[name] = head.to(self.base.device).requires_grad_(False)
 
     def load(self, name: str, folder: Path) -> None:
         """Load a role saved by `save` (a PEFT adapter folder, `head.safetensors` beside it if it has a head)."""
@@ -221,14 +221,15 @@ class ActiveRole:
     def hidden(self, batch: Batch) -> Tensor:
         """Run the decoder over a batch -> hidden_BSD after its final norm."""
         base = self.roles.base
-        if base.gradient_checkpointing:  # transformers checkpoints in training mode only; there is no dropout to wake up
-            base.decoder.train(torch.is_grad_enabled())
+        # transformers checkpoints in training mode only (no dropout wakes up), and drops the key/value cache in it: leave it after.
+        base.decoder.train(base.gradient_checkpointing and torch.is_grad_enabled())
         hidden_BSD = base.decoder(
             inputs_embeds=batch.embed(base),
             attention_mask=batch.attention,
             position_ids=batch.position_BS,
             use_cache=False,
         ).last_hidden_state
+        base.decoder.eval()
         if hidden_BSD.requires_grad:
             hidden_BSD.register_hook(self._check_scope)
         return hidden_BSD

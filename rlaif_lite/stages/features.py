@@ -35,9 +35,10 @@ def run(work: Workspace) -> dict:
     base = work.base(tower=True)
     wanted = views_of(work)
     tower = tower_digest(base)
+    processor = base.images._asdict() | {"of": tower_config(base)}
     chain = [step.model_dump() for step in work.recipe.features.prune]
     keys = {
-        name: feature_key(video=video_digest(video), views=views, processor=base.images._asdict() | {"of": tower_config(base)}, tower=tower, chain=chain,
+        name: feature_key(video=video_digest(video), views=views, processor=processor, tower=tower, chain=chain,
                           dtype=str(base.dtype))
         for name, (video, views) in wanted.items()
     }

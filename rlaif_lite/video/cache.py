@@ -127,8 +127,6 @@ class FeatureStore:
         header = {"key": key, "views": numbers, "checksum": _checksum(tensors), "about": about or {}}
         partial = self.folder / f"{key}.{os.getpid()}.tmp"
         save_file(tensors, partial, metadata={"rlaif_lite": json.dumps(header)})
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
         os.replace(partial, self.path(key))
         self._drop(key)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from rlaif_lite.report.stats import NEEDS_TRUTH, RATIOS, paired_bootstrap, tally
+
 COLOURS = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 70, 230), "yellow": (225, 215, 50)}
 MOTIONS = ("left", "right", "up", "down")
 ORDINALS = ("first", "then", "finally")
@@ -95,7 +97,7 @@ def _strip(facts: list[list[str]], frames: int = 9) -> np.ndarray:
 
 def _metrics(path: Path, kind: str, rng: random.Random) -> None:
     lines = []
-    for stage, steps in (("sft_easy", 60), ("sft_hard", 60), ("reward", 40)):
+    for stage, steps in (("sft.easy", 60), ("sft.hard", 60), ("reward", 40)):
         for step in range(steps):
             loss = 2 * math.exp(-step / 15) + 0.3 + rng.gauss(0, 0.03)
             lines.append({"stage": stage, "step": step, "loss": loss, "lr": 1e-4})
@@ -122,7 +124,6 @@ JUDGES = [
 ]
 BLOCKS = {
     "features": {"videos": 2140, "missing": 0, "frames": 6, "tokens_before": 96, "tokens_after": 24},
-    "roles": {"base": {"parameters": 1_096_704, "bytes": 2_400_000}},
     "preference": {
         "pairs": 1100, "judge": "claims", "judge_agreement_with_truth": 0.949, "judge_agreement_without_context": 0.861,
         "position_consistency": 0.812, "length_bias": 0.55, "truth_length_bias": 0.53, "judges": JUDGES,
@@ -131,7 +132,9 @@ BLOCKS = {
         "heldout_accuracy": 0.85, "heldout_accuracy_truth": 0.84, "floor": 0.6,
         "calibration": [{"predicted": 0.55 + i / 10, "observed": 0.53 + i / 11, "count": 60 - 8 * i} for i in range(5)],
     },
-    "ppo": {"kl_start": 0.0, "kl_end": 1.42, "reward_start": 0.02, "reward_end": 1.55, "steps": 20},
+    "ppo": {"kl_start": 0.0, "kl_end": 1.42, "reward_start": 0.02, "reward_end": 1.55, "steps": 20,
+            "base_bytes": {"quantised": 430_000, "other": 900_000},
+            "roles": {"policy": {"parameters": 160_000, "bytes": 640_000}}},
 }  # fmt: skip
 
 
@@ -153,23 +156,34 @@ def _summary(kind: str, rows: list[dict]) -> dict:
         del summary["ppo"]
         del stages["ppo"], stages["evaluate"]
         return summary
-    summary["evaluation"] = {role: _figures([row for row in rows if row["role"] == role]) for role in SKILL["helped"]}
+    arms, ratios = _arms(rows), {n: r for n, r in RATIOS.items() if kind != "no_truth" or n not in NEEDS_TRUTH}
+    summary["evaluation"] = {role: _figures(arms, role, ratios) for role in SKILL["helped"]}
+    summary["evaluation_intervals"] = {f"ppo-{role}": _intervals(arms, role, ratios) for role in ("sft", "reference")}
     if kind != "no_truth":
         for i, role in enumerate(("sft@0.7", "sft@0.5", "sft@0.3")):
             summary["evaluation"][role] = {"sample_hallucination": 0.52 - 0.04 * i, "sample_f1": 0.7 + 0.03 * i}
     return summary
 
 
-def _figures(rows: list[dict]) -> dict[str, float]:
-    figures = {}
+Arms = dict[tuple[str, str], np.ndarray]  # counts per video, by role and mode
+
+
+def _arms(rows: list[dict]) -> Arms:
+    keys = sorted({(row["role"], row["mode"]) for row in rows})
+    return {key: np.stack(list(tally([r for r in rows if (r["role"], r["mode"]) == key]).values())) for key in keys}
+
+
+def _figures(arms: Arms, role: str, ratios: dict) -> dict[str, float]:
+    figures = {f"{mode}_repetition": 0.004 for mode in ("greedy", "sample")}
     for mode in ("greedy", "sample"):
-        own = [row for row in rows if row["mode"] == mode]
-        figures |= {f"{mode}_length": sum(r["length"] for r in own) / len(own), f"{mode}_repetition": 0.004}
-        if own[0]["truth"]:
-            total = {name: sum(row["truth"][name] for row in own) for name in own[0]["truth"]}
-            precision = total["correct"] / (total["correct"] + total["wrong"])
-            recall = total["correct"] / total["total"]
-            figures |= {f"{mode}_precision": precision, f"{mode}_recall": recall, f"{mode}_malformed": 0.0}
-            figures |= {f"{mode}_f1": 2 * precision * recall / (precision + recall)}
-            figures |= {f"{mode}_hallucination": total["hallucinated"] / total["mentions"]}
+        total = arms[role, mode].sum(0)
+        figures |= {f"{mode}_{name}": float(ratio(total)) for name, ratio in ratios.items()}
     return figures
+
+
+def _intervals(arms: Arms, before: str, ratios: dict) -> dict[str, dict[str, float]]:
+    return {
+        f"{mode}_{name}": paired_bootstrap(arms[before, mode], arms["ppo", mode], ratio, n=200)._asdict()
+        for mode in ("greedy", "sample")
+        for name, ratio in ratios.items()
+    }

@@ -27,6 +27,12 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     return {kind: write(make_run(root / kind, kind)) for kind in KINDS}
 
 
+@pytest.fixture
+def run(pages, tmp_path) -> Path:
+    "A finished run of one's own, to be changed."
+    return shutil.copytree(pages["helped"].parent, tmp_path / "helped")
+
+
 def text_of(path: Path) -> str:
     "What a reader sees, without markup and repeated space."
     html = re.sub(r"<(style|svg).*?</\1>", " ", path.read_text(), flags=re.DOTALL)
@@ -88,15 +94,14 @@ def test_an_empty_answer_is_no_division_by_zero():
     assert RATIOS["precision"](sums) == RATIOS["f1"](sums) == RATIOS["hallucination"](sums) == 0.0
 
 
-def test_changes_compare_the_same_videos_at_the_same_temperature():
-    def rows(role: str, temperature: float, right: int, videos: str) -> list[dict]:
-        return [row(v, right, 10 - right, role=role, mode="sample", temperature=temperature) for v in videos]
-
-    sft = rows("sft", 1.0, 5, "abc") + rows("sft", 0.3, 9, "abc")
-    found = changes(sft + rows("ppo", 1.0, 8, "bcd"), "sft", "sample")
-    assert found["precision"] == Change(0.5, 0.8, pytest.approx(Interval(0.3, 0.3, 0.3)), items=2)
-    assert changes(rows("ppo", 1.0, 8, "abc"), "sft", "sample") == {}
-    assert changes(rows("sft", 1.0, 5, "abc"), "sft", "sample") == {}
+def test_changes_are_those_of_the_summary(pages):
+    summary = json.loads((pages["helped"].parent / "summary.json").read_text())
+    found = changes(summary, "sft", "sample")
+    assert found["f1"].before == summary["evaluation"]["sft"]["sample_f1"]
+    assert found["f1"].after == summary["evaluation"]["ppo"]["sample_f1"]
+    assert found["f1"].interval._asdict() == summary["evaluation_intervals"]["ppo-sft"]["sample_f1"]
+    assert found["f1"].interval.delta == pytest.approx(found["f1"].after - found["f1"].before)
+    assert changes(summary, "base", "sample") == {}
 
 
 # ------------------------------------------------------------------------------------------------------------ verdicts
@@ -106,7 +111,7 @@ UP, DOWN, FLAT = (0.05, 0.01, 0.09), (-0.05, -0.09, -0.01), (0.01, -0.03, 0.05)
 
 def effects(hallucination: tuple, f1: tuple, score: tuple) -> dict[str, Change]:
     deltas = {"hallucination": hallucination, "f1": f1, "score": score}
-    return {name: Change(0.0, 0.0, Interval(*delta), 100) for name, delta in deltas.items()}
+    return {name: Change(0.0, 0.0, Interval(*delta)) for name, delta in deltas.items()}
 
 
 GOOD, NOTHING = effects(DOWN, UP, UP), effects(FLAT, FLAT, FLAT)
@@ -149,10 +154,9 @@ def test_each_run_gets_its_verdict_first(pages):
     assert "true score of the rollouts went from 3.00 to 0.70" in text_of(pages["hacked"])
 
 
-def test_sharpening_is_not_sold_as_alignment(pages, tmp_path):
+def test_sharpening_is_not_sold_as_alignment(pages, run):
     control = "Sharper sampling alone does not explain it: hallucination of SFT at temperature 0.3 is 44.0 %"
     assert control in text_of(pages["helped"])
-    run = make_run(tmp_path / "run")
     summary = json.loads((run / "summary.json").read_text())
     summary["evaluation"]["sft@0.3"]["sample_hallucination"] = 0.01
     (run / "summary.json").write_text(json.dumps(summary))
@@ -225,15 +229,14 @@ def test_sections_follow_what_the_run_has(pages):
 def test_tables_show_the_numbers_of_the_summary(pages):
     text = text_of(pages["helped"])
     evaluation = json.loads((pages["helped"].parent / "summary.json").read_text())["evaluation"]["ppo"]
-    columns = ("hallucination", "precision", "recall", "f1", "malformed", "repetition")
-    shown = " ".join(number(100 * evaluation[f"greedy_{name}"], 1) for name in columns)
-    assert f"PPO {shown} {evaluation['greedy_length']:.1f}" in text
+    shares = ("hallucination", "precision", "recall", "f1")
+    shown = " ".join(number(100 * evaluation[f"greedy_{name}"], 1) for name in shares)
+    assert f"PPO {shown} {evaluation['greedy_score']:.1f}" in text
     assert "claims yes 1,100 94.9 – 55.0" in text and "pairwise yes 300 87.0 81.2 –" in text
     assert "sft 1 min 58 s 1.17 GB done" in text and "All 5 min 40 s 1.17 GB" in text
 
 
-def test_planned_memory_stands_beside_measured(tmp_path):
-    run = make_run(tmp_path / "run", "unfinished")
+def test_planned_memory_stands_beside_measured(run):
     summary = json.loads((run / "summary.json").read_text())
     summary["stages"]["sft"]["planned_memory_bytes"] = 1_230_000_000
     (run / "summary.json").write_text(json.dumps(summary))
@@ -250,8 +253,7 @@ def test_wrong_words_and_only_they_are_struck_out(pages):
         assert int(wrong) == answer.count("<del>") and int(right) + int(wrong) == 9
 
 
-def test_what_a_model_wrote_is_text_never_markup(tmp_path):
-    run = make_run(tmp_path / "run")
+def test_what_a_model_wrote_is_text_never_markup(run):
     path = run / "evaluate" / "ppo.greedy.jsonl"
     hostile = {"answer": "<script>alert(1)</script> & <b>", "wrong_words": [[0, 8]]}
     rows = [json.dumps(json.loads(line) | hostile) + "\n" for line in path.read_text().splitlines()]
@@ -260,9 +262,10 @@ def test_what_a_model_wrote_is_text_never_markup(tmp_path):
     assert "<script" not in html and "<del>&lt;script&gt;</del>alert(1)&lt;/script&gt; &amp; &lt;b&gt;" in html
 
 
-def test_the_same_run_gives_the_same_page(pages, tmp_path):
-    first = pages["helped"].read_text()
-    assert write(pages["helped"].parent).read_text() == first
+def test_the_same_run_gives_the_same_page(pages, run):
+    (run / "report.html").unlink()
+    same = write(run).read_text() == pages["helped"].read_text()
+    assert same
 
 
 def test_what_is_no_run_folder_or_damaged_is_named(tmp_path):
@@ -309,7 +312,7 @@ PROBE = """<script>onload = () => { document.title = JSON.stringify({
 
 def browse(page: Path, profile: Path, *flags: str) -> str:
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", *flags, page.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=True).stdout
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome is installed to open the page with")

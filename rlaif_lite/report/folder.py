@@ -5,11 +5,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from rlaif_lite.errors import StageError
-from rlaif_lite.report.stats import NEEDS_TRUTH, RATIOS, Interval, paired_bootstrap, tally
+from rlaif_lite.report.stats import Interval
 
 IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 
@@ -33,14 +30,6 @@ class Run(NamedTuple):
     examples: list[Example]
 
 
-class Arm(NamedTuple):
-    "What is compared: a role, how it answered, and at which temperature (0 for greedy)."
-
-    role: str
-    mode: str
-    temperature: float
-
-
 def read_run(folder: Path) -> Run:
     """Raises StageError when `folder` is no run folder, or when something in it is not what it should be."""
     folder = Path(folder)
@@ -61,49 +50,25 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def arms(rows: list[dict]) -> dict[Arm, dict[str, NDArray]]:
-    """Counts per item of everything that was evaluated."""
-    by_arm: dict[Arm, list[dict]] = {}
-    for row in rows:
-        by_arm.setdefault(Arm(row["role"], row["mode"], row["temperature"]), []).append(row)
-    return {arm: tally(found) for arm, found in by_arm.items()}
-
-
 class Change(NamedTuple):
-    "One metric of PPO's answers against a baseline's."
+    "One metric of PPO's answers against a baseline's, with the interval that the evaluation gave it."
 
     before: float
     after: float
     interval: Interval
-    items: int
 
 
 Changes = dict[str, Change]
 
 
-def changes(rows: list[dict], baseline: str, mode: str) -> Changes:
-    """What PPO changed against `baseline` at the same temperature, per metric; empty when one of the two is missing.
-
-    Metrics that need the truth are left out where no row has it. Items that only one of the two answered do not count.
-    """
-    measured = arms([row for row in rows if row["mode"] == mode])
-    after = next((counts for arm, counts in measured.items() if arm.role == "ppo"), {})
-    temperature = next((arm.temperature for arm in measured if arm.role == "ppo"), 0.0)
-    before = measured.get(Arm(baseline, mode, temperature), {})
-    ids = sorted(before.keys() & after.keys())
-    if not ids:
-        return {}
-    before_NK, after_NK = np.stack([before[i] for i in ids]), np.stack([after[i] for i in ids])
-    known = any(row["truth"] for row in rows)
+def changes(summary: dict[str, Any], baseline: str, mode: str) -> Changes:
+    """What PPO changed against `baseline` in one mode (greedy or sample), per metric; empty when not evaluated."""
+    intervals = summary.get("evaluation_intervals", {}).get(f"ppo-{baseline}", {})
+    before, after = (summary.get("evaluation", {}).get(role, {}) for role in (baseline, "ppo"))
     return {
-        name: Change(
-            before=float(metric(before_NK.sum(0))),
-            after=float(metric(after_NK.sum(0))),
-            interval=paired_bootstrap(before_NK, after_NK, metric),
-            items=len(ids),
-        )
-        for name, metric in RATIOS.items()
-        if known or name not in NEEDS_TRUTH
+        name.removeprefix(f"{mode}_"): Change(before[name], after[name], Interval(**interval))
+        for name, interval in intervals.items()
+        if name.startswith(f"{mode}_")
     }
 
 

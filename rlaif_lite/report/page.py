@@ -83,8 +83,8 @@ def write(run_dir: Path) -> Path:
 def view(run: Run) -> dict[str, Any]:
     """Everything the template shows, as plain values."""
     summary = run.summary
-    ppo = run.metrics.get("ppo", [])
-    effects = {base: {mode: changes(run.rows, base, mode) for mode in MODES} for base in ("sft", "reference")}
+    ppo, result = run.metrics.get("ppo", []), summary.get("ppo", {})
+    effects = {base: {mode: changes(summary, base, mode) for mode in MODES} for base in ("sft", "reference")}
     bins = summary.get("reward", {}).get("calibration")
     return {
         "title": summary.get("recipe", run.folder.name),
@@ -92,6 +92,7 @@ def view(run: Run) -> dict[str, Any]:
         "summary": summary,
         "verdict": judge_run(run, **effects["sft"]),
         "changes": [panel for baseline, by_mode in effects.items() for panel in change_panels(baseline, by_mode)],
+        "videos": len({row["id"] for row in run.rows}),
         "curves": draw(CURVES, ppo),
         "more_curves": draw(MORE_CURVES, ppo) + loss_curves(run),
         "tables": [table for mode in MODES if (table := evaluation_table(summary.get("evaluation", {}), mode))],
@@ -99,6 +100,8 @@ def view(run: Run) -> dict[str, Any]:
         "stages": stage_rows(summary.get("stages", {})),
         "judges": summary.get("preference", {}).get("judges", []),
         "calibration": Markup(plots.calibration(bins)) if bins else None,
+        "roles": result.get("roles", {}),
+        "base_bytes": sum(result.get("base_bytes", {}).values()),
         "examples": (cards := example_cards(run)),
         "question": cards[0].prompt if len({card.prompt for card in cards}) == 1 else None,
         "recipe": run.recipe,
@@ -120,7 +123,6 @@ class ChangeRow(NamedTuple):
 class ChangePanel(NamedTuple):
     title: str
     baseline: str
-    items: int
     reach: float
     "the axis goes from -reach to +reach, in points"
     rows: list[ChangeRow]
@@ -140,7 +142,7 @@ def change_panels(baseline: str, by_mode: dict[str, Changes]) -> list[ChangePane
                 rows.append(ChangeRow(measure, found[name], _verdict(measure, interval), bar))
         if rows:
             title = f"{MODES[mode]} answers, PPO against {ROLES[baseline]}"
-            panels.append(ChangePanel(title, ROLES[baseline], rows[0].change.items, 100 * reach, rows))
+            panels.append(ChangePanel(title, ROLES[baseline], 100 * reach, rows))
     return panels
 
 

@@ -28,7 +28,7 @@ class Verdict(NamedTuple):
 
 def judge_run(run: Run, greedy: Changes, sample: Changes) -> Verdict:
     """The verdict on a run, from what PPO changed against SFT (`folder.changes`; empty where nothing was evaluated)."""
-    warnings = cautions(run, max((change.items for change in [*greedy.values(), *sample.values()]), default=0))
+    items, warnings = len({row["id"] for row in run.rows}), cautions(run)
     if not greedy and not sample:
         done = [name for name, stage in run.summary.get("stages", {}).items() if stage["status"] in ("done", "skipped")]
         so_far = f"Stages finished: {', '.join(done)}." if done else "No stage has finished."
@@ -36,8 +36,9 @@ def judge_run(run: Run, greedy: Changes, sample: Changes) -> Verdict:
             so_far += f" PPO has done {run.metrics['ppo'][-1]['step'] + 1} steps."
         return Verdict("unfinished", "Not evaluated yet", [so_far, *_training(run)], warnings)
     kind = classify(greedy, sample, _reward_rose(run.summary))
-    sentences = [*_effect("Greedy answers", greedy), *_effect("Sampled answers", sample), *_temperature(run, sample)]
-    return Verdict(kind, _headline(kind, greedy or sample), [*sentences, *_training(run)], warnings)
+    sentences = [*_effect("Greedy answers", greedy, items), *_effect("Sampled answers", sample, items)]
+    sentences += [*_temperature(run, sample), *_training(run)]
+    return Verdict(kind, _headline(kind, greedy or sample), sentences, warnings)
 
 
 def classify(greedy: Changes, sample: Changes, reward_rose: bool | None) -> str:
@@ -57,8 +58,8 @@ def classify(greedy: Changes, sample: Changes, reward_rose: bool | None) -> str:
     return "unclear"
 
 
-def cautions(run: Run, items: int) -> list[str]:
-    """What a careful reader should know before quoting a number from this run, evaluated on `items` videos."""
+def cautions(run: Run) -> list[str]:
+    """What a careful reader should know before quoting a number from this run."""
     summary, found = run.summary, []
     ppo, reward, preference = (summary.get(name, {}) for name in ("ppo", "reward", "preference"))
     if ppo.get("kl_start", 0.0) != 0.0:
@@ -75,9 +76,11 @@ def cautions(run: Run, items: int) -> list[str]:
         malformed = summary.get("evaluation", {}).get("ppo", {}).get(f"{mode}_malformed", 0.0)
         if malformed > 0.02:
             found.append(f"{percent(malformed)} of PPO's {_adjective(mode)} answers hold a malformed sentence.")
-    missing = summary.get("features", {}).get("missing", 0)
+    features = summary.get("features") or {}
+    missing = features.get("missing", 0) + features.get("unreadable", 0)
     if missing:
         found.append(f"{missing} videos were missing or unreadable and left out.")
+    items = len({row["id"] for row in run.rows})
     if 0 < items < 100:
         found.append(f"Only {items} videos were evaluated; the intervals are wide and rough.")
     return found
@@ -113,10 +116,9 @@ def _headline(kind: str, first: Changes) -> str:
     }[kind]
 
 
-def _effect(what: str, found: Changes) -> list[str]:
+def _effect(what: str, found: Changes, items: int) -> list[str]:
     if not found:
         return []
-    items = next(iter(found.values())).items
     if "f1" not in found:
         length = found["length"]
         tokens = f"went from {length.before:.1f} to {length.after:.1f} tokens"

@@ -130,20 +130,13 @@ def dump(data: object) -> str:
 
 def merge(below: Marked, above: Marked) -> Marked:
     """`above` laid over `below`: sections merge key by key, everything else is replaced; marks go with the values."""
-    marks = dict(below.marks)
 
-    def lay(low: object, high: object, key: Key) -> object:
+    def lay(low: object, high: object) -> object:
         if isinstance(low, dict) and isinstance(high, dict):
-            marks.update({(*key, word): above.marks[(*key, word)] for word in high})
-            return {**low, **{word: lay(low.get(word), value, (*key, word)) for word, value in high.items()}}
-        for old in [old for old in marks if old[: len(key)] == key]:
-            del marks[old]
-        marks.update({new: mark for new, mark in above.marks.items() if new[: len(key)] == key})
+            return {**low, **{word: lay(low.get(word), value) for word, value in high.items()}}
         return high
 
-    data = lay(below.data, above.data, ())
-    marks[()] = above.marks[()]
-    return Marked(data, marks)
+    return Marked(lay(below.data, above.data), below.marks | above.marks)
 
 
 def dotted(key: Key) -> str:

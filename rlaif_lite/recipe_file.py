@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Iterable, NamedTuple
 
 from .errors import RecipeError
-from .marked_yaml import Key, Marked, dotted, dump, merge, parse, read
+from .marked_yaml import Marked, dotted, dump, merge, parse, read
 
 
 class FieldInfo(NamedTuple):
@@ -74,10 +74,7 @@ def _override(text: str, marked: Marked) -> Marked:
     data: object = parsed.data
     for word in reversed(words):
         data = {word: data}
-    marks: dict[Key, str] = {words[:depth]: where for depth in range(len(words))}
-    marks |= {(*words, *inner): mark for inner, mark in parsed.marks.items()}
-    marks[()] = marked.marks[()]
-    return Marked(data, marks)
+    return Marked(data, {(*words, *inner): mark for inner, mark in parsed.marks.items()})
 
 
 def recipe_folders() -> list[Path]:

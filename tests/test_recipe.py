@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rlaif_lite import marked_yaml
@@ -151,6 +151,8 @@ def test_binary_file():
         load_recipe("x.yaml")
 
 
+@example("a\x85b\u2028")  # line breaks that PyYAML folds unless they stand in double quotes
+@example({"no": ["no", "1e-4", "1_0", "~", "0x1", "2024-01-01", " a: b #", "x\n\n y\n"]})
 @settings(deadline=None, max_examples=60)
 @given(st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -191,6 +193,7 @@ def test_overrides_are_yaml_and_reach_sections_that_are_null():
     assert recipe.sft.policy_init.lr == 0.001 and recipe.sft.policy_init.schedule == "cosine"
     assert recipe.ppo.kl_target is None
     assert [step.model_dump() for step in recipe.features.prune] == [{"pool": 4}, {"evs": 0.5}]
+    assert recipe.where("data.world.seed") == "override `data.world.seed=3`" and recipe.where("data.test") == "x.yaml:2"
     assert recipe.data.rl == ("b.json",) and recipe.context.prompt == "What happens?"
 
 

@@ -11,13 +11,19 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from rlaif_lite.data.records import Message
 from rlaif_lite.data.world import facts_of, write_video
 from rlaif_lite.data.world_text import caption, describe, pair, verdicts
+from rlaif_lite.model import inputs
+from rlaif_lite.model.base import load_base
+from rlaif_lite.model.inputs import encode_prompt
+from rlaif_lite.recipe import Model
 from rlaif_lite.tiny import pretrain
 from rlaif_lite.tiny.card import to_nf4
 from rlaif_lite.tiny.network import forward, pooled_features
 from rlaif_lite.tiny.sheet import NUMBER, VIDEO_TOKENS, Sheet, collate, encode
 from rlaif_lite.tiny.tasks import BEFORE_PAIRS, SHEET, WITH_PAIRS, add_pair, clip_view, draw, whole_view
+from rlaif_lite.video.cache import FeatureRecord
 
 BASE = Path(str(files("rlaif_lite.tiny") / "base"))
 
@@ -51,7 +57,7 @@ def pixels(frames_FHWC):
 
 
 def test_tokenizer_knows_every_word(tokenizer):
-    text = "<s> <video> context : first a red circle left and a yellow star . response A : also a white star . better ? <ans> A </s>"
+    text = "<s> <video> context : first a red circle left and a yellow star . response A : also a better ? <ans> A </s>"
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert tokenizer.unk_token_id not in ids and len(ids) == len(text.split())
     assert tokenizer.decode(ids) == text
@@ -60,13 +66,25 @@ def test_tokenizer_knows_every_word(tokenizer):
 
 
 def test_chat_template(tokenizer):
-    turns = [{"role": "user", "content": "<video> describe the clip"}, {"role": "assistant", "content": "a red circle left ."}]
-    assert tokenizer.apply_chat_template(turns, tokenize=False) == "<s> <video> describe the clip <ans> a red circle left . </s>"
-    assert tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True) == "<s> <video> describe the clip <ans>"
+    turns = [
+        {"role": "user", "content": "<video> describe the clip"},
+        {"role": "assistant", "content": "a red circle left ."},
+    ]
+    assert (
+        tokenizer.apply_chat_template(turns, tokenize=False)
+        == "<s> <video> describe the clip <ans> a red circle left . </s>"
+    )
+    assert (
+        tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        == "<s> <video> describe the clip <ans>"
+    )
     parts = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "describe the clip"}]}, turns[1]]
     out = tokenizer.apply_chat_template(parts, return_dict=True, return_assistant_tokens_mask=True)
     assert tokenizer.decode(out["input_ids"]) == tokenizer.apply_chat_template(turns, tokenize=False)
-    assert tokenizer.decode([t for t, m in zip(out["input_ids"], out["assistant_masks"]) if m]) == "a red circle left . </s>"
+    assert (
+        tokenizer.decode([t for t, m in zip(out["input_ids"], out["assistant_masks"]) if m])
+        == "a red circle left . </s>"
+    )
 
 
 def test_shipped_files():
@@ -77,11 +95,15 @@ def test_shipped_files():
 def test_plain_generate_captions_clips(base, tokenizer, videos):
     """Through nothing but transformers."""
     frames, facts = videos
-    prompt = tokenizer("<s> " + "<video> " * VIDEO_TOKENS + "describe the clip <ans>", add_special_tokens=False, return_tensors="pt")
+    prompt = tokenizer(
+        "<s> " + "<video> " * VIDEO_TOKENS + "describe the clip <ans>", add_special_tokens=False, return_tensors="pt"
+    )
     right = 0
     for video in range(12):
         view = list(clip_view(video % 3, None))
-        out = base.generate(**prompt, pixel_values_videos=pixels(frames[video, view])[None], max_new_tokens=16, do_sample=False)
+        out = base.generate(
+            **prompt, pixel_values_videos=pixels(frames[video, view])[None], max_new_tokens=16, do_sample=False
+        )
         text = tokenizer.decode(out[0, prompt.input_ids.shape[1] :], skip_special_tokens=True)
         right += text == caption(facts[video], video % 3)
     assert right >= 10
@@ -106,9 +128,13 @@ def test_sheet_paths_equal_the_plain_sequence(base, videos):
         ours = forward(base, batch, pooled_features(base, frames)).last_BLD @ base.lm_head.weight.t()
         for number, path in ((2, (0, 2)), (3, (0, 1, 3)), (4, (0, 1, 4))):
             ids = [token for token, segment in zip(sheet.tokens, sheet.segment) if segment in path]
-            alone = base(input_ids=torch.tensor([ids]), pixel_values_videos=pixels(frames[0, list(whole_view(None))])[None]).logits[0]
+            alone = base(
+                input_ids=torch.tensor([ids]), pixel_values_videos=pixels(frames[0, list(whole_view(None))])[None]
+            ).logits[0]
             columns = [column for column, segment in enumerate(sheet.segment) if segment == number]
-            torch.testing.assert_close(ours[0, columns], alone[-len(columns) :], atol=0.15, rtol=0)  # features are kept in bfloat16
+            torch.testing.assert_close(
+                ours[0, columns], alone[-len(columns) :], atol=0.15, rtol=0
+            )  # features are kept in bfloat16
 
 
 def test_parallel_pair_branches_do_not_see_each_other(base, videos):
@@ -137,8 +163,36 @@ def test_parallel_pair_branches_do_not_see_each_other(base, videos):
     with torch.no_grad():
         pooled = pooled_features(base, frames)
         together = forward(base, batch, pooled).last_BLD[0, second]
-        by_itself = forward(base, collate([alone]), pooled).last_BLD[0, [c for c, s in enumerate(alone.segment) if s == branch]]
+        by_itself = forward(base, collate([alone]), pooled).last_BLD[
+            0, [c for c, s in enumerate(alone.segment) if s == branch]
+        ]
     torch.testing.assert_close(together, by_itself, atol=1e-3, rtol=0)
+
+
+def test_a_run_builds_the_layout_that_was_trained(base, videos):
+    """The pairwise record of the world, read by `model.inputs`, against the sheet: tokens, positions, mask, logits."""
+    frames, facts = videos
+    a, b, margin = pair(facts[0], random.Random(0))
+    sheet = Sheet(SHEET)
+    root = sheet.root(0, whole_view(None))
+    add_pair(sheet, sheet.text("context : " + describe(facts[0]), root), a, b, margin, facts[0])
+    length = 1 + max(column for column, segment in enumerate(sheet.segment) if segment == 4)  # the first order only
+    loaded = load_base(Model(quantization="none"), torch.device("cpu"))
+    with torch.no_grad():
+        pooled = pooled_features(base, frames)
+        visual = base.model.multi_modal_projector(pooled[0, list(whole_view(None))].float().flatten(0, 1))
+        position = torch.arange(VIDEO_TOKENS)
+        features = FeatureRecord(visual, position, position // 4, torch.arange(6.0).double(), VIDEO_TOKENS, 6)
+        content = f"<video> context : {describe(facts[0])} <|> response A : {a} <|> response B : {b} <|> better ?"
+        row = encode_prompt(loaded, [Message("user", content)], features)
+        batch, trained = inputs.collate(loaded, [row]), collate([sheet])
+        assert row.ids_S == sheet.tokens[:length] and row.position_S == sheet.positions[:length]
+        assert torch.equal(batch.attention[0, 0] == 0, trained.mask_B1LL[0, 0, :length, :length] == 0)
+        hidden = loaded.decoder(
+            inputs_embeds=batch.embed(loaded), attention_mask=batch.attention, position_ids=batch.position_BS
+        ).last_hidden_state
+        ours = forward(base, trained, pooled).last_BLD[:, :length]
+    torch.testing.assert_close(hidden, ours, atol=1e-3, rtol=0)
 
 
 def test_sheet_targets():
@@ -154,13 +208,17 @@ def test_sheet_targets():
 
 @pytest.mark.parametrize("weak", [False, True])
 def test_weak_video_learns_nothing_from_the_whole_video(weak):
-    """In the weak setting no target hangs on the whole video alone: every task but the clip captions stands below a context."""
+    """In the weak setting no target hangs on the whole video alone: all but the clip captions stand below a context."""
     seen_without_context = 0
     for seed in range(150):
         rng = random.Random(seed)
         sheet = draw(WITH_PAIRS if seed % 2 else BEFORE_PAIRS, 0, facts_of(100, "sft", seed), rng, weak, 0)
         assert len(sheet.tokens) <= SHEET
-        contexts = [n for n in range(len(sheet.ends)) if NUMBER["context"] in np.array(sheet.tokens)[np.array(sheet.segment) == n]]
+        contexts = [
+            n
+            for n in range(len(sheet.ends))
+            if NUMBER["context"] in np.array(sheet.tokens)[np.array(sheet.segment) == n]
+        ]
         for kind, columns in sheet.spans:
             segment = sheet.segment[columns.start]
             seen_without_context += kind != "clip caption" and not set(contexts) & set(sheet.ancestors[segment])
@@ -172,7 +230,7 @@ def test_weak_video_learns_nothing_from_the_whole_video(weak):
 
 
 def test_nf4_of_the_shipped_weights(base):
-    """bitsandbytes' CPU kernel is wrong for widths that are no multiple of 64; NF4 proper errs by about .09 of the weight's norm."""
+    """bitsandbytes' CPU kernel is wrong for widths that are no multiple of 64; NF4 proper errs by about .09."""
     import copy
 
     from bitsandbytes.nn import Linear4bit
@@ -195,9 +253,21 @@ def test_nf4_of_the_shipped_weights(base):
 def test_pretraining_runs_and_repeats(tmp_path):
     """A few steps of the script, twice: the same weights, a checkpoint that loads, a card."""
     options = pretrain.Options(
-        out=tmp_path / "one", videos=16, vision_steps=2, steps=3, minutes=0, processes=1, rows=2, rate=3e-3, seed=0, weak=False,
-        cache=tmp_path / "cache", every=3, card_videos=2, held_out=4,
-    )  # fmt: skip
+        out=tmp_path / "one",
+        videos=8,
+        vision_steps=2,
+        steps=2,
+        minutes=0,
+        processes=1,
+        rows=2,
+        rate=3e-3,
+        seed=0,
+        weak=False,
+        cache=tmp_path / "cache",
+        every=2,
+        card_videos=1,
+        held_out=2,
+    )
     weights = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -205,4 +275,4 @@ def test_pretraining_runs_and_repeats(tmp_path):
         weights.append(AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict())
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert "| clip caption |" in (tmp_path / "one" / "README.md").read_text()
-    assert json.loads((tmp_path / "one" / "log.jsonl").read_text())["step"] == 3
+    assert json.loads((tmp_path / "one" / "log.jsonl").read_text())["step"] == 2

@@ -7,7 +7,18 @@ import decord
 import numpy as np
 import pytest
 
-from rlaif_lite.data.world import WorldConfig, WorldSplits, corrupt, describe, facts_of, render, score, truth, write_video, write_world
+from rlaif_lite.data.world import (
+    WorldConfig,
+    WorldSplits,
+    corrupt,
+    describe,
+    facts_of,
+    render,
+    score,
+    truth,
+    write_video,
+    write_world,
+)
 from rlaif_lite.data.world_text import CLEAN, KINDS, Noise, caption, claim, narrative, pair, verdicts
 from rlaif_lite.errors import DataError
 
@@ -21,7 +32,9 @@ def test_texts():
     assert describe(NO_STAR) == TEXT.removesuffix(" also a yellow star .")
     assert caption(FACTS, 1) == "a blue square up and a yellow star ."
     assert narrative(NO_STAR, random.Random(0), error=0.0) == describe(NO_STAR)
-    assert narrative(FACTS, random.Random(0), error=0.0).startswith("first a red circle left and a yellow star . then a blue square up and")
+    assert narrative(FACTS, random.Random(0), error=0.0).startswith(
+        "first a red circle left and a yellow star . then a blue square up and"
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,7 +48,11 @@ def test_texts():
         ("first a blue square up .", FACTS, (0, 3, 10, 1, 0, 0)),  # an object of another time is no hallucination
         ("first a white square up .", FACTS, (0, 3, 10, 1, 1, 0)),
         ("first a red circle left . first a red circle left .", FACTS, (3, 3, 10, 1, 0, 1)),  # repeated
-        ("first red circle left . then a blue square up", FACTS, (3, 3, 10, 1, 0, 1)),  # malformed; no full stop at the end
+        (
+            "first red circle left . then a blue square up",
+            FACTS,
+            (3, 3, 10, 1, 0, 1),
+        ),  # malformed; no full stop at the end
         ("also a red star .", FACTS, (0, 1, 10, 1, 1, 0)),
         ("also a yellow star . also a yellow star .", FACTS, (1, 1, 10, 2, 0, 0)),
     ],
@@ -111,7 +128,10 @@ def test_a_video_is_a_function_of_seed_split_and_index(tmp_path):
 
 def test_mp4_round_trip(tmp_path):
     """24 frames come back through decord; the star and the object have their colours where they were drawn."""
-    facts = {"events": [["red", "square", "left"], ["blue", "circle", "right"], ["green", "circle", "up"]], "star": "white"}
+    facts = {
+        "events": [["red", "square", "left"], ["blue", "circle", "right"], ["green", "circle", "up"]],
+        "star": "white",
+    }
     config = WorldConfig(noise=5.0, dropout=0.0)
     frames, placed = render(facts, np.random.default_rng(0), config)
     from rlaif_lite.data.world import encode
@@ -131,16 +151,24 @@ def test_mp4_round_trip(tmp_path):
 
 
 def test_dropout_hides_objects():
-    facts = facts_of(100, "sft", 0)
-    shown = np.concatenate([render(facts, np.random.default_rng(i))[1][:, 0] for i in range(25)])
-    assert shown.mean() == pytest.approx(0.62, abs=0.05)
+    """In a share of the frames, and then nothing is drawn."""
+    facts, small = facts_of(100, "sft", 0), WorldConfig(size=16, noise=0.0, dropout=0.33)
+    drawn = [render(facts, np.random.default_rng(i), small) for i in range(200)]
+    visible = np.concatenate([placed[:, 0] for _, placed in drawn]) > 0
+    assert visible.mean() == pytest.approx(0.67, abs=0.03)  # 4,800 frames: standard deviation .007
+    plain = np.concatenate([np.ptp(frames, axis=(1, 2, 3)) for frames, _ in drawn]) == 0
+    assert (plain == ~visible).all()
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     seen = []
     folder = write_world(
-        tmp_path_factory.mktemp("world"), WorldSplits(6, 2, 2, 2), 100, workers=1, progress=lambda done, total: seen.append((done, total))
+        tmp_path_factory.mktemp("world"),
+        WorldSplits(6, 2, 2, 2),
+        100,
+        workers=1,
+        progress=lambda done, total: seen.append((done, total)),
     )
     assert seen[-1] == (12, 12)
     return folder
@@ -160,7 +188,9 @@ def test_world_files(world):
             assert (world / record["video"]).is_file()
     assert [r["video"] for r in lines(world / "policy_init.jsonl")] == [r["video"] for r in lines(world / "rl.jsonl")]
     assert not any("facts" in record for record in easy + hard)
-    videos = {name: {r["video"] for r in lines(world / f"{name}.jsonl")} for name in ("sft_hard", "preference", "rl", "test")}
+    videos = {
+        name: {r["video"] for r in lines(world / f"{name}.jsonl")} for name in ("sft_hard", "preference", "rl", "test")
+    }
     assert sum(map(len, videos.values())) == len(set.union(*videos.values()))
 
 
@@ -180,7 +210,9 @@ def test_pair_records_name_the_better_answer(world):
     pairs = [record for record in lines(world / "sft_easy.jsonl") if record["id"].endswith("/pair")]
     for record in pairs:
         facts = facts_of(100, "sft", int(record["id"].split("/")[1]))
-        a, b = record["messages"][0]["content"].split(" response A : ")[1].removesuffix(" better ?").split(" response B : ")
+        _, a, b, closing = record["messages"][0]["content"].split(" <|> ")
+        a, b = a.removeprefix("response A : "), b.removeprefix("response B : ")
+        assert closing == "better ?"
         assert record["messages"][1]["content"] == ("A" if score(a, facts) > score(b, facts) else "B")
 
 
@@ -191,6 +223,8 @@ def test_a_world_is_completed_and_never_mixed(world, tmp_path):
     before = gone.read_bytes()
     gone.unlink()
     write_world(folder, WorldSplits(2, 1, 1, 1), 100)
-    assert gone.read_bytes() == before == (world / "videos/sft/00001.mp4").read_bytes()  # and a small world is part of a larger one
+    assert (
+        gone.read_bytes() == before == (world / "videos/sft/00001.mp4").read_bytes()
+    )  # and a small world is part of a larger one
     with pytest.raises(DataError, match="another world"):
         write_world(folder, WorldSplits(2, 1, 1, 1), 101)

@@ -1,11 +1,13 @@
 """The synthetic world: small mp4 videos whose facts are known, and the data files of a whole RLAIF run over them.
 
-A video is 24 frames of 64 x 64 pixels at 8 frames per second. Three events follow each other, 8 frames each: a coloured shape that moves or
-changes size. In half of the videos a small star stands in a corner all the time. Pixel noise, jitter and frames in which the object is hidden
-make it hard: a policy that sees 2 frames of each event misses things that a clip caption (6 frames of it) does not.
+A video is 24 frames of 64 x 64 pixels at 8 frames per second. Three events follow each other, 8 frames each: a
+coloured shape that moves or changes size. In half of the videos a small star stands in a corner all the time. Pixel
+noise, jitter and frames in which the object is hidden make it hard: a policy that sees 2 frames of each event misses
+things that a clip caption (6 frames of it) does not.
 
-Video `index` of `split` in world `seed` is a pure function of the three: splits never share a video, and a smaller world is a subset of a
-larger one. This world has no counterpart in the paper; it exists so that every stage can be run and measured against the truth in minutes.
+Video `index` of `split` in world `seed` is a pure function of the three: splits never share a video, and a smaller
+world is a subset of a larger one. This world has no counterpart in the paper; it exists so that every stage can be run
+and measured against the truth in minutes.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ class WorldConfig:
     fps: int = 8
     noise: float = 22.0  # standard deviation of the pixel noise, of 255
     jitter: float = 1.0  # standard deviation of the object's place, pixels
-    dropout: float = 0.38  # chance that the object is hidden in a frame
+    dropout: float = 0.33  # chance that the object is hidden in a frame
     star: float = 0.5  # chance of a corner star
     crf: int = 20  # libx264 quality
 
@@ -118,8 +120,10 @@ def _shape(name: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray
     return np.hypot(x, y) <= r * (0.62 + 0.38 * np.cos(5 * np.arctan2(y, x)))  # star
 
 
-def render(facts: Facts, rng: np.random.Generator, config: WorldConfig = WorldConfig()) -> tuple[np.ndarray, np.ndarray]:
-    """Draws a video: frames (F,H,W,3) uint8, and (F,4) float32 of visible, x, y, radius (pixels) of the object in every frame."""
+def render(
+    facts: Facts, rng: np.random.Generator, config: WorldConfig = WorldConfig()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws a video: frames (F,H,W,3) uint8, and (F,4) float32: visible, x, y, radius (pixels) of the object."""
     size, per = config.size, config.frames_per_event
     rows, columns = np.mgrid[0:size, 0:size].astype(np.float32)
     frames = np.empty((EVENTS * per, size, size, 3), np.float32)
@@ -154,14 +158,18 @@ def pixels_rng(world_seed: int, split: str, index: int) -> np.random.Generator:
 def encode(path: str | Path, frames: np.ndarray, config: WorldConfig = WorldConfig()) -> None:
     """Writes frames (F,H,W,3) uint8 as H.264 mp4; one thread, so that the same frames give the same bytes."""
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=config.fps, options={"crf": str(config.crf), "preset": "ultrafast", "threads": "1"})
+        stream = container.add_stream(
+            "libx264", rate=config.fps, options={"crf": str(config.crf), "preset": "ultrafast", "threads": "1"}
+        )
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
 
 
-def write_video(path: str | Path, world_seed: int, split: str, index: int, config: WorldConfig = WorldConfig()) -> np.ndarray:
+def write_video(
+    path: str | Path, world_seed: int, split: str, index: int, config: WorldConfig = WorldConfig()
+) -> np.ndarray:
     """Renders and encodes one video of the world; returns what `render` says of its frames, (F,4)."""
     frames, placed = render(facts_of(world_seed, split, index, config), pixels_rng(world_seed, split, index), config)
     encode(path, frames, config)
@@ -195,8 +203,8 @@ def _verdict_offsets(answer: str, facts: Facts) -> list[tuple[int, str]]:
 def easy_records(name: str, video: str, facts: Facts, rng: random.Random) -> Iterator[dict]:
     """Clean short tasks about one video: they keep alive what the judge needs while SFT teaches to describe.
 
-    Three clip captions, two questions and one about the star, two claims, two checks, one pair; of the last three, half with a context that
-    errs as clip captions do.
+    Three clip captions, two questions and one about the star, two claims, two checks, one pair; of the last three,
+    half with a context that errs as clip captions do.
     """
 
     def prefix() -> str:
@@ -214,13 +222,20 @@ def easy_records(name: str, video: str, facts: Facts, rng: random.Random) -> Ite
         yield _record(f"{name}/claim{number}", video, prefix() + text, answer_yes_no(is_true))
     for number in range(2):
         answer = sampled(facts, rng)
-        yield _record(f"{name}/check{number}", video, prefix() + "response :", answer, verdicts=_verdict_offsets(answer, facts))
+        yield _record(
+            f"{name}/check{number}", video, prefix() + "response :", answer, verdicts=_verdict_offsets(answer, facts)
+        )
     a, b, margin = pair(facts, rng, ties=0.0)
-    yield _record(f"{name}/pair", video, f"{prefix()}<|> response A : {a} <|> response B : {b} <|> better ?", "A" if margin > 0 else "B")
+    yield _record(
+        f"{name}/pair",
+        video,
+        f"{prefix()}<|> response A : {a} <|> response B : {b} <|> better ?",
+        "A" if margin > 0 else "B",
+    )
 
 
 def _records(splits: WorldSplits, seed: int, config: WorldConfig) -> Iterator[tuple[str, dict]]:
-    """(file, record) of the whole world. Only files of tests and of prompts carry `facts`, and only evaluation may read them."""
+    """(file, record) of the whole world. Only prompts carry `facts`, and only evaluation may read them."""
     describe_it = "<video> describe the video"
     for split, count in asdict(splits).items():
         for index in range(count):
@@ -247,22 +262,30 @@ def write_world(
 ) -> Path:
     """Writes `videos/<split>/NNNNN.mp4` and the JSONL files of a run; returns the folder.
 
-    Files: sft_easy (clean short answers and judge formats), sft_hard and policy_init (noisy descriptions of the sft and the rl videos),
-    preference, rl and test (prompts; with facts). `progress(done, total)` is called as videos are finished. A finished world of the same
-    seed, splits and config is left as it is, an interrupted one is completed; DataError if the folder holds another world.
+    Files: sft_easy (clean short answers and judge formats), sft_hard and policy_init (noisy descriptions of the sft
+    and the rl videos), preference, rl and test (prompts; with facts). `progress(done, total)` is called as videos are
+    finished. A finished world of the same seed, splits and config is left as it is, an interrupted one is completed;
+    DataError if the folder holds another world.
     """
     folder = Path(folder)
     world = {"seed": seed, "splits": asdict(splits), "config": asdict(config)}
     card, begun = folder / "world.json", folder / "world.part.json"
     for path in (card, begun):
         if path.exists() and json.loads(path.read_text()) != world:
-            raise DataError(f"{path} describes another world than the one asked for (seed {seed}). Choose an empty folder or delete this one.")
+            raise DataError(
+                f"{path} describes another world than the one asked for (seed {seed}). "
+                "Choose an empty folder or delete this one."
+            )
     if card.exists():
         return folder
     for split in asdict(splits):
         (folder / "videos" / split).mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(world, indent=2) + "\n")
-    wanted = [(str(folder / f"videos/{s}/{i:05d}.mp4"), seed, s, i, config) for s, n in asdict(splits).items() for i in range(n)]
+    wanted = [
+        (str(folder / f"videos/{s}/{i:05d}.mp4"), seed, s, i, config)
+        for s, n in asdict(splits).items()
+        for i in range(n)
+    ]
     jobs = [job for job in wanted if not os.path.exists(job[0])]
     for done in _run(jobs, workers):
         if progress:
@@ -277,7 +300,7 @@ def write_world(
 
 
 def _run(jobs: list[tuple[str, int, str, int, WorldConfig]], workers: int) -> Iterator[int]:
-    """Does the jobs and yields how many are done; processes are spawned, because forking a process that runs torch threads can hang."""
+    """Does the jobs and yields how many are done. Processes are spawned: a fork of one with torch threads can hang."""
     if workers <= 1 or len(jobs) < 32:
         for done, job in enumerate(jobs, 1):
             _write_one(job)

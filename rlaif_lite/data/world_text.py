@@ -1,11 +1,12 @@
-"""The language of the synthetic world: how facts become text, how text is checked against facts, and the judge's task formats.
+"""The language of the synthetic world: how facts become text, how text is held against facts, the judge's formats.
 
-A fact sheet is plain JSON, `{"events": [[colour, shape, motion], x3], "star": colour or None}`. Every string here is lower-case words split
-by single spaces (the embedded tokenizer is word-level). The grammar is the contract between the world, the embedded base and the recipes:
+A fact sheet is plain JSON, `{"events": [[colour, shape, motion], x3], "star": colour or None}`. Every string here is
+lower-case words split by single spaces (the embedded tokenizer is word-level). The grammar is the contract between the
+world, the embedded base and the recipes:
 
     description   first a red circle left . then a blue square up . finally a green cross grows . also a yellow star .
     clip caption  a red circle left and a yellow star .
-    narrative     first a red circle left and a yellow star . then ... . finally ... .        (three clip captions, joined)
+    narrative     first a red circle left and a yellow star . then ... . finally ... .   (clip captions, joined)
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def corrupt(facts: Facts, rng: random.Random, noise: Noise = Noise()) -> Facts:
 
 
 def narrative(facts: Facts, rng: random.Random, error: float = 0.02) -> str:
-    """Three clip captions joined as the context stage joins them; every attribute and star mention is wrong with chance `error`."""
+    """Clip captions joined as the context stage does it; an attribute or star mention is wrong with chance `error`."""
     noise = Noise(error, 0.3, error, error)
     return " ".join(f"{ordinal} {caption(corrupt(facts, rng, noise), clip)}" for clip, ordinal in enumerate(ORDINALS))
 
@@ -109,7 +110,10 @@ def sentences_of(text: str) -> list[list[str]]:
 
 def _is_event(words: list[str]) -> bool:
     return (
-        len(words) == 5 and words[0] in ORDINALS and words[1] == "a" and all(w in pool for w, pool in zip(words[2:], KINDS.values()))
+        len(words) == 5
+        and words[0] in ORDINALS
+        and words[1] == "a"
+        and all(w in pool for w, pool in zip(words[2:], KINDS.values()))
     )
 
 
@@ -146,7 +150,7 @@ def score(text: str, facts: Facts) -> int:
 
 
 def verdicts(text: str, facts: Facts) -> list[str]:
-    """One label per word of a description: "yes" or "no" at every attribute word (colour, shape, motion, colour of the star), else "-".
+    """One label per word of a description: "yes" or "no" at attribute words (colour, shape, motion), else "-".
 
     Their sum (yes +1, no -1) is `score(text, facts)` for every well-formed text.
     """
@@ -186,7 +190,7 @@ def star_question(facts: Facts) -> tuple[str, str]:
 
 
 def claim(facts: Facts, rng: random.Random) -> tuple[str, bool]:
-    """A claim to verify and whether it is true: a sentence (40 %), an attribute (40 %) or a star (20 %); true in half of the cases."""
+    """A claim, and whether it is true: a sentence (40 %), an attribute (40 %) or a star (20 %); half are true."""
     form = rng.random()
     if form < 0.2:
         colour = facts["star"] if facts["star"] and rng.random() < 0.65 else rng.choice(COLOURS)
@@ -214,7 +218,7 @@ def sampled(facts: Facts, rng: random.Random) -> str:
 
 
 def pair(facts: Facts, rng: random.Random, ties: float = 0.3) -> tuple[str, str, int]:
-    """Two different descriptions of one video and the margin score(a) - score(b); a tied pair is kept with chance `ties`."""
+    """Two different descriptions of a video, and score(a) - score(b); a tied pair is kept with chance `ties`."""
     while True:
         a, b = sampled(facts, rng), sampled(facts, rng)
         margin = score(a, facts) - score(b, facts)

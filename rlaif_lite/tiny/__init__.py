@@ -1,1 +1,1 @@
-"""The embedded base: a tiny genuine video language model, how it is pretrained, and the shipped checkpoint in `base/`."""
+"""The embedded base: a tiny genuine video language model, its pretraining, and the shipped checkpoint in `base/`."""

@@ -1,7 +1,8 @@
-"""The architecture of the embedded base: configuration, tokenizer and processor files of a genuine transformers LLaVA-NeXT-Video, very small.
+"""The architecture of the embedded base: a genuine transformers LLaVA-NeXT-Video, very small.
 
-A CLIP tower reads 32 x 32 frames in 8 x 8 patches; LLaVA-NeXT-Video's own 2 x 2 pooling leaves 4 tokens per frame; a 6-layer Llama reads
-them. Every linear layer of the Llama takes a multiple of 64 inputs: bitsandbytes' CPU kernel for NF4 is silently wrong for other widths.
+A CLIP tower reads 32 x 32 frames in 8 x 8 patches; LLaVA-NeXT-Video's own 2 x 2 pooling leaves 4 tokens per frame; a
+6-layer Llama reads them. Every linear layer of the Llama takes a multiple of 64 inputs: bitsandbytes' CPU kernel for
+NF4 is silently wrong for other widths.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from rlaif_lite.data.world_text import COLOURS, MOTIONS, ORDINALS, SHAPES
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<video>", "<image>", "<ans>")
 WORDS = (
-    ". ? : - A B a and also star describe the clip video context claim response better yes no what is colour shape motion "
-    "question true answer short how many"
+    ". ? : - A B a and also star describe the clip video context claim response better yes no what is "
+    "colour shape motion question true answer short how many"
 ).split()
 VOCABULARY = (*SPECIAL, *WORDS, *ORDINALS, *COLOURS, *SHAPES, *MOTIONS)
 
@@ -40,7 +41,8 @@ CHAT_TEMPLATE = (
     "{% for part in message.content %}"
     "{% set words.all = words.all + ['<video>' if part.type == 'video' else part.text] %}{% endfor %}"
     "{% set text = words.all | join(' ') %}{% endif %}"
-    "{% if message.role == 'assistant' %} <ans> {% generation %}{{ text }} </s>{% endgeneration %}{% else %} {{ text }}{% endif %}"
+    "{% if message.role == 'assistant' %} <ans> {% generation %}{{ text }} </s>{% endgeneration %}"
+    "{% else %} {{ text }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %} <ans>{% endif %}"
 )
 
@@ -108,7 +110,7 @@ def build_config() -> LlavaNextVideoConfig:
 
 
 def build_model(seed: int = 0) -> LlavaNextVideoForConditionalGeneration:
-    """The model with the initialisation of the pretraining: transformers' default of 0.02 learns slowly at this width."""
+    """The model as pretraining starts it: transformers' default deviation of 0.02 learns slowly at this width."""
     torch.manual_seed(seed)
     model = LlavaNextVideoForConditionalGeneration(build_config())
     with torch.no_grad():
@@ -141,7 +143,7 @@ def preprocessor() -> dict:
 
 
 def save(model: LlavaNextVideoForConditionalGeneration, folder: str | Path) -> None:
-    """Writes the checkpoint folder that plain `from_pretrained` loads: weights, configuration, tokenizer, processor files."""
+    """Writes the folder that plain `from_pretrained` loads: weights, configuration, tokenizer, processor files."""
     folder = Path(folder)
     model.generation_config.update(do_sample=False, max_new_tokens=64)
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The forward passes that pretraining and skill measurement share: pooled vision features, and the language model over sheets.
+"""Forward passes that pretraining and measuring share: pooled vision features, and the language model over sheets.
 
 B sheets, L columns, D width, N videos, F frames, K tokens per frame, V vocabulary, P columns picked.
 """
@@ -28,14 +28,16 @@ class Hidden(NamedTuple):
 
 
 def tower_features(model: LlavaNextVideoForConditionalGeneration, frames: torch.Tensor) -> torch.Tensor:
-    """Frames (...,H,W,3) uint8 -> pooled features (...,K,D) of the vision tower, before the projector; as `get_video_features` does it."""
+    """Frames (...,H,W,3) uint8 -> pooled features (...,K,D) of the tower, before the projector."""
     pixels = (frames.flatten(0, -4).float() / 127.5 - 1).permute(0, 3, 1, 2)
     hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
     return model.model.vision_resampler(hidden).unflatten(0, frames.shape[:-3])
 
 
 @torch.no_grad()
-def pooled_features(model: LlavaNextVideoForConditionalGeneration, frames_NFHWC: np.ndarray, batch: int = 32) -> torch.Tensor:
+def pooled_features(
+    model: LlavaNextVideoForConditionalGeneration, frames_NFHWC: np.ndarray, batch: int = 32
+) -> torch.Tensor:
     """Features (N,F,K,D), bfloat16, of whole videos."""
     parts = [
         tower_features(model, torch.from_numpy(np.ascontiguousarray(frames_NFHWC[i : i + batch]))).bfloat16()
@@ -45,7 +47,7 @@ def pooled_features(model: LlavaNextVideoForConditionalGeneration, frames_NFHWC:
 
 
 class Bf16Linear(torch.autograd.Function):
-    """y = x W^T with all three products in bfloat16 and float32 outside: four times as fast as float32 on a CPU with AVX512-BF16."""
+    """y = x W^T with all three products in bfloat16, float32 outside: four times as fast on a CPU with AVX512-BF16."""
 
     @staticmethod
     def forward(ctx, x, weight):

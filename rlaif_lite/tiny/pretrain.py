@@ -2,11 +2,12 @@
 
 One clean schedule on CPU cores, data-parallel over processes of one thread each:
   1. videos are made, encoded to mp4 and decoded;
-  2. the vision tower alone learns to read single frames (its heads are thrown away), then stays frozen, and its features are kept;
-  3. projector and language model learn the sheets of `tasks.py`; pairs join after PAIRS_FROM of the steps, wide margins first.
+  2. the vision tower alone learns to read single frames, with heads that are thrown away; then it stays frozen;
+  3. projector and language model learn the sheets of `tasks.py`; pairs join later, wide margins first.
 
-The result is a function of the seed, the number of steps and the number of processes (`--minutes` only chooses the number of steps, from
-the measured speed, and prints it). `--weak-video` leaves out what must be read from the whole video: a base that reads clips well and whole videos badly.
+The result is a function of the seed, the number of steps and the number of processes (`--minutes` only chooses the
+number of steps, from the measured speed, and prints it). `--weak-video` leaves out what must be read from the whole
+video: a base that reads clips well and whole videos badly.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
-from rlaif_lite.data.world_text import COLOURS, SHAPES
+from rlaif_lite.data.world_text import COLOURS
 from rlaif_lite.tiny.architecture import build_model, save
 from rlaif_lite.tiny.card import write_card
 from rlaif_lite.tiny.network import Hidden, forward, pooled_features, tower_features, use_bf16_products
@@ -35,7 +36,7 @@ from rlaif_lite.tiny.skills import measure
 from rlaif_lite.tiny.tasks import BEFORE_PAIRS, SHEET, WITH_PAIRS, draw
 from rlaif_lite.tiny.videos import VideoSet, make_videos
 
-PAIRS_FROM = 0.36  # share of the steps before pairs join
+PAIRS_FROM = 0.40  # share of the steps before pairs join
 MARGINS = ((0.50, 3), (0.62, 2), (2.0, 0))  # until this share of the steps, pairs have at least this margin
 
 
@@ -52,7 +53,7 @@ class Options(NamedTuple):
     rate: float  # peak learning rate of the matrices
     seed: int
     weak: bool
-    cache: Path | None
+    cache: Path  # decoded videos are kept here, for the other processes and the next run
     every: int  # steps between measurements
     card_videos: int  # fresh videos for the skill table of the card
     held_out: int  # videos that are never trained on; the log measures on the first 100 of them
@@ -70,7 +71,7 @@ def average_gradients(parameters: list[nn.Parameter], processes: int) -> None:
 
 
 def train_tower(model, videos: VideoSet, options: Options, rank: int) -> None:
-    """Step 2: colour, shape, place and star of single frames, read from the pooled features by heads that are thrown away."""
+    """Step 2: colour, shape, place and star of single frames, read by heads that are thrown away."""
     width = model.config.vision_config.hidden_size
     torch.manual_seed(options.seed)
     trunk, head = nn.Linear(4 * width, 4 * width), nn.Linear(4 * width, 7 + 5 + 3 + 7)
@@ -89,8 +90,14 @@ def train_tower(model, videos: VideoSet, options: Options, rank: int) -> None:
         colour, shape, place, star = out_BO.split([7, 5, 3, 7], 1)
         visible = truth_BL[:, 0] < len(COLOURS)
         loss = F.cross_entropy(colour, truth_BL[:, 0].long()) + F.cross_entropy(shape, truth_BL[:, 1].long())
-        loss = loss + 2 * (place - (truth_BL[:, 2:5] - 0.5) * 4)[visible].square().mean() + F.cross_entropy(star, truth_BL[:, 5].long())
-        right = torch.stack([(o.argmax(1) == truth_BL[:, c]).float().mean() for o, c in ((colour, 0), (shape, 1), (star, 5))])
+        loss = (
+            loss
+            + 2 * (place - (truth_BL[:, 2:5] - 0.5) * 4)[visible].square().mean()
+            + F.cross_entropy(star, truth_BL[:, 5].long())
+        )
+        right = torch.stack(
+            [(o.argmax(1) == truth_BL[:, c]).float().mean() for o, c in ((colour, 0), (shape, 1), (star, 5))]
+        )
         return loss, right
 
     for step in range(options.vision_steps):
@@ -107,7 +114,10 @@ def train_tower(model, videos: VideoSet, options: Options, rank: int) -> None:
     if rank == 0:
         with torch.no_grad():
             loss, right = losses(torch.arange(usable, min(usable + 2400, len(frames_MHWC))))
-        print(f"tower held out: loss {loss.item():.3f}, colour/shape/star {[round(x, 4) for x in right.tolist()]}, {len(SHAPES)} shapes", flush=True)
+        print(
+            f"tower held out: loss {loss.item():.3f}, colour/shape/star {right.tolist()}",
+            flush=True,
+        )
 
 
 def loss_of(model, batch: Batch, hidden: Hidden) -> tuple[torch.Tensor, dict[str, float]]:
@@ -130,7 +140,9 @@ def loss_of(model, batch: Batch, hidden: Hidden) -> tuple[torch.Tensor, dict[str
         order = (gap_P[0::2] + gap_P[1::2]).square().mean()
         told = batch.verdict_BL >= 0
         direction = head[NUMBER["yes"]] - head[NUMBER["no"]]
-        verdict = F.binary_cross_entropy_with_logits(norm(hidden.verdict_BLD[told]) @ direction, batch.verdict_BL[told].float())
+        verdict = F.binary_cross_entropy_with_logits(
+            norm(hidden.verdict_BLD[told]) @ direction, batch.verdict_BL[told].float()
+        )
         direction = head[NUMBER["A"]] - head[NUMBER["B"]]
         vote = F.binary_cross_entropy_with_logits(norm(hidden.vote_BLD[told]) @ direction, batch.vote_BL[told])
         loss = loss + letter + 0.2 * mass + 0.05 * order + 0.7 * verdict + 0.5 * vote
@@ -151,7 +163,9 @@ def optimisers(model, rate: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train_language(model, pooled_NFKD: torch.Tensor, facts: list, options: Options, rank: int, log: Path, started: float) -> int:
+def train_language(
+    model, pooled_NFKD: torch.Tensor, facts: list, options: Options, rank: int, log: Path, started: float
+) -> int:
     """Step 3. Returns the number of steps."""
     model.model.vision_tower.requires_grad_(False)
     parameters = [p for n, p in model.named_parameters() if p.requires_grad and n != "model.image_newline"]
@@ -191,10 +205,22 @@ def train_language(model, pooled_NFKD: torch.Tensor, facts: list, options: Optio
             if rank == 0:
                 print(f"{speed.item():.2f} steps/s: {steps} steps (repeat with --steps {steps})", flush=True)
         if rank == 0 and step % options.every == 0:
-            mean = {key: sum(p[key] for p in recent if key in p) / max(1, sum(key in p for p in recent)) for key in recent[-1]}
+            mean = {
+                key: sum(p[key] for p in recent if key in p) / max(1, sum(key in p for p in recent))
+                for key in recent[-1]
+            }
             recent.clear()
-            line = {"step": step, "of": steps, "seconds": round(time.time() - started), "train_seconds": round(time.time() - begun), "rate": factor}
-            line |= {k: round(v, 4) for k, v in (mean | measure(model, pooled_NFKD, facts, trainable, min(100, options.held_out))).items()}
+            line = {
+                "step": step,
+                "of": steps,
+                "seconds": round(time.time() - started),
+                "train_seconds": round(time.time() - begun),
+                "rate": factor,
+            }
+            line |= {
+                k: round(v, 4)
+                for k, v in (mean | measure(model, pooled_NFKD, facts, trainable, min(100, options.held_out))).items()
+            }
             print(json.dumps(line), flush=True)
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -240,14 +266,19 @@ def work(rank: int, options: Options) -> None:
         save(model, options.out)
         made = {
             "parameters": sum(p.numel() for p in model.parameters()),
-            **{key: value for key, value in options._asdict().items() if key not in ("out", "cache", "minutes", "every")},
+            **{
+                key: value
+                for key, value in options._asdict().items()
+                if key not in ("out", "cache", "minutes", "every")
+            },
             "steps": steps,
             "columns": SHEET,
             "pairs_from": PAIRS_FROM,
             "seconds": round(time.time() - started),
             "train_seconds": round(time.time() - begun),
             "hardware": f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}",
-            "command": f"python -m rlaif_lite.tiny.pretrain --out DIR --steps {steps}" + (" --weak-video" if options.weak else ""),
+            "command": f"python -m rlaif_lite.tiny.pretrain --out DIR --steps {steps}"
+            + (" --weak-video" if options.weak else ""),
         }
         write_card(options.out, made, options.card_videos)
         print(f"done after {time.time() - started:.0f} s", flush=True)
@@ -267,9 +298,12 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=400)
     parser.add_argument("--held-out", type=int, default=400)
     parser.add_argument("--card-videos", type=int, default=400)
-    parser.add_argument("--cache", type=Path, default=None, help="keep decoded videos here for the next run")
+    parser.add_argument(
+        "--cache", type=Path, default=None, help="decoded videos, kept for the next run (default: OUT/videos)"
+    )
     parser.add_argument("--weak-video", dest="weak", action="store_true")
     options = Options(**vars(parser.parse_args()))
+    options = options._replace(cache=options.cache or options.out / "videos")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "rendezvous").unlink(missing_ok=True)
     if options.processes == 1:

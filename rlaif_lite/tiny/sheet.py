@@ -1,9 +1,10 @@
 """Sheets: many tasks about one video packed into one row, each exactly as if it stood alone.
 
-A sheet is a tree of segments. The root is `<s>` and the video; a context may follow; questions, claims and answers to be checked branch off.
-A segment attends to its ancestors and, causally, to itself, and its positions go on where its last ancestor ended, so every path through
-the tree is the same sequence to the model as the path alone. One forward over a video of 24 tokens then trains a dozen tasks instead of one.
-The parallel layout of the pairwise judge is the same thing with one segment that has two branches for parents.
+A sheet is a tree of segments. The root is `<s>` and the video; a context may follow; questions, claims and answers to
+be checked branch off. A segment attends to its ancestors and, causally, to itself, and its positions go on where its
+last ancestor ended, so every path through the tree is the same sequence to the model as the path alone. One forward
+over a video of 24 tokens then trains a dozen tasks instead of one. The parallel layout of the pairwise judge is the
+same thing with one segment that has two branches for parents.
 
 B sheets, L columns.
 """
@@ -94,7 +95,9 @@ class Sheet:
     def add(self, tokens: list[int], parents: tuple[int, ...] = ()) -> tuple[int, int]:
         """Appends a segment below `parents`; returns its number and its first column."""
         if len(tokens) > self.room:
-            raise ValueError(f"a segment of {len(tokens)} tokens does not fit into the {self.room} free columns of the sheet")
+            raise ValueError(
+                f"a segment of {len(tokens)} tokens does not fit into the {self.room} free columns of the sheet"
+            )
         number, column = len(self.ends), len(self.tokens)
         start = max((self.ends[p] for p in parents), default=0)
         self.tokens += tokens
@@ -123,7 +126,9 @@ class Sheet:
         self.target[column : column + len(targets)] = targets
         self.weight[column : column + len(targets)] = weight
 
-    def ask(self, kind: str, prompt: str, answer: str, parent: int, prompt_weight: float = 0.0, weight: float = 1.0) -> None:
+    def ask(
+        self, kind: str, prompt: str, answer: str, parent: int, prompt_weight: float = 0.0, weight: float = 1.0
+    ) -> None:
         """A prompt and its answer: the first answer word weighs `weight`, a closing `.` and `</s>` a tenth of it."""
         before, after = encode(prompt) + [NUMBER["<ans>"]], encode(answer) + [NUMBER["</s>"]]
         _, column = self.add(before + after, (parent,))

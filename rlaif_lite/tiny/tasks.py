@@ -1,7 +1,8 @@
 """What the embedded base is taught, and how much of each: sheets of clip captions, questions, claims, checks and pairs.
 
-The full description (`describe the video`) is left out on purpose: SFT has to teach it, from noisy labels, so that there is something to align.
-The verdict labels come from the generator of the world: the base is taught to verify, it does not emerge.
+The full description (`describe the video`) is left out on purpose: SFT has to teach it, from noisy labels, so that
+there is something to align. The verdict labels come from the generator of the world: the base is taught to verify, it
+does not emerge.
 """
 
 from __future__ import annotations
@@ -114,7 +115,9 @@ def pair_sheet(video: int, facts: Facts, rng: random.Random, weak: bool, least_m
     where = "video"
     if weak or rng.random() < 0.65:
         where = "context"
-        parent = sheet.text("context : " + narrative(facts, rng, rng.choice((0.0, 0.02, 0.05))), root, 0.0 if weak else 0.3)
+        parent = sheet.text(
+            "context : " + narrative(facts, rng, rng.choice((0.0, 0.02, 0.05))), root, 0.0 if weak else 0.3
+        )
     while True:
         if rng.random() < 0.7:
             a, b, margin = pair(facts, rng)

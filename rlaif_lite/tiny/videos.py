@@ -1,10 +1,11 @@
-"""Videos for the pretraining of the embedded base: made, encoded to mp4 and read back as any other video, then kept as 32 x 32 frames.
+"""Videos for pretraining the embedded base: made, encoded to mp4, read back like any other, kept as 32 x 32 frames.
 
 They come from a world seed that no recipe uses. Training and held-out videos are different indices of it.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import multiprocessing
 import os
@@ -28,15 +29,16 @@ class VideoSet(NamedTuple):
     """Decoded videos with what is true of them."""
 
     frames_NFHWC: np.ndarray  # uint8, RGB, 32 x 32
-    labels_NFL: np.ndarray  # float32: colour class, shape class, x, y, radius / 16 (x, y as share of the width), star colour class
+    labels_NFL: (
+        np.ndarray
+    )  # float32: colour class, shape class, x, y, radius / 16 (x, y as share of the width), star colour class
     facts: list[Facts]
 
 
-def _one(index: int) -> tuple[np.ndarray, np.ndarray]:
+def _one(index: int, config: WorldConfig) -> tuple[np.ndarray, np.ndarray]:
     """Makes video `index`; decord wants a file, so it goes through one."""
     import decord
 
-    config = WorldConfig()
     path = os.path.join(tempfile.gettempdir(), f"pretrain_{os.getpid()}.mp4")
     placed = write_video(path, WORLD_SEED, "pretrain", index, config)
     reader = decord.VideoReader(path, width=FRAME_SIZE, height=FRAME_SIZE, num_threads=1)
@@ -54,17 +56,24 @@ def _one(index: int) -> tuple[np.ndarray, np.ndarray]:
     return frames, labels
 
 
-def make_videos(count: int, workers: int, cache: Path | None = None, first: int = 0) -> VideoSet:
-    """Videos `first` to `first + count` of the pretraining split; `cache` keeps them in a folder for the next run of the same world."""
-    facts = [facts_of(WORLD_SEED, "pretrain", first + index) for index in range(count)]
-    key = hashlib.sha256(f"{WorldConfig()} {first} {count}".encode()).hexdigest()[:12]
+def make_videos(
+    count: int, workers: int, cache: Path | None = None, first: int = 0, config: WorldConfig = WorldConfig()
+) -> VideoSet:
+    """Videos `first` to `first + count` of the pretraining split; folder `cache` keeps them for the next run."""
+    facts = [facts_of(WORLD_SEED, "pretrain", first + index, config) for index in range(count)]
+    key = hashlib.sha256(f"{config} {first} {count}".encode()).hexdigest()[:12]
     if cache and (cache / f"labels_{key}.npy").exists():
-        return VideoSet(np.load(cache / f"frames_{key}.npy", mmap_mode="c"), np.load(cache / f"labels_{key}.npy"), facts)
+        frames = np.load(cache / f"frames_{key}.npy", mmap_mode="c")
+        return VideoSet(frames, np.load(cache / f"labels_{key}.npy"), facts)
     frames = np.empty((count, FRAMES, FRAME_SIZE, FRAME_SIZE, 3), np.uint8)
     labels = np.empty((count, FRAMES, 6), np.float32)
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for index, result in enumerate(pool.map(_one, range(first, first + count), chunksize=16)):
-            frames[index], labels[index] = result
+    make, wanted = functools.partial(_one, config=config), range(first, first + count)
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) if workers > 1 else None
+    results = pool.map(make, wanted, chunksize=16) if pool else map(make, wanted)
+    for index, result in enumerate(results):
+        frames[index], labels[index] = result
+    if pool:
+        pool.shutdown()
     if cache:
         cache.mkdir(parents=True, exist_ok=True)
         np.save(cache / f"frames_{key}.npy", frames)

@@ -1,0 +1,114 @@
+"""Imports point down the floors of the design and never up; the kernels stand beside them; the command line starts light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "rlaif_lite"
+# From the top. A module imports from its own unit and from the floors below its own, not from its neighbours.
+FLOORS = [
+    {"cli"},
+    {"pipeline", "chat", "doctor"},
+    {"stages"},
+    {"workspace"},
+    {"judge", "training"},
+    {"rollout"},
+    {"model"},
+    {"rl", "video", "tiny"},
+    {"data"},
+    {"report"},
+    {"recipe"},
+    {"recipe_checks"},
+    {"recipe_file"},
+    {"marked_yaml", "progress"},
+    {"errors"},
+    {"__init__"},
+]
+FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
+
+
+def imports(path: Path) -> list[str]:
+    """Absolute names of everything a file imports, inside functions too; not what only a type checker reads."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []
+    package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*start, *([node.module] if node.module else [])])
+            found += [f"{module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def unit(name: str) -> str:
+    """The top-level module or package of rlaif_lite that an absolute name belongs to."""
+    part = (name.split(".") + ["__init__"])[1]
+    return part if (PACKAGE / part).is_dir() or (PACKAGE / f"{part}.py").exists() else "__init__"
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    own = unit(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    for name in imports(path):
+        if name.split(".")[0] != "rlaif_lite":
+            continue
+        other = unit(name)
+        assert other == own or FLOOR[other] > FLOOR[own], f"{own} (floor {FLOOR[own]}) imports {name} (floor {FLOOR[other]})"
+
+
+def test_an_upward_import_is_seen(tmp_path, monkeypatch):
+    """The reader of imports itself: relative, absolute, inside a function, and not for type checkers only."""
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "rlaif_lite" / "rl" / "losses.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "from typing import TYPE_CHECKING\nfrom ..stages import ppo\nimport rlaif_lite.cli\nfrom . import shaping\n"
+        "if TYPE_CHECKING:\n    from ..workspace import Workspace\ndef f():\n    from ..model.base import Base\n"
+    )
+    found = imports(path)
+    assert {"rlaif_lite.stages.ppo", "rlaif_lite.cli", "rlaif_lite.rl.shaping", "rlaif_lite.model.base.Base"} <= set(found)
+    assert not any("workspace" in name for name in found)
+    assert (unit("rlaif_lite.stages.ppo"), unit("rlaif_lite.__version__")) == ("stages", "__init__")
+
+
+def test_the_report_reads_run_folders_only():
+    """It can be run on a folder from another machine: no torch, no transformers, nothing of this package but its errors."""
+    allowed = {"numpy", "matplotlib", "jinja2", "markupsafe", "PIL"} | sys.stdlib_module_names
+    for path in (PACKAGE / "report").glob("*.py"):
+        for name in imports(path):
+            first = name.split(".")[0]
+            assert first in allowed or name.startswith(("rlaif_lite.report", "rlaif_lite.errors", "rlaif_lite.__version__")), (path, name)
+
+
+def test_the_embedded_base_is_made_from_the_world_alone():
+    for path in (PACKAGE / "tiny").glob("*.py"):
+        used = {unit(name) for name in imports(path) if name.split(".")[0] == "rlaif_lite"}
+        assert used <= {"tiny", "data", "errors"}, (path, used)
+
+
+def test_the_kernels_stand_alone():
+    """`kernels/` is a folder and no package: a package of that name would shadow Hugging Face's and break transformers."""
+    assert not list((ROOT / "kernels").glob("__init__.py"))
+    for path in (ROOT / "kernels" / "rlaif_kernels").rglob("*.py"):
+        used = {name.split(".")[0] for name in imports(path)}
+        assert used <= {"torch", "triton", "kernels", "rlaif_kernels"} | sys.stdlib_module_names, (path, used)
+        assert not any(name.startswith("rlaif_lite") for name in imports(path)), path
+
+
+def test_the_command_line_starts_without_torch():
+    code = "import rlaif_lite.cli, sys; print([m for m in ('torch', 'transformers', 'peft', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -13,6 +13,7 @@ Shapes: B rows, S positions, D width, V vocabulary.
 import hashlib
 import logging
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -25,8 +26,10 @@ from ..errors import ModelError
 from ..recipe import Model
 from .families import Family, ImageSpec, family_of, image_spec
 
-# bitsandbytes announces at import that an optional kernel is not installed, and transformers draws a bar for each checkpoint.
+# Noise that no user can act on: bitsandbytes announces that an optional kernel is not installed, PEFT asks transformers by a name
+# that was changed, and transformers draws a bar for each checkpoint.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 transformers_logging.disable_progress_bar()
 
 QUANT_BLOCK = 64

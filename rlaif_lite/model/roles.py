@@ -222,14 +222,17 @@ class ActiveRole:
         """Run the decoder over a batch -> hidden_BSD after its final norm."""
         base = self.roles.base
         # transformers checkpoints in training mode only (no dropout wakes up), and drops the key/value cache in it: leave it after.
-        base.decoder.train(base.gradient_checkpointing and torch.is_grad_enabled())
+        checkpointing = base.gradient_checkpointing and torch.is_grad_enabled()
+        if checkpointing:
+            base.decoder.train()
         hidden_BSD = base.decoder(
             inputs_embeds=batch.embed(base),
             attention_mask=batch.attention,
             position_ids=batch.position_BS,
             use_cache=False,
         ).last_hidden_state
-        base.decoder.eval()
+        if checkpointing:
+            base.decoder.eval()
         if hidden_BSD.requires_grad:
             hidden_BSD.register_hook(self._check_scope)
         return hidden_BSD

@@ -92,10 +92,11 @@ minutes on a CPU; it knows nothing else.
   SFT teaches that from noisy labels, so that there is something to align.
 - **Schedule.** The vision tower alone on single frames, {made["vision_steps"]} steps; then, with the tower frozen,
   projector and decoder, {made["steps"]} steps of {made["processes"]} x {made["rows"]} sheets of
-  {made["columns"]} tokens. Muon for the decoder's matrices, AdamW for the rest; peak rate {made["rate"]}, flat for 30 %, then linear to 2 %.
+  {made["columns"]} tokens. Muon for the decoder's matrices, AdamW for the rest;
+  peak rate {made["rate"]}, flat for 30 %, then linear to 2 %.
   Pairs join after {made["pairs_from"]:.0%} of the steps. Seed {made["seed"]}.
-- **Cost.** {made["seconds"] / 60:.0f} minutes in all, {made["train_seconds"] / 60:.0f} of them projector and
-  decoder, on {made["hardware"]}.
+- **Cost.** {made["seconds"] / 60:.0f} minutes in all, {made["train_seconds"] / 60:.0f} of them projector and decoder,
+  on {made["hardware"]}.
 - **Again:** `{made["command"]}`
 
 ## Skills on {videos} fresh videos

@@ -9,26 +9,29 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def describe(value: object) -> str:
-    """`float32 tensor of shape (3, 4) on cpu`, or the type of anything that is no tensor."""
-    if not isinstance(value, Tensor):
-        return f"a {type(value).__name__}"
-    return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
+    """`float32 of shape (3, 4) on cpu`, a plain value as it is, the type of anything else."""
+    if isinstance(value, Tensor):
+        return f"{_name(value.dtype)} of shape {tuple(value.shape)} on {value.device}"
+    return repr(value) if value is None or isinstance(value, (int, float, str)) else f"a {type(value).__name__}"
 
 
 def need(condition: bool, name: str, value: object, expected: str) -> None:
-    """Raises ValueError: `name` is `value`, expected `expected`."""
+    """Raises ValueError: `name` is `value`; expected `expected`."""
     if not condition:
         raise ValueError(f"{name} is {describe(value)}; expected {expected}")
 
 
 def need_tensor(name: str, value: object, shape: tuple[int | None, ...], like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     """A tensor of this shape (None = any size), on the device of `like`, of one of these dtypes."""
-    sizes = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ("," if len(shape) == 1 else "") + ")"
-    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    expected = f"a {names} tensor of shape {sizes} on {like.device}"
+    sizes = str(shape).replace("None", "any")
+    expected = f"{' or '.join(_name(dtype) for dtype in dtypes)} of shape {sizes} on {like.device}"
     need(isinstance(value, Tensor), name, value, expected)
     fits = value.ndim == len(shape) and all(want in (None, size) for want, size in zip(shape, value.shape))
     need(fits and value.dtype in dtypes and value.device == like.device, name, value, expected)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def interpreting() -> bool:
@@ -45,7 +48,7 @@ def use_triton(impl: str, example: Tensor, differentiable: bool = True) -> bool:
 
     `auto` is Triton wherever it can be: CUDA tensors, not float64, and a gradient only where the kernel has one.
     """
-    need(impl in ("auto", "triton", "torch"), f"impl={impl!r}", impl, '"auto", "triton" or "torch"')
+    need(impl in ("auto", "triton", "torch"), "impl", impl, '"auto", "triton" or "torch"')
     if impl == "torch":
         return False
     obstacles = []

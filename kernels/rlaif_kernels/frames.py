@@ -37,6 +37,10 @@ def frame_dissimilarity(features_TPC: Tensor, *, impl: str = "auto") -> Tensor:
     """
     need_tensor("features_TPC", features_TPC, (None, None, None), features_TPC, FLOATS)
     with torch.no_grad():
+        if use_triton(impl, features_TPC):
+            from . import triton_kernels
+
+            return triton_kernels.dissimilarity(features_TPC, TINY_NORM)
         return _dissimilarity_torch(features_TPC)
 
 
@@ -70,7 +74,11 @@ def select_and_gather(
     need_tensor("frame_N", frame_N, (N,), features_NC, (torch.int64, torch.int32))
     need(isinstance(position, Tensor) and position.ndim in (1, 2), "position", position, f"a tensor of shape ({N},) or (3, {N})")
     need_tensor("position", position, (N,) if position.ndim == 1 else (3, N), features_NC, (torch.int64, torch.int32))
-    need(0 <= k <= N, f"k={k}", k, f"a number of tokens between 0 and N={N}")
+    need(0 <= k <= N, "k", k, f"a number of tokens between 0 and N={N}")
     # torch.topk promises no order among equals; a stable sort does
     index_K = score_N.detach().sort(descending=True, stable=True).indices[:k].sort().values
+    if use_triton(impl, features_NC, differentiable=not features_NC.requires_grad):
+        from . import triton_kernels
+
+        return Selected(*triton_kernels.gather(index_K, features_NC, position, frame_N), index_K)
     return Selected(features_NC.index_select(0, index_K), position[..., index_K], frame_N[index_K], index_K)

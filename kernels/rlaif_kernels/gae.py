@@ -25,8 +25,12 @@ def gae(
     need_tensor("value_BT", value_BT, tuple(reward_BT.shape), reward_BT, FLOATS)
     need_tensor("mask_BT", mask_BT, tuple(reward_BT.shape), reward_BT, (torch.bool, torch.int64, *FLOATS))
     with torch.no_grad():
-        dtype = torch.promote_types(reward_BT.dtype, torch.float32)
         real_BT = mask_BT.bool()
+        if use_triton(impl, reward_BT):
+            from . import triton_kernels
+
+            return triton_kernels.gae(reward_BT, value_BT, real_BT, gamma, lam)
+        dtype = torch.promote_types(reward_BT.dtype, torch.float32)
         reward_BT = reward_BT.detach().to(dtype).masked_fill(~real_BT, 0.0)
         value_BT = value_BT.detach().to(dtype).masked_fill(~real_BT, 0.0)
         return _gae_torch(reward_BT, value_BT, real_BT, gamma, lam)

@@ -63,14 +63,14 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.temperature, ctx.dtype = head.temperature, hidden_ND.dtype
         ctx.set_materialize_grads(False)
         if want_grad:
-            ctx.save_for_backward(rows.grad_ND, head.weight_VD, target_N, valid_N, rows.chain_N)
+            ctx.save_for_backward(rows.grad_ND, head.weight_VD, target_N, rows.at_target_N)
         ctx.mark_non_differentiable(*(stat for stat in (rows.entropy_N, rows.kl_N) if stat is not None))
         return rows.logp_N, rows.lse_N, rows.entropy_N, rows.kl_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_logp_N, g_lse_N, _g_entropy, _g_kl):
-        unit_ND, weight_VD, target_N, valid_N, chain_N = ctx.saved_tensors
+        unit_ND, weight_VD, target_N, at_target_N = ctx.saved_tensors
         grad_ND = torch.empty_like(unit_ND, dtype=ctx.dtype)
         if g_lse_N is None:
             if g_logp_N is None:
@@ -78,8 +78,8 @@ class _LinearLogprob(torch.autograd.Function):
             torch.mul(unit_ND, g_logp_N[:, None] / ctx.temperature, out=grad_ND)
         else:
             g_N = -g_lse_N if g_logp_N is None else g_logp_N - g_lse_N
-            at_target_N = (g_lse_N if chain_N is None else g_lse_N * chain_N).where(valid_N, 0.0) / ctx.temperature
-            grad_ND.copy_(unit_ND * (g_N[:, None] / ctx.temperature) + at_target_N[:, None] * weight_VD[target_N])
+            g_y_N = g_lse_N * at_target_N / ctx.temperature
+            grad_ND.copy_(unit_ND * (g_N[:, None] / ctx.temperature) + g_y_N[:, None] * weight_VD[target_N])
         return (grad_ND,) + (None,) * 7
 
 
@@ -117,19 +117,22 @@ def checked_head(
     hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, softcap: float | None, chunk_rows: int | None
 ) -> Head:
     """The head as `run_rows` wants it, or a ValueError."""
-    need(isinstance(weight_VD, Tensor), "weight_VD", weight_VD, "a (V,D) tensor; frozen_head(lm_head) gives it")
+    need(isinstance(weight_VD, Tensor), "weight_VD", weight_VD, "the weight as a (V,D) tensor: weight_VD, bias_V = frozen_head(lm_head)")
     need_tensor("hidden_ND", hidden_ND, (None, None), weight_VD, FLOATS)
     need_tensor("weight_VD", weight_VD, (None, hidden_ND.shape[1]), hidden_ND, (hidden_ND.dtype,))
     need(weight_VD.shape[0] > 0, "weight_VD", weight_VD, "a vocabulary of one id at least")
     _need_frozen("weight_VD", weight_VD)
-    need(weight_VD.is_contiguous(), f"weight_VD with strides {weight_VD.stride()}", weight_VD, "a contiguous one (it would be copied)")
+    need(
+        weight_VD.is_contiguous(), f"weight_VD with strides {weight_VD.stride()}", weight_VD,
+        "a contiguous weight: this one would be copied at every call; call .contiguous() once",
+    )
     if bias_V is not None:
         need_tensor("bias_V", bias_V, (weight_VD.shape[0],), hidden_ND, FLOATS)
         _need_frozen("bias_V", bias_V)
         bias_V = bias_V.to(torch.promote_types(hidden_ND.dtype, torch.float32)).clamp(min=BANNED)
-    need(0 < temperature < math.inf, f"temperature={temperature}", temperature, "a number above 0")
-    need(softcap is None or 0 < softcap < math.inf, f"softcap={softcap}", softcap, "None or a number above 0")
-    need(chunk_rows is None or chunk_rows > 0, f"chunk_rows={chunk_rows}", chunk_rows, "None or a number of rows above 0")
+    need(0 < temperature < math.inf, "temperature", temperature, "a number above 0")
+    need(softcap is None or 0 < softcap < math.inf, "softcap", softcap, "None or a number above 0")
+    need(chunk_rows is None or chunk_rows > 0, "chunk_rows", chunk_rows, "None or a number of rows above 0")
     return Head(weight_VD, bias_V, float(temperature), None if softcap is None else float(softcap))
 
 

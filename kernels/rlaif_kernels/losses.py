@@ -115,8 +115,8 @@ def ppo_policy_loss(
     for name, value in (("old_logp_N", old_logp_N), ("advantage_N", advantage_N)):
         need_tensor(name, value, tuple(target_N.shape), hidden_ND, FLOATS)
     need_tensor("mask_N", mask_N, tuple(target_N.shape), hidden_ND, (torch.bool, torch.int64, *FLOATS))
-    need(0 < clip, f"clip={clip}", clip, "a number above 0")
-    need(kl in ("none", "k3", "exact"), f"kl={kl!r}", kl, '"none", "k3" or "exact"')
+    need(0 < clip, "clip", clip, "a number above 0")
+    need(kl in ("none", "k3", "exact"), "kl", kl, '"none", "k3" or "exact"')
     if kl == "k3":
         need(reference_logp_N is not None, "reference_logp_N", reference_logp_N, 'the reference\'s log-probs of the targets, for kl="k3"')
         need_tensor("reference_logp_N", reference_logp_N, tuple(target_N.shape), hidden_ND, FLOATS)

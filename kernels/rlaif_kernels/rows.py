@@ -24,8 +24,6 @@ BANNED = -1e30
 # Bytes of one chunk of logits. On a GPU wide enough for full matmul speed (384 rows of a 152k vocabulary), on a CPU for its caches.
 LOGITS_BYTES_GPU = 256 << 20
 LOGITS_BYTES_CPU = 32 << 20
-# dz lies in [-1, 1]; before it is rounded to fp16 it is multiplied by this.
-FP16_UNIT = 8192.0
 # Where no matmul takes low precision in and gives float32 out (the CPU), the head is upcast this many bytes at a time.
 UPCAST_BYTES = 32 << 20
 
@@ -77,7 +75,7 @@ class Rows(NamedTuple):
     lse_N: Tensor
     entropy_N: Tensor
     kl_N: Tensor | None
-    chain_N: Tensor | None  # d z_y / d s_y times T, where a softcap bends it
+    at_target_N: Tensor | None  # how much of W[y] to add to -grad for T * d lse / d hidden: T dz_y/ds_y, less the rounding of dz
     grad_ND: Tensor | None  # d/d hidden: of logp times T in float32, or of the loss's sum in the dtype of hidden
 
 
@@ -91,7 +89,7 @@ def chunk_size(rows: int, vocabulary: int, itemsize: int, on_gpu: bool) -> int:
     budget = LOGITS_BYTES_GPU if on_gpu else LOGITS_BYTES_CPU
     most = max(1, budget // (vocabulary * itemsize))
     if most >= rows:
-        return max(1, rows)
+        return rows
     most = most // 128 * 128 or most
     even = -(-rows // -(-rows // most))
     return min(most, -(-even // 128) * 128)
@@ -113,60 +111,70 @@ def run_rows(
     keep_unit = gain_N is None and ppo is None
     out = Rows(
         logp_N=new(N), lse_N=new(N), entropy_N=new(N), kl_N=None if reference_hidden_ND is None else new(N),
-        chain_N=new(N) if want_grad and head.softcap is not None else None,
+        at_target_N=new(N) if want_grad and ppo is None else None,
         grad_ND=hidden_ND.new_empty((N, D), dtype=dtype if keep_unit else hidden_ND.dtype) if want_grad else None,
     )
-    step = chunk_rows or chunk_size(N, V, dtype.itemsize, hidden_ND.is_cuda)
+    step = max(1, min(N, chunk_rows or chunk_size(N, V, dtype.itemsize, hidden_ND.is_cuda)))
+    row_stride = -(-V // 16) * 16 if triton else V  # whole 64-byte lines per row, for vector stores of a ragged vocabulary
+    streams = 1 if reference_hidden_ND is None else 2
+    buffer_2RV = hidden_ND.new_empty((streams, step, row_stride), dtype=dtype)[:, :, :V]
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
         for start in range(0, N, step):
             stop = min(start + step, N)
-            logits_RV = head_logits(hidden_ND[start:stop], head.weight_VD)
-            reference_RV = None
+            logits_RV = head_logits(hidden_ND[start:stop], head.weight_VD, buffer_2RV[0, : stop - start])
+            ref_RV = None
             if reference_hidden_ND is not None:
-                reference_RV = head_logits(reference_hidden_ND[start:stop], head.weight_VD)
-            part = Rows(*(None if field is None else field[start:stop] for field in out))
-            dz_RV, scale_R = row_pass_torch(
-                logits_RV, reference_RV, head, target_N[start:stop], valid_N[start:stop], part,
-                None if ppo is None else ppo.slice(start, stop), want_grad,
-            )
+                ref_RV = head_logits(reference_hidden_ND[start:stop], head.weight_VD, buffer_2RV[1, : stop - start])
+            if triton:
+                from .triton_kernels import row_pass  # here, so that a machine without Triton imports this module
+
+                dz_RV, bound_R = row_pass(logits_RV, ref_RV, head, target_N, valid_N, out, ppo, want_grad, row0=start)
+            else:
+                dz_RV, bound_R = row_pass_torch(
+                    logits_RV, ref_RV, head, target_N[start:stop], valid_N[start:stop],
+                    Rows(*(None if field is None else field[start:stop] for field in out)),
+                    None if ppo is None else ppo.slice(start, stop), want_grad,
+                )
             if not want_grad:
                 continue
+            grad_RD = out.grad_ND[start:stop]
             if keep_unit:
-                times_weight(dz_RV, head.weight_VD, out_RD=part.grad_ND)
+                times_weight(dz_RV, head.weight_VD, grad_RD)
             else:
-                gain_R = gain_N[start:stop] if ppo is None else scale_R
-                torch.mul(times_weight(dz_RV, head.weight_VD), (gain_R / head.temperature)[:, None], out=part.grad_ND)
+                gain_R = gain_N[start:stop] if ppo is None else bound_R
+                unit_RD = times_weight(dz_RV, head.weight_VD, torch.empty_like(grad_RD, dtype=dtype))
+                torch.mul(unit_RD, (gain_R / head.temperature)[:, None], out=grad_RD)
     return out
 
 
-def head_logits(hidden_RD: Tensor, weight_VD: Tensor) -> Tensor:
-    """h W^T accumulated and returned in float32 (float64 for float64), before bias, softcap and temperature."""
-    if hidden_RD.dtype in (torch.float32, torch.float64):
-        return hidden_RD @ weight_VD.T
+def head_logits(hidden_RD: Tensor, weight_VD: Tensor, out_RV: Tensor) -> Tensor:
+    """h W^T accumulated and written in float32 (float64 for float64), before bias, softcap and temperature."""
+    if hidden_RD.dtype == out_RV.dtype:
+        return torch.mm(hidden_RD, weight_VD.T, out=out_RV)
     if hidden_RD.is_cuda:
-        return torch.mm(hidden_RD, weight_VD.T, out_dtype=torch.float32)
-    R, V = hidden_RD.shape[0], weight_VD.shape[0]
-    logits_RV = torch.empty(R, V)
-    hidden_RD = hidden_RD.float()
+        return torch.mm(hidden_RD, weight_VD.T, out_dtype=out_RV.dtype, out=out_RV)
     for block in upcast_blocks(weight_VD):
-        logits_RV[:, block] = hidden_RD @ weight_VD[block].float().T
-    return logits_RV
+        torch.mm(hidden_RD.to(out_RV.dtype), weight_VD[block].to(out_RV.dtype).T, out=out_RV[:, block])
+    return out_RV
 
 
-def times_weight(dz_RV: Tensor, weight_VD: Tensor, out_RD: Tensor | None = None) -> Tensor:
-    """dz W, accumulated and returned in float32 (float64 for float64)."""
-    if out_RD is None:
-        out_RD = torch.empty(dz_RV.shape[0], weight_VD.shape[1], dtype=torch.promote_types(dz_RV.dtype, torch.float32), device=dz_RV.device)
-    if weight_VD.dtype in (torch.float32, torch.float64):
+def times_weight(dz_RV: Tensor, weight_VD: Tensor, out_RD: Tensor) -> Tensor:
+    """dz W accumulated and written in float32 (float64 for float64). dz has that dtype, or the weight's and then its unit."""
+    if weight_VD.dtype == out_RD.dtype:
         return torch.mm(dz_RV, weight_VD, out=out_RD)
     if dz_RV.is_cuda:
-        # fp16 ends at 6e-8, the probabilities of a large vocabulary do not: use its upper half
-        unit = FP16_UNIT if weight_VD.dtype == torch.float16 else 1.0
-        return torch.mm((dz_RV * unit).to(weight_VD.dtype), weight_VD, out_dtype=torch.float32, out=out_RD).div_(unit)
-    out_RD.zero_()
-    for block in upcast_blocks(weight_VD):
-        out_RD.addmm_(dz_RV[:, block], weight_VD[block].float())
-    return out_RD
+        torch.mm(dz_RV, weight_VD, out_dtype=out_RD.dtype, out=out_RD)
+    else:
+        out_RD.zero_()
+        for block in upcast_blocks(weight_VD):
+            out_RD.addmm_(dz_RV[:, block].to(out_RD.dtype), weight_VD[block].to(out_RD.dtype))
+    return out_RD if dz_RV.dtype == out_RD.dtype else out_RD.div_(dz_unit(weight_VD.dtype))
+
+
+def dz_unit(dtype: torch.dtype) -> float:
+    """What dz is multiplied by before it is rounded to `dtype`. fp16 ends at 6e-8, the probabilities of a large vocabulary do
+    not; dz lies in [-1, 1], so there is room above it."""
+    return 8192.0 if dtype == torch.float16 else 1.0
 
 
 def upcast_blocks(weight_VD: Tensor) -> list[slice]:
@@ -214,8 +222,14 @@ def row_pass_torch(
         dz_RV.add_(constant_R[:, None]).mul_(exp_RV.div_(sum_R[:, None]))
     dz_RV.scatter_add_(1, y_R1, g_R[:, None])
     if chain_RV is not None:
-        out.chain_N.copy_(chain_RV.gather(1, y_R1)[:, 0])
         dz_RV *= chain_RV
+    unit = 1.0
+    if dz_RV.is_cuda and dz_RV.dtype != head.weight_VD.dtype:
+        unit = dz_unit(head.weight_VD.dtype)
+        dz_RV = (dz_RV * unit).to(head.weight_VD.dtype)
+    if out.at_target_N is not None:
+        p_y_R = out.logp_N.exp() if chain_RV is None else out.logp_N.exp() * chain_RV.gather(1, y_R1)[:, 0]
+        out.at_target_N.copy_((dz_RV.gather(1, y_R1)[:, 0] / unit + p_y_R).where(valid_R, 0.0))
     return dz_RV, bound_R
 
 

@@ -1,0 +1,150 @@
+"""Compiles every kernel for every architecture of the table, without a GPU: `python kernels/bench/aot.py` writes docs/results/.
+
+Triton carries its own ptxas, so a laptop can say what a kernel costs on an H100: registers per thread, bytes spilled, shared
+memory per block. `tests/kernels/test_aot.py` holds the same compilations to no spills and the card's shared memory.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from rlaif_kernels import triton_kernels as kernels
+from rlaif_kernels.configs import TABLE, Config, Configs
+
+# Shared memory one block may opt in to, bytes (CUDA C++ programming guide, compute capabilities, less the 1 KB reserved)
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+
+_ROW_TYPES = {
+    **dict.fromkeys(("s_ptr", "ref_ptr", "bias_ptr", "logp_ptr", "lse_ptr", "entropy_ptr", "kl_ptr", "at_target_ptr", "bound_ptr"), "*fp32"),
+    **dict.fromkeys(("old_logp_ptr", "advantage_ptr", "real_ptr", "ref_logp_ptr"), "*fp32"),
+    **dict.fromkeys(("inv_temperature", "softcap", "clip", "entropy_coef", "k3_coef", "kl_coef"), "fp32"),
+    **dict.fromkeys(("s_stride", "dz_stride", "V", "row0"), "i32"),
+    "target_ptr": "*i64", "valid_ptr": "*u8", "dz_ptr": "*bf16",
+}
+_FLAGS = {"BIAS": False, "SOFTCAP": False, "REF": False, "GRAD": False, "PPO": False, "K3": False, "UNIT": 1.0}
+_ALL = {"BIAS": True, "SOFTCAP": True}
+
+
+class Case(NamedTuple):
+    """One kernel with one set of compile-time choices."""
+
+    name: str
+    kernel: triton.JITFunction
+    types: dict[str, str]
+    constants: dict[str, object]
+    ragged: tuple[str, ...]  # integer arguments whose divisibility by 16 Triton would specialise on
+
+    def config(self, table: Configs) -> Config:
+        """Its entry in an architecture's table."""
+        return getattr(table, self.name.split(":")[0])
+
+
+CASES = (
+    Case("rows: statistics", kernels.row_kernel, _ROW_TYPES, _FLAGS, ("V",)),
+    Case("rows: log-prob and gradient", kernels.row_kernel, _ROW_TYPES, {**_FLAGS, "GRAD": True}, ("V",)),
+    Case("rows: PPO, k3, all options", kernels.row_kernel, _ROW_TYPES, {**_FLAGS, **_ALL, "GRAD": True, "PPO": True, "K3": True}, ("V",)),
+    Case("rows_with_reference: statistics", kernels.row_kernel, _ROW_TYPES, {**_FLAGS, "REF": True}, ("V",)),
+    Case(
+        "rows_with_reference: PPO, exact KL, all options", kernels.row_kernel, _ROW_TYPES,
+        {**_FLAGS, **_ALL, "REF": True, "GRAD": True, "PPO": True}, ("V",),
+    ),
+    Case(
+        "gae", kernels.gae_kernel,
+        {"reward_ptr": "*fp32", "value_ptr": "*fp32", "real_ptr": "*u8", "advantage_ptr": "*fp32", "return_ptr": "*fp32",
+         "T": "i32", "gamma": "fp32", "decay": "fp32"}, {}, ("T",),
+    ),
+    Case(
+        "dissimilarity", kernels.dissimilarity_kernel,
+        {"features_ptr": "*bf16", "score_ptr": "*fp32", "P": "i32", "C": "i32", "tiny_norm": "fp32"}, {}, ("P", "C"),
+    ),
+    Case(
+        "gather", kernels.gather_kernel,
+        {"index_ptr": "*i64", "features_ptr": "*bf16", "position_ptr": "*i64", "frame_ptr": "*i64", "features_out_ptr": "*bf16",
+         "position_out_ptr": "*i64", "frame_out_ptr": "*i64", "N": "i32", "K": "i32", "C": "i32"}, {"AXES": 3}, ("N", "K", "C"),
+    ),
+)
+
+
+class Cost(NamedTuple):
+    """What ptxas says of one compilation."""
+
+    kernel: str
+    arch: int
+    aligned: bool  # sizes divisible by 16
+    block: int
+    warps: int
+    registers: int  # per thread
+    stack: int  # bytes
+    spilled: int  # bytes, stores and loads together
+    shared: int  # bytes per block
+
+
+def compile_case(case: Case, arch: int, aligned: bool) -> Cost:
+    """Compiles to a cubin; raises what Triton or ptxas raises."""
+    config = case.config(TABLE[arch])
+    constants = {**case.constants, "BLOCK": config.block}
+    names = case.kernel.arg_names
+    signature = {name: "constexpr" if name in constants else case.types[name] for name in names}
+    plain = ("row0",)  # not specialised, whatever its value
+    divisible = [
+        i for i, name in enumerate(names)
+        if signature[name].startswith("*") or (signature[name] == "i32" and name not in plain and (aligned or name not in case.ragged))
+    ]
+    source = ASTSource(
+        fn=case.kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in divisible}
+    )
+    log = io.StringIO()
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.compilation.always_compile = True  # a cache hit prints no log
+        triton.knobs.nvidia.dump_ptxas_log = True
+        binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": config.num_warps, "enable_fp_fusion": True})
+    registers = int(re.search(r"Used (\d+) registers", log.getvalue())[1])
+    spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+    stack, stores, loads = (int(number) for number in spills.groups())
+    return Cost(case.name, arch, aligned, config.block, config.num_warps, registers, stack, stores + loads, binary.metadata.shared)
+
+
+def compile_all(archs: tuple[int, ...] = tuple(TABLE)) -> Iterator[Cost]:
+    """Every case for every architecture, with sizes divisible by 16 and ragged."""
+    for case in CASES:
+        for arch in archs:
+            for aligned in (True, False):
+                yield compile_case(case, arch, aligned)
+
+
+def main() -> None:
+    """Writes kernels_aot.json and kernels_aot.md."""
+    costs = list(compile_all())
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    versions = {"triton": triton.__version__}
+    (RESULTS / "kernels_aot.json").write_text(json.dumps({"versions": versions, "kernels": [cost._asdict() for cost in costs]}, indent=1) + "\n")
+    lines = [
+        "# What the kernels cost, compiled ahead of time", "",
+        f"Triton {triton.__version__}; written by `python kernels/bench/aot.py`, without a GPU. Registers are per thread; spills and "
+        "shared memory in bytes. Aligned: sizes divisible by 16.", "",
+        "| kernel | arch | sizes | block | warps | registers | spilled | shared |", "|---|---|---|---|---|---|---|---|",
+    ]
+    for cost in costs:
+        sizes = "aligned" if cost.aligned else "ragged"
+        lines.append(
+            f"| {cost.kernel} | sm_{cost.arch} | {sizes} | {cost.block} | {cost.warps} | {cost.registers} | {cost.spilled} | {cost.shared} |"
+        )
+    (RESULTS / "kernels_aot.md").write_text("\n".join(lines) + "\n")
+    print(f"{len(costs)} compilations, {sum(cost.spilled for cost in costs)} bytes spilled -> {RESULTS / 'kernels_aot.md'}")
+
+
+if __name__ == "__main__":
+    main()

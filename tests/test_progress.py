@@ -53,16 +53,18 @@ def test_unknown_total_and_exceptions(clock, capsys):
     assert capsys.readouterr().err.splitlines() == ["clips: 40  4.0 it/s"]  # and no last line
 
 
-def test_bar_on_a_terminal_with_text_above_and_a_second_one_inside(terminal):
+def test_bar_on_a_terminal_with_text_above_and_a_second_one_inside(terminal, monkeypatch):
+    monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
     with progress(4, "outer [x]", unit="video") as outer:
         outer.advance(2, f1=0.5)
         say("a [bracketed] message")
         with progress(3, "inner") as inner:
-            inner.advance(3)
+            inner.advance()
+            inner.advance(2)
         outer.advance(2)
     text = terminal.getvalue()
     assert "outer [x]" in text and "a [bracketed] message\n" in text
-    assert "4/4" in text and "3/3" not in text and re.search(r"inner: 3 it in \d", text)  # lines inside a bar
+    assert "4/4" in text and "inner: 1/3  " in text and re.search(r"inner: 3 it in \d", text)  # lines, not a bar
     assert re.search(r"outer \[x\]: 4 videos in \d\.\d s  f1 0\.5\n$", text)
 
 

@@ -113,7 +113,7 @@ class Features(Section):
     clip_frames: Count = Field(20, description="frames taken from a clip")
     prune: Prunes = Field((), description="chain of steps, such as [{pool: 12}, {evs: 0.25}]")
     cache: str | None = Field(None, description="folder of the feature cache; null: inside the run folder")
-    workers: int = Field(2, ge=0, description="threads that decode videos ahead")
+    workers: int = Field(2, ge=0, description="processes that decode videos ahead; 0: none, decode here")
 
 
 class Training(Section):

@@ -89,7 +89,7 @@ class Workspace:
         if name not in self._records:
             raise StageError(f"The recipe names no `data.{name}`, which this stage needs. Add its file to the recipe.")
         bad = self.quarantined
-        return [r for r in self._records[name] if r.video is None or video_name(r.video) not in bad]
+        return [r for r in self._records[name] if r.video is None or self.name_of(r) not in bad]
 
     def split_names(self) -> list[str]:
         """The splits that the recipe gives data for."""
@@ -140,6 +140,13 @@ class Workspace:
         folder = self.folder / "features"
         return set(json.loads((folder / "quarantine.json").read_text())) if (folder / "done.json").exists() else set()
 
+    def name_of(self, record: Record) -> str:
+        """A record's video as the run's files name it: without the folder of the world, so that a run can be moved and what it
+        finds does not depend on where it lies."""
+        if record.video is None:
+            return record.id
+        return video_name(record.video).removeprefix(f"{self.data_folder}{os.sep}")
+
     # ---- features
 
     @property
@@ -158,7 +165,7 @@ class Workspace:
         """All views of a record's video: the whole and each clip."""
         if not self._index:
             self._index = read_index(self.folder / "features" / "index.json")
-        name = video_name(record.video)
+        name = self.name_of(record)
         views = self.store.get(self._index[name])
         if views is None:
             raise StageError(

@@ -9,7 +9,6 @@ from ..judge.narrative import narrative
 from ..model.inputs import VIDEO_MARK, decode_answer, encode_prompt
 from ..progress import progress
 from ..rollout import Sampling, sample
-from ..video.cache import video_name
 from ..workspace import Workspace, by_batches, chunks, write_json
 
 READS = ("seed", "context", "features.clips", "features.clip_frames", "data.preference")
@@ -21,7 +20,7 @@ def run(work: Workspace) -> dict:
     recipe = work.recipe
     section = recipe.context
     work.load_role("sft")
-    records = {video_name(r.video): r for r in work.records("preference") if r.video is not None}
+    records = {work.name_of(r): r for r in work.records("preference") if r.video is not None}
     base = work.base()
     message = Message("user", f"{VIDEO_MARK}\n{section.prompt}")
     sampling = Sampling(section.max_new_tokens, temperature=0.0)

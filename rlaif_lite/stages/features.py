@@ -20,7 +20,7 @@ from ..errors import DataError, VideoError
 from ..model.base import Base
 from ..model.families import to_pixels
 from ..progress import progress, say
-from ..video.cache import FeatureRecord, feature_key, video_digest, video_name, write_index
+from ..video.cache import FeatureRecord, feature_key, video_digest, write_index
 from ..video.decode import Frames, View, decode_views
 from ..video.prune import apply
 from ..workspace import WHOLE, Workspace, write_json
@@ -71,7 +71,7 @@ def views_of(work: Workspace) -> dict[str, tuple[str | tuple[str, ...], dict[str
     wanted: dict[str, tuple[str | tuple[str, ...], dict[str, View]]] = {}
 
     def want(record: Record, clips: range | list[int]) -> None:
-        _, views = wanted.setdefault(video_name(record.video), (record.video, {WHOLE: View(section.frames)}))
+        _, views = wanted.setdefault(work.name_of(record), (record.video, {WHOLE: View(section.frames)}))
         for clip in clips:
             if clip >= section.clips:
                 raise DataError(f"{record.source}: the record is about clip {clip}, but `features.clips` is {section.clips}.")

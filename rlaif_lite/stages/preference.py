@@ -18,7 +18,6 @@ from ..judge.pairwise import Pair, judge_pairs
 from ..model.inputs import VIDEO_MARK, decode_answer, encode_prompt
 from ..progress import progress
 from ..rollout import Sampling, sample
-from ..video.cache import video_name
 from ..workspace import Workspace, by_batches, chunks, question_of, read_jsonl, write_json, write_jsonl
 
 READS = ("seed", "preference", "data.preference")
@@ -99,7 +98,7 @@ def judge_all(work: Workspace, judge: str, pairs: list, narratives: dict[str, st
     name = f"{judge}.{'context' if narratives is not None else 'plain'}.{len(pairs)}"
 
     def context_of(record: Record) -> str | None:
-        return narratives[video_name(record.video)] if narratives is not None and record.video is not None else None
+        return narratives[work.name_of(record)] if narratives is not None and record.video is not None else None
 
     def decide(batch: list) -> list[list]:
         with work.roles.use("sft") as role:

@@ -10,7 +10,7 @@ Shapes: B answers, S positions, D width.
 """
 
 import math
-from typing import Sequence as Seq
+from typing import Callable, Sequence as Seq
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from ..recipe import Recipe
 from ..rl.losses import pairwise_loss
 from ..training.fit import fit, steps_of
 from ..training.loop import batches, derive_seed, split_micro
-from ..video.cache import video_name
 from ..workspace import Workspace, chunks, question_of, write_json
 from .preference import read_pairs
 
@@ -75,7 +74,7 @@ def run(work: Workspace) -> dict:
     work.roles.add("reward", copy_of="sft")
     work.roles.add_head("reward", zero=False, seed=work.seed("reward", "head"))
     work.roles.remove("sft")
-    train, held = split_by_video(read_pairs(work), section.heldout, work.recipe.seed)
+    train, held = split_by_video(read_pairs(work), section.heldout, work.recipe.seed, work.name_of)
     train = train[: section.pairs] if section.pairs else train
     if not train or not held:
         raise StageError(
@@ -114,16 +113,11 @@ def score_pairs(layout: RewardInput, active: ActiveRole, pairs: Seq[tuple[Record
     return layout.score(active, [p for p in prompts for _ in range(2)], answers).view(-1, 2)
 
 
-def split_by_video(pairs: list, share: float, seed: int) -> tuple[list, list]:
-    """(train, held out): the pairs of a random `share` of the videos are held out."""
-
-
-    def about(record: Record) -> str:
-        return record.id if record.video is None else video_name(record.video)
-
-    videos = sorted({about(record) for record, _, _ in pairs}, key=lambda name: derive_seed(seed, "heldout", name))
+def split_by_video(pairs: list, share: float, seed: int, name_of: Callable[[Record], str] = lambda r: str(r.video or r.id)) -> tuple[list, list]:
+    """(train, held out): the pairs of a random `share` of the videos are held out; `name_of` says which video a record has."""
+    videos = sorted({name_of(record) for record, _, _ in pairs}, key=lambda name: derive_seed(seed, "heldout", name))
     held = set(videos[: math.ceil(share * len(videos))])
-    return [p for p in pairs if about(p[0]) not in held], [p for p in pairs if about(p[0]) in held]
+    return [p for p in pairs if name_of(p[0]) not in held], [p for p in pairs if name_of(p[0]) in held]
 
 
 @torch.no_grad()

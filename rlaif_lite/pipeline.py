@@ -32,6 +32,7 @@ LEAVES = {"sft": ("sft", "reference"), "reward": ("reward",), "ppo": ("policy", 
 # Where and how fast, not what: a change of these makes nothing stale.
 NEUTRAL = ("data.folder", "data.world.workers", "features.cache", "features.workers", "model.gradient_checkpointing",
            "ppo.checkpoint_every")  # fmt: skip
+GATES = {"reward": "reward.floor"}  # a key of the stage's section that only a later stage acts on
 
 
 def run(recipe: Recipe, until: str | None = None) -> dict:
@@ -93,7 +94,7 @@ def run_stage(work: Workspace, name: str, stage: Any, digests: dict[str, str]) -
 def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]:
     """What a stage depends on beside the stages before it: recipe keys, the base's files, the data files, this version."""
     found = {key: value for key, value in flatten(work.recipe).items()
-             if key not in NEUTRAL and any(key == prefix or key.startswith(prefix + ".") for prefix in reads)}  # fmt: skip
+             if key not in NEUTRAL and key != GATES.get(name) and any(key == prefix or key.startswith(prefix + ".") for prefix in reads)}  # fmt: skip
     if "model.base" in found:
         found["files of model.base"] = base_digest(work.recipe.model)
     if name == "data":
@@ -146,7 +147,7 @@ def write_summary(work: Workspace, stages: list[str], finished: bool) -> None:
         "evaluation": evaluation.get("evaluation", {}),
         "evaluation_intervals": evaluation.get("evaluation_intervals", {}),
         "preference": results.get("preference", {}),
-        "reward": results.get("reward", {}),
+        "reward": results["reward"] | {"floor": recipe.reward.floor} if "reward" in results else {},
         "ppo": results.get("ppo", {}),
     })  # fmt: skip
 

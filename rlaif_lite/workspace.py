@@ -141,11 +141,13 @@ class Workspace:
         return set(json.loads((folder / "quarantine.json").read_text())) if (folder / "done.json").exists() else set()
 
     def name_of(self, record: Record) -> str:
-        """A record's video as the run's files name it: without the folder of the world, so that a run can be moved and what it
-        finds does not depend on where it lies."""
+        """A record's video as the run's files name it: without the folder of the world or `data.video_root`, so that a run
+        can be moved and what it finds does not depend on where it lies."""
         if record.video is None:
             return record.id
-        return video_name(record.video).removeprefix(f"{self.data_folder}{os.sep}")
+        name = video_name(record.video).removeprefix(f"{self.data_folder}{os.sep}")
+        root = self.recipe.data.video_root
+        return name.removeprefix(f"{os.path.expanduser(root)}{os.sep}") if root else name
 
     # ---- features
 

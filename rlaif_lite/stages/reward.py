@@ -100,8 +100,7 @@ def run(work: Workspace) -> dict:
     fit(work.roles, "reward", section, steps, step_loss, label="reward", folder=work.stage("reward") / "checkpoint",
         log=work.log, seed=work.recipe.seed, checkpoint_every=CHECKPOINT_EVERY)
     work.roles.save("reward", work.adapter("reward"))
-    result = measure(work, layout, held) | {"train_pairs": len(train), "heldout_pairs": len(held), "steps": steps,
-                                            "floor": section.floor}
+    result = measure(work, layout, held) | {"train_pairs": len(train), "heldout_pairs": len(held), "steps": steps}
     write_json(work.stage("reward") / "heldout.json", result)
     return result
 

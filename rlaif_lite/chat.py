@@ -25,7 +25,9 @@ class Chat:
     def __init__(self, run_dir: Path, role: str):
         path = run_dir / "recipe.yaml"
         if not path.exists():
-            raise StageError(f"{run_dir} is not a run folder: it has no recipe.yaml. Give the folder that `rlaif-lite run` wrote.")
+            raise StageError(
+                f"{run_dir} is not a run folder: it has no recipe.yaml. Give the folder that `rlaif-lite run` wrote."
+            )
         self.recipe: Recipe = load_recipe(path)
         self.base: Base = load_base(self.recipe.model, torch.device(pick_device(self.recipe.device)))
         self.roles = Roles(self.base, self.recipe.model.lora)

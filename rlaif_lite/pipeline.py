@@ -1,8 +1,9 @@
 """The order of the stages; what is done, what is stale and why; the summary.
 
-A stage is finished when its folder holds `done.json`: what it read (recipe keys, and the digests of the stages before it) and what
-it returned. When nothing of that changed it is skipped. When something did, its folder is emptied and it runs again, and so do the
-stages that need it. A stage that was killed has no `done.json` and goes on from its own checkpoint.
+A stage is finished when its folder holds `done.json`: what it read (recipe keys, and the digests of the stages before
+it) and what it returned. When nothing of that changed it is skipped. When something did, its folder is emptied and it
+runs again, and so do the stages that need it. A stage that was killed has no `done.json` and goes on from its own
+checkpoint.
 """
 
 import fcntl
@@ -36,7 +37,8 @@ GATES = {"reward": "reward.floor"}  # a key of the stage's section that only a l
 
 
 def run(recipe: Recipe, until: str | None = None) -> dict:
-    """Run every stage that is not done, up to and including `until`; returns the summary, which also lies in the run folder.
+    """Run every stage that is not done, up to and including `until`; returns the summary, which also lies in the run
+    folder.
 
     Raises StageError for an unknown stage, and whatever the stages raise; what was done before stays done."""
     if until is not None and until not in STAGES:
@@ -92,7 +94,8 @@ def run_stage(work: Workspace, name: str, stage: Any, digests: dict[str, str]) -
 
 
 def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]:
-    """What a stage depends on beside the stages before it: recipe keys, the base's files, the data files, this version."""
+    """What a stage depends on beside the stages before it: recipe keys, the base's files, the data files, this
+    version."""
     found = {key: value for key, value in flatten(work.recipe).items()
              if key not in NEUTRAL and key != GATES.get(name) and any(key == prefix or key.startswith(prefix + ".") for prefix in reads)}  # fmt: skip
     if "model.base" in found:
@@ -111,13 +114,16 @@ def file_digest(path: str) -> str:
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs between two sets of inputs, in words."""
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    said = [f"{key} ran again" if key.startswith("stage ") else f"`{key}` was {before.get(key)!r} and is {now.get(key)!r}" for key in keys]
+    said = [
+        f"{key} ran again" if key.startswith("stage ") else f"`{key}` was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in keys
+    ]
     return "; ".join(said[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
 
 
 def empty(work: Workspace, name: str) -> None:
-    """Remove what a stale stage left behind, but for cached features: they are found by content. What says that it is stale goes
-    last, so that a kill in between leaves it stale."""
+    """Remove what a stale stage left behind, but for cached features: they are found by content. What says that it is
+    stale goes last, so that a kill in between leaves it stale."""
     for role in LEAVES.get(name, ()):
         shutil.rmtree(work.adapter(role), ignore_errors=True)
     marks = ("begun.json", "done.json")
@@ -127,8 +133,8 @@ def empty(work: Workspace, name: str) -> None:
 
 
 def write_summary(work: Workspace, stages: list[str], finished: bool) -> None:
-    """`summary.json`: the contract of the design, with more beside it. `stages` are those that this run did or found done: what a
-    stale stage once found does not belong to this recipe."""
+    """`summary.json`: the contract of the design, with more beside it. `stages` are those that this run did or found
+    done: what a stale stage once found does not belong to this recipe."""
     recipe = work.recipe
     found = {name: read(work.folder / name / "done.json") for name in stages}
     results = {name: done["result"] for name, done in found.items() if done is not None}
@@ -163,5 +169,7 @@ def only_run(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise StageError(f"Another run is going on in {folder}. Wait for it, or set `output` to another folder.") from error
+            raise StageError(
+                f"Another run is going on in {folder}. Wait for it, or set `output` to another folder."
+            ) from error
         yield

@@ -1,9 +1,9 @@
 """Sampling answers from a role, with a key/value cache.
 
 A prompt is prefilled once and its cache shared by all of its samples. Every sample draws from its own stream of uniform
-numbers (seeded by the caller), so what it says does not depend on which other samples shared its batch. The sampler's own
-log-probs are returned for comparison only: PPO recomputes the old log-probs with the scoring forward, because a cached
-decode and a full forward round differently.
+numbers (seeded by the caller), so what it says does not depend on which other samples shared its batch. The sampler's
+own log-probs are returned for comparison only: PPO recomputes the old log-probs with the scoring forward, because a
+cached decode and a full forward round differently.
 
 Shapes: B samples, S prompt positions, D width, V vocabulary, T new tokens.
 """
@@ -37,7 +37,12 @@ class Sampling(NamedTuple):
 
 @torch.no_grad()
 def sample(
-    role: ActiveRole, prompts: Seq[Sequence], sampling: Sampling, *, seeds: Seq[int], per_prompt: int = 1,
+    role: ActiveRole,
+    prompts: Seq[Sequence],
+    sampling: Sampling,
+    *,
+    seeds: Seq[int],
+    per_prompt: int = 1,
     batch_size: int = 64,
 ) -> list[Trajectory]:
     """Draw `per_prompt` answers to every prompt; answer j of prompt i uses seeds[i * per_prompt + j].
@@ -62,8 +67,11 @@ def _sample_batch(
     batch = collate(base, prompts)
     cache = DynamicCache()
     hidden_PSD = base.decoder(
-        inputs_embeds=batch.embed(base), attention_mask=batch.mask_BS, position_ids=batch.position_BS,
-        past_key_values=cache, use_cache=True,
+        inputs_embeds=batch.embed(base),
+        attention_mask=batch.mask_BS,
+        position_ids=batch.position_BS,
+        past_key_values=cache,
+        use_cache=True,
     ).last_hidden_state
     last_P = batch.mask_BS.sum(1) - 1
     hidden_BD = hidden_PSD[torch.arange(len(prompts), device=last_P.device), last_P].repeat_interleave(per_prompt, 0)
@@ -84,8 +92,11 @@ def _sample_batch(
             break
         mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(seeds), 1)], 1)
         hidden_BD = base.decoder(
-            inputs_embeds=base.model.get_input_embeddings()(token_B[:, None]), attention_mask=mask_BS,
-            position_ids=position_B[:, None], past_key_values=cache, use_cache=True,
+            inputs_embeds=base.model.get_input_embeddings()(token_B[:, None]),
+            attention_mask=mask_BS,
+            position_ids=position_B[:, None],
+            past_key_values=cache,
+            use_cache=True,
         ).last_hidden_state[:, -1]
         position_B = position_B + 1
     rows = torch.stack(tokens, 1).tolist()
@@ -97,7 +108,9 @@ def _sample_batch(
     return out
 
 
-def draw(weight_VD: Tensor, bias_V: Tensor, hidden_BD: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def draw(
+    weight_VD: Tensor, bias_V: Tensor, hidden_BD: Tensor, uniform_B: Tensor, sampling: Sampling
+) -> tuple[Tensor, Tensor]:
     """Next tokens by inverse transform sampling -> (token_B, logp_B at the sampling temperature).
 
     The softmax is taken in float32 and summed up in float64. Banned ids carry -1e30 in `bias_V`.
@@ -118,7 +131,8 @@ def draw(weight_VD: Tensor, bias_V: Tensor, hidden_BD: Tensor, uniform_B: Tensor
 
 
 def _nucleus(prob_BV: Tensor, top_p: float) -> Tensor:
-    """Keep the smallest set of most likely tokens whose probability reaches `top_p`; the most likely one always stays."""
+    """Keep the smallest set of most likely tokens whose probability reaches `top_p`; the most likely one always
+    stays."""
     sorted_BV, order_BV = prob_BV.sort(dim=-1, descending=True, stable=True)
     dropped_BV = sorted_BV.cumsum(-1) - sorted_BV >= top_p
     return prob_BV.masked_fill(torch.zeros_like(dropped_BV).scatter(-1, order_BV, dropped_BV), 0.0)
@@ -127,4 +141,6 @@ def _nucleus(prob_BV: Tensor, top_p: float) -> Tensor:
 def _uniforms(seeds: Seq[int], count: int) -> Tensor:
     """uniform_BT float64 in [0,1): row i is the stream of seeds[i]."""
     generator = torch.Generator()
-    return torch.stack([torch.rand(count, generator=generator.manual_seed(seed), dtype=torch.float64) for seed in seeds])
+    return torch.stack(
+        [torch.rand(count, generator=generator.manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    )

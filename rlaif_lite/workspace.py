@@ -77,8 +77,15 @@ class Workspace:
     def splits(self) -> list[Split]:
         """Every split that the recipe names, with its files; `world:rl` is the file that the `data` stage writes."""
         data = self.recipe.data
-        named = [("sft", data.sft), ("sft_easy", data.sft_easy), ("sft_hard", data.sft_hard), ("policy_init", data.policy_init),
-                 ("preference", data.preference), ("rl", data.rl), ("test", data.test)]
+        named = [
+            ("sft", data.sft),
+            ("sft_easy", data.sft_easy),
+            ("sft_hard", data.sft_hard),
+            ("policy_init", data.policy_init),
+            ("preference", data.preference),
+            ("rl", data.rl),
+            ("test", data.test),
+        ]
         return [Split(name, [self._path(p) for p in paths]) for name, paths in named if paths]
 
     def records(self, name: str) -> list[Record]:
@@ -132,7 +139,11 @@ class Workspace:
         return files
 
     def _path(self, path: str) -> str:
-        return str(self.data_folder / f"{path.removeprefix(WORLD)}.jsonl") if path.startswith(WORLD) else os.path.expanduser(path)
+        return (
+            str(self.data_folder / f"{path.removeprefix(WORLD)}.jsonl")
+            if path.startswith(WORLD)
+            else os.path.expanduser(path)
+        )
 
     @property
     def quarantined(self) -> set[str]:
@@ -141,8 +152,8 @@ class Workspace:
         return set(json.loads((folder / "quarantine.json").read_text())) if (folder / "done.json").exists() else set()
 
     def name_of(self, record: Record) -> str:
-        """A record's video as the run's files name it: without the folder of the world or `data.video_root`, so that a run
-        can be moved and what it finds does not depend on where it lies."""
+        """A record's video as the run's files name it: without the folder of the world or `data.video_root`, so that
+        a run can be moved and what it finds does not depend on where it lies."""
         if record.video is None:
             return record.id
         name = video_name(record.video).removeprefix(f"{self.data_folder}{os.sep}")
@@ -219,11 +230,13 @@ def question_of(record: Record) -> str:
 # ---- results that arrive batch by batch, so that a killed stage goes on where it was
 
 
-def by_batches(path: Path, batches: list, work: Callable[[Any], list], done: Callable[[int], None] = lambda n: None) -> list:
+def by_batches(
+    path: Path, batches: list, work: Callable[[Any], list], done: Callable[[int], None] = lambda n: None
+) -> list:
     """Map `work` over `batches`, one JSON line per batch in `path`; batches whose line is there already are not redone.
 
-    A line cut short by a kill is dropped. Returns the concatenated results, read back from the file, so that a resumed stage
-    and an uninterrupted one hold the very same objects.
+    A line cut short by a kill is dropped. Returns the concatenated results, read back from the file, so that a
+    resumed stage and an uninterrupted one hold the very same objects.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = _whole_lines(path)

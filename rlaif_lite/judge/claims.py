@@ -2,14 +2,17 @@
 
 Two ways, the same question ("is this true of the video?"):
 
-`ask`     each sentence of an answer is a claim and is asked about in words (RLAIF-V's divide and conquer, arXiv 2405.17220). All
-          claims about one video go through ONE forward: the prompt with the video is their shared prefix, each claim is a
-          branch that sees the prefix and itself. An answer's score is the sum over its claims of P(yes) - P(no).
-`inline`  the answer is read once, and the verdict is read off the next-token distribution at every one of its tokens: a judge
-          trained with verdicts says `yes` or `no` where a claim ends and a neutral word elsewhere (the way step-level
-          reward models mark steps, e.g. Math-Shepherd). The score is the sum over tokens of P(yes) - P(no).
+`ask`     each sentence of an answer is a claim and is asked about in words (RLAIF-V's divide and conquer, arXiv
+          2405.17220). All claims about one video go through ONE forward: the prompt with the video is their shared
+          prefix, each claim is a branch that sees the prefix and itself. An answer's score is the sum over its claims
+          of P(yes) - P(no).
+`inline`  the answer is read once, and the verdict is read off the next-token distribution at every one of its tokens:
+          a judge trained with verdicts says `yes` or `no` where a claim ends and a neutral word elsewhere (the way
+          step-level reward models mark steps, e.g. Math-Shepherd). The score is the sum over tokens of P(yes) -
+          P(no).
 
-Departure from RLAIF-V: probabilities are summed, not counted as rejected / not rejected, so that near-ties keep their order.
+Departure from RLAIF-V: probabilities are summed, not counted as rejected / not rejected, so that near-ties keep their
+order.
 
 Shapes: B rows, S positions, D width, N scored positions.
 """
@@ -67,8 +70,8 @@ def judge_claims(role: ActiveRole, items: Sequence[Item], section: Claims, batch
 
 
 def user_message(template: str, context_template: str, context: str | None, video: bool, **fields: str) -> Message:
-    """Fill a judge prompt; `{context}` becomes the context template with the narrative in it, or nothing. A video's mark is put in
-    front when the template has none."""
+    """Fill a judge prompt; `{context}` becomes the context template with the narrative in it, or nothing. A video's
+    mark is put in front when the template has none."""
     filled = context_template.format(context=context) if context is not None else ""
     mark = f"{VIDEO_MARK}\n" if video and VIDEO_MARK not in template else ""
     return Message("user", mark + template.format(context=filled, **fields))
@@ -79,13 +82,19 @@ def _inline(role: ActiveRole, items: Sequence[Item], section: Claims) -> list[Ve
     rows, answers = [], []
     for item in items:
         seen = item.video is not None
-        message = user_message(section.prompt, section.context_prefix, item.context, seen, question=item.question, claim="")
+        message = user_message(
+            section.prompt, section.context_prefix, item.context, seen, question=item.question, claim=""
+        )
         answers.append(encode_text(base, item.answer))
         rows.append(encode_prompt(base, [message], item.video).extend(answers[-1]))
     batch = collate(base, rows)
     hidden_BSD = role.hidden(batch)
     # A verdict on token t is the prediction made AT t, having read it.
-    at = [(b, len(row.ids_S) - len(answer) + t) for b, (row, answer) in enumerate(zip(rows, answers)) for t in range(len(answer))]
+    at = [
+        (b, len(row.ids_S) - len(answer) + t)
+        for b, (row, answer) in enumerate(zip(rows, answers))
+        for t in range(len(answer))
+    ]
     rows_N, places_N = torch.tensor(at, device=base.device).T if at else torch.zeros(2, 0, dtype=torch.long)
     values = iter(_yes_minus_no(base, hidden_BSD[rows_N, places_N], section))
     out = []
@@ -101,7 +110,9 @@ def _ask(role: ActiveRole, items: Sequence[Item], section: Claims) -> list[Verdi
     rows, ends, claims = [], [], []
     for b, item in enumerate(items):
         seen = item.video is not None
-        message = user_message(section.prompt, section.context_prefix, item.context, seen, question=item.question, claim="\0")
+        message = user_message(
+            section.prompt, section.context_prefix, item.context, seen, question=item.question, claim="\0"
+        )
         lead, _, rest = message.content.partition("\0")
         prefix, tail = split_prompt(base, lead + BRANCH_MARK, item.video)
         found = split_claims(item.answer)
@@ -139,5 +150,7 @@ def single_token(base: Base, word: str, where: str) -> int:
     ids = encode_text(base, word)
     if len(ids) != 1:
         pieces = base.tokenizer.convert_ids_to_tokens(ids)
-        raise ModelError(f"`{where}`: {word!r} is {len(ids)} tokens of this base ({pieces}); choose a word that is one token.")
+        raise ModelError(
+            f"`{where}`: {word!r} is {len(ids)} tokens of this base ({pieces}); choose a word that is one token."
+        )
     return ids[0]

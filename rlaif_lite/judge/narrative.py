@@ -1,7 +1,7 @@
 """The video narrative: captions of consecutive clips, joined in the order of time (VLM-RLAIF section 3.2).
 
-The judge reads it beside the video. Each clip is seen with more frames per second than the whole video is, so the narrative
-holds what the judge's own view of the video misses.
+The judge reads it beside the video. Each clip is seen with more frames per second than the whole video is, so the
+narrative holds what the judge's own view of the video misses.
 """
 
 from typing import Sequence

@@ -1,9 +1,10 @@
-"""Two answers compared by the judge: the gap between the logits of its two choices, over both orders (VLM-RLAIF section 3.2).
+"""Two answers compared by the judge: the gap between the logits of its two choices, over both orders (VLM-RLAIF
+section 3.2).
 
-The paper asks the model to choose A or B, with the narrative in the prompt. Here the choice is read from the logits, so no
-text is parsed, and both orders are always asked: their mean cancels what the position adds, and how often they agree is
-reported. A template with `<|>` marks lays the two answers side by side as branches of the prompt, neither seeing the other and
-neither standing first (see `model.inputs`); a template without marks is the plain sequence.
+The paper asks the model to choose A or B, with the narrative in the prompt. Here the choice is read from the logits,
+so no text is parsed, and both orders are always asked: their mean cancels what the position adds, and how often they
+agree is reported. A template with `<|>` marks lays the two answers side by side as branches of the prompt, neither
+seeing the other and neither standing first (see `model.inputs`); a template without marks is the plain sequence.
 """
 
 from typing import NamedTuple, Sequence
@@ -53,7 +54,9 @@ def _gaps(role: ActiveRole, pairs: Sequence[Pair], texts, section: Pairwise, bat
         rows = []
         for pair, (a, b) in zip(pairs[start : start + batch_size], texts[start : start + batch_size]):
             seen = pair.video is not None
-            message = user_message(section.prompt, section.context_prefix, pair.context, seen, question=pair.question, a=a, b=b)
+            message = user_message(
+                section.prompt, section.context_prefix, pair.context, seen, question=pair.question, a=a, b=b
+            )
             rows.append(encode_prompt(base, [message], pair.video))
         batch = collate(base, rows)
         hidden_BSD = role.hidden(batch)

@@ -1,11 +1,11 @@
 """The frozen base: one checkpoint, loaded once, in 4 bits, shared by every role.
 
-Only the decoder's linear layers are quantised (NF4, double quantisation); embeddings, head, vision tower and projector keep
-their dtype. Nothing in here is ever trained: `fingerprint()` before and after a run proves it.
+Only the decoder's linear layers are quantised (NF4, double quantisation); embeddings, head, vision tower and
+projector keep their dtype. Nothing in here is ever trained: `fingerprint()` before and after a run proves it.
 
-Two traps of bitsandbytes on the CPU are closed here. Its packed bfloat16 path for AVX512 replaces the weights at the first
-forward in evaluation mode and then gives wrong gradients, silently: it is switched off on every layer. And it dequantises
-wrongly when a layer's input width is not a multiple of the block size of 64: such a base is refused.
+Two traps of bitsandbytes on the CPU are closed here. Its packed bfloat16 path for AVX512 replaces the weights at the
+first forward in evaluation mode and then gives wrong gradients, silently: it is switched off on every layer. And it
+dequantises wrongly when a layer's input width is not a multiple of the block size of 64: such a base is refused.
 
 Shapes: B rows, S positions, D width, V vocabulary.
 """
@@ -26,16 +26,17 @@ from ..errors import ModelError
 from ..recipe import Model
 from .families import Family, ImageSpec, family_of, image_spec
 
-# Noise that no user can act on: bitsandbytes announces that an optional kernel is not installed, PEFT asks transformers by a name
-# that was changed, and transformers draws a bar for each checkpoint.
+# Noise that no user can act on: bitsandbytes announces that an optional kernel is not installed, transformers is
+# asked by a name that is to change (the new one is not there in 5.17), and it draws a bar for each checkpoint.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 transformers_logging.disable_progress_bar()
 
 QUANT_BLOCK = 64
 EMBEDDED = Path(__file__).parent.parent / "tiny"
 EMBEDDED_BASES = {"embedded": EMBEDDED / "base", "embedded-weak": EMBEDDED / "base_weak"}
-# Full module prefixes: a short name such as "visual" would match nothing and switch off the default exclusion of the head.
+# Full module prefixes: a short name such as "visual" would match nothing and switch off the default exclusion of the
+# head.
 NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "model.visual", "lm_head"]
 
 
@@ -66,8 +67,8 @@ class Base:
         return self.head_weight_VD.dtype
 
     def _ban_bias(self) -> Tensor:
-        """Bias_V that keeps special tokens other than EOS from being sampled or scored: a placeholder in an answer would be
-        taken for a video at the next forward."""
+        """Bias_V that keeps special tokens other than EOS from being sampled or scored: a placeholder in an answer
+        would be taken for a video at the next forward."""
         bias_V = torch.zeros(self.head_weight_VD.shape[0], dtype=torch.float32, device=self.head_weight_VD.device)
         banned = set(self.tokenizer.all_special_ids) | {self.placeholder_id}
         bias_V[sorted(banned - {self.eos_id})] = -1e30
@@ -86,7 +87,9 @@ class Base:
     def encode(self, pixels_TCHW: Tensor) -> Tensor:
         """Frames -> features_TPD through the frozen tower and projector (P tokens per frame, width of the decoder)."""
         if not self.has_tower:
-            raise ModelError("The vision tower was dropped after the features stage; load the base again to encode frames.")
+            raise ModelError(
+                "The vision tower was dropped after the features stage; load the base again to encode frames."
+            )
         return self.family.encode(self.model, pixels_TCHW.to(self.device, self.dtype))
 
     def fingerprint(self) -> str:
@@ -126,13 +129,16 @@ def resolve_base(name: str) -> str:
 def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
     """Load the recipe's base, frozen, on `device`.
 
-    Raises ModelError: unsupported family, a width that 4-bit quantisation cannot take, a folder that is not a checkpoint.
+    Raises ModelError: unsupported family, a width that 4-bit quantisation cannot take, a folder that is not a
+    checkpoint.
     """
     path = resolve_base(section.base)
     try:
         config = AutoConfig.from_pretrained(path, revision=section.revision)
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise ModelError(f"`model.base: {section.base}` cannot be read as a transformers checkpoint: {error}") from error
+        raise ModelError(
+            f"`model.base: {section.base}` cannot be read as a transformers checkpoint: {error}"
+        ) from error
     family = family_of(config)
     dtype = torch_dtype(section, device)
     quantization = None
@@ -168,8 +174,9 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
 
 
 def base_digest(section: Model) -> str:
-    """What the base is, for telling whether it changed: of a folder, the small files whole, and of each weight file its name, size,
-    first and last MiB (hashing 15 GB would take longer than loading them); of a hub id, the id and the revision."""
+    """What the base is, for telling whether it changed: of a folder, the small files whole, and of each weight file
+    its name, size, first and last MiB (hashing 15 GB would take longer than loading them); of a hub id, the id and
+    the revision."""
     path = Path(resolve_base(section.base))
     digest = hashlib.sha256(f"{section.base}@{section.revision}".encode() if not path.is_dir() else b"")
     for file in sorted(path.iterdir()) if path.is_dir() else []:
@@ -201,8 +208,11 @@ def _local_folder(path: str, revision: str | None) -> Path:
 def _check_widths(config, name: str) -> None:
     text = config.get_text_config()
     heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    for what, width in (("hidden_size", text.hidden_size), ("heads x head_dim", heads),
-                        ("intermediate_size", text.intermediate_size)):
+    for what, width in (
+        ("hidden_size", text.hidden_size),
+        ("heads x head_dim", heads),
+        ("intermediate_size", text.intermediate_size),
+    ):
         if width % QUANT_BLOCK:
             raise ModelError(
                 f"`{name}` has {what} = {width}, not a multiple of {QUANT_BLOCK}: 4-bit blocks would cross rows and be "

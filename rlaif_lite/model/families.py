@@ -71,7 +71,8 @@ def family_of(config) -> Family:
 
 
 def image_spec(folder: Path) -> ImageSpec:
-    """Read size, mean and standard deviation from `preprocessor_config.json`; raises ModelError when it is not there."""
+    """Read size, mean and standard deviation from `preprocessor_config.json`; raises ModelError when it is not
+    there."""
     path = folder / "preprocessor_config.json"
     if not path.exists():
         raise ModelError(f"{path} is missing: the base needs its image processor's settings to prepare frames.")

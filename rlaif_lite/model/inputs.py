@@ -1,12 +1,12 @@
 """Where text and video meet: messages and cached features become one batch of embeddings with explicit positions.
 
-A video's placeholder in the text becomes as many positions as the video has tokens AFTER pruning, but the positions are those
-of the unpruned layout: a pruned sequence is then exactly the full one with the dropped tokens masked out. Batches are padded
-on the right; with causal attention no real token ever sees the padding.
+A video's placeholder in the text becomes as many positions as the video has tokens AFTER pruning, but the positions
+are those of the unpruned layout: a pruned sequence is then exactly the full one with the dropped tokens masked out.
+Batches are padded on the right; with causal attention no real token ever sees the padding.
 
-A sequence may end in branches: several continuations of one prefix that do not see each other and all start at the position
-right after the prefix, and a closing part that sees everything. It is how many claims are asked about one video in a single
-forward, and how two responses are compared without one of them coming first.
+A sequence may end in branches: several continuations of one prefix that do not see each other and all start at the
+position right after the prefix, and a closing part that sees everything. It is how many claims are asked about one
+video in a single forward, and how two responses are compared without one of them coming first.
 
 Shapes: B rows, S positions, K video tokens, D width.
 """
@@ -66,9 +66,9 @@ class Batch(NamedTuple):
 def encode_prompt(base: Base, messages: Seq[Message], video: FeatureRecord | None) -> Sequence:
     """Apply the tokenizer's chat template, up to where the assistant speaks, and put the video's tokens in.
 
-    `<video>` in a message marks the place; two or more `<|>` make branches (see the module). Raises ModelError when a video is
-    given but not marked, or marked but not given: a placeholder that reaches a forward without features would silently be
-    read as a word.
+    `<video>` in a message marks the place; two or more `<|>` make branches (see the module). Raises ModelError when a
+    video is given but not marked, or marked but not given: a placeholder that reaches a forward without features
+    would silently be read as a word.
     """
     text = base.tokenizer.apply_chat_template(
         [{"role": m.role, "content": m.content} for m in messages], tokenize=False, add_generation_prompt=True
@@ -119,7 +119,9 @@ def encode_text(base: Base, text: str) -> list[int]:
     """Plain text -> ids, without special tokens; refuses a text that holds the video's placeholder."""
     ids = base.tokenizer.encode(text, add_special_tokens=False)
     if base.placeholder_id in ids:
-        raise ModelError(f"A text holds the video placeholder: {text[:200]!r}. Remove it: only prompts may mark a video.")
+        raise ModelError(
+            f"A text holds the video placeholder: {text[:200]!r}. Remove it: only prompts may mark a video."
+        )
     return ids
 
 

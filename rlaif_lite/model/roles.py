@@ -1,13 +1,13 @@
 """Roles: named LoRA adapters, and scalar heads, on one frozen base.
 
-Policy, reference, judge, reward and value differ only in a few hundred kilobytes (7B: a few hundred megabytes) of adapter.
-`roles.use("policy")` opens a scope in which the base behaves as that role; the forward AND the backward of a role belong into
-one scope. Switching in between gives wrong gradients without any error (the backward of a LoRA layer reads the adapter that
-is active then), so a scope refuses to be opened inside another one, and the hidden states of a role refuse a gradient that
-arrives in another role's scope.
+Policy, reference, judge, reward and value differ only in a few hundred kilobytes (7B: a few hundred megabytes) of
+adapter. `roles.use("policy")` opens a scope in which the base behaves as that role; the forward AND the backward of a
+role belong into one scope. Switching in between gives wrong gradients without any error (the backward of a LoRA layer
+reads the adapter that is active then), so a scope refuses to be opened inside another one, and the hidden states of a
+role refuse a gradient that arrives in another role's scope.
 
-The policy starts as a copy of the SFT adapter and the reference IS that frozen adapter, so KL(policy || reference) is exactly
-zero at step 0. (The release instead loads the same file twice, onto two adapters; the numbers are the same.)
+The policy starts as a copy of the SFT adapter and the reference IS that frozen adapter, so KL(policy || reference) is
+exactly zero at step 0. (The release instead loads the same file twice, onto two adapters; the numbers are the same.)
 
 Shapes: B rows, S positions, D width.
 """
@@ -79,12 +79,15 @@ class Roles:
                 self.heads[name] = copy.deepcopy(self.heads[copy_of]).requires_grad_(False)
 
     def add_head(self, name: str, *, zero: bool, seed: int = 0) -> None:
-        """Give role `name` a scalar head, Linear(D -> 1) in float32 with zero bias; `zero` for a value head (published)."""
+        """Give role `name` a scalar head, Linear(D -> 1) in float32 with zero bias; `zero` for a value head
+        (published)."""
         head = nn.Linear(self.base.width, 1, dtype=torch.float32)
         generator = torch.Generator().manual_seed(seed)
         nn.init.zeros_(head.bias)
         with torch.no_grad():
-            head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * (0.0 if zero else self.base.width**-0.5))
+            head.weight.copy_(
+                torch.randn(head.weight.shape, generator=generator) * (0.0 if zero else self.base.width**-0.5)
+            )
         self.heads[name] = head.to(self.base.device).requires_grad_(False)
 
     def load(self, name: str, folder: Path) -> None:
@@ -92,14 +95,18 @@ class Roles:
         self._refuse_known(name)
         path = folder / "adapter_model.safetensors"
         if not path.exists():
-            raise ModelError(f"There is no adapter at {folder} (adapter_model.safetensors is missing) to load role `{name}` from.")
+            raise ModelError(
+                f"There is no adapter at {folder} (adapter_model.safetensors is missing) to load role `{name}` from."
+            )
         config = LoraConfig.from_pretrained(str(folder))
         config.inference_mode = False
         self._attach(name, config)
         saved = load_file(path)
         for key, parameter in self._named_parameters(name).items():
             if key not in saved:
-                raise ModelError(f"{path} has no tensor `{key}`: it was trained on another architecture than this base.")
+                raise ModelError(
+                    f"{path} has no tensor `{key}`: it was trained on another architecture than this base."
+                )
             if saved[key].shape != parameter.shape:
                 raise ModelError(
                     f"{path}: `{key}` has shape {tuple(saved[key].shape)}, this base needs {tuple(parameter.shape)}: "
@@ -111,7 +118,8 @@ class Roles:
             self.heads[name].load_state_dict(load_file(folder / "head.safetensors"))
 
     def save(self, name: str, folder: Path) -> None:
-        """Write role `name` as a PEFT adapter folder that plain `PeftModel.from_pretrained` loads; a head lies beside it.
+        """Write role `name` as a PEFT adapter folder that plain `PeftModel.from_pretrained` loads; a head lies beside
+        it.
 
         The folder appears whole or not at all."""
         tmp = folder.with_name(f".{folder.name}.tmp")
@@ -124,7 +132,9 @@ class Roles:
         config.inference_mode = True
         config.save_pretrained(str(tmp))
         if name in self.heads:
-            save_file({k: v.contiguous().cpu() for k, v in self.heads[name].state_dict().items()}, tmp / "head.safetensors")
+            save_file(
+                {k: v.contiguous().cpu() for k, v in self.heads[name].state_dict().items()}, tmp / "head.safetensors"
+            )
         _replace_folder(tmp, folder)
 
     def remove(self, name: str) -> None:
@@ -221,7 +231,8 @@ class ActiveRole:
     def hidden(self, batch: Batch) -> Tensor:
         """Run the decoder over a batch -> hidden_BSD after its final norm."""
         base = self.roles.base
-        # transformers checkpoints in training mode only (no dropout wakes up), and drops the key/value cache in it: leave it after.
+        # transformers checkpoints in training mode only (no dropout wakes up), and drops the key/value cache in it:
+        # leave it after.
         checkpointing = base.gradient_checkpointing and torch.is_grad_enabled()
         if checkpointing:
             base.decoder.train()
@@ -257,4 +268,3 @@ def _replace_folder(tmp: Path, folder: Path) -> None:
         os.replace(folder, old)
     os.replace(tmp, folder)
     shutil.rmtree(old, ignore_errors=True)
-

@@ -94,7 +94,10 @@ def figures(folder: Path) -> dict[str, Any]:
         raise StageError(f"The run in {folder} is not finished. Run its recipe again; it goes on where it stopped.")
     judges = {row["judge"] + ("+context" if row["context"] else ""): row for row in summary["preference"]["judges"]}
     stages = summary["stages"].values()
-    cost = {"seconds": sum(s["seconds"] for s in stages), "peak_mib": max(s["peak_memory_bytes"] for s in stages) / 2**20}
+    cost = {
+        "seconds": sum(s["seconds"] for s in stages),
+        "peak_mib": max(s["peak_memory_bytes"] for s in stages) / 2**20,
+    }
     kept = ("recipe", "recipe_hash", "seed", "world_seed", "device", "machine", "versions", "stages", "evaluation", "evaluation_intervals",
             "preference", "reward", "ppo")  # fmt: skip
     return {"name": folder.name, "judge": judges, "cost": cost} | {key: summary[key] for key in kept}

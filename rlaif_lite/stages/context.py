@@ -1,7 +1,9 @@
-"""The narrative: the SFT model describes consecutive clips of each preference video, and the captions are joined in time.
+"""The narrative: the SFT model describes consecutive clips of each preference video, and the captions are joined in
+time.
 
-Published: at most 20 frames a clip, 3 clips the best setting, "Describe this video in detail" (VLM-RLAIF section 3.2). Decoding is
-greedy, so the narrative is a function of the adapter alone. Each video is described once, however many prompts it has.
+Published: at most 20 frames a clip, 3 clips the best setting, "Describe this video in detail" (VLM-RLAIF section
+3.2). Decoding is greedy, so the narrative is a function of the adapter alone. Each video is described once, however
+many prompts it has.
 """
 
 from ..data.records import Message
@@ -16,7 +18,8 @@ NEEDS = ("data", "features", "sft")
 
 
 def run(work: Workspace) -> dict:
-    """Write `context/narratives.json`: {video: narrative}, and `context/captions.jsonl` with the captions of each clip."""
+    """Write `context/narratives.json`: {video: narrative}, and `context/captions.jsonl` with the captions of each
+    clip."""
     recipe = work.recipe
     section = recipe.context
     work.load_role("sft")

@@ -1,4 +1,5 @@
-"""The data of the run: the synthetic world is made here when the recipe asks for one; files that are there are read and counted.
+"""The data of the run: the synthetic world is made here when the recipe asks for one; files that are there are read
+and counted.
 
 Nothing is trained yet, so whatever is wrong with a file or a path is found now and not after an hour.
 """
@@ -20,7 +21,11 @@ def run(work: Workspace) -> dict:
         splits = WorldSplits(sft=world.sft, preference=world.preference, rl=world.rl, test=world.test)
         with progress(world.sft + world.preference + world.rl + world.test, "world", unit="video") as bar:
             write_world(
-                work.data_folder, splits, world.seed, WorldConfig(dropout=world.dropout), workers=world.workers or os.cpu_count() or 1,
+                work.data_folder,
+                splits,
+                world.seed,
+                WorldConfig(dropout=world.dropout),
+                workers=world.workers or os.cpu_count() or 1,
                 progress=lambda done, total: bar.advance(done - bar.done),
             )
     counts = {name: len(work.records(name)) for name in work.split_names()}

@@ -1,8 +1,9 @@
 """Held-out videos, the same for every role: greedy and sampled answers, against the truth where it is known.
 
-Every role answers with the same random numbers, so that differences are the roles'. The SFT model is also sampled at lower
-temperatures: what sharpening alone would give must not be sold as alignment. Metrics are ratios of sums over the test set;
-intervals resample videos (`report.stats`). Without truth in the data, lengths and stop rates are what is reported.
+Every role answers with the same random numbers, so that differences are the roles'. The SFT model is also sampled at
+lower temperatures: what sharpening alone would give must not be sold as alignment. Metrics are ratios of sums over
+the test set; intervals resample videos (`report.stats`). Without truth in the data, lengths and stop rates are what
+is reported.
 """
 
 import re
@@ -31,7 +32,11 @@ def run(work: Workspace) -> dict:
     """Write `evaluate/<role>.<mode>.jsonl`, the example strips, and return the tables of the summary."""
     section = work.recipe.evaluate
     records = work.records("test") if section.roles else []
-    jobs = [(role, mode, temperature) for role in section.roles for mode, temperature in (("greedy", 0.0), ("sample", section.temperature))]
+    jobs = [
+        (role, mode, temperature)
+        for role in section.roles
+        for mode, temperature in (("greedy", 0.0), ("sample", section.temperature))
+    ]
     if "sft" in section.roles:
         jobs += [("sft", "sample", t) for t in section.temperatures]
     rows = {}
@@ -44,8 +49,11 @@ def run(work: Workspace) -> dict:
     for (role, mode, temperature), found in rows.items():
         column = role if mode == "greedy" or temperature == section.temperature else f"{role}@{temperature:g}"
         evaluation.setdefault(column, {}).update({f"{mode}_{name}": value for name, value in metrics_of(found).items()})
-    intervals = {f"ppo-{before}": compare(work, rows, before, "ppo") for before in ("sft", "reference")
-                 if {before, "ppo"} <= set(section.roles)}
+    intervals = {
+        f"ppo-{before}": compare(work, rows, before, "ppo")
+        for before in ("sft", "reference")
+        if {before, "ppo"} <= set(section.roles)
+    }
     return {"evaluation": evaluation, "evaluation_intervals": intervals, "videos": len(records)}
 
 
@@ -66,9 +74,21 @@ def answer_all(work: Workspace, role: str, mode: str, temperature: float, done) 
         for trajectory in found:
             record, text = batch[trajectory.prompt], decode_answer(base, trajectory.ids)
             truth = None if record.facts is None else world_text.truth(text, record.facts)._asdict()
-            out.append({"id": record.id, "role": role, "mode": mode, "temperature": temperature, "prompt": question_of(record),
-                        "answer": text, "length": len(trajectory.ids), "stopped": trajectory.stopped, "truth": truth,
-                        "repetition": repetition(trajectory.ids), "wrong_words": wrong_words(text, record)})
+            out.append(
+                {
+                    "id": record.id,
+                    "role": role,
+                    "mode": mode,
+                    "temperature": temperature,
+                    "prompt": question_of(record),
+                    "answer": text,
+                    "length": len(trajectory.ids),
+                    "stopped": trajectory.stopped,
+                    "truth": truth,
+                    "repetition": repetition(trajectory.ids),
+                    "wrong_words": wrong_words(text, record),
+                }
+            )
         return out
 
     path = work.stage("evaluate") / f"{role}.{mode}{f'@{temperature:g}' if mode == 'sample' else ''}.jsonl"
@@ -104,7 +124,9 @@ def compare(work: Workspace, rows: dict, before: str, after: str) -> dict[str, d
         known = all(row["truth"] is not None for row in rows[after, mode, temperature])
         for name, ratio in RATIOS.items():
             if known or name not in NEEDS_TRUTH:
-                interval = paired_bootstrap(np.stack([a[i] for i in b]), np.stack(list(b.values())), ratio, section.bootstrap, work.recipe.seed)
+                interval = paired_bootstrap(
+                    np.stack([a[i] for i in b]), np.stack(list(b.values())), ratio, section.bootstrap, work.recipe.seed
+                )
                 out[f"{mode}_{name}"] = interval._asdict()
     return out
 
@@ -119,7 +141,9 @@ def write_examples(work: Workspace, records: list[Record]) -> None:
             continue
         frames = decode(record.video, count=STRIP_FRAMES).rgb_THWC
         width = round(frames.shape[2] * STRIP_HEIGHT / frames.shape[1])
-        strip = np.concatenate([np.asarray(Image.fromarray(f).resize((width, STRIP_HEIGHT), Image.Resampling.LANCZOS)) for f in frames], 1)
+        strip = np.concatenate(
+            [np.asarray(Image.fromarray(f).resize((width, STRIP_HEIGHT), Image.Resampling.LANCZOS)) for f in frames], 1
+        )
         Image.fromarray(strip).save(folder / f"{number:02d}.png")
         truth = None if record.facts is None else world_text.describe(record.facts)
         index.append({"id": record.id, "file": f"{number:02d}.png", "truth": truth})

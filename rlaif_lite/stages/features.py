@@ -1,8 +1,9 @@
 """Frames to tokens, once: decode, frozen vision tower and projector, pruning, cache. Then the tower is dropped.
 
-The release pushes 50 frames through the tower for policy, reference, reward and value in every epoch. Here a video is decoded and
-encoded once, its clips for the context stage in the same pass, and the pruned tokens are kept on disk under a key of everything
-they depend on: the video's bytes, the sampling, the image processor, the tower's weights, the prune chain, the dtype.
+The release pushes 50 frames through the tower for policy, reference, reward and value in every epoch. Here a video is
+decoded and encoded once, its clips for the context stage in the same pass, and the pruned tokens are kept on disk
+under a key of everything they depend on: the video's bytes, the sampling, the image processor, the tower's weights,
+the prune chain, the dtype.
 
 Shapes: T frames, P tokens per frame, D width, K tokens kept.
 """
@@ -30,16 +31,17 @@ NEEDS = ("data",)
 
 
 def run(work: Workspace) -> dict:
-    """Fill the cache and write `features/index.json`. Unreadable videos stop the run with their list once all others are done,
-    or are set aside and counted (`data.on_missing: skip`)."""
+    """Fill the cache and write `features/index.json`. Unreadable videos stop the run with their list once all others
+    are done, or are set aside and counted (`data.on_missing: skip`)."""
     base = work.base(tower=True)
     wanted = views_of(work)
     tower = tower_digest(base)
     processor = base.images._asdict() | {"of": tower_config(base)}
     chain = [step.model_dump() for step in work.recipe.features.prune]
     keys = {
-        name: feature_key(video=video_digest(video), views=views, processor=processor, tower=tower, chain=chain,
-                          dtype=str(base.dtype))
+        name: feature_key(
+            video=video_digest(video), views=views, processor=processor, tower=tower, chain=chain, dtype=str(base.dtype)
+        )
         for name, (video, views) in wanted.items()
     }
     missing = {name: wanted[name] for name in wanted if not work.store.has(keys[name])}
@@ -59,14 +61,16 @@ def run(work: Workspace) -> dict:
             "The others are cached. Mend or remove these, or set `data.on_missing: skip` to go on without them."
         )
     write_json(work.stage("features") / "quarantine.json", failed)
-    write_index(work.folder / "features" / "index.json", {name: key for name, key in keys.items() if name not in failed})
+    write_index(
+        work.folder / "features" / "index.json", {name: key for name, key in keys.items() if name not in failed}
+    )
     base.drop_tower()
     return describe(work, wanted, keys, failed)
 
 
 def views_of(work: Workspace) -> dict[str, tuple[str | tuple[str, ...], dict[str, View]]]:
-    """{video name: (video, its views)}: the whole of every video, the clips that records name, and all clips where a narrative
-    is to be written."""
+    """{video name: (video, its views)}: the whole of every video, the clips that records name, and all clips where a
+    narrative is to be written."""
     section = work.recipe.features
     wanted: dict[str, tuple[str | tuple[str, ...], dict[str, View]]] = {}
 
@@ -74,7 +78,9 @@ def views_of(work: Workspace) -> dict[str, tuple[str | tuple[str, ...], dict[str
         _, views = wanted.setdefault(work.name_of(record), (record.video, {WHOLE: View(section.frames)}))
         for clip in clips:
             if clip >= section.clips:
-                raise DataError(f"{record.source}: the record is about clip {clip}, but `features.clips` is {section.clips}.")
+                raise DataError(
+                    f"{record.source}: the record is about clip {clip}, but `features.clips` is {section.clips}."
+                )
             views[f"clip{clip}"] = View(section.clip_frames, clip, section.clips)
 
     for split in work.split_names():
@@ -86,8 +92,8 @@ def views_of(work: Workspace) -> dict[str, tuple[str | tuple[str, ...], dict[str
 
 
 def decoded(wanted: dict, workers: int, size: tuple[int, int]) -> Iterator[tuple[str, dict[str, Frames] | VideoError]]:
-    """Decode in worker processes, a few videos ahead, and yield in order. A file that crashes a decoder takes a worker with it and
-    not the run's state."""
+    """Decode in worker processes, a few videos ahead, and yield in order. A file that crashes a decoder takes a
+    worker with it and not the run's state."""
     if workers == 0:
         for name, (video, views) in wanted.items():
             yield name, _decode(video, views, size)
@@ -117,7 +123,14 @@ def encode(base: Base, frames: dict[str, Frames], chain: list[dict]) -> dict[str
     for name, features in zip(frames, features_TPD.split([len(view.time_T) for view in frames.values()]), strict=True):
         pruned = apply(chain, features)
         time_T = torch.as_tensor(frames[name].time_T)
-        out[name] = FeatureRecord(pruned.features_KC.cpu(), pruned.position_K.cpu(), pruned.frame_K.cpu(), time_T, pruned.layout_tokens, len(time_T))
+        out[name] = FeatureRecord(
+            pruned.features_KC.cpu(),
+            pruned.position_K.cpu(),
+            pruned.frame_K.cpu(),
+            time_T,
+            pruned.layout_tokens,
+            len(time_T),
+        )
     return out
 
 
@@ -133,7 +146,11 @@ def tower_digest(base: Base) -> str:
 
 def tower_config(base: Base) -> dict:
     """The base's configuration but for its language model: layer, strategy and strides decide the features as well."""
-    return {key: value for key, value in base.model.config.to_diff_dict().items() if key not in ("text_config", "quantization_config")}
+    return {
+        key: value
+        for key, value in base.model.config.to_diff_dict().items()
+        if key not in ("text_config", "quantization_config")
+    }
 
 
 def describe(work: Workspace, wanted: dict, keys: dict[str, str], failed: dict[str, str]) -> dict:
@@ -144,5 +161,7 @@ def describe(work: Workspace, wanted: dict, keys: dict[str, str], failed: dict[s
         view = work.store.get(keys[first])[WHOLE]
         frames, unpruned = view.frames, view.frames * work.base().family.grid(work.base().model.config) ** 2
         out |= {"frames": frames, "tokens_before": unpruned, "tokens_after": view.features_KD.shape[0]}
-        say(f"features: {frames} frames, {unpruned} video tokens, {view.features_KD.shape[0]} after pruning (first video: {first})")
+        say(
+            f"features: {frames} frames, {unpruned} video tokens, {view.features_KD.shape[0]} after pruning (first video: {first})"
+        )
     return out

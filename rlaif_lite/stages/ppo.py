@@ -4,32 +4,33 @@ One step, in the order of the code:
 
     1  `rollout`     the policy answers prompts
     2  `score`       policy, reference, reward and value roles read the answers, micro-batch by micro-batch
-    3  `advantages`  reward - kl_coef * KL per token, the score on the last real token; GAE, or leave-one-out without a critic
-    4  `update`      clipped policy loss and value loss over a few epochs of minibatches
+    3  `advantages`  reward - kl_coef * KL per token, the score on the last real token; GAE, or leave-one-out without
+    a critic 4  `update`      clipped policy loss and value loss over a few epochs of minibatches
 
-Micro-batches are cut once per step and are the same rows, with the same padding, in every forward of that step. So at the first
-minibatch of a step the new log-probs equal the old ones bit for bit: ratio exactly 1, and at step 0, where the policy is a copy of
-the reference, KL exactly 0. Both are checked before an hour is spent (`check_first_step`).
+Micro-batches are cut once per step and are the same rows, with the same padding, in every forward of that step. So at
+the first minibatch of a step the new log-probs equal the old ones bit for bit: ratio exactly 1, and at step 0, where
+the policy is a copy of the reference, KL exactly 0. Both are checked before an hour is spent (`check_first_step`).
 
-Departures from the release, each one a defect mended or a memory saved: every mean is over real tokens only; the score stands on
-the last real token; the stop rule is EOS alone; the KL is not clamped; no factor of 10 on the rewards; the reward may be
-standardised on the reference's answers (`ppo.normalize_reward`); `ppo.value: none` trains no critic (RLOO).
+Departures from the release, each one a defect mended or a memory saved: every mean is over real tokens only; the
+score stands on the last real token; the stop rule is EOS alone; the KL is not clamped; no factor of 10 on the
+rewards; the reward may be standardised on the reference's answers (`ppo.normalize_reward`); `ppo.value: none` trains
+no critic (RLOO).
 
-Shapes: B answers of a step, b of a micro-batch, S positions, T answer tokens (padded on the right), N real answer tokens, D width.
+Shapes: B answers of a step, b of a micro-batch, S positions, T answer tokens (padded on the right), N real answer
+tokens, D width.
 """
 
 import json
 import time
-from typing import NamedTuple
 
 import torch
-from rlaif_kernels import PpoStats, gae, linear_logprob, ppo_policy_loss
+from rlaif_kernels import PpoStats, gae, ppo_policy_loss
 from torch import Tensor
 
 from ..data.records import Record
 from ..data.world_text import score as truth_score
 from ..errors import StageError
-from ..model.inputs import IGNORE, Batch, Sequence, collate, decode_answer, encode_prompt, target_rows
+from ..model.inputs import IGNORE, decode_answer, encode_prompt
 from ..model.roles import ActiveRole
 from ..progress import progress
 from ..rl.advantages import rloo, whiten
@@ -37,8 +38,9 @@ from ..rl.losses import explained_variance, repetition, value_loss
 from ..rl.shaping import AdaptiveKL, FixedKL, kl_penalty, sequence_score, shaped_reward
 from ..rollout import Sampling, Trajectory, sample
 from ..training.fit import keep, restore
-from ..training.loop import batches, derive_seed, split_micro
+from ..training.loop import batches, derive_seed
 from ..workspace import Workspace, chunks, read_jsonl, write_json
+from .experience import Experience, Micro, cut, place, token_logp, token_value
 from .reward import RewardInput, check_floor
 
 READS = ("seed", "model", "reward.prompt", "reward.pool", "reward.pool_tokens", "reward.floor", "ppo", "data.rl")
@@ -46,34 +48,8 @@ NEEDS = ("features", "sft", "reward")
 BETAS = (0.9, 0.99)
 
 
-class Micro(NamedTuple):
-    """One micro-batch: some answers of the step, laid out for the policy and for the reward and value roles."""
-
-    index_b: Tensor  # which answers of the step
-    batch: Batch  # prompt + answer, as the policy reads them
-    target_bS: Tensor  # the answer token that each position predicts, IGNORE elsewhere
-    reward_prompts: list[Sequence]
-    reward_batch: Batch  # prompt of the reward model + answer
-    reward_target_bS: Tensor
-    answers: list[list[int]]
-
-
-class Experience(NamedTuple):
-    """What is known of a step's answers before the update; everything is 0 at pads."""
-
-    mask_BT: Tensor  # bool, real answer tokens (EOS included)
-    logp_BT: Tensor  # log-probs of the sampling policy, recomputed
-    entropy_BT: Tensor
-    kl_BT: Tensor  # per-token estimate of KL(policy || reference), nats
-    value_BT: Tensor  # value of the state before each token; zeros without a critic
-    rm_B: Tensor  # reward model's score, standardised when the recipe says so
-    score_B: Tensor  # with stop and length penalties
-    advantage_BT: Tensor
-    return_BT: Tensor
-
-
 def run(work: Workspace) -> dict:
-    """Train the `policy` role; writes its adapter and the value adapter, `metrics.jsonl` lines and `ppo/answers.jsonl`."""
+    """Train the `policy` role; writes its adapter and the value adapter, and a `metrics.jsonl` line per step."""
     recipe, section = work.recipe, work.recipe.ppo
     check_floor(recipe, read_heldout(work))
     for role in ("reference", "reward"):
@@ -91,7 +67,11 @@ def run(work: Workspace) -> dict:
         optimizers[role] = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, betas=BETAS, fused=True)
     folder = work.stage("ppo") / "checkpoint"
     start, state = restore(roles, optimizers, folder)
-    controller = AdaptiveKL(section.kl_coef, section.kl_target, section.kl_horizon) if section.kl_target else FixedKL(section.kl_coef)
+    controller = (
+        AdaptiveKL(section.kl_coef, section.kl_target, section.kl_horizon)
+        if section.kl_target
+        else FixedKL(section.kl_coef)
+    )
     layout = RewardInput(work)
     if start:
         controller.load_state_dict(state["controller"])
@@ -121,7 +101,12 @@ def run(work: Workspace) -> dict:
             controller.update(metrics["objective/kl"], len(answers))
             seconds = time.perf_counter() - began
             tokens = sum(len(a.ids) for a in answers)
-            work.log.append("ppo", step, metrics, {"seconds": seconds, "rollout_seconds": sampled, "tokens_per_second": tokens / seconds})
+            work.log.append(
+                "ppo",
+                step,
+                metrics,
+                {"seconds": seconds, "rollout_seconds": sampled, "tokens_per_second": tokens / seconds},
+            )
             if (step + 1) % section.checkpoint_every == 0 or step + 1 == section.steps:
                 extra = {"controller": controller.state_dict(), "normalizer": [mean, std]}
                 keep(roles, optimizers, folder, step + 1, extra)
@@ -130,7 +115,11 @@ def run(work: Workspace) -> dict:
         roles.trainable(role, False)
         roles.save(role, work.adapter(role))
     sizes = {role: roles.size(role)._asdict() for role in roles.names}
-    return finish(work) | {"roles": sizes, "base_bytes": work.base().bytes(), "base_fingerprint": work.base().fingerprint()}
+    return finish(work) | {
+        "roles": sizes,
+        "base_bytes": work.base().bytes(),
+        "base_fingerprint": work.base().fingerprint(),
+    }
 
 
 def rollout(work: Workspace, records: list[Record], step: int) -> list[Trajectory]:
@@ -140,31 +129,19 @@ def rollout(work: Workspace, records: list[Record], step: int) -> list[Trajector
     sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p)
     seeds = [work.seed("ppo", step, i) for i in range(len(records))]
     with work.roles.use("policy") as policy:
-        return sample(policy, prompts, sampling, seeds=seeds, per_prompt=section.group_size, batch_size=section.rollouts)
-
-
-def cut(work: Workspace, layout: RewardInput, records: list[Record], answers: list[Trajectory], step: int) -> list[list[Micro]]:
-    """Shuffle the step's answers into minibatches, each a list of micro-batches."""
-    base, section = work.base(), work.recipe.ppo
-    generator = torch.Generator().manual_seed(derive_seed(work.recipe.seed, "ppo", "minibatches", step))
-    order = torch.randperm(len(answers), generator=generator).tolist()
-
-    def micro(index: list[int]) -> Micro:
-        ids = [answers[i].ids for i in index]
-        rows = [encode_prompt(base, records[i].prompt, work.features(records[i])).extend(a) for i, a in zip(index, ids)]
-        prompts = [layout.prompt(records[i]) for i in index]
-        reward_rows = [p.extend(a) for p, a in zip(prompts, ids)]
-        batch, reward_batch = collate(base, rows), collate(base, reward_rows)
-        targets = [target_rows(r, ids, b.ids_BS.shape[1]).to(base.device) for r, b in ((rows, batch), (reward_rows, reward_batch))]
-        return Micro(torch.tensor(index, device=base.device), batch, targets[0], prompts, reward_batch, targets[1], ids)
-
-    minibatches = chunks(order, section.minibatch)
-    return [[micro(sorted(part, key=lambda i: len(answers[i].ids))) for part in split_micro(m, section.micro_batch)] for m in minibatches]
+        return sample(
+            policy, prompts, sampling, seeds=seeds, per_prompt=section.group_size, batch_size=section.rollouts
+        )
 
 
 @torch.no_grad()
 def score(
-    work: Workspace, layout: RewardInput, minibatches: list[list[Micro]], answers: list[Trajectory], kl_coef: float, mean: float,
+    work: Workspace,
+    layout: RewardInput,
+    minibatches: list[list[Micro]],
+    answers: list[Trajectory],
+    kl_coef: float,
+    mean: float,
     std: float,
 ) -> Experience:
     """2. and 3. All roles read the answers; then KL, rewards and advantages."""
@@ -187,7 +164,9 @@ def score(
             with roles.use("value") as value:
                 place(value_BT, rows, mask_BT, token_value(value, micro))
     stopped_B = torch.tensor([a.stopped for a in answers], device=device)
-    score_B = sequence_score(rm_B, stopped_B, length_B, section.max_new_tokens, section.stop_penalty, section.length_penalty)
+    score_B = sequence_score(
+        rm_B, stopped_B, length_B, section.max_new_tokens, section.stop_penalty, section.length_penalty
+    )
     kl_BT = kl_penalty(logp_BT, ref_logp_BT, section.kl_estimator) * mask_BT
     advantage_BT, return_BT = advantages(work, score_B, kl_BT, value_BT, mask_BT, kl_coef)
     return Experience(mask_BT, logp_BT, entropy_BT, kl_BT, value_BT, rm_B, score_B, advantage_BT, return_BT)
@@ -213,9 +192,14 @@ def advantages(
 
 
 def update(
-    work: Workspace, minibatches: list[list[Micro]], experience: Experience, optimizers: dict[str, torch.optim.Optimizer], step: int
+    work: Workspace,
+    minibatches: list[list[Micro]],
+    experience: Experience,
+    optimizers: dict[str, torch.optim.Optimizer],
+    step: int,
 ) -> list[dict[str, Tensor]]:
-    """4. Every epoch goes over all minibatches in a new order; one optimiser step of each trained role per minibatch."""
+    """4. Every epoch goes over all minibatches in a new order; one optimiser step of each trained role per
+    minibatch."""
     section, roles = work.recipe.ppo, work.roles
     generator = torch.Generator().manual_seed(derive_seed(work.recipe.seed, "ppo", "epochs", step))
     history = []
@@ -231,14 +215,19 @@ def update(
             if section.value == "adapter":
                 with roles.use("value") as value:
                     losses = [value_backward(work, value, micro, experience, real) for micro in minibatch]
-                stats.append({"value_loss": sum(loss for loss, _ in losses), "value_clipfrac": sum(c for _, c in losses)})
+                stats.append(
+                    {"value_loss": sum(loss for loss, _ in losses), "value_clipfrac": sum(c for _, c in losses)}
+                )
                 clip_and_step(roles.parameters("value", head=True), optimizers["value"], section.max_grad_norm)
             history.append({name: value for part in stats for name, value in part.items()})
     return history
 
 
-def policy_backward(work: Workspace, policy: ActiveRole, micro: Micro, experience: Experience, real: Tensor) -> PpoStats:
-    """Forward and backward of the clipped policy loss on one micro-batch; `real` tokens of the minibatch are its denominator."""
+def policy_backward(
+    work: Workspace, policy: ActiveRole, micro: Micro, experience: Experience, real: Tensor
+) -> PpoStats:
+    """Forward and backward of the clipped policy loss on one micro-batch; `real` tokens of the minibatch are its
+    denominator."""
     section, base = work.recipe.ppo, work.base()
     scored_bS = micro.target_bS != IGNORE
     mask_bT = experience.mask_BT[micro.index_b]
@@ -252,7 +241,9 @@ def policy_backward(work: Workspace, policy: ActiveRole, micro: Micro, experienc
     return stats
 
 
-def value_backward(work: Workspace, value: ActiveRole, micro: Micro, experience: Experience, real: Tensor) -> tuple[Tensor, Tensor]:
+def value_backward(
+    work: Workspace, value: ActiveRole, micro: Micro, experience: Experience, real: Tensor
+) -> tuple[Tensor, Tensor]:
     """Forward and backward of the value loss on one micro-batch -> (loss, clip fraction)."""
     section = work.recipe.ppo
     mask_bT = experience.mask_BT[micro.index_b]
@@ -264,33 +255,16 @@ def value_backward(work: Workspace, value: ActiveRole, micro: Micro, experience:
     return loss.detach(), stats.clipfrac
 
 
-def token_logp(work: Workspace, role: ActiveRole, micro: Micro) -> tuple[Tensor, Tensor]:
-    """(logp_N, entropy_N) of the micro-batch's answer tokens under a role, at the sampling temperature."""
-    base = work.base()
-    scored_bS = micro.target_bS != IGNORE
-    found = linear_logprob(
-        role.hidden(micro.batch)[scored_bS], base.head_weight_VD, micro.target_bS[scored_bS], bias_V=base.ban_bias_V,
-        temperature=work.recipe.ppo.temperature,
-    )
-    return found.logp_N, found.entropy_N
-
-
-def token_value(role: ActiveRole, micro: Micro) -> Tensor:
-    """value_N of the state before each answer token."""
-    return role.scalar(role.hidden(micro.reward_batch)[micro.reward_target_bS != IGNORE])
-
-
-def place(out_BT: Tensor, rows: Tensor, mask_BT: Tensor, values_N: Tensor) -> None:
-    """Write the values of some rows' real tokens, in order, into a padded tensor."""
-    part_bT = torch.zeros_like(out_BT[rows])
-    part_bT[mask_BT[rows]] = values_N
-    out_BT[rows] = part_bT
-
-
 def merge(parts: list[PpoStats]) -> dict[str, Tensor]:
     """Statistics of a minibatch from those of its micro-batches: means add up, extremes are taken."""
-    sums = {name: sum(getattr(p, name) for p in parts) for name in ("policy_loss", "approxkl", "clipfrac", "entropy", "ratio_mean")}
-    return sums | {"ratio_min": torch.stack([p.ratio_min for p in parts]).min(), "ratio_max": torch.stack([p.ratio_max for p in parts]).max()}
+    sums = {
+        name: sum(getattr(p, name) for p in parts)
+        for name in ("policy_loss", "approxkl", "clipfrac", "entropy", "ratio_mean")
+    }
+    return sums | {
+        "ratio_min": torch.stack([p.ratio_min for p in parts]).min(),
+        "ratio_max": torch.stack([p.ratio_max for p in parts]).max(),
+    }
 
 
 def clip_and_step(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, max_norm: float) -> None:
@@ -318,7 +292,9 @@ def reward_scale(work: Workspace, layout: RewardInput) -> tuple[float, float]:
     scores = []
     for part in chunks(list(range(len(records))), section.micro_batch or section.minibatch):
         with work.roles.use("reward") as reward:
-            scores.append(layout.score(reward, [layout.prompt(records[i]) for i in part], [answers[i].ids for i in part]))
+            scores.append(
+                layout.score(reward, [layout.prompt(records[i]) for i in part], [answers[i].ids for i in part])
+            )
     score_N = torch.cat(scores)
     return score_N.mean().item(), max(score_N.std().item(), 1e-6)
 
@@ -336,10 +312,15 @@ def check_first_step(experience: Experience, history: list[dict[str, Tensor]]) -
 
 
 def describe(
-    work: Workspace, records: list[Record], answers: list[Trajectory], experience: Experience, history: list[dict[str, Tensor]],
+    work: Workspace,
+    records: list[Record],
+    answers: list[Trajectory],
+    experience: Experience,
+    history: list[dict[str, Tensor]],
     kl_coef: float,
 ) -> dict[str, float]:
-    """The step's metrics, under TRL's names; `rollout/oracle_score` only where the truth is known (it is never trained on)."""
+    """The step's metrics, under TRL's names; `rollout/oracle_score` only where the truth is known (it is never
+    trained on)."""
     e, base = experience, work.base()
     mean = {name: torch.stack([h[name] for h in history]).float().mean().item() for name in history[0]}
     lengths = [len(a.ids) for a in answers]
@@ -366,7 +347,11 @@ def describe(
         metrics["loss/value_avg"] = mean["value_loss"]
         metrics["val/clipfrac_avg"] = mean["value_clipfrac"]
         metrics["val/explained_variance"] = explained_variance(e.value_BT, e.return_BT, e.mask_BT)
-    truths = [truth_score(decode_answer(base, a.ids), r.facts) for r, a in zip(records, answers, strict=True) if r.facts is not None]
+    truths = [
+        truth_score(decode_answer(base, a.ids), r.facts)
+        for r, a in zip(records, answers, strict=True)
+        if r.facts is not None
+    ]
     if truths:
         metrics["rollout/oracle_score"] = sum(truths) / len(truths)
     return metrics
@@ -380,8 +365,13 @@ def finish(work: Workspace) -> dict:
     """The summary's `ppo` block, from the log."""
     lines = [line for line in read_jsonl(work.log.path) if line["stage"] == "ppo"]
     first, last = lines[0], lines[-1]
-    out = {"steps": len(lines), "kl_start": first["objective/kl"], "kl_end": last["objective/kl"],
-           "reward_start": first["objective/scores"], "reward_end": last["objective/scores"]}
+    out = {
+        "steps": len(lines),
+        "kl_start": first["objective/kl"],
+        "kl_end": last["objective/kl"],
+        "reward_start": first["objective/scores"],
+        "reward_end": last["objective/scores"],
+    }
     if "rollout/oracle_score" in first:
         out |= {"oracle_start": first["rollout/oracle_score"], "oracle_end": last["rollout/oracle_score"]}
     write_json(work.stage("ppo") / "result.json", out)

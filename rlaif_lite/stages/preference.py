@@ -1,11 +1,13 @@
-"""Preferences that the model itself gives: it answers each prompt several times and judges its own answers (VLM-RLAIF section 3.2).
+"""Preferences that the model itself gives: it answers each prompt several times and judges its own answers (VLM-RLAIF
+section 3.2).
 
-Answers are sampled from the SFT model. A judge, which is the SFT model too, reads the video, the narrative, and the answers:
-`pairwise` compares two answers by logits in both orders (the published form), `claims` checks each answer claim by claim and
-prefers the higher score. Pairs are written in the JSON shape of the released files, with scores beside them.
+Answers are sampled from the SFT model. A judge, which is the SFT model too, reads the video, the narrative, and the
+answers: `pairwise` compares two answers by logits in both orders (the published form), `claims` checks each answer
+claim by claim and prefers the higher score. Pairs are written in the JSON shape of the released files, with scores
+beside them.
 
-Where the truth is known (the synthetic world), the judge's agreement with it is reported, with and without the narrative;
-everywhere, how often the longer answer wins.
+Where the truth is known (the synthetic world), the judge's agreement with it is reported, with and without the
+narrative; everywhere, how often the longer answer wins.
 """
 
 import json
@@ -54,7 +56,8 @@ def run(work: Workspace) -> dict:
         for context in (True, False) if section.compare_context else (section.context,):
             table[other, context] = judged(other, context, section.compare_pairs)
     kept = [
-        j for j in label
+        j
+        for j in label
         if j.margin != 0 and abs(j.margin) > section.min_margin and (j.consistent or not section.consistent_only)
     ]
     write_pairs(work, kept)
@@ -73,7 +76,9 @@ def sample_answers(work: Workspace) -> list[dict]:
         prompts = [encode_prompt(base, r.prompt, work.features(r)) for r in batch]
         seeds = [work.seed("preference", r.id, j) for r in batch for j in range(section.samples)]
         with work.roles.use("sft") as role:
-            found = sample(role, prompts, sampling, seeds=seeds, per_prompt=section.samples, batch_size=section.batch_size)
+            found = sample(
+                role, prompts, sampling, seeds=seeds, per_prompt=section.samples, batch_size=section.batch_size
+            )
         texts = [decode_answer(base, t.ids) for t in found]
         return [{"id": r.id, "answers": part} for r, part in zip(batch, chunks(texts, section.samples), strict=True)]
 
@@ -116,8 +121,8 @@ def judge_all(work: Workspace, judge: str, pairs: list, narratives: dict[str, st
 
 
 def write_pairs(work: Workspace, kept: list[Judged]) -> None:
-    """`pairs.json` in the released shape (RM_13b_v1_dataset), with the score gap beside the preference, and `pairs.jsonl` as
-    the reward stage reads it."""
+    """`pairs.json` in the released shape (RM_13b_v1_dataset), with the score gap beside the preference, and
+    `pairs.jsonl` as the reward stage reads it."""
     released, own = [], []
     for judged in kept:
         record, better = judged.record, judged.a if judged.margin > 0 else judged.b
@@ -132,8 +137,14 @@ def write_pairs(work: Workspace, kept: list[Judged]) -> None:
             "preference": 1 if judged.margin > 0 else 2,
             "score_gap": judged.margin,
         })  # fmt: skip
-        own.append({"id": record.id, "chosen": better, "rejected": judged.b if judged.margin > 0 else judged.a,
-                    "margin": abs(judged.margin)})
+        own.append(
+            {
+                "id": record.id,
+                "chosen": better,
+                "rejected": judged.b if judged.margin > 0 else judged.a,
+                "margin": abs(judged.margin),
+            }
+        )
     write_json(work.stage("preference") / "pairs.json", released)
     write_jsonl(work.stage("preference") / "pairs.jsonl", own)
 
@@ -141,22 +152,33 @@ def write_pairs(work: Workspace, kept: list[Judged]) -> None:
 def read_pairs(work: Workspace) -> list[tuple[Record, str, str]]:
     """(record, chosen, rejected) as this stage left them."""
     records = {r.id: r for r in work.records("preference")}
-    return [(records[row["id"]], row["chosen"], row["rejected"]) for row in read_jsonl(work.folder / "preference" / "pairs.jsonl")]
+    return [
+        (records[row["id"]], row["chosen"], row["rejected"])
+        for row in read_jsonl(work.folder / "preference" / "pairs.jsonl")
+    ]
 
 
 def figures_of(judge: str, context: bool, judged: list[Judged]) -> dict:
     """What can be said of a judge: consistency, length bias and, where the truth is known, agreement with it."""
     longer = [j for j in judged if len(j.a.split()) != len(j.b.split())]
     prefers_longer = sum((j.margin > 0) == (len(j.a.split()) > len(j.b.split())) for j in longer)
-    figures = {"judge": judge, "context": context, "pairs": len(judged),
-               "length_bias": prefers_longer / len(longer) if longer else None}
+    figures = {
+        "judge": judge,
+        "context": context,
+        "pairs": len(judged),
+        "length_bias": prefers_longer / len(longer) if longer else None,
+    }
     known = [j for j in judged if j.record.facts is not None]
     gaps = [truth_score(j.a, j.record.facts) - truth_score(j.b, j.record.facts) for j in known]
     decided = [(j, gap) for j, gap in zip(known, gaps) if gap != 0]
     if decided:
         right = sum((j.margin > 0) == (gap > 0) for j, gap in decided)
-        figures |= {"agreement": right / len(decided), "decided_pairs": len(decided), "truth_ties": len(known) - len(decided),
-                    "truth_length_bias": _truth_length_bias(decided)}
+        figures |= {
+            "agreement": right / len(decided),
+            "decided_pairs": len(decided),
+            "truth_ties": len(known) - len(decided),
+            "truth_length_bias": _truth_length_bias(decided),
+        }
     if judge == "pairwise":
         figures["consistency"] = sum(j.consistent for j in judged) / max(1, len(judged))
         if decided:
@@ -182,5 +204,7 @@ def summary(section, figures: list[dict], pairs: int, judged: int) -> dict:
     without = by_key.get((section.judge, False))
     out["judge_agreement_without_context"] = without.get("agreement") if without else None
     compared = [f for f in figures if "consistency" in f and f["context"] == section.context]
-    out["position_consistency"] = compared[0].get("consistency_decided", compared[0]["consistency"]) if compared else None
+    out["position_consistency"] = (
+        compared[0].get("consistency_decided", compared[0]["consistency"]) if compared else None
+    )
     return out

@@ -1,10 +1,10 @@
 """The reward model: the SFT adapter with a scalar head, trained on the preference pairs (VLM-RLAIF section 3.3).
 
-Loss: -log sigmoid(r_chosen - r_rejected), plus the published centring term. The score is the head read at the last token
-(published), or summed over chosen tokens and the last one (`reward.pool: tokens`), which lets each claim earn its own share.
-Pairs of a held-out share of the VIDEOS are never trained on; accuracy and calibration are measured there. Departures from the
-release: held out by video instead of by pair, the SFT adapter as the start, no written rating request unless
-`reward.prompt` asks for one.
+Loss: -log sigmoid(r_chosen - r_rejected), plus the published centring term. The score is the head read at the last
+token (published), or summed over chosen tokens and the last one (`reward.pool: tokens`), which lets each claim earn
+its own share. Pairs of a held-out share of the VIDEOS are never trained on; accuracy and calibration are measured
+there. Departures from the release: held out by video instead of by pair, the SFT adapter as the start, no written
+rating request unless `reward.prompt` asks for one.
 
 Shapes: B answers, S positions, D width.
 """
@@ -97,8 +97,18 @@ def run(work: Workspace) -> dict:
                 totals[name] += value.item() * share
         return totals
 
-    fit(work.roles, "reward", section, steps, step_loss, label="reward", folder=work.stage("reward") / "checkpoint",
-        log=work.log, seed=work.recipe.seed, checkpoint_every=CHECKPOINT_EVERY)
+    fit(
+        work.roles,
+        "reward",
+        section,
+        steps,
+        step_loss,
+        label="reward",
+        folder=work.stage("reward") / "checkpoint",
+        log=work.log,
+        seed=work.recipe.seed,
+        checkpoint_every=CHECKPOINT_EVERY,
+    )
     work.roles.save("reward", work.adapter("reward"))
     result = measure(work, layout, held) | {"train_pairs": len(train), "heldout_pairs": len(held), "steps": steps}
     write_json(work.stage("reward") / "heldout.json", result)
@@ -112,8 +122,11 @@ def score_pairs(layout: RewardInput, active: ActiveRole, pairs: Seq[tuple[Record
     return layout.score(active, [p for p in prompts for _ in range(2)], answers).view(-1, 2)
 
 
-def split_by_video(pairs: list, share: float, seed: int, name_of: Callable[[Record], str] = lambda r: str(r.video or r.id)) -> tuple[list, list]:
-    """(train, held out): the pairs of a random `share` of the videos are held out; `name_of` says which video a record has."""
+def split_by_video(
+    pairs: list, share: float, seed: int, name_of: Callable[[Record], str] = lambda r: str(r.video or r.id)
+) -> tuple[list, list]:
+    """(train, held out): the pairs of a random `share` of the videos are held out; `name_of` says which video a
+    record has."""
     videos = sorted({name_of(record) for record, _, _ in pairs}, key=lambda name: derive_seed(seed, "heldout", name))
     held = set(videos[: math.ceil(share * len(videos))])
     return [p for p in pairs if name_of(p[0]) not in held], [p for p in pairs if name_of(p[0]) in held]
@@ -136,7 +149,8 @@ def measure(work: Workspace, layout: RewardInput, held: list[tuple[Record, str, 
 
 
 def calibration(gaps: Seq[float]) -> list[dict]:
-    """When the model says with probability p that an answer is the better one, how often is it? Equal bins of p >= 0.5."""
+    """When the model says with probability p that an answer is the better one, how often is it? Equal bins of p >=
+    0.5."""
     table: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
     for gap in gaps:
         p = 1 / (1 + math.exp(-abs(gap)))

@@ -1,14 +1,16 @@
-"""Supervised fine-tuning: easy data, then hard data, then the policy's initialisation on the RL domain (VLM-RLAIF section 3.1).
+"""Supervised fine-tuning: easy data, then hard data, then the policy's initialisation on the RL domain (VLM-RLAIF
+section 3.1).
 
-`sft`        one LoRA adapter trained on short answers first and on long ones after (the curriculum). It is the judge later, and
-             the reward model starts from it.
-`reference`  the same adapter trained on, on the RL domain's prompts with reference answers (the release's policy initialisation).
-             It seeds the policy and, frozen, is what the KL is measured against. Without `sft.policy_init` it is a copy of `sft`.
+`sft`        one LoRA adapter trained on short answers first and on long ones after (the curriculum). It is the judge
+             later, and the reward model starts from it.
+`reference`  the same adapter trained on, on the RL domain's prompts with reference answers (the release's policy
+             initialisation). It seeds the policy and, frozen, is what the KL is measured against. Without
+             `sft.policy_init` it is a copy of `sft`.
 
-The loss is on answers only. A record with verdicts (process supervision) is trained on the verdict at each marked word instead:
-that keeps the judge's skill in the adapter. Departures from the release: it starts a fresh adapter on merged weights for the
-initialisation, here the same adapter goes on; a share of easy records can be replayed in the later phases (`sft.replay`), and
-`sft.loss_per: record` weighs every record alike instead of every token.
+The loss is on answers only. A record with verdicts (process supervision) is trained on the verdict at each marked
+word instead: that keeps the judge's skill in the adapter. Departures from the release: it starts a fresh adapter on
+merged weights for the initialisation, here the same adapter goes on; a share of easy records can be replayed in the
+later phases (`sft.replay`), and `sft.loss_per: record` weighs every record alike instead of every token.
 
 Shapes: B records, S positions, N answer tokens.
 """
@@ -29,7 +31,16 @@ from ..training.fit import fit, steps_of
 from ..training.loop import batches, split_micro
 from ..workspace import Workspace
 
-READS = ("seed", "model", "sft", "data.sft", "data.sft_easy", "data.sft_hard", "data.policy_init", "data.max_easy_words")
+READS = (
+    "seed",
+    "model",
+    "sft",
+    "data.sft",
+    "data.sft_easy",
+    "data.sft_hard",
+    "data.policy_init",
+    "data.max_easy_words",
+)
 NEEDS = ("data", "features")
 CHECKPOINT_EVERY = 20
 
@@ -61,7 +72,9 @@ def run(work: Workspace) -> dict:
     return result
 
 
-def train(work: Workspace, role: str, phase: str, section: Training, records: list[Record], replay: list[Record]) -> dict:
+def train(
+    work: Workspace, role: str, phase: str, section: Training, records: list[Record], replay: list[Record]
+) -> dict:
     """One phase on one role; each batch draws `sft.replay` of its records from `replay` (when there are any)."""
     recipe, base = work.recipe, work.base()
     label = f"sft.{phase}"
@@ -80,22 +93,39 @@ def train(work: Workspace, role: str, phase: str, section: Training, records: li
             loss += backward(active, part, total)
         return {"loss": loss}
 
-    fit(work.roles, role, section, steps, step_loss, label=label, folder=work.stage("sft") / "checkpoint" / phase, log=work.log,
-        seed=recipe.seed, checkpoint_every=CHECKPOINT_EVERY)
+    fit(
+        work.roles,
+        role,
+        section,
+        steps,
+        step_loss,
+        label=label,
+        folder=work.stage("sft") / "checkpoint" / phase,
+        log=work.log,
+        seed=recipe.seed,
+        checkpoint_every=CHECKPOINT_EVERY,
+    )
     return {"records": len(records), "steps": steps}
 
 
 def backward(active: ActiveRole, examples: list[Example], total: float) -> float:
-    """Forward and backward of a micro-batch; `total` is the weight of all targets of the whole batch. Returns its loss."""
+    """Forward and backward of a micro-batch; `total` is the weight of all targets of the whole batch. Returns its
+    loss."""
     base = active.roles.base
     batch = collate(base, [e.row for e in examples])
     length = batch.ids_BS.shape[1]
-    target_BS = torch.tensor([e.targets_S + [IGNORE] * (length - len(e.targets_S)) for e in examples], device=base.device)
+    target_BS = torch.tensor(
+        [e.targets_S + [IGNORE] * (length - len(e.targets_S)) for e in examples], device=base.device
+    )
     weight_BS = torch.tensor([[e.weight] for e in examples], device=base.device).expand_as(target_BS)
     hidden_BSD = active.hidden(batch)
     scored_BS = target_BS != IGNORE
     loss, _ = sft_loss(
-        hidden_BSD[scored_BS], base.head_weight_VD, target_BS[scored_BS], weight_BS[scored_BS], bias_V=base.ban_bias_V,
+        hidden_BSD[scored_BS],
+        base.head_weight_VD,
+        target_BS[scored_BS],
+        weight_BS[scored_BS],
+        bias_V=base.ban_bias_V,
         denominator=total,
     )
     loss.backward()

@@ -23,16 +23,28 @@ def steps_of(section: Training, items: int) -> int:
 
 
 def fit(
-    roles: Roles, role: str, section: Training, steps: int, step_loss: Callable[[ActiveRole, int], dict[str, float]],
-    *, label: str, folder: Path, log: MetricsLog, seed: int, checkpoint_every: int,
+    roles: Roles,
+    role: str,
+    section: Training,
+    steps: int,
+    step_loss: Callable[[ActiveRole, int], dict[str, float]],
+    *,
+    label: str,
+    folder: Path,
+    log: MetricsLog,
+    seed: int,
+    checkpoint_every: int,
 ) -> None:
-    """Train `role` for `steps` updates. `step_loss(active, step)` runs the forward and backward of one whole batch, leaves the
-    gradients on the parameters, and returns what is to be logged; `label` names the phase in the log and in the seeds.
+    """Train `role` for `steps` updates. `step_loss(active, step)` runs the forward and backward of one whole batch,
+    leaves the gradients on the parameters, and returns what is to be logged; `label` names the phase in the log and
+    in the seeds.
 
     The checkpoint in `folder` is gone on with if there is one, and is left there when the last step is done."""
     roles.trainable(role)
     parameters = roles.parameters(role, head=role in roles.heads)
-    optimizer = torch.optim.AdamW(parameters, lr=section.lr, weight_decay=section.weight_decay, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=section.lr, weight_decay=section.weight_decay, betas=(0.9, 0.98), fused=True
+    )
     start, _ = restore(roles, {role: optimizer}, folder)
     log.resume(label, start)
     with progress(steps, label, unit="step") as bar:
@@ -48,14 +60,18 @@ def fit(
             norm = torch.nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            log.append(label, step, {**stats, "lr": lr, "grad_norm": norm.item()}, {"seconds": time.perf_counter() - began})
+            log.append(
+                label, step, {**stats, "lr": lr, "grad_norm": norm.item()}, {"seconds": time.perf_counter() - began}
+            )
             if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
                 keep(roles, {role: optimizer}, folder, step + 1)
             bar.advance(1, loss=stats["loss"])
     roles.trainable(role, False)
 
 
-def keep(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Path, step: int, state: dict | None = None) -> None:
+def keep(
+    roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Path, step: int, state: dict | None = None
+) -> None:
     """Checkpoint the adapters and heads of the roles that `optimizers` train, and the optimisers themselves."""
     tensors = {}
     for role in optimizers:
@@ -65,7 +81,8 @@ def keep(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Pat
 
 
 def restore(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Path) -> tuple[int, dict]:
-    """Put the last checkpoint back, if there is one -> (the step to go on with, the extra state that `keep` was given)."""
+    """Put the last checkpoint back, if there is one -> (the step to go on with, the extra state that `keep` was
+    given)."""
     checkpoint = load(folder)
     if checkpoint is None:
         return 0, {}

@@ -1,0 +1,101 @@
+"""What a PPO step works on: its answers laid out in micro-batches, and what is known of them before the update.
+
+Micro-batches are cut once per step: every forward of the step sees the same rows with the same padding (see
+`stages.ppo`).
+
+Shapes: B answers of a step, b of a micro-batch, S positions, T answer tokens (padded on the right), N real answer
+tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+from rlaif_kernels import linear_logprob
+from torch import Tensor
+
+from ..data.records import Record
+from ..model.inputs import IGNORE, Batch, Sequence, collate, encode_prompt, target_rows
+from ..model.roles import ActiveRole
+from ..rollout import Trajectory
+from ..training.loop import derive_seed, split_micro
+from ..workspace import Workspace, chunks
+from .reward import RewardInput
+
+
+class Micro(NamedTuple):
+    """One micro-batch: some answers of the step, laid out for the policy and for the reward and value roles."""
+
+    index_b: Tensor  # which answers of the step
+    batch: Batch  # prompt + answer, as the policy reads them
+    target_bS: Tensor  # the answer token that each position predicts, IGNORE elsewhere
+    reward_prompts: list[Sequence]
+    reward_batch: Batch  # prompt of the reward model + answer
+    reward_target_bS: Tensor
+    answers: list[list[int]]
+
+
+class Experience(NamedTuple):
+    """What is known of a step's answers before the update; everything is 0 at pads."""
+
+    mask_BT: Tensor  # bool, real answer tokens (EOS included)
+    logp_BT: Tensor  # log-probs of the sampling policy, recomputed
+    entropy_BT: Tensor
+    kl_BT: Tensor  # per-token estimate of KL(policy || reference), nats
+    value_BT: Tensor  # value of the state before each token; zeros without a critic
+    rm_B: Tensor  # reward model's score, standardised when the recipe says so
+    score_B: Tensor  # with stop and length penalties
+    advantage_BT: Tensor
+    return_BT: Tensor
+
+
+def cut(
+    work: Workspace, layout: RewardInput, records: list[Record], answers: list[Trajectory], step: int
+) -> list[list[Micro]]:
+    """Shuffle the step's answers into minibatches, each a list of micro-batches."""
+    base, section = work.base(), work.recipe.ppo
+    generator = torch.Generator().manual_seed(derive_seed(work.recipe.seed, "ppo", "minibatches", step))
+    order = torch.randperm(len(answers), generator=generator).tolist()
+
+    def micro(index: list[int]) -> Micro:
+        ids = [answers[i].ids for i in index]
+        rows = [encode_prompt(base, records[i].prompt, work.features(records[i])).extend(a) for i, a in zip(index, ids)]
+        prompts = [layout.prompt(records[i]) for i in index]
+        reward_rows = [p.extend(a) for p, a in zip(prompts, ids)]
+        batch, reward_batch = collate(base, rows), collate(base, reward_rows)
+        targets = [
+            target_rows(r, ids, b.ids_BS.shape[1]).to(base.device)
+            for r, b in ((rows, batch), (reward_rows, reward_batch))
+        ]
+        return Micro(torch.tensor(index, device=base.device), batch, targets[0], prompts, reward_batch, targets[1], ids)
+
+    minibatches = chunks(order, section.minibatch)
+    return [
+        [micro(sorted(part, key=lambda i: len(answers[i].ids))) for part in split_micro(m, section.micro_batch)]
+        for m in minibatches
+    ]
+
+
+def token_logp(work: Workspace, role: ActiveRole, micro: Micro) -> tuple[Tensor, Tensor]:
+    """(logp_N, entropy_N) of the micro-batch's answer tokens under a role, at the sampling temperature."""
+    base = work.base()
+    scored_bS = micro.target_bS != IGNORE
+    found = linear_logprob(
+        role.hidden(micro.batch)[scored_bS],
+        base.head_weight_VD,
+        micro.target_bS[scored_bS],
+        bias_V=base.ban_bias_V,
+        temperature=work.recipe.ppo.temperature,
+    )
+    return found.logp_N, found.entropy_N
+
+
+def token_value(role: ActiveRole, micro: Micro) -> Tensor:
+    """value_N of the state before each answer token."""
+    return role.scalar(role.hidden(micro.reward_batch)[micro.reward_target_bS != IGNORE])
+
+
+def place(out_BT: Tensor, rows: Tensor, mask_BT: Tensor, values_N: Tensor) -> None:
+    """Write the values of some rows' real tokens, in order, into a padded tensor."""
+    part_bT = torch.zeros_like(out_BT[rows])
+    part_bT[mask_BT[rows]] = values_N
+    out_BT[rows] = part_bT

@@ -1,7 +1,6 @@
 """Fabricated run folders in the real format, for the tests of the report. Nothing in them was measured."""
 
 import copy
-import itertools
 import json
 import math
 import random
@@ -63,15 +62,19 @@ def _answer(facts: list[list[str]], right: float, rng: random.Random) -> tuple[s
 def _evaluate(folder: Path, skill: dict, truth: bool, videos: int, rng: random.Random) -> list[dict]:
     (folder / "examples").mkdir(parents=True)
     rows = []
-    for role, (mode, k) in itertools.product(skill, (("greedy", 0), ("sample", 1))):
+    arms = [("sft", "sample", t, skill["sft"][0] - t / 20) for t in (0.7, 0.5, 0.3)]
+    for role, (greedy, sampled) in skill.items():
+        arms += [(role, "greedy", 0.0, greedy), (role, "sample", 1.0, sampled)]
+    for role, mode, temperature, right in arms:
         for video in range(videos):
             for _ in range(1 if mode == "greedy" else 2):
-                text, counts, wrong = _answer(_facts(video), skill[role][k], rng)
-                row = {"id": f"test/{video:05d}", "role": role, "mode": mode, "temperature": float(k), "answer": text}
-                row |= {"prompt": "describe the video", "length": len(text.split()) + 1, "stopped": rng.random() < 0.98}
+                text, counts, wrong = _answer(_facts(video), right, rng)
+                row = {"id": f"test/{video:05d}", "role": role, "mode": mode, "temperature": temperature}
+                row |= {"answer": text, "prompt": "describe the video", "length": len(text.split()) + 1}
+                row["stopped"] = rng.random() < 0.98
                 rows.append(row | {"truth": counts if truth else None} | ({"wrong_words": wrong} if truth else {}))
-        own = [row for row in rows if (row["role"], row["mode"]) == (role, mode)]
-        (folder / f"{role}.{mode}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+        own = [row for row in rows if (row["role"], row["mode"], row["temperature"]) == (role, mode, temperature)]
+        (folder / f"{role}.{mode}@{temperature:g}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
     index = []
     for video in range(10):
         Image.fromarray(_strip(_facts(video))).save(folder / "examples" / f"{video:05d}.png")
@@ -157,33 +160,26 @@ def _summary(kind: str, rows: list[dict]) -> dict:
         del stages["ppo"], stages["evaluate"]
         return summary
     arms, ratios = _arms(rows), {n: r for n, r in RATIOS.items() if kind != "no_truth" or n not in NEEDS_TRUTH}
-    summary["evaluation"] = {role: _figures(arms, role, ratios) for role in SKILL["helped"]}
-    summary["evaluation_intervals"] = {f"ppo-{role}": _intervals(arms, role, ratios) for role in ("sft", "reference")}
-    if kind != "no_truth":
-        for i, role in enumerate(("sft@0.7", "sft@0.5", "sft@0.3")):
-            summary["evaluation"][role] = {"sample_hallucination": 0.52 - 0.04 * i, "sample_f1": 0.7 + 0.03 * i}
+    summary["evaluation"] = {}
+    for (column, mode), counts in arms.items():
+        figures = {f"{mode}_{name}": float(ratio(counts.sum(0))) for name, ratio in ratios.items()}
+        summary["evaluation"].setdefault(column, {}).update(figures, **{f"{mode}_repetition": 0.004})
+    summary["evaluation_intervals"] = {
+        f"ppo-{role}": {
+            f"{mode}_{name}": paired_bootstrap(arms[role, mode], arms["ppo", mode], ratio, n=200)._asdict()
+            for mode in ("greedy", "sample")
+            for name, ratio in ratios.items()
+        }
+        for role in ("sft", "reference")
+    }
     return summary
 
 
-Arms = dict[tuple[str, str], np.ndarray]  # counts per video, by role and mode
-
-
-def _arms(rows: list[dict]) -> Arms:
-    keys = sorted({(row["role"], row["mode"]) for row in rows})
-    return {key: np.stack(list(tally([r for r in rows if (r["role"], r["mode"]) == key]).values())) for key in keys}
-
-
-def _figures(arms: Arms, role: str, ratios: dict) -> dict[str, float]:
-    figures = {f"{mode}_repetition": 0.004 for mode in ("greedy", "sample")}
-    for mode in ("greedy", "sample"):
-        total = arms[role, mode].sum(0)
-        figures |= {f"{mode}_{name}": float(ratio(total)) for name, ratio in ratios.items()}
-    return figures
-
-
-def _intervals(arms: Arms, before: str, ratios: dict) -> dict[str, dict[str, float]]:
-    return {
-        f"{mode}_{name}": paired_bootstrap(arms[before, mode], arms["ppo", mode], ratio, n=200)._asdict()
-        for mode in ("greedy", "sample")
-        for name, ratio in ratios.items()
-    }
+def _arms(rows: list[dict]) -> dict[tuple[str, str], np.ndarray]:
+    "Counts per video, by column of the evaluation table and mode."
+    grouped: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        cooler = 0.0 < row["temperature"] < 1.0
+        column = f"{row['role']}@{row['temperature']:g}" if cooler else row["role"]
+        grouped.setdefault((column, row["mode"]), []).append(row)
+    return {key: np.stack(list(tally(found).values())) for key, found in grouped.items()}

@@ -84,7 +84,7 @@ def test_metrics_are_ratios_of_sums():
     precision, recall = 16 / 22, 16 / 30  # not the mean of 14/20 and 2/2
     assert found == pytest.approx({
         "precision": precision, "recall": recall, "f1": 2 * precision * recall / (precision + recall),
-        "hallucination": 4 / 12, "malformed": 1 / 3, "right": 16 / 3, "wrong": 2.0, "score": 10 / 3,
+        "hallucination": 4 / 12, "malformed": 1 / 3, "mentions": 4.0, "right": 16 / 3, "wrong": 2.0, "score": 10 / 3,
         "length": 46 / 3, "stop_rate": 2 / 3,
     })  # fmt: skip
 
@@ -106,7 +106,8 @@ def test_changes_are_those_of_the_summary(pages):
 
 # ------------------------------------------------------------------------------------------------------------ verdicts
 
-UP, DOWN, FLAT = (0.05, 0.01, 0.09), (-0.05, -0.09, -0.01), (0.01, -0.03, 0.05)
+UP, DOWN = (0.05, 0.01, 0.09), (-0.05, -0.09, -0.01)
+FLAT, WOBBLE = (0.01, -0.03, 0.05), (-0.01, -0.05, 0.03)
 
 
 def effects(hallucination: tuple, f1: tuple, score: tuple) -> dict[str, Change]:
@@ -130,6 +131,7 @@ GOOD, NOTHING = effects(DOWN, UP, UP), effects(FLAT, FLAT, FLAT)
         (effects(UP, DOWN, DOWN), {}, False, "harmed"),
         (NOTHING, GOOD, True, "sharper"),
         (NOTHING, NOTHING, True, "unclear"),
+        (effects(WOBBLE, WOBBLE, WOBBLE), NOTHING, True, "unclear"),
         ({}, GOOD, True, "helped"),
         ({"length": NOTHING["f1"]}, {}, True, "no_truth"),
     ],
@@ -155,12 +157,19 @@ def test_each_run_gets_its_verdict_first(pages):
 
 
 def test_sharpening_is_not_sold_as_alignment(pages, run):
-    control = "Sharper sampling alone does not explain it: hallucination of SFT at temperature 0.3 is 44.0 %"
-    assert control in text_of(pages["helped"])
+    assert re.search(
+        r"Sharper sampling alone does not explain it: sampled at temperature 0.\d, SFT hallucinates \d+.\d %, "
+        r"and PPO differs from that by −\d+.\d points \(−\d+.\d to −\d+.\d\)",
+        text_of(pages["helped"]),
+    )
+    ppo = [json.loads(line) for line in (run / "evaluate" / "ppo.sample@1.jsonl").read_text().splitlines()]
+    as_good = [json.dumps(row | {"role": "sft", "temperature": 0.3}) + "\n" for row in ppo]
+    (run / "evaluate" / "sft.sample@0.3.jsonl").write_text("".join(as_good))
     summary = json.loads((run / "summary.json").read_text())
-    summary["evaluation"]["sft@0.3"]["sample_hallucination"] = 0.01
+    summary["evaluation"]["sft@0.3"] = {"sample_hallucination": summary["evaluation"]["ppo"]["sample_hallucination"]}
     (run / "summary.json").write_text(json.dumps(summary))
-    assert "Sharper sampling alone explains what sampled answers gained" in text_of(write(run))
+    text = text_of(write(run))
+    assert "Sharper sampling alone may be all of it" in text and "differs from that by 0.0 points (0.0 to 0.0)" in text
 
 
 def test_a_careful_reader_is_warned(tmp_path):
@@ -219,7 +228,7 @@ def test_sections_follow_what_the_run_has(pages):
     helped, no_truth, unfinished = (text_of(pages[kind]) for kind in ("helped", "no_truth", "unfinished"))
     for word in ("What changed", "Before and after", "Training", "Evaluation", "The judge", "The reward model", "Time"):
         assert word in helped
-    for word in ("Hallucination", "agree with the truth", "In truth", "True score", "lower temperatures"):
+    for word in ("Hallucination", "agree with the truth", "In truth", "True score", "Sharper sampling"):
         assert word in helped and word not in no_truth, word
     for word in ("What changed", "Before and after", "Evaluation"):
         assert word not in unfinished
@@ -234,6 +243,14 @@ def test_tables_show_the_numbers_of_the_summary(pages):
     assert f"PPO {shown} {evaluation['greedy_score']:.1f}" in text
     assert "claims yes 1,100 94.9 – 55.0" in text and "pairwise yes 300 87.0 81.2 –" in text
     assert "sft 1 min 58 s 1.17 GB done" in text and "All 5 min 40 s 1.17 GB" in text
+
+
+def test_who_names_nothing_gets_no_credit_for_not_hallucinating(run):
+    summary = json.loads((run / "summary.json").read_text())
+    silent = ("precision", "recall", "f1", "hallucination", "mentions")
+    summary["evaluation"]["base"] |= {f"greedy_{name}": 0.0 for name in silent}
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert "Base – – 0.0 0.0 " in text_of(write(run))
 
 
 def test_planned_memory_stands_beside_measured(run):
@@ -254,7 +271,7 @@ def test_wrong_words_and_only_they_are_struck_out(pages):
 
 
 def test_what_a_model_wrote_is_text_never_markup(run):
-    path = run / "evaluate" / "ppo.greedy.jsonl"
+    path = run / "evaluate" / "ppo.greedy@0.jsonl"
     hostile = {"answer": "<script>alert(1)</script> & <b>", "wrong_words": [[0, 8]]}
     rows = [json.dumps(json.loads(line) | hostile) + "\n" for line in path.read_text().splitlines()]
     path.write_text("".join(rows))

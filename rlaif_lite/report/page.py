@@ -34,28 +34,29 @@ MEASURES = {
     "recall": Measure("Recall", "facts of the video that were said", 1, True),
     "f1": Measure("F1", "harmonic mean of precision and recall", 1, True),
     "score": Measure("Right − wrong", "facts per answer", 1, False),
+    "mentions": Measure("Objects", "mentioned per answer", 0, False),
     "malformed": Measure("Malformed", "answers with a sentence outside the grammar", -1, True),
     "repetition": Measure("Repetition", "repeated 4-grams", -1, True),
     "stop_rate": Measure("Stopped", "answers that end by themselves", 1, True),
     "length": Measure("Length", "tokens per answer", 0, False),
 }
 
-# title, {label: metric}, whether zero stays in view
-CURVES: list[tuple[str, dict[str, str], bool]] = [
-    ("Reward", {"reward model": "objective/scores", "with KL and penalties": "objective/rlhf_reward"}, False),
-    ("KL to the reference, nats per answer", {"KL": "objective/kl"}, True),
-    ("True score of rollouts, right − wrong", {"true score": "rollout/oracle_score"}, False),
-    ("Length, tokens per answer", {"length": "rollout/length"}, False),
-    ("Answers that stop by themselves", {"stop rate": "rollout/stop_rate"}, False),
-    ("Clipped share of tokens", {"clip fraction": "policy/clipfrac_avg"}, True),
+# title, {label: metric}, what its axis must show
+CURVES: list[tuple[str, dict[str, str], plots.Axis]] = [
+    ("Reward", {"reward model": "objective/scores", "with KL and penalties": "objective/rlhf_reward"}, "free"),
+    ("KL to the reference, nats per answer", {"KL": "objective/kl"}, "zero"),
+    ("True score of rollouts, right − wrong", {"true score": "rollout/oracle_score"}, "free"),
+    ("Length, tokens per answer", {"length": "rollout/length"}, "free"),
+    ("Answers that stop by themselves", {"stop rate": "rollout/stop_rate"}, "share"),
+    ("Clipped share of tokens", {"clip fraction": "policy/clipfrac_avg"}, "zero"),
 ]
-MORE_CURVES: list[tuple[str, dict[str, str], bool]] = [
-    ("Entropy, nats per token", {"entropy": "policy/entropy_avg"}, False),
-    ("Explained variance of the value", {"explained variance": "val/explained_variance"}, False),
-    ("Repeated 4-grams", {"repetition": "rollout/repetition"}, True),
-    ("Approximate KL of an update", {"approximate KL": "policy/approxkl_avg"}, True),
-    ("Value loss", {"value loss": "loss/value_avg"}, True),
-    ("KL coefficient", {"coefficient": "objective/kl_coef"}, True),
+MORE_CURVES: list[tuple[str, dict[str, str], plots.Axis]] = [
+    ("Entropy, nats per token", {"entropy": "policy/entropy_avg"}, "free"),
+    ("Explained variance of the value", {"explained variance": "val/explained_variance"}, "free"),
+    ("Repeated 4-grams", {"repetition": "rollout/repetition"}, "zero"),
+    ("Approximate KL of an update", {"approximate KL": "policy/approxkl_avg"}, "zero"),
+    ("Value loss", {"value loss": "loss/value_avg"}, "zero"),
+    ("KL coefficient", {"coefficient": "objective/kl_coef"}, "zero"),
 ]
 
 
@@ -163,6 +164,9 @@ def evaluation_table(evaluation: dict[str, dict[str, float]], mode: str) -> Tabl
     """Every role in one mode; among the sampled ones SFT at lower temperatures, next to SFT."""
     order = [role for name in ROLES for role in evaluation if role == name or role.startswith(f"{name}@")]
     rows = {role: {name: evaluation[role].get(f"{mode}_{name}") for name in MEASURES} for role in order}
+    for values in rows.values():
+        if values["mentions"] == 0:  # who names nothing does not hallucinate, which is no merit
+            values["hallucination"] = values["precision"] = None
     rows = {role: values for role, values in rows.items() if any(value is not None for value in values.values())}
     names = [name for name in MEASURES if any(values[name] is not None for values in rows.values())]
     if not rows:
@@ -182,14 +186,14 @@ def _role_label(role: str) -> str:
 # ------------------------------------------------------------------------------------------------------- curves, costs
 
 
-def draw(wanted: list[tuple[str, dict[str, str], bool]], lines: list[dict]) -> list[tuple[str, Markup]]:
+def draw(wanted: list[tuple[str, dict[str, str], plots.Axis]], lines: list[dict]) -> list[tuple[str, Markup]]:
     """(title, SVG) of every wanted curve that has at least two steps."""
     drawn = []
-    for title, metrics, zero in wanted:
+    for title, metrics, axis in wanted:
         series = {label: _points(lines, metric) for label, metric in metrics.items()}
         series = {label: points for label, points in series.items() if len(points[0]) > 1}
         if series:
-            drawn.append((title, Markup(plots.curve(series, zero))))
+            drawn.append((title, Markup(plots.curve(series, axis))))
     return drawn
 
 
@@ -199,7 +203,7 @@ def loss_curves(run: Run) -> list[tuple[str, Markup]]:
         curve
         for stage, lines in run.metrics.items()
         if stage != "ppo"
-        for curve in draw([(f"Loss of {stage.replace('_', ' ')}", {"loss": "loss"}, True)], lines)
+        for curve in draw([(f"Loss of {stage.replace('_', ' ')}", {"loss": "loss"}, "zero")], lines)
     ]
 
 

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -11,15 +12,17 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+Axis = Literal["free", "zero", "share"]
 INK, MUTED, GRID = "#1d2129", "#6b7280", "#e7e5df"
 COLOURS = ("#0f766e", "#b08968", "#7c8a9e")  # the thing itself, then what is shown beside it
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "rlaif-lite", "font.family": "sans-serif", "font.size": 9}
 
 
-def curve(series: dict[str, tuple[Sequence[float], Sequence[float]]], zero: bool = False) -> str:
+def curve(series: dict[str, tuple[Sequence[float], Sequence[float]]], axis: Axis = "free") -> str:
     """Lines over steps, {label: (steps, values)}, the last value written at each end; labelled when there are several.
 
-    Many steps are drawn pale, with a moving average over a twentieth of them on top. `zero` keeps 0 in view.
+    Many steps are drawn pale, with a moving average over a twentieth of them on top. `axis`: `zero` keeps 0 in view,
+    `share` goes from 0 to 1.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(3.5, 2.0)
@@ -32,8 +35,10 @@ def curve(series: dict[str, tuple[Sequence[float], Sequence[float]]], zero: bool
             end = (steps[-1], smooth[-1])
             axes.annotate(_short(smooth[-1]), end, (7, 0), textcoords="offset points", va="center", color=colour)
         axes.margins(x=0.02, y=0.12)
-        if zero:
+        if axis == "zero":
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        if axis == "share":
+            axes.set_ylim(0.0, 1.05)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         if len(series) > 1:
@@ -80,7 +85,7 @@ def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def _short(value: float) -> str:
-    text = f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    text = f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}" if abs(value) < 0.1 else f"{value:.3g}"
     return text.replace("-", "−")
 
 

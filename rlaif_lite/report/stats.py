@@ -65,6 +65,7 @@ RATIOS: dict[str, Metric] = {
     "recall": _share("correct", "total"),
     "f1": _f1,
     "hallucination": _share("hallucinated", "mentions"),
+    "mentions": _share("mentions", "answers"),
     "malformed": _share("malformed", "answers"),
     "right": _share("correct", "answers"),
     "wrong": _share("wrong", "answers"),
@@ -72,7 +73,7 @@ RATIOS: dict[str, Metric] = {
     "length": _share("length", "answers"),
     "stop_rate": _share("stopped", "answers"),
 }
-NEEDS_TRUTH = ("precision", "recall", "f1", "hallucination", "malformed", "right", "wrong", "score")
+NEEDS_TRUTH = ("precision", "recall", "f1", "hallucination", "mentions", "malformed", "right", "wrong", "score")
 
 
 def paired_bootstrap(

@@ -17,6 +17,7 @@ A change counts only when its 95 % interval (paired bootstrap over videos) exclu
 from typing import Any, NamedTuple
 
 from rlaif_lite.report.folder import Changes, Run
+from rlaif_lite.report.stats import RATIOS, paired_bootstrap, tally
 
 
 class Verdict(NamedTuple):
@@ -131,20 +132,29 @@ def _effect(what: str, found: Changes, items: int) -> list[str]:
 
 
 def _temperature(run: Run, sample: Changes) -> list[str]:
-    "Sharpening alone lowers hallucination too; say whether it explains what PPO's sampled answers gained."
-    cooler = {
-        role.removeprefix("sft@"): metrics["sample_hallucination"]
+    "Sharpening alone lowers hallucination too; say whether it may be all that PPO's sampled answers gained."
+    reached = {
+        role: metrics["sample_hallucination"]
         for role, metrics in run.summary.get("evaluation", {}).items()
         if role.startswith("sft@") and "sample_hallucination" in metrics
     }
-    if not cooler or not _fell(sample, "hallucination"):
+    if not reached or not _fell(sample, "hallucination"):
         return []
-    best = min(cooler, key=lambda temperature: cooler[temperature])
-    reached, ppo = cooler[best], sample["hallucination"].after
-    control = f"hallucination of SFT at temperature {best} is {percent(reached)}, of PPO {percent(ppo)}"
-    if ppo < reached:
-        return [f"Sharper sampling alone does not explain it: {control}."]
-    return [f"Sharper sampling alone explains what sampled answers gained: {control}."]
+    best = min(reached, key=lambda role: reached[role])
+    temperature = best.removeprefix("sft@")
+    sampled = [row for row in run.rows if row["mode"] == "sample"]
+    cooler = tally(row for row in sampled if row["role"] == "sft" and row["temperature"] == float(temperature))
+    ppo = tally(row for row in sampled if row["role"] == "ppo")
+    ids = sorted(cooler.keys() & ppo.keys())
+    if not ids:
+        return []
+    change = paired_bootstrap([cooler[i] for i in ids], [ppo[i] for i in ids], RATIOS["hallucination"])
+    verdict = "does not explain it" if change.high < 0 else "may be all of it"
+    delta, low, high = (signed(100 * points) for points in change)
+    return [
+        f"Sharper sampling alone {verdict}: sampled at temperature {temperature}, SFT hallucinates "
+        f"{percent(reached[best])}, and PPO differs from that by {delta} points ({low} to {high})."
+    ]
 
 
 def _training(run: Run) -> list[str]:

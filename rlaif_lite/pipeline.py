@@ -40,7 +40,8 @@ def run(recipe: Recipe, until: str | None = None) -> dict:
     """Run every stage that is not done, up to and including `until`; returns the summary, which also lies in the run
     folder.
 
-    Raises StageError for an unknown stage, and whatever the stages raise; what was done before stays done."""
+    The report is written at the end, also of a run that a stage ended early. Raises StageError for an unknown stage,
+    and whatever the stages raise; what was done before stays done."""
     if until is not None and until not in STAGES:
         raise StageError(f"There is no stage `{until}`; the stages are {', '.join(STAGES)}.")
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
@@ -49,12 +50,15 @@ def run(recipe: Recipe, until: str | None = None) -> dict:
     with only_run(work.folder):
         (work.folder / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
         digests: dict[str, str] = {}
-        for name, stage in STAGES.items():
-            run_stage(work, name, stage, digests)
-            write_summary(work, list(digests), finished=name == "evaluate")
-            if name == until:
-                break
-        page.write(work.folder)
+        try:
+            for name, stage in STAGES.items():
+                run_stage(work, name, stage, digests)
+                write_summary(work, list(digests), finished=name == "evaluate")
+                if name == until:
+                    break
+        finally:
+            if (work.folder / "summary.json").exists():
+                page.write(work.folder)
     summary = json.loads((work.folder / "summary.json").read_text())
     say(f"{work.folder / 'report.html'}")
     return summary

@@ -65,6 +65,8 @@ def test_truth_by_hand(text, facts, expected):
 def test_verdicts_stand_at_attribute_words():
     labels = verdicts("first a red square left . also a red star .", FACTS)
     assert labels == ["-", "-", "yes", "no", "yes", "-", "-", "-", "no", "-", "-"]
+    twice = verdicts("also a yellow star . also a yellow star .", FACTS)
+    assert twice == ["-", "-", "yes", "-", "-", "-", "-", "no", "-", "-"]  # saying it again is wrong
 
 
 def test_verdicts_sum_to_the_score():

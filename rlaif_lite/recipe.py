@@ -51,6 +51,7 @@ class World(Section):
     rl: Count = Field(600, description="videos for policy initialisation and PPO")
     test: Count = Field(300, description="videos for evaluation only")
     dropout: float = Field(0.33, ge=0, lt=1, description="share of frames in which an object is hidden")
+    weak_video: bool = Field(False, description="leave tasks about whole videos out of the easy records")
     workers: Count | None = Field(None, description="processes that write videos; null: one per core")
 
 

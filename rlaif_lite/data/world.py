@@ -88,6 +88,7 @@ class WorldConfig:
     dropout: float = 0.33  # chance that the object is hidden in a frame
     star: float = 0.5  # chance of a corner star
     crf: int = 20  # libx264 quality
+    weak_video: bool = False  # no easy record is about a whole video: the data of a model that reads clips only
 
 
 @dataclass(frozen=True)
@@ -200,23 +201,25 @@ def _verdict_offsets(answer: str, facts: Facts) -> list[tuple[int, str]]:
     return offsets
 
 
-def easy_records(name: str, video: str, facts: Facts, rng: random.Random) -> Iterator[dict]:
+def easy_records(name: str, video: str, facts: Facts, rng: random.Random, weak: bool = False) -> Iterator[dict]:
     """Clean short tasks about one video: they keep alive what the judge needs while SFT teaches to describe.
 
     Three clip captions, two questions and one about the star, two claims, two checks, one pair; of the last three,
-    half with a context that errs as clip captions do.
+    half with a context that errs as clip captions do. `weak` teaches nothing about a whole video: no questions, and
+    everything else with a context.
     """
 
     def prefix() -> str:
-        return f"<video> context : {narrative(facts, rng)} " if rng.random() < 0.5 else "<video> "
+        return f"<video> context : {narrative(facts, rng)} " if weak or rng.random() < 0.5 else "<video> "
 
     for clip in range(EVENTS):
         yield _record(f"{name}/clip{clip}", video, "<video> describe the clip", caption(facts, clip), clip=clip)
-    for number in range(2):
-        text, answer = question(facts, rng)
-        yield _record(f"{name}/question{number}", video, f"<video> {text}", answer)
-    text, answer = star_question(facts)
-    yield _record(f"{name}/star", video, f"<video> {text}", answer)
+    if not weak:
+        for number in range(2):
+            text, answer = question(facts, rng)
+            yield _record(f"{name}/question{number}", video, f"<video> {text}", answer)
+        text, answer = star_question(facts)
+        yield _record(f"{name}/star", video, f"<video> {text}", answer)
     for number in range(2):
         text, is_true = claim(facts, rng)
         yield _record(f"{name}/claim{number}", video, prefix() + text, answer_yes_no(is_true))
@@ -244,7 +247,7 @@ def _records(splits: WorldSplits, seed: int, config: WorldConfig) -> Iterator[tu
             name, video = f"{split}/{index:05d}", f"videos/{split}/{index:05d}.mp4"
             if split == "sft":
                 yield "sft_hard.jsonl", _record(name, video, describe_it, describe(corrupt(facts, rng)))
-                for record in easy_records(name, video, facts, rng):
+                for record in easy_records(name, video, facts, rng, config.weak_video):
                     yield "sft_easy.jsonl", record
                 continue
             yield f"{split}.jsonl", _record(name, video, describe_it, facts=facts)

@@ -24,7 +24,7 @@ def run(work: Workspace) -> dict:
                 work.data_folder,
                 splits,
                 world.seed,
-                WorldConfig(dropout=world.dropout),
+                WorldConfig(dropout=world.dropout, weak_video=world.weak_video),
                 workers=world.workers or os.cpu_count() or 1,
                 progress=lambda done, total: bar.advance(done - bar.done),
             )

@@ -28,9 +28,9 @@ class Configs(NamedTuple):
 
 # A chunk of 384 rows is 3 programs per SM. At these sizes 3 (with a reference: 2) fit the register file beside one another, so a
 # chunk is one wave, and have some 48 KB of loads in flight, what it takes to cover HBM's latency. Reckoned, not timed.
-_LARGE = Configs(Config(4096, 8), Config(2048, 16), Config(1024, 4), Config(1024, 4), Config(1024, 4))
+_LARGE = Configs(Config(4096, 8), Config(2048, 16), Config(1024, 8), Config(1024, 4), Config(1024, 4))
 # sm_86 and sm_89 hold 1536 threads per SM and a third of the bandwidth: smaller programs, more of them
-_SMALL = Configs(Config(1024, 4), Config(1024, 4), Config(1024, 4), Config(1024, 4), Config(1024, 4))
+_SMALL = Configs(Config(1024, 4), Config(1024, 4), Config(1024, 8), Config(1024, 4), Config(1024, 4))
 
 TABLE: dict[int, Configs] = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE}
 

@@ -32,7 +32,8 @@ print(shipped, wrong())
 
 def interpreted(*command: str) -> subprocess.CompletedProcess:
     """Runs python with these arguments where Triton interprets."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1] / "kernels")])}
+    paths = [str(HERE), str(HERE.parents[1] / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run([sys.executable, *command], env=environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from rlaif_kernels import frozen_head, linear_logprob, reference
+from rlaif_kernels.rows import Head, run_rows
 
 SHAPES = [(0, 24, 50), (1, 24, 50), (37, 96, 1009)] + ([] if INTERPRETING else [(513, 40, 1500)])
 OPTIONS = [{}, {"temperature": 0.7}, {"softcap": 5.0}, {"bias": True}, {"bias": True, "softcap": 5.0, "temperature": 1.3}]
@@ -65,6 +66,28 @@ def test_logits_of_ten_thousand(impl, dtype):
         assert out.isfinite().all()
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=5e-3)
     assert relative(grad, grad64) <= 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradient_of_lse_alone_over_a_large_flat_vocabulary(impl, dtype):
+    """Without the target's own row nothing is left but probabilities of 2e-5: below fp16's normal range, and what bf16 rounds off
+    the target's element of dz is as large as all of them."""
+    hidden_ND, weight_VD, _, _ = problem(2, 8, 60000, dtype, spread=0.1, mean_logit=1.0)
+    linear_logprob(hidden_ND, weight_VD, torch.tensor([7, 59999]), impl=impl).lse_N.sum().backward()
+    exact_ND = double(hidden_ND)
+    reference.linear_logprob(exact_ND, double(weight_VD), torch.tensor([7, 59999]))[1].sum().backward()
+    assert relative(hidden_ND.grad, exact_ND.grad) <= GRAD_TOLERANCE[dtype]
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="off a GPU the public function refuses such a target; this is the kernel's own answer")
+def test_the_kernel_answers_a_target_out_of_range_with_nan(impl):
+    hidden_ND, weight_VD, _, _ = problem(3, 8, 50, torch.float32)
+    rows = run_rows(
+        hidden_ND, Head(weight_VD, None, 1.0, None), torch.tensor([1, 50, -7]), torch.ones(3, dtype=torch.bool), want_grad=True, triton=True,
+        chunk_rows=None,
+    )
+    assert rows.logp_N.isnan().tolist() == [False, True, True]
+    assert rows.lse_N.isfinite().all()
 
 
 @pytest.mark.parametrize("ban", [-1e30, -math.inf])

@@ -36,9 +36,9 @@ NEUTRAL = ("data.folder", "data.world.workers", "features.cache", "features.work
 GATES = {"reward": "reward.floor"}  # a key of the stage's section that only a later stage acts on
 
 
-def run(recipe: Recipe, until: str | None = None) -> dict:
+def run(recipe: Recipe, until: str | None = None, again: str | None = None) -> dict:
     """Run every stage that is not done, up to and including `until`; returns the summary, which also lies in the run
-    folder.
+    folder. The stage `again` runs whether it is done or not.
 
     The report is written at the end, also of a run that a stage ended early. Raises StageError for an unknown stage,
     and whatever the stages raise; what was done before stays done."""
@@ -49,6 +49,8 @@ def run(recipe: Recipe, until: str | None = None) -> dict:
     work.folder.mkdir(parents=True, exist_ok=True)
     with only_run(work.folder):
         (work.folder / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
+        if again is not None:
+            empty(work, again)
         digests: dict[str, str] = {}
         try:
             for name, stage in STAGES.items():
@@ -66,9 +68,7 @@ def run(recipe: Recipe, until: str | None = None) -> dict:
 
 def evaluate_again(run_dir: Path) -> dict:
     """Evaluate a run's roles once more, by the recipe in its folder, and write its summary and report again."""
-    recipe = load_recipe(run_dir / "recipe.yaml", [f"output={run_dir}"])
-    shutil.rmtree(run_dir / "evaluate", ignore_errors=True)
-    return run(recipe)
+    return run(load_recipe(run_dir / "recipe.yaml", [f"output={run_dir}"]), again="evaluate")
 
 
 def run_stage(work: Workspace, name: str, stage: Any, digests: dict[str, str]) -> None:
@@ -131,7 +131,7 @@ def empty(work: Workspace, name: str) -> None:
     for role in LEAVES.get(name, ()):
         shutil.rmtree(work.adapter(role), ignore_errors=True)
     marks = ("begun.json", "done.json")
-    for path in sorted((work.folder / name).iterdir(), key=lambda p: p.name in marks):
+    for path in sorted(work.stage(name).iterdir(), key=lambda p: p.name in marks):
         if path.name != "cache":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -148,9 +148,10 @@ def test_prompt_tokens_have_no_gradient_of_their_own(roles):
 
 
 def test_steps_and_epochs():
-    assert steps_of(Training(steps=7, epochs=3.0), 1000) == 7
-    assert steps_of(Training(epochs=3.0, batch_size=32), 640) == 60
-    assert steps_of(Training(epochs=0.5, batch_size=32), 10) == 1  # at least one
+    assert steps_of(Training(steps=7, epochs=3.0), 1000, 32) == 7
+    assert steps_of(Training(epochs=3.0, batch_size=32), 640, 32) == 60
+    assert steps_of(Training(epochs=3.0, batch_size=32), 640, 16) == 120  # half of each batch is replayed
+    assert steps_of(Training(epochs=0.5, batch_size=32), 10, 32) == 1  # at least one
 
 
 def test_fit_learns_and_goes_on_where_it_was(roles, load, tmp_path):

@@ -10,8 +10,9 @@ Shapes: T frames, P tokens per frame, D width, K tokens kept.
 
 import hashlib
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
+from collections import deque
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Iterator
 
 import torch
@@ -92,20 +93,39 @@ def views_of(work: Workspace) -> dict[str, tuple[str | tuple[str, ...], dict[str
 
 
 def decoded(wanted: dict, workers: int, size: tuple[int, int]) -> Iterator[tuple[str, dict[str, Frames] | VideoError]]:
-    """Decode in worker processes, a few videos ahead, and yield in order. A file that crashes a decoder takes a
-    worker with it and not the run's state."""
+    """Decode in worker processes, a few videos ahead, and yield in order.
+
+    A file that crashes a decoder takes its process with it: the videos that were in flight are then decoded one by one,
+    each in a process of its own, and the culprit is a VideoError like any other unreadable file."""
     if workers == 0:
         for name, (video, views) in wanted.items():
             yield name, _decode(video, views, size)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        queue = iter(wanted.items())
-        ahead = {name: pool.submit(_decode, *job, size) for name, job in islice(queue, 4 * workers)}
-        while ahead:
-            name = next(iter(ahead))
-            yield name, ahead.pop(name).result()
-            for following, job in islice(queue, 1):
-                ahead[following] = pool.submit(_decode, *job, size)
+    queue = deque(wanted.items())
+    while queue:
+        flying: dict[str, tuple[tuple, Future]] = {}
+        crashed: dict[str, tuple] = {}
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            try:
+                while queue or flying:
+                    while queue and len(flying) < 4 * workers:
+                        name, job = queue.popleft()
+                        flying[name] = (job, pool.submit(_decode, *job, size))
+                    name = next(iter(flying))
+                    yield name, flying[name][1].result()
+                    del flying[name]
+            except BrokenProcessPool:
+                crashed = {name: job for name, (job, _) in flying.items()}
+        for name, job in crashed.items():
+            yield name, _decode_alone(*job, size)
+
+
+def _decode_alone(video, views: dict[str, View], size: tuple[int, int]) -> dict[str, Frames] | VideoError:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_decode, video, views, size).result()
+        except BrokenProcessPool:
+            return VideoError(f"{video}: the decoder crashed on it. Re-encode or remove the file.")
 
 
 def _decode(video, views: dict[str, View], size: tuple[int, int]) -> dict[str, Frames] | VideoError:

@@ -82,7 +82,7 @@ def run(work: Workspace) -> dict:
             "More prompts, more `preference.samples`, or another `reward.heldout` would give both."
         )
     layout = RewardInput(work)
-    steps = steps_of(section, len(train))
+    steps = steps_of(section, len(train), section.batch_size)
     order = batches(len(train), section.batch_size, steps, work.recipe.seed, "reward")
 
     def step_loss(active: ActiveRole, step: int) -> dict[str, float]:

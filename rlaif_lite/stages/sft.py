@@ -78,8 +78,8 @@ def train(
     """One phase on one role; each batch draws `sft.replay` of its records from `replay` (when there are any)."""
     recipe, base = work.recipe, work.base()
     label = f"sft.{phase}"
-    steps = steps_of(section, len(records))
     old = round(section.batch_size * recipe.sft.replay) if replay else 0
+    steps = steps_of(section, len(records), section.batch_size - old)
     fresh = batches(len(records), section.batch_size - old, steps, recipe.seed, label)
     again = batches(len(replay), old, steps, recipe.seed, f"{label}.replay") if old else [[]] * steps
 
@@ -151,11 +151,17 @@ def example(base: Base, record: Record, features, loss_per: str) -> Example:
 
 
 def verdict_targets(base: Base, record: Record) -> list[int]:
-    """The verdict's token at the last token of each judged span of the answer, IGNORE elsewhere."""
+    """The verdict's token at the last token of each judged span of the answer, IGNORE elsewhere. Raises DataError for a
+    verdict whose end lies in no token."""
     encoded = base.tokenizer(record.answer, add_special_tokens=False, return_offsets_mapping=True)
-    words = {end: word for end, word in record.verdicts}
-    targets = []
-    for start, end in encoded["offset_mapping"]:
-        ending = [word for place, word in words.items() if start < place <= end]
-        targets.append(single_token(base, ending[0], record.source) if ending else IGNORE)
+    spans = encoded["offset_mapping"]
+    targets = [IGNORE] * len(spans)
+    for place, word in record.verdicts:
+        at = next((t for t, (start, end) in enumerate(spans) if start < place <= end), None)
+        if at is None:
+            raise DataError(
+                f"{record.source}: the verdict {word!r} ends at character {place} of the answer, where no word ends. "
+                "An offset counts the characters up to the end of the judged word."
+            )
+        targets[at] = single_token(base, word, record.source)
     return targets

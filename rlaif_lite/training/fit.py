@@ -17,9 +17,9 @@ from .checkpoint import load, restore_optimizer, save
 from .loop import MetricsLog, derive_seed, lr_at
 
 
-def steps_of(section: Training, items: int) -> int:
-    """`steps` of the recipe, or as many as `epochs` over `items` take."""
-    return section.steps if section.steps is not None else max(1, round(section.epochs * items / section.batch_size))
+def steps_of(section: Training, items: int, per_step: int) -> int:
+    """`steps` of the recipe, or as many as `epochs` over `items` take at `per_step` of them a step."""
+    return section.steps if section.steps is not None else max(1, round(section.epochs * items / per_step))
 
 
 def fit(

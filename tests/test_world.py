@@ -82,7 +82,7 @@ def test_verdicts_sum_to_the_score():
 def test_corruption_rates():
     """Against the closed form: an attribute changes with p * (1 - chance to draw the truth again)."""
     rng, facts, trials = random.Random(0), NO_STAR, 4000
-    noise = Noise(attribute=0.2, prior=0.7, false_star=0.55)
+    noise = Noise(attribute=0.2, prior=0.7, false_star=0.55, omit_star=0.3)
     drawn = [corrupt(facts, rng, noise) for _ in range(trials)]
     green_kept = np.mean([d["events"][2][0] == "green" for d in drawn])
     assert green_kept == pytest.approx(1 - 0.2 * (1 - 0.3 / 6), abs=0.03)

@@ -158,7 +158,7 @@ def test_each_run_gets_its_verdict_first(pages):
 
 def test_sharpening_is_not_sold_as_alignment(pages, run):
     assert re.search(
-        r"Sharper sampling alone does not explain it: sampled at temperature 0.\d, SFT hallucinates \d+.\d %, "
+        r"Sharper sampling alone does not explain the sampled gain: at temperature 0.\d, SFT hallucinates \d+.\d %, "
         r"and PPO differs from that by −\d+.\d points \(−\d+.\d to −\d+.\d\)",
         text_of(pages["helped"]),
     )
@@ -169,7 +169,7 @@ def test_sharpening_is_not_sold_as_alignment(pages, run):
     summary["evaluation"]["sft@0.3"] = {"sample_hallucination": summary["evaluation"]["ppo"]["sample_hallucination"]}
     (run / "summary.json").write_text(json.dumps(summary))
     text = text_of(write(run))
-    assert "Sharper sampling alone may be all of it" in text and "differs from that by 0.0 points (0.0 to 0.0)" in text
+    assert "Sharper sampling alone may explain the sampled gain" in text and "differs from that by 0.0 points (0.0 to 0.0)" in text
 
 
 def test_a_careful_reader_is_warned(tmp_path):

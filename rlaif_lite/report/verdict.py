@@ -149,10 +149,10 @@ def _temperature(run: Run, sample: Changes) -> list[str]:
     if not ids:
         return []
     change = paired_bootstrap([cooler[i] for i in ids], [ppo[i] for i in ids], RATIOS["hallucination"])
-    verdict = "does not explain it" if change.high < 0 else "may be all of it"
+    verdict = "does not explain" if change.high < 0 else "may explain"
     delta, low, high = (signed(100 * points) for points in change)
     return [
-        f"Sharper sampling alone {verdict}: sampled at temperature {temperature}, SFT hallucinates "
+        f"Sharper sampling alone {verdict} the sampled gain: at temperature {temperature}, SFT hallucinates "
         f"{percent(reached[best])}, and PPO differs from that by {delta} points ({low} to {high})."
     ]
 

@@ -37,8 +37,8 @@ class Noise(NamedTuple):
 
     attribute: float = 0.2  # chance that a colour, shape or motion is replaced
     prior: float = 0.7  # share of replacements that say the language prior instead of a uniform draw
-    false_star: float = 0.62  # chance that a video without a star is said to have one
-    omit_star: float = 0.1  # chance that a true star is left out
+    false_star: float = 0.68  # chance that a video without a star is said to have one
+    omit_star: float = 0.05  # chance that a true star is left out
 
 
 CLEAN = Noise(0.0, 0.0, 0.0, 0.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from conftest import shake, video_of
+from core import shake, video_of
 from safetensors.torch import load_file
 
 from rlaif_lite.data.records import Message

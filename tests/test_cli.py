@@ -166,7 +166,7 @@ def test_signals_clean_up_and_leave_a_resumable_run(sent, code):
     )  # fmt: skip
     assert process.stdout.readline() == "started\n"
     process.send_signal(sent)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=120)
     assert out == "cleaned up\n"
     # Nothing from the worker that the pool ended, too.
     assert err == "\nStopped; the run folder can be resumed: run the same command again.\n"

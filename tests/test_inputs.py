@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from conftest import video_of
+from core import video_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

@@ -5,7 +5,7 @@ Shapes: S positions, D width, V vocabulary.
 
 import pytest
 import torch
-from conftest import shake, video_of
+from core import shake, video_of
 
 from rlaif_lite.data.records import Message
 from rlaif_lite.errors import ModelError

@@ -5,12 +5,13 @@ Shapes: B answers of a step, T answer tokens, N real tokens.
 
 import pytest
 import torch
-from conftest import shake
+from core import shake
 
 from rlaif_lite.errors import StageError
 from rlaif_lite.model.inputs import IGNORE, encode_prompt
 from rlaif_lite.rollout import Trajectory
 from rlaif_lite.stages import ppo
+from rlaif_lite.stages.experience import cut, place
 from rlaif_lite.stages.reward import RewardInput
 from rlaif_lite.workspace import Workspace, read_jsonl
 
@@ -35,7 +36,7 @@ class Step:
 
     def score(self, answers: list[Trajectory], kl_coef: float = 0.1, mean: float = 0.0, std: float = 1.0):
         """(minibatches, experience)"""
-        self.minibatches = ppo.cut(self.work, self.layout, self.records, answers, 0)
+        self.minibatches = cut(self.work, self.layout, self.records, answers, 0)
         return self.minibatches, ppo.score(self.work, self.layout, self.minibatches, answers, kl_coef, mean, std)
 
     def update(self, experience, lr: float = 1.0, roles=("policy", "value")):
@@ -108,9 +109,9 @@ def test_stale_log_probs_are_refused(finished):
 def test_place_by_hand():
     mask_BT = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1]], dtype=torch.bool)
     out_BT = torch.zeros(3, 3)
-    ppo.place(out_BT, torch.tensor([2, 0]), mask_BT, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+    place(out_BT, torch.tensor([2, 0]), mask_BT, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
     assert out_BT.tolist() == [[4, 5, 0], [0, 0, 0], [1, 2, 3]]
-    ppo.place(out_BT, torch.tensor([1]), mask_BT, torch.tensor([9.0]))
+    place(out_BT, torch.tensor([1]), mask_BT, torch.tensor([9.0]))
     assert out_BT.tolist() == [[4, 5, 0], [9, 0, 0], [1, 2, 3]]
 
 
@@ -118,7 +119,7 @@ def test_place_by_hand():
 def test_every_answer_is_cut_once_and_aligned(finished, micro_batch):
     step = Step(finished, micro_batch=micro_batch)
     answers, base = ragged(step), step.work.base()
-    minibatches = ppo.cut(step.work, step.layout, step.records, answers, 0)
+    minibatches = cut(step.work, step.layout, step.records, answers, 0)
     assert [sum(len(m.index_b) for m in minibatch) for minibatch in minibatches] == [4, 4]
     assert [len(minibatch) for minibatch in minibatches] == ([1, 1] if micro_batch is None else [2, 2])
     micros = [m for minibatch in minibatches for m in minibatch]

@@ -7,14 +7,12 @@ import math
 
 import pytest
 import torch
-from conftest import record, shake
+from core import record, shake
 
 from rlaif_lite.errors import StageError
 from rlaif_lite.model.inputs import encode_answer
-from rlaif_lite.rl.losses import pairwise_loss
 from rlaif_lite.stages import reward
 from rlaif_lite.stages.reward import RewardInput, calibration, check_floor, split_by_video
-from rlaif_lite.training.loop import split_micro
 from rlaif_lite.workspace import Workspace, read_jsonl
 
 ANSWERS = ["first a red circle left . also a red star .", "red", "", "a blue cross . green"]
@@ -92,23 +90,23 @@ def test_padding_and_neighbours_do_not_change_a_score(work):
     assert (together_B - alone_B).abs().max() <= 1e-4
 
 
-def test_micro_batches_give_the_gradient_of_the_whole_batch(work):
-    """Without the centring term, which is not a sum over pairs."""
-    layout, roles = RewardInput(work), work.roles
-    pairs = [(r, a, b) for r, a, b in zip(work.records("preference"), ANSWERS, reversed(ANSWERS))][:3]
-    roles.trainable("reward")
+def test_micro_batches_give_the_gradient_of_the_whole_batch(rerun, monkeypatch):
+    """The stage's own step, without the centring term, which is not a sum over pairs: five pairs at once, or 2 + 2 + 1."""
+    found: dict[int | None, tuple[dict, list[torch.Tensor]]] = {}
 
-    def gradients(size: int | None) -> list[torch.Tensor]:
-        with roles.use("reward") as role:
-            for part in split_micro(pairs, size):
-                score_B2 = reward.score_pairs(layout, role, part)
-                (pairwise_loss(score_B2[:, 0], score_B2[:, 1], 0.0)[0] * len(part) / len(pairs)).backward()
-        found = [p.grad.clone() for p in roles.parameters("reward", head=True)]
-        for p in roles.parameters("reward", head=True):
-            p.grad = None
-        return found
+    def one_step(roles, role, section, steps, step_loss, **rest):
+        roles.trainable(role)
+        with roles.use(role) as active:
+            stats = step_loss(active, 0)
+        found[section.micro_batch] = stats, [p.grad.clone() for p in roles.parameters(role, head=True)]
 
-    for a, b in zip(gradients(None), gradients(2), strict=True):
+    monkeypatch.setattr(reward, "fit", one_step)
+    for size in ("null", "2"):
+        reward.run(Workspace(rerun("reward.batch_size=5", "reward.centering=0.0", f"reward.micro_batch={size}")))
+    (whole, gradients), (micro, micro_gradients) = found[None], found[2]
+    assert whole.keys() == micro.keys()
+    assert all(whole[name] == pytest.approx(micro[name], abs=1e-5) for name in whole)
+    for a, b in zip(gradients, micro_gradients, strict=True):
         assert (a - b).norm() <= 1e-4 * max(a.norm().item(), 1e-6)
 
 

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import shake, video_of
+from core import shake, video_of
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText

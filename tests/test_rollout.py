@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import shake, video_of
+from core import shake, video_of
 from rlaif_kernels import linear_logprob
 from torch.nn.utils.rnn import pad_sequence
 

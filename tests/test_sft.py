@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from conftest import record, shake, video_of
+from core import record, shake, video_of
 
 from rlaif_lite.errors import DataError, ModelError
 from rlaif_lite.model.inputs import IGNORE, collate

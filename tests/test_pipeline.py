@@ -1,0 +1,414 @@
+"""A whole run on a random base: what is skipped, what is stale and why, the lock, the summary, the files others read."""
+
+import fcntl
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from core import VIDEOS, small_recipe
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+from rlaif_lite import pipeline
+from rlaif_lite.errors import DataError, StageError
+from rlaif_lite.model.base import load_base
+from rlaif_lite.recipe import flatten, load_recipe
+from rlaif_lite.workspace import Workspace, by_batches, read_jsonl, write_jsonl
+
+STAGES = ["data", "features", "sft", "context", "preference", "reward", "ppo", "evaluate"]
+
+
+def summary_of(folder: str | Path) -> dict:
+    return json.loads((Path(folder) / "summary.json").read_text())
+
+
+# ---- what a run leaves
+
+
+def test_the_summary_keeps_the_contract(finished):
+    """The names of design.md: other programs read them."""
+    summary = summary_of(finished.output)
+    assert (summary["recipe"], summary["seed"], summary["device"], summary["finished"]) == ("test", 3, "cpu", True)
+    assert len(summary["recipe_hash"]) == 12 and {"torch", "transformers", "peft"} <= summary["versions"].keys()
+    assert list(summary["stages"]) == STAGES
+    for stage in summary["stages"].values():
+        assert stage["status"] == "done" and stage["seconds"] > 0 and stage["peak_memory_bytes"] > 1e7
+        assert "planned_memory_bytes" in stage
+    for role in ("base", "sft", "reference", "ppo"):
+        table = summary["evaluation"][role]
+        for mode in ("greedy", "sample"):
+            assert {f"{mode}_{name}" for name in ("precision", "recall", "f1", "hallucination", "length")} <= table.keys()
+    assert "sample_f1" in summary["evaluation"]["sft@0.5"]  # sharpening alone, beside it
+    assert {"delta", "low", "high"} <= summary["evaluation_intervals"]["ppo-sft"]["greedy_hallucination"].keys()
+    preference = summary["preference"]
+    assert preference["pairs"] > 0 and 0 <= preference["judge_agreement_with_truth"] <= 1
+    assert 0 <= preference["judge_agreement_without_context"] <= 1 and 0 <= preference["position_consistency"] <= 1
+    assert 0 <= summary["reward"]["heldout_accuracy"] <= 1
+    assert summary["ppo"]["kl_start"] == 0 and {"kl_end", "reward_start", "reward_end"} <= summary["ppo"].keys()
+    sizes = summary["ppo"]["roles"]
+    assert set(sizes) == {"policy", "reference", "reward", "value"} and all(size["bytes"] > 0 for size in sizes.values())
+
+
+def test_the_base_is_the_same_before_and_after(finished, load):
+    assert summary_of(finished.output)["ppo"]["base_fingerprint"] == load().fingerprint()
+
+
+def test_every_role_loads_with_plain_peft(finished, checkpoint):
+    folders = sorted(path for path in (Path(finished.output) / "adapters").iterdir())
+    assert [f.name for f in folders] == ["policy", "reference", "reward", "sft", "value"]
+    ids_BS = torch.tensor([[1, 17, 18, 20, 6]])
+    for folder in folders:
+        model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+        with torch.no_grad():
+            plain_BSV = model(input_ids=ids_BS).logits
+            adapted_BSV = PeftModel.from_pretrained(model, folder)(input_ids=ids_BS).logits
+        assert (adapted_BSV - plain_BSV).abs().max() > 1e-4, folder.name
+        assert (folder / "head.safetensors").exists() == (folder.name in ("reward", "value"))
+
+
+def test_the_folder(finished):
+    folder = Path(finished.output)
+    assert flatten(load_recipe(folder / "recipe.yaml")) == flatten(finished)
+    assert (folder / "report.html").stat().st_size > 1000
+    stages = {line["stage"] for line in read_jsonl(folder / "metrics.jsonl")}
+    assert stages == {"sft.easy", "sft.hard", "sft.policy_init", "reward", "ppo"}
+    left = [path for path in folder.rglob("*") if path.name == "checkpoint" or ".tmp" in path.name or path.suffix in (".pt", ".pkl", ".bin")]
+    assert not left  # and never a pickle
+    narratives = json.loads((folder / "context" / "narratives.json").read_text())
+    assert len(narratives) == VIDEOS and all("first" in text and "finally" in text for text in narratives.values())
+    released = json.loads((folder / "preference" / "pairs.json").read_text())
+    assert {"id", "video", "conversations", "output_1", "output_2", "preference"} <= released[0].keys()
+    own = read_jsonl(folder / "preference" / "pairs.jsonl")
+    for theirs, ours in zip(released, own, strict=True):
+        assert theirs["id"] == ours["id"] and theirs["conversations"][0]["value"] == "<video>\ndescribe the video"
+        assert theirs[f"output_{theirs['preference']}"]["value"] == ours["chosen"] != ours["rejected"]
+        assert (theirs["score_gap"] > 0) == (theirs["preference"] == 1) and ours["margin"] == abs(theirs["score_gap"]) > 0
+
+
+def test_evaluation_answers_every_video_once_per_role(finished):
+    folder = Path(finished.output) / "evaluate"
+    ids = [f"test/{i:05d}" for i in range(VIDEOS)]
+    for role in ("base", "sft", "reference", "ppo"):
+        assert [row["id"] for row in read_jsonl(folder / f"{role}.greedy.jsonl")] == ids
+        assert [row["id"] for row in read_jsonl(folder / f"{role}.sample@1.jsonl")] == [i for i in ids for _ in range(2)]
+    assert (folder / "sft.sample@0.5.jsonl").exists()
+    assert [e["id"] for e in json.loads((folder / "examples" / "index.json").read_text())] == ids[:2]
+
+
+def test_runs_with_the_same_seed_are_the_same_run(finished, checkpoint, tmp_path):
+    """Decoded by a worker process, checkpointed at other steps, in another folder: the same bits."""
+    recipe = small_recipe(checkpoint, tmp_path, "features.workers=1", "ppo.checkpoint_every=3")
+    pipeline.run(recipe, until="ppo")
+    for role in ("sft", "reference", "reward", "policy", "value"):
+        for file in (Path(finished.output) / "adapters" / role).glob("*.safetensors"):
+            assert file.read_bytes() == (tmp_path / "run" / "adapters" / role / file.name).read_bytes(), (role, file.name)
+
+
+# ---- what is done, what is stale
+
+
+class Ran:
+    """Replaces the stages by stand-ins that note that they ran."""
+
+    def __init__(self, monkeypatch):
+        self.names: list[str] = []
+        for name, stage in pipeline.STAGES.items():
+            monkeypatch.setattr(stage, "run", self._note(name))
+        monkeypatch.setattr(pipeline.page, "write", lambda folder: None)
+
+    def _note(self, name):
+        def run(work):
+            self.names.append(name)
+            done = json.loads((Path(work.recipe.output) / "kept" / f"{name}.json").read_text())
+            return done["result"]
+
+        return run
+
+    def after(self, recipe) -> list[str]:
+        """The stages that a run of `recipe` did not skip."""
+        folder = Path(recipe.output)
+        if not (folder / "kept").exists():
+            (folder / "kept").mkdir()
+            for name in STAGES:
+                (folder / "kept" / f"{name}.json").write_text((folder / name / "done.json").read_text())
+        self.names.clear()
+        pipeline.run(recipe)
+        return self.names.copy()
+
+
+def test_a_second_run_skips_everything(rerun, monkeypatch, capsys):
+    recipe = rerun()
+    files = {path: path.read_bytes() for path in (Path(recipe.output) / "adapters").rglob("*.safetensors")}
+    assert Ran(monkeypatch).after(recipe) == []
+    said = capsys.readouterr().err
+    assert all(f"{name}: done before, nothing it reads has changed" in said for name in STAGES)
+    summary = summary_of(recipe.output)
+    assert {stage["status"] for stage in summary["stages"].values()} == {"skipped"} and summary["finished"]
+    assert summary["ppo"]["kl_start"] == 0  # its results are still there
+    assert all(path.read_bytes() == data for path, data in files.items())
+
+
+FROM = {name: STAGES[i:] for i, name in enumerate(STAGES)}
+
+
+@pytest.mark.parametrize(
+    "override, stale, why",
+    [
+        ("evaluate.samples=3", FROM["evaluate"], "`evaluate.samples` was 2 and is 3"),
+        ("ppo.kl_coef=0.3", FROM["ppo"], "`ppo.kl_coef` was 0.1 and is 0.3"),
+        ("reward.lr=0.01", FROM["reward"], "`reward.lr` was 0.001 and is 0.01"),
+        ("preference.min_margin=0.1", FROM["preference"], "`preference.min_margin` was 0.0 and is 0.1"),
+        ("context.max_new_tokens=4", FROM["context"], "`context.max_new_tokens` was 5 and is 4"),
+        ("sft.hard.lr=0.01", FROM["sft"], "`sft.hard.lr` was 0.002 and is 0.01"),
+        ("model.lora.rank=8", FROM["sft"], "`model.lora.rank` was 4 and is 8"),
+        ("seed=4", FROM["sft"], "`seed` was 3 and is 4"),
+        ("features.frames=4", FROM["features"], "`features.frames` was 6 and is 4"),
+        ("data.world.dropout=0.2", FROM["data"], "`data.world.dropout` was"),
+        ("reward.floor=0.01", FROM["ppo"], "`reward.floor` was 0.0 and is 0.01"),
+        # where and how fast, not what
+        ("ppo.checkpoint_every=1", [], ""), ("features.workers=1", [], ""), ("threads=2", [], ""), ("name=other", [], ""),
+        ("model.gradient_checkpointing=true", [], ""),
+    ],
+)  # fmt: skip
+def test_a_changed_key_makes_stale_what_depends_on_it(rerun, monkeypatch, capsys, override, stale, why):
+    ran = Ran(monkeypatch)
+    recipe = rerun(override)
+    capsys.readouterr()
+    assert ran.after(recipe) == stale
+    said = capsys.readouterr().err
+    if stale:
+        assert f"{stale[0]}: runs again, because {why}" in said
+        for name in stale[1:]:
+            assert f"{name}: runs again, because" in said and f"stage {stale[0]} ran again" in said
+    assert ran.after(recipe) == []  # and then it is done again
+
+
+def test_a_stale_stage_starts_from_nothing(rerun, monkeypatch):
+    """What an older recipe left, its adapters too, is gone before the stage runs; cached features stay."""
+    recipe = rerun("sft.hard.lr=0.01")
+    folder = Path(recipe.output)
+    cached = sorted((folder / "features" / "cache").iterdir())
+
+    def look(work):
+        assert sorted(p.name for p in (folder / "sft").iterdir()) == ["begun.json"]
+        assert not (folder / "adapters" / "sft").exists() and not (folder / "adapters" / "reference").exists()
+        assert (folder / "adapters" / "policy").exists()  # its turn has not come
+        assert summary_of(folder)["ppo"] == {} and not summary_of(folder)["finished"]  # what it once found is not this recipe's
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.STAGES["sft"], "run", look)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(recipe)
+    assert sorted((folder / "features" / "cache").iterdir()) == cached
+
+
+def test_a_world_of_another_seed_is_another_world(rerun):
+    """Videos are not kept under their old names."""
+    recipe = rerun("data.world.seed=6")
+    folder = Path(recipe.output) / "data"
+    before = {p.relative_to(folder): p.read_bytes() for p in (folder / "videos").rglob("*.mp4")}
+    pipeline.run(recipe, until="data")
+    after = {p.relative_to(folder): p.read_bytes() for p in (folder / "videos").rglob("*.mp4")}
+    assert before.keys() == after.keys() and not any(before[name] == after[name] for name in before)
+
+
+def test_a_changed_recipe_after_a_kill_in_the_middle_of_emptying(rerun, monkeypatch):
+    """The marks go last: what is half removed is not taken for work that was begun under the new recipe."""
+    recipe = rerun("context.max_new_tokens=4")
+    folder = Path(recipe.output) / "context"
+    (folder / "part").mkdir()
+    removed = []
+    unlink = Path.unlink
+
+    def dying(path, **more):
+        if path.parent == folder:
+            removed.append(path.name)
+            if len(removed) > 1:
+                raise SystemExit("killed")
+        unlink(path, **more)
+
+    monkeypatch.setattr(Path, "unlink", dying)
+    with pytest.raises(SystemExit):
+        pipeline.run(recipe)
+    monkeypatch.undo()
+    assert (folder / "begun.json").exists() or (folder / "done.json").exists()
+    ran = Ran(monkeypatch)
+    (Path(recipe.output) / "kept").mkdir()
+    for name in STAGES:
+        (Path(recipe.output) / "kept" / f"{name}.json").write_text(json.dumps({"result": {}}))
+    monkeypatch.setattr(pipeline, "write_summary", lambda *_, **__: None)
+    monkeypatch.setattr(pipeline.page, "write", lambda _: None)
+    (Path(recipe.output) / "summary.json").write_text("{}")
+    pipeline.run(recipe, until="context")
+    assert ran.names == ["context"] and sorted(p.name for p in folder.iterdir()) == ["begun.json", "done.json"]
+
+
+def test_changed_files_make_stale_what_reads_them(checkpoint, world, tmp_path, monkeypatch):
+    """A data file of one's own, and the base in its folder."""
+    import shutil
+
+    shutil.copytree(checkpoint, tmp_path / "base")
+    shutil.copy(world / "test.jsonl", tmp_path / "own.jsonl")
+    own = [f"model.base={tmp_path / 'base'}", f"data.test=[{tmp_path / 'own.jsonl'}]", f"data.video_root={world}"]
+    recipe = small_recipe(checkpoint, tmp_path, *own)
+    monkeypatch.setattr(pipeline, "write_summary", lambda *_, **__: None)
+    monkeypatch.setattr(pipeline.page, "write", lambda _: None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "summary.json").write_text("{}")
+    ran: list[str] = []
+    for name, stage in pipeline.STAGES.items():
+        monkeypatch.setattr(stage, "run", lambda work, name=name: ran.append(name) or {})
+
+    def after() -> list[str]:
+        ran.clear()
+        pipeline.run(recipe)
+        return ran.copy()
+
+    assert after() == STAGES and after() == []
+    lines = (tmp_path / "own.jsonl").read_text().split("\n")
+    (tmp_path / "own.jsonl").write_text("\n".join([lines[1], lines[0], *lines[2:]]))
+    assert after() == STAGES and after() == []
+    weights = tmp_path / "base" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    assert after() == FROM["features"] and after() == []
+
+
+def test_a_folder_has_one_run_at_a_time(finished):
+    with open(Path(finished.output) / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StageError, match="Another run is going on in"):
+            pipeline.run(finished)
+
+
+def test_until_stops_after_a_stage(checkpoint, tmp_path):
+    recipe = small_recipe(checkpoint, tmp_path)
+    summary = pipeline.run(recipe, until="data")
+    assert list(summary["stages"]) == ["data"] and not summary["finished"] and not (tmp_path / "run" / "sft").exists()
+    with pytest.raises(StageError, match="no stage `pop`; the stages are data, features"):
+        pipeline.run(recipe, until="pop")
+
+
+# ---- videos that cannot be read
+
+
+@pytest.fixture
+def broken(checkpoint, world, tmp_path):
+    """broken(overrides) -> a recipe on a world whose rl video 2 is empty and rl video 3 is gone, files of one's own."""
+    import shutil
+
+    shutil.copytree(world, tmp_path / "world")
+    videos = sorted((tmp_path / "world" / "videos" / "rl").iterdir())
+    videos[2].write_bytes(b"")
+    names = ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")
+    files = [f"data.{name}=[{tmp_path / 'world' / name}.jsonl]" for name in names]
+
+    def make(*overrides: str, gone: bool = False):
+        if gone:
+            videos[3].unlink(missing_ok=True)
+        return small_recipe(checkpoint, tmp_path, "data.world=null", *files, *overrides)
+
+    return make
+
+
+def test_unreadable_videos_stop_the_run_every_time(broken):
+    """Also the second time: what was found bad once is not silently left out."""
+    recipe = broken()
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"(?s)1 of 32 videos cannot be decoded.*rl/00002.mp4.*data.on_missing: skip"):
+            pipeline.run(recipe, until="features")
+
+
+def test_missing_videos_stop_the_run_before_anything_is_done(broken):
+    with pytest.raises(DataError, match=r"(?s)data\.\w+: 1 records have a video that is not there.*rl/00003.mp4"):
+        pipeline.run(broken(gone=True), until="data")
+
+
+def test_bad_videos_can_be_skipped_and_are_counted(broken):
+    """No record of theirs reaches a stage, and every other keeps its own video."""
+    recipe = broken("data.on_missing=skip", gone=True)
+    summary = pipeline.run(recipe, until="features")
+    assert (summary["features"]["videos"], summary["features"]["unreadable"], summary["features"]["missing"]) == (30, 1, 1)
+    work = Workspace(recipe)
+    kept = [r.id for r in work.records("rl")]
+    assert kept == [f"rl/{i:05d}" for i in (0, 1, 4, 5, 6, 7)]
+    assert [r.id for r in work.records("policy_init")] == [f"{i}/init" for i in kept]
+    for record in work.records("rl"):
+        assert record.video.endswith(f"{record.id}.mp4") and work.features(record).features_KD.shape == (24, 128)
+
+
+def test_lost_features_are_said(rerun):
+    recipe = rerun()
+    work = Workspace(recipe)
+    record = work.records("rl")[0]
+    work.features(record)
+    fresh = Workspace(recipe)
+    for path in (Path(recipe.output) / "features" / "cache").iterdir():
+        path.unlink()
+    with pytest.raises(StageError, match="cached features of .*rl/00000.mp4 are gone or damaged. Delete .*done.json"):
+        fresh.features(fresh.records("rl")[0])
+    (Path(recipe.output) / "features" / "done.json").unlink()
+    pipeline.run(recipe, until="features")
+    assert torch.equal(Workspace(recipe).features(record).features_KD, work.features(record).features_KD)
+
+
+# ---- features
+
+
+def test_cached_features_are_those_of_the_video(finished, load):
+    """Decoded, resized, encoded and pruned anew; a record about a clip gets the clip's."""
+    from rlaif_lite.model.families import to_pixels
+    from rlaif_lite.video.decode import View, decode_views
+
+    base, work = load(tower=True), Workspace(finished)
+    clip = next(r for r in work.records("sft_easy") if r.clip == 1)
+    whole = next(r for r in work.records("rl"))
+    for record, view in ((whole, View(6)), (clip, View(6, 1, 3))):
+        frames = decode_views(record.video, {"v": view}, size=(32, 32))["v"]
+        want_TPD = base.encode(to_pixels(frames.rgb_THWC, base.images))
+        found = work.features(record)
+        assert (found.features_KD - want_TPD.flatten(0, 1)).abs().max() <= 1e-5
+        assert np.allclose(found.time_T, frames.time_T) and (found.layout_tokens, found.frames) == (24, 6)
+    assert (work.views(clip)["clip1"].features_KD - work.views(clip)["video"].features_KD).abs().max() > 1e-2
+
+
+def test_a_record_about_a_clip_that_is_not_there(recipe, tmp_path, world):
+    record = {"id": "x", "video": str(world / "videos/sft/00000.mp4"), "clip": 3, "messages": [
+        {"role": "user", "content": "<video> describe the clip"}, {"role": "assistant", "content": "red ."}]}  # fmt: skip
+    write_jsonl(tmp_path / "own.jsonl", [record])
+    with pytest.raises(DataError, match="own.jsonl#0: the record is about clip 3, but `features.clips` is 3"):
+        pipeline.run(recipe(f"data.sft_easy=[{tmp_path / 'own.jsonl'}]"), until="features")
+
+
+# ---- results that arrive batch by batch
+
+
+def test_batches_that_are_done_are_not_done_again(tmp_path):
+    path, asked, counted = tmp_path / "parts.jsonl", [], []
+
+    def work(batch):
+        asked.append(batch)
+        return [{"x": x, "third": x / 3, "text": "\u2028\u00e9"} for x in batch]
+
+    whole = by_batches(path, [[1, 2], [3], [4, 5]], work, counted.append)
+    assert asked == [[1, 2], [3], [4, 5]] and counted == [2, 1, 2] and [row["x"] for row in whole] == [1, 2, 3, 4, 5]
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(lines[0] + b"\n" + lines[1][:7])  # killed while writing the second line
+    asked.clear(), counted.clear()
+    assert by_batches(path, [[1, 2], [3], [4, 5]], work, counted.append) == whole
+    assert asked == [[3], [4, 5]] and counted == [2, 1, 2] and path.read_bytes().split(b"\n") == lines
+    assert by_batches(tmp_path / "none.jsonl", [], work) == []
+
+
+def test_answers_with_strange_line_ends_survive(tmp_path):
+    rows = [{"answer": "one\u2028two\u0085three\x0b"}, {"answer": "four\n"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert read_jsonl(tmp_path / "rows.jsonl") == rows
+
+
+def test_the_finished_base_is_a_plain_one(finished):
+    """Nothing of a run is left on the base's folder."""
+    assert load_base(finished.model, torch.device("cpu"), tower=False).fingerprint() == summary_of(finished.output)["ppo"]["base_fingerprint"]

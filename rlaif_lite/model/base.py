@@ -33,8 +33,7 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is depreca
 transformers_logging.disable_progress_bar()
 
 QUANT_BLOCK = 64
-EMBEDDED = Path(__file__).parent.parent / "tiny"
-EMBEDDED_BASES = {"embedded": EMBEDDED / "base", "embedded-weak": EMBEDDED / "base_weak"}
+EMBEDDED = Path(__file__).parent.parent / "tiny" / "base"
 # Full module prefixes: a short name such as "visual" would match nothing and switch off the default exclusion of the
 # head.
 NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "model.visual", "lm_head"]
@@ -122,8 +121,8 @@ class Base:
 
 
 def resolve_base(name: str) -> str:
-    """`embedded` and `embedded-weak` -> the checkpoints that ship with the package; anything else is left as it is."""
-    return str(EMBEDDED_BASES[name]) if name in EMBEDDED_BASES else os.path.expanduser(name)
+    """`embedded` -> the checkpoint that ships with the package; anything else is a folder or a hub id."""
+    return str(EMBEDDED) if name == "embedded" else os.path.expanduser(name)
 
 
 def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:

@@ -1,13 +1,13 @@
-"""Compiles every kernel for every architecture of the table, without a GPU: `python kernels/bench/aot.py` writes docs/results/.
+"""`python kernels/bench/aot.py` compiles every kernel for every architecture of the table, without a GPU.
 
-Triton carries its own ptxas, so a laptop can say what a kernel costs on an H100: registers per thread, bytes spilled, shared
-memory per block. `tests/kernels/test_aot.py` holds the same compilations to no spills and the card's shared memory.
+Triton carries its own ptxas, so a laptop can say what a kernel costs on an H100: registers per thread, bytes spilled,
+shared memory per block. The table goes to docs/results/, one column per version of Triton that has been asked so far;
+`tests/kernels/test_aot.py` holds the same compilations to no spills and the card's shared memory.
 """
 
 import contextlib
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -17,22 +17,26 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton
+from rlaif_kernels import triton_kernels as kernels
+from rlaif_kernels.configs import TABLE, Config, Configs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlaif_kernels import triton_kernels as kernels
-from rlaif_kernels.configs import TABLE, Config, Configs
-
-# Shared memory one block may opt in to, bytes (CUDA C++ programming guide, compute capabilities, less the 1 KB reserved)
+# Shared memory that one block may opt in to, bytes (CUDA C++ programming guide, compute capabilities)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 _ROW_TYPES = {
-    **dict.fromkeys(("s_ptr", "ref_ptr", "bias_ptr", "logp_ptr", "lse_ptr", "entropy_ptr", "kl_ptr", "at_target_ptr", "bound_ptr"), "*fp32"),
+    **dict.fromkeys(
+        ("s_ptr", "ref_ptr", "bias_ptr", "logp_ptr", "lse_ptr", "entropy_ptr", "kl_ptr", "at_target_ptr", "bound_ptr"),
+        "*fp32",
+    ),
     **dict.fromkeys(("old_logp_ptr", "advantage_ptr", "real_ptr", "ref_logp_ptr"), "*fp32"),
     **dict.fromkeys(("inv_temperature", "softcap", "clip", "entropy_coef", "k3_coef", "kl_coef"), "fp32"),
     **dict.fromkeys(("s_stride", "dz_stride", "V", "row0"), "i32"),
-    "target_ptr": "*i64", "valid_ptr": "*u8", "dz_ptr": "*bf16",
+    "target_ptr": "*i64",
+    "valid_ptr": "*u8",
+    "dz_ptr": "*bf16",
 }
 _FLAGS = {"BIAS": False, "SOFTCAP": False, "REF": False, "GRAD": False, "PPO": False, "K3": False, "UNIT": 1.0}
 _ALL = {"BIAS": True, "SOFTCAP": True}
@@ -55,25 +59,61 @@ class Case(NamedTuple):
 CASES = (
     Case("rows: statistics", kernels.row_kernel, _ROW_TYPES, _FLAGS, ("V",)),
     Case("rows: log-prob and gradient", kernels.row_kernel, _ROW_TYPES, {**_FLAGS, "GRAD": True}, ("V",)),
-    Case("rows: PPO, k3, all options", kernels.row_kernel, _ROW_TYPES, {**_FLAGS, **_ALL, "GRAD": True, "PPO": True, "K3": True}, ("V",)),
+    Case(
+        "rows: PPO, k3, all options",
+        kernels.row_kernel,
+        _ROW_TYPES,
+        {**_FLAGS, **_ALL, "GRAD": True, "PPO": True, "K3": True},
+        ("V",),
+    ),
     Case("rows_with_reference: statistics", kernels.row_kernel, _ROW_TYPES, {**_FLAGS, "REF": True}, ("V",)),
     Case(
-        "rows_with_reference: PPO, exact KL, all options", kernels.row_kernel, _ROW_TYPES,
-        {**_FLAGS, **_ALL, "REF": True, "GRAD": True, "PPO": True}, ("V",),
+        "rows_with_reference: PPO, exact KL, all options",
+        kernels.row_kernel,
+        _ROW_TYPES,
+        {**_FLAGS, **_ALL, "REF": True, "GRAD": True, "PPO": True},
+        ("V",),
     ),
     Case(
-        "gae", kernels.gae_kernel,
-        {"reward_ptr": "*fp32", "value_ptr": "*fp32", "real_ptr": "*u8", "advantage_ptr": "*fp32", "return_ptr": "*fp32",
-         "T": "i32", "gamma": "fp32", "decay": "fp32"}, {}, ("T",),
+        "gae",
+        kernels.gae_kernel,
+        {
+            "reward_ptr": "*fp32",
+            "value_ptr": "*fp32",
+            "real_ptr": "*u8",
+            "advantage_ptr": "*fp32",
+            "return_ptr": "*fp32",
+            "T": "i32",
+            "gamma": "fp32",
+            "decay": "fp32",
+        },
+        {},
+        ("T",),
     ),
     Case(
-        "dissimilarity", kernels.dissimilarity_kernel,
-        {"features_ptr": "*bf16", "score_ptr": "*fp32", "P": "i32", "C": "i32", "tiny_norm": "fp32"}, {}, ("P", "C"),
+        "dissimilarity",
+        kernels.dissimilarity_kernel,
+        {"features_ptr": "*bf16", "score_ptr": "*fp32", "P": "i32", "C": "i32", "tiny_norm": "fp32"},
+        {},
+        ("P", "C"),
     ),
     Case(
-        "gather", kernels.gather_kernel,
-        {"index_ptr": "*i64", "features_ptr": "*bf16", "position_ptr": "*i64", "frame_ptr": "*i64", "features_out_ptr": "*bf16",
-         "position_out_ptr": "*i64", "frame_out_ptr": "*i64", "N": "i32", "K": "i32", "C": "i32"}, {"AXES": 3}, ("N", "K", "C"),
+        "gather",
+        kernels.gather_kernel,
+        {
+            "index_ptr": "*i64",
+            "features_ptr": "*bf16",
+            "position_ptr": "*i64",
+            "frame_ptr": "*i64",
+            "features_out_ptr": "*bf16",
+            "position_out_ptr": "*i64",
+            "frame_out_ptr": "*i64",
+            "N": "i32",
+            "K": "i32",
+            "C": "i32",
+        },
+        {"AXES": 3},
+        ("N", "K", "C"),
     ),
 )
 
@@ -100,21 +140,40 @@ def compile_case(case: Case, arch: int, aligned: bool) -> Cost:
     signature = {name: "constexpr" if name in constants else case.types[name] for name in names}
     plain = ("row0",)  # not specialised, whatever its value
     divisible = [
-        i for i, name in enumerate(names)
-        if signature[name].startswith("*") or (signature[name] == "i32" and name not in plain and (aligned or name not in case.ragged))
+        i
+        for i, name in enumerate(names)
+        if signature[name].startswith("*")
+        or (signature[name] == "i32" and name not in plain and (aligned or name not in case.ragged))
     ]
     source = ASTSource(
-        fn=case.kernel, signature=signature, constexprs=constants, attrs={(i,): [["tt.divisibility", 16]] for i in divisible}
+        fn=case.kernel,
+        signature=signature,
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
     )
     log = io.StringIO()
     with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         triton.knobs.compilation.always_compile = True  # a cache hit prints no log
         triton.knobs.nvidia.dump_ptxas_log = True
-        binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": config.num_warps, "enable_fp_fusion": True})
+        binary = triton.compile(
+            source,
+            target=GPUTarget("cuda", arch, 32),
+            options={"num_warps": config.num_warps, "enable_fp_fusion": True},
+        )
     registers = int(re.search(r"Used (\d+) registers", log.getvalue())[1])
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
     stack, stores, loads = (int(number) for number in spills.groups())
-    return Cost(case.name, arch, aligned, config.block, config.num_warps, registers, stack, stores + loads, binary.metadata.shared)
+    return Cost(
+        case.name,
+        arch,
+        aligned,
+        config.block,
+        config.num_warps,
+        registers,
+        stack,
+        stores + loads,
+        binary.metadata.shared,
+    )
 
 
 def compile_all(archs: tuple[int, ...] = tuple(TABLE)) -> Iterator[Cost]:
@@ -127,23 +186,29 @@ def compile_all(archs: tuple[int, ...] = tuple(TABLE)) -> Iterator[Cost]:
 
 def main() -> None:
     """Writes kernels_aot.json and kernels_aot.md."""
-    costs = list(compile_all())
     RESULTS.mkdir(parents=True, exist_ok=True)
-    versions = {"triton": triton.__version__}
-    (RESULTS / "kernels_aot.json").write_text(json.dumps({"versions": versions, "kernels": [cost._asdict() for cost in costs]}, indent=1) + "\n")
-    lines = [
-        "# What the kernels cost, compiled ahead of time", "",
-        f"Triton {triton.__version__}; written by `python kernels/bench/aot.py`, without a GPU. Registers are per thread; spills and "
-        "shared memory in bytes. Aligned: sizes divisible by 16.", "",
-        "| kernel | arch | sizes | block | warps | registers | spilled | shared |", "|---|---|---|---|---|---|---|---|",
+    path = RESULTS / "kernels_aot.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    found[triton.__version__] = [cost._asdict() for cost in compile_all()]
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    versions = sorted(found)
+    lines = ["# What the kernels cost, compiled ahead of time", ""]
+    lines += [
+        "Written by `python kernels/bench/aot.py`, without a GPU. Per version of Triton: registers per thread, bytes"
     ]
-    for cost in costs:
-        sizes = "aligned" if cost.aligned else "ragged"
-        lines.append(
-            f"| {cost.kernel} | sm_{cost.arch} | {sizes} | {cost.block} | {cost.warps} | {cost.registers} | {cost.spilled} | {cost.shared} |"
-        )
+    lines += ["spilled, bytes of shared memory per block. Aligned: sizes divisible by 16.", ""]
+    lines += [f"| kernel | arch | sizes | block | warps | {' | '.join(f'Triton {version}' for version in versions)} |"]
+    lines += ["|" + "---|" * (5 + len(versions))]
+    for costs in zip(*(found[version] for version in versions), strict=True):
+        one = Cost(**costs[0])
+        ptxas = " | ".join(f"{cost['registers']} / {cost['spilled']} / {cost['shared']}" for cost in costs)
+        sizes = "aligned" if one.aligned else "ragged"
+        lines += [f"| {one.kernel} | sm_{one.arch} | {sizes} | {one.block} | {one.warps} | {ptxas} |"]
     (RESULTS / "kernels_aot.md").write_text("\n".join(lines) + "\n")
-    print(f"{len(costs)} compilations, {sum(cost.spilled for cost in costs)} bytes spilled -> {RESULTS / 'kernels_aot.md'}")
+    spilled = sum(cost["spilled"] for cost in found[triton.__version__])
+    print(
+        f"Triton {triton.__version__}: {len(found[triton.__version__])} compilations, {spilled} bytes spilled -> {path}"
+    )
 
 
 if __name__ == "__main__":

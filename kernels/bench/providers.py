@@ -1,7 +1,9 @@
-"""Who can compute what: every way to get from hidden states to log-probs or losses that the bench compares, ours and peers'.
+"""Who can compute what: every way to get from hidden states to log-probs or losses that the bench compares, ours and
+peers'.
 
-A provider is a function of a Problem and a task that returns a step to be timed, or raises CannotRun with the reason. A step runs
-the whole task, leaves the gradient in `problem.hidden_ND.grad` where the task has one, and returns per-token log-probs or None.
+A provider is a function of a Problem and a task that returns a step to be timed, or raises CannotRun with the reason. A
+step runs the whole task, leaves the gradient in `problem.hidden_ND.grad` where the task has one, and returns per-token
+log-probs or None.
 
 Tasks, and the matmuls each cannot do without when the head is frozen:
     score   log-prob and entropy per token, no gradient              1
@@ -19,9 +21,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from rlaif_kernels import linear_logprob, ppo_policy_loss, sft_loss
+from torch import Tensor
 
 MATMULS = {"score": 1, "train": 2, "sft": 2, "grpo": 2, "kl": 3}
 CLIP, KL_COEF, ROWS_PER_ANSWER = 0.2, 0.1, 8
@@ -46,12 +47,13 @@ class Problem(NamedTuple):
 
 
 def make_problem(N: int, D: int, V: int, dtype: torch.dtype, device: str) -> Problem:
-    """Hidden states as a trained model has them: some tokens certain, some not. Zeros run faster, and flat noise starves filters.
+    """Hidden states as a trained model has them: some tokens certain, some not.
 
-    Each row points at its target by a different amount, so that p(target) runs from 1/V to nearly 1.
+    Zeros would run faster, and flat noise would starve a gradient filter. Each row points at its target by a different
+    amount, so that p(target) runs from 1/V to nearly 1.
     """
     generator = torch.Generator(device).manual_seed(0)
-    randn = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
+    randn = lambda *shape: torch.randn(*shape, generator=generator, device=device)
     N = N // ROWS_PER_ANSWER * ROWS_PER_ANSWER
     weight_VD = randn(V, D) / math.sqrt(D)
     target_N = torch.randint(0, V, (N,), generator=generator, device=device)
@@ -61,7 +63,13 @@ def make_problem(N: int, D: int, V: int, dtype: torch.dtype, device: str) -> Pro
     hidden_ND, reference_ND, weight_VD = hidden_ND.to(dtype), reference_ND.to(dtype), weight_VD.to(dtype)
     logp_N, ref_N = (linear_logprob(rows, weight_VD, target_N).logp_N for rows in (hidden_ND, reference_ND))
     return Problem(
-        hidden_ND.requires_grad_(), weight_VD, target_N, randn(N), reference_ND, logp_N + 0.1 * randn(N), ref_N,
+        hidden_ND.requires_grad_(),
+        weight_VD,
+        target_N,
+        randn(N),
+        reference_ND,
+        logp_N + 0.1 * randn(N),
+        ref_N,
         randn(N // ROWS_PER_ANSWER).repeat_interleave(ROWS_PER_ANSWER),
     )
 
@@ -108,10 +116,19 @@ def _ours(p: Problem, task: str, impl: str) -> Step:
         if task == "sft":
             loss, _ = sft_loss(*head, impl=impl)
         else:
-            reference = {"reference_hidden_ND": p.reference_ND} if task == "kl" else {"reference_logp_N": p.reference_logp_N}
+            reference = (
+                {"reference_hidden_ND": p.reference_ND} if task == "kl" else {"reference_logp_N": p.reference_logp_N}
+            )
             loss, _ = ppo_policy_loss(
-                *head, p.old_logp_N, p.advantage_N, ones_N, clip=CLIP, kl_coef=KL_COEF, kl="exact" if task == "kl" else "k3",
-                impl=impl, **reference,
+                *head,
+                p.old_logp_N,
+                p.advantage_N,
+                ones_N,
+                clip=CLIP,
+                kl_coef=KL_COEF,
+                kl="exact" if task == "kl" else "k3",
+                impl=impl,
+                **reference,
             )
         loss.backward()
         return None
@@ -171,7 +188,13 @@ def torch_linear_cross_entropy(p: Problem, task: str) -> Step:
     if not hasattr(F, "linear_cross_entropy"):
         raise CannotRun(f"torch {torch.__version__} has no linear_cross_entropy; 2.13 has")
     options = torch.nn.LinearCrossEntropyOptions()
-    return _nll(p, task, lambda reduction: F.linear_cross_entropy(p.hidden_ND, p.weight_VD, p.target_N, reduction=reduction, options=options))
+    return _nll(
+        p,
+        task,
+        lambda reduction: F.linear_cross_entropy(
+            p.hidden_ND, p.weight_VD, p.target_N, reduction=reduction, options=options
+        ),
+    )
 
 
 def cce(p: Problem, task: str) -> Step:
@@ -190,9 +213,13 @@ def _cce(p: Problem, task: str, options: dict) -> Step:
         raise CannotRun("its kernels need a GPU")
     try:
         function(p.hidden_ND[:1], p.weight_VD, p.target_N[:1], **options)
-    except NotImplementedError:  # the release on PyPI (25.1) has a filter threshold where the repository has `cce_exact`
+    except (
+        NotImplementedError
+    ):  # the release on PyPI (25.1) has a filter threshold where the repository has `cce_exact`
         options = {"impl": "cce", "filter_eps": None}
-    return _nll(p, task, lambda reduction: function(p.hidden_ND, p.weight_VD, p.target_N, reduction=reduction, **options))
+    return _nll(
+        p, task, lambda reduction: function(p.hidden_ND, p.weight_VD, p.target_N, reduction=reduction, **options)
+    )
 
 
 def liger(p: Problem, task: str) -> Step:
@@ -200,11 +227,18 @@ def liger(p: Problem, task: str) -> Step:
     if task == "grpo":
         loss_class = _import("liger_kernel.chunked_loss", "liger-kernel").LigerFusedLinearGRPOLoss
         answers = (-1, ROWS_PER_ANSWER)
-        loss = loss_class(beta=KL_COEF, epsilon_low=CLIP, epsilon_high=CLIP, loss_type="bnpo", compiled=p.hidden_ND.is_cuda)
-        arguments = (
-            p.target_N.view(answers), torch.ones_like(p.old_logp_N).view(answers), p.advantage_N.view(answers)[:, 0],
+        loss = loss_class(
+            beta=KL_COEF, epsilon_low=CLIP, epsilon_high=CLIP, loss_type="bnpo", compiled=p.hidden_ND.is_cuda
         )
-        logps = {"ref_per_token_logps": p.reference_logp_N.view(answers), "old_per_token_logps": p.old_logp_N.view(answers)}
+        arguments = (
+            p.target_N.view(answers),
+            torch.ones_like(p.old_logp_N).view(answers),
+            p.advantage_N.view(answers)[:, 0],
+        )
+        logps = {
+            "ref_per_token_logps": p.reference_logp_N.view(answers),
+            "old_per_token_logps": p.old_logp_N.view(answers),
+        }
 
         def step() -> None:
             hidden_BTD = p.hidden_ND.view(*arguments[0].shape, -1)
@@ -256,11 +290,20 @@ def _import(module: str, package: str):
     try:
         return __import__(module, fromlist=["_"])
     except Exception as error:  # a peer that is broken here is listed, whatever it raises
-        raise CannotRun(f"{package} cannot be imported ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from error
+        raise CannotRun(
+            f"{package} cannot be imported ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        ) from error
 
 
 PROVIDERS = {
-    "matmuls alone": matmuls, "rlaif_kernels": ours, "rlaif_kernels (torch path)": ours_torch, "Hugging Face eager": eager,
-    "torch.compile": compiled, "torch linear_cross_entropy": torch_linear_cross_entropy, "Cut Cross-Entropy (cce)": cce,
-    "Cut Cross-Entropy (exact)": cce_exact, "Liger": liger, "TRL chunked": trl,
+    "matmuls alone": matmuls,
+    "rlaif_kernels": ours,
+    "rlaif_kernels (torch path)": ours_torch,
+    "Hugging Face eager": eager,
+    "torch.compile": compiled,
+    "torch linear_cross_entropy": torch_linear_cross_entropy,
+    "Cut Cross-Entropy (cce)": cce,
+    "Cut Cross-Entropy (exact)": cce_exact,
+    "Liger": liger,
+    "TRL chunked": trl,
 }

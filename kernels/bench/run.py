@@ -1,9 +1,10 @@
 """`python kernels/bench/run.py`: every provider, every task, every shape, side by side in one process.
 
-Protocol: the same inputs for all, the head frozen, targets and outputs the same; three warm-ups, then rounds in which the providers
-take turns in a shuffled order, with the cache flushed before each step; median, 20th and 80th percentile. Memory is the peak
-above what was held before, less the results. Errors are against float64 on 64 rows. Where there is no GPU the same code runs
-at tiny shapes, to show that it runs; such times mean nothing and are not kept in docs/results.
+Protocol: the same inputs for all, the head frozen, targets and outputs the same; three warm-ups, then rounds in which
+the providers take turns in a shuffled order, with the cache flushed before each step; median, 20th and 80th percentile.
+Memory is the peak above what was held before, less the results. Errors are against float64 on 64 rows. Where there is
+no GPU the same code runs at tiny shapes, to show that it runs; such times mean nothing and are not kept in
+docs/results.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 from providers import MATMULS, PROVIDERS, CannotRun, Problem, make_problem
-
 from rlaif_kernels import reference
 
 MAIN = (8192, 3584, 152064)
@@ -73,7 +73,7 @@ class Clock:
 
 
 def errors(problem: Problem, task: str, logp_N: torch.Tensor | None) -> dict[str, float]:
-    """Against float64 on the first rows; the gradient only of `train`, whose rows do not depend on one another's number."""
+    """Against float64 on the first rows; the gradient of `train` only, where no row depends on how many there are."""
     rows = slice(0, CHECKED_ROWS)
     hidden_ND = problem.hidden_ND[rows].detach().double().requires_grad_()
     exact_N = reference.linear_logprob(hidden_ND, problem.weight_VD.double(), problem.target_N[rows])[0]
@@ -120,8 +120,12 @@ def bench(shape: tuple[int, int, int], task: str, device: str, rounds: int, cloc
             steps[name] = step
         except CannotRun as reason:
             rows[name] = rows[name]._replace(note=str(reason))
-        except Exception as error:  # out of memory, or a peer that fails at this shape: said in the table, and the rest goes on
-            rows[name] = rows[name]._replace(note=f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+        except (
+            Exception
+        ) as error:  # out of memory, or a peer that fails at this shape: said in the table, and the rest goes on
+            rows[name] = rows[name]._replace(
+                note=f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            )
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds):
         for name in random.Random(turn).sample(list(steps), len(steps)):
@@ -131,7 +135,9 @@ def bench(shape: tuple[int, int, int], task: str, device: str, rounds: int, cloc
     floor = statistics.median(times["matmuls alone"]) if "matmuls alone" in times else None
     for name, taken in times.items():
         p20, ms, p80 = torch.tensor(taken).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-        rows[name] = rows[name]._replace(ms=ms, ms_p20=p20, ms_p80=p80, useful_tflops=work / ms, of_matmul=floor / ms if floor else "")
+        rows[name] = rows[name]._replace(
+            ms=ms, ms_p20=p20, ms_p80=p80, useful_tflops=work / ms, of_matmul=floor / ms if floor else ""
+        )
     return list(rows.values())
 
 
@@ -145,12 +151,24 @@ def targets(rows: list[Row]) -> list[tuple[str, str, str]]:
         return f"{ours.ms / floor.ms:.2f} x" if ours and floor else none
 
     ours = at.get(("train", "rlaif_kernels"))
-    peers = [row for (task, name), row in at.items() if task == "train" and not name.startswith(("rlaif", "matmuls", "Hugging", "torch.compile"))]
+    peers = [
+        row
+        for (task, name), row in at.items()
+        if task == "train" and not name.startswith(("rlaif", "matmuls", "Hugging", "torch.compile"))
+    ]
     best = min(peers, key=lambda row: row.ms) if peers else None
     return [
         ("train: time over the two matmuls alone", "at most 1.35 x", ratio("train")),
-        ("train: against the fastest per-token peer", "at least 1.4 x faster", f"{best.ms / ours.ms:.2f} x ({best.provider})" if ours and best else none),
-        ("train: memory beyond inputs and outputs", "at most 0.40 GB", f"{ours.extra_mb / 1e3:.2f} GB" if ours else none),
+        (
+            "train: against the fastest per-token peer",
+            "at least 1.4 x faster",
+            f"{best.ms / ours.ms:.2f} x ({best.provider})" if ours and best else none,
+        ),
+        (
+            "train: memory beyond inputs and outputs",
+            "at most 0.40 GB",
+            f"{ours.extra_mb / 1e3:.2f} GB" if ours else none,
+        ),
         ("train: error of the log-prob", "at most 5e-5", f"{ours.logp_error:.1e}" if ours else none),
         ("kl: time over the three matmuls alone", "at most 1.35 x", ratio("kl")),
     ]
@@ -163,16 +181,36 @@ def write(rows: list[Row], device: str, out: Path) -> None:
         table = csv.writer(file)
         table.writerow(Row._fields)
         table.writerows([f"{value:.4g}" if isinstance(value, float) else value for value in row] for row in rows)
-    lines = ["# Bench of the row kernels", "", f"Device: {device}. torch {torch.__version__}. Written by `python kernels/bench/run.py`.", ""]
+    lines = [
+        "# Bench of the row kernels",
+        "",
+        f"Device: {device}. torch {torch.__version__}. Written by `python kernels/bench/run.py`.",
+        "",
+    ]
     lines += ["| target at N=8192, D=3584, V=152064, bf16 | wanted | measured |", "|---|---|---|"]
     lines += [f"| {what} | {wanted} | {measured} |" for what, wanted, measured in targets(rows)]
-    columns = ("provider", "ms", "ms_p20", "ms_p80", "of_matmul", "extra_mb", "logp_error", "ratio_error", "grad_error", "note")
+    columns = (
+        "provider",
+        "ms",
+        "ms_p20",
+        "ms_p80",
+        "of_matmul",
+        "extra_mb",
+        "logp_error",
+        "ratio_error",
+        "grad_error",
+        "note",
+    )
     for task, N, D, V in dict.fromkeys(row[:4] for row in rows):
         lines += ["", f"## {task}, N={N}, D={D}, V={V}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
         for row in rows:
             if row[:4] == (task, N, D, V):
                 values = (getattr(row, column) for column in columns)
-                lines.append("| " + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values) + " |")
+                lines.append(
+                    "| "
+                    + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
+                    + " |"
+                )
     (out / "kernels_bench.md").write_text("\n".join(lines) + "\n")
     plot(rows, device, out / "kernels_bench.png")
 
@@ -188,7 +226,9 @@ def plot(rows: list[Row], device: str, path: Path) -> None:
     bars = [row for row in rows if row.task == "train" and row[1:4] == shape and row.ms != ""]
     if not bars:
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 0.4 * len(bars) + 1.2), sharey=True, constrained_layout=True)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 0.4 * len(bars) + 1.2), sharey=True, constrained_layout=True
+    )
     names = [row.provider for row in bars]
     colours = ["#c44e52" if row.provider == "rlaif_kernels" else "#8c8c8c" for row in bars]
     left.barh(names, [row.ms for row in bars], color=colours)
@@ -210,14 +250,19 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--out", type=Path, help="folder; docs/results on a GPU, ./kernels_bench_dry_run on a CPU")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes or []] or (SHAPES if device == "cuda" else TINY)
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes or []] or (
+        SHAPES if device == "cuda" else TINY
+    )
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU, a dry run: its times mean nothing"
     clock, rows = Clock(device), []
     for shape in shapes:
         for task in options.tasks:
             for row in bench(shape, task, device, options.rounds or (30 if device == "cuda" else 3), clock):
                 rows.append(row)
-                print(f"{row.task:6} {row.N}x{row.D}x{row.V} {row.provider:28} ", f"{row.ms:9.3f} ms" if row.ms != "" else row.note)
+                print(
+                    f"{row.task:6} {row.N}x{row.D}x{row.V} {row.provider:28} ",
+                    f"{row.ms:9.3f} ms" if row.ms != "" else row.note,
+                )
     out = options.out or (RESULTS if device == "cuda" else Path("kernels_bench_dry_run"))
     write(rows, name, out)
     print(f"-> {out / 'kernels_bench.md'}")

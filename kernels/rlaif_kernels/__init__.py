@@ -1,6 +1,6 @@
 """Loss-side and video-side kernels of RLHF on one GPU, with torch and triton as the only dependencies.
 
-    linear_logprob        log-prob, logsumexp, entropy and exact KL of a frozen LM head, without the (tokens, vocab) logits
+    linear_logprob        log-prob, logsumexp, entropy and exact KL of a frozen LM head, without its logits
     sft_loss              cross-entropy through the same head, loss and gradient in one pass
     ppo_policy_loss       clipped PPO loss with entropy bonus and k3 or exact KL penalty, likewise
     gae                   advantages and returns of a padded batch in one launch
@@ -17,6 +17,15 @@ from .linear_logprob import LinearLogprob, frozen_head, linear_logprob
 from .losses import PpoStats, SftStats, ppo_policy_loss, sft_loss
 
 __all__ = [
-    "LinearLogprob", "PpoStats", "Selected", "SftStats", "frame_dissimilarity", "frozen_head", "gae",
-    "linear_logprob", "ppo_policy_loss", "select_and_gather", "sft_loss",
+    "LinearLogprob",
+    "PpoStats",
+    "Selected",
+    "SftStats",
+    "frame_dissimilarity",
+    "frozen_head",
+    "gae",
+    "linear_logprob",
+    "ppo_policy_loss",
+    "select_and_gather",
+    "sft_loss",
 ]

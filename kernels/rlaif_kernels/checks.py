@@ -21,7 +21,9 @@ def need(condition: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name} is {describe(value)}; expected {expected}")
 
 
-def need_tensor(name: str, value: object, shape: tuple[int | None, ...], like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def need_tensor(
+    name: str, value: object, shape: tuple[int | None, ...], like: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> None:
     """A tensor of this shape (None = any size), on the device of `like`, of one of these dtypes."""
     sizes = str(shape).replace("None", "any")
     expected = f"{' or '.join(_name(dtype) for dtype in dtypes)} of shape {sizes} on {like.device}"

@@ -1,7 +1,8 @@
 """Launch configurations per GPU architecture: an explicit table instead of autotuning.
 
-Autotuning would launch candidates at every new shape, give a run no two of which need be alike, and cannot be checked without a
-GPU. Every entry here is compiled ahead of time by the tests, for its own architecture, and may not spill a register.
+Autotuning would launch candidates at every new shape, give a run no two of which need be alike, and cannot be checked
+without a GPU. Every entry here is compiled ahead of time by the tests, for its own architecture, and may not spill a
+register.
 """
 
 from typing import NamedTuple
@@ -26,8 +27,9 @@ class Configs(NamedTuple):
     gather: Config  # channels per step
 
 
-# A chunk of 384 rows is 3 programs per SM. At these sizes 3 (with a reference: 2) fit the register file beside one another, so a
-# chunk is one wave, and have some 48 KB of loads in flight, what it takes to cover HBM's latency. Reckoned, not timed.
+# A chunk of 384 rows is 3 programs per SM. At these sizes 3 (with a reference: 2) fit the register file beside one
+# another, so a chunk is one wave, and have some 48 KB of loads in flight, what it takes to cover HBM's latency.
+# Reckoned, not timed.
 _LARGE = Configs(Config(4096, 8), Config(2048, 16), Config(1024, 8), Config(1024, 4), Config(1024, 4))
 # sm_86 and sm_89 hold 1536 threads per SM and a third of the bandwidth: smaller programs, more of them
 _SMALL = Configs(Config(1024, 4), Config(1024, 4), Config(1024, 8), Config(1024, 4), Config(1024, 4))
@@ -36,7 +38,7 @@ TABLE: dict[int, Configs] = {80: _LARGE, 86: _SMALL, 89: _SMALL, 90: _LARGE, 100
 
 
 def configs_for(device: torch.device) -> Configs:
-    """The entry of this device's architecture or of the nearest older one; a CPU (the interpreter) takes that of sm_80."""
+    """The entry of this device's architecture or of the nearest older one; the interpreter, on a CPU, takes sm_80's."""
     if device.type != "cuda":
         return TABLE[80]
     major, minor = torch.cuda.get_device_capability(device)

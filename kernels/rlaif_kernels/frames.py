@@ -1,8 +1,8 @@
 """Which video tokens to keep: scores in float32, stable ties, one gather.
 
-EVS (vLLM, efficient video sampling) keeps the tokens that differ most from the same cell of the previous frame. Scored in
-bf16, as it is shipped, cosines near 1 take a dozen distinct values and up to a third of the kept tokens are the wrong ones;
-here products are accumulated in float32 whatever the dtype of the features.
+EVS (vLLM, efficient video sampling) keeps the tokens that differ most from the same cell of the previous frame. Scored
+in bf16, as it is shipped, cosines near 1 take a dozen distinct values and up to a third of the kept tokens are the
+wrong ones; here products are accumulated in float32 whatever the dtype of the features.
 
 Shapes: T frames, P cells per frame, C channels, N tokens of a video, K kept tokens.
 """
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .checks import FLOATS, need, need_tensor, use_triton
 
-# Below this product of norms a cosine is taken as 0 (torch's cosine_similarity does the same), so an all-zero cell scores 1.
+# Below this product of norms a cosine is taken as 0 (torch's cosine_similarity does the same), so an all-zero cell
+# scores 1.
 TINY_NORM = 1e-8
 # The torch path upcasts this many bytes of features at a time.
 SCRATCH_BYTES = 64 << 20
@@ -32,7 +33,7 @@ class Selected(NamedTuple):
 def frame_dissimilarity(features_TPC: Tensor, *, impl: str = "auto") -> Tensor:
     """score_TP, float32 (float64 for float64): 1 - cosine to the same cell of the frame before; +inf on frame 0.
 
-    Range 0 (unchanged, exactly 0 for a bit-equal cell) to 2. An all-zero cell has no direction and scores 1. No gradient.
+    From 0 (exactly, for a bit-equal cell) to 2. An all-zero cell has no direction and scores 1. No gradient.
     Raises ValueError for anything but a 3-D floating tensor.
     """
     need_tensor("features_TPC", features_TPC, (None, None, None), features_TPC, FLOATS)
@@ -64,7 +65,7 @@ def select_and_gather(
 ) -> Selected:
     """The k tokens of highest score, gathered in their original order. Of equal scores the lower index is kept.
 
-    `position` is (N,), or (3,N) for the three axes of M-RoPE. k is a number of the host, so nothing waits for the device.
+    `position` is (N,), or (3,N) for the three axes of M-RoPE. k is a host number, so nothing waits for the device.
     Gradient reaches `features_NC` on the torch path, which "auto" takes when they require one.
     Raises ValueError when k is not in 0..N, or shapes, dtypes or devices do not fit.
     """
@@ -72,7 +73,12 @@ def select_and_gather(
     N = features_NC.shape[0]
     need_tensor("score_N", score_N, (N,), features_NC, FLOATS)
     need_tensor("frame_N", frame_N, (N,), features_NC, (torch.int64, torch.int32))
-    need(isinstance(position, Tensor) and position.ndim in (1, 2), "position", position, f"a tensor of shape ({N},) or (3, {N})")
+    need(
+        isinstance(position, Tensor) and position.ndim in (1, 2),
+        "position",
+        position,
+        f"a tensor of shape ({N},) or (3, {N})",
+    )
     need_tensor("position", position, (N,) if position.ndim == 1 else (3, N), features_NC, (torch.int64, torch.int32))
     need(0 <= k <= N, "k", k, f"a number of tokens between 0 and N={N}")
     # torch.topk promises no order among equals; a stable sort does

@@ -1,7 +1,7 @@
 """Generalised advantage estimation over a padded batch, in one launch.
 
-Schulman et al. 2016, eq. 16: delta_t = r_t + gamma v_{t+1} - v_t, A_t = delta_t + gamma lambda A_{t+1}; return_t = A_t + v_t.
-The value after the last real token is 0: a finished answer has no future.
+Schulman et al. 2016, eq. 16: delta_t = r_t + gamma v_{t+1} - v_t, A_t = delta_t + gamma lambda A_{t+1}; return_t = A_t
++ v_t. The value after the last real token is 0: a finished answer has no future.
 
 Shapes: B rows, T tokens.
 """

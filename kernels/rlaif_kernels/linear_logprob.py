@@ -1,8 +1,9 @@
 """Per-token log-probabilities of a frozen LM head, straight from the hidden states.
 
-The head is frozen, so for row i the derivative d logp_i / d hidden_i is ONE vector u_i, whatever loss comes later: it is made
-in the forward (logits, then dz @ W) and the backward only scales it. Two matmuls in all, where recomputing kernels need
-three and kernels that cannot skip the head's own gradient need four. For lse, d lse / d hidden = W[y] chain_y / T - u.
+The head is frozen, so for row i the derivative d logp_i / d hidden_i is ONE vector u_i, whatever loss comes later: it
+is made in the forward (logits, then dz @ W) and the backward only scales it. Two matmuls in all, where recomputing
+kernels need three and kernels that cannot skip the head's own gradient need four. For lse, d lse / d hidden = W[y]
+chain_y / T - u.
 
 Entropy and exact KL are values without a gradient here; `ppo_policy_loss` differentiates both.
 
@@ -29,35 +30,50 @@ class LinearLogprob(NamedTuple):
 
 
 def linear_logprob(
-    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, *, bias_V: Tensor | None = None, temperature: float = 1.0,
-    softcap: float | None = None, ignore_index: int = -100, reference_hidden_ND: Tensor | None = None, impl: str = "auto",
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    reference_hidden_ND: Tensor | None = None,
+    impl: str = "auto",
     chunk_rows: int | None = None,
 ) -> LinearLogprob:
     """Log-prob, logsumexp, entropy and (given reference hidden states for the same head) exact KL of every row.
 
-    z = softcap(hidden W^T + bias) / temperature. A bias of -1e30 (or -inf) bans an id, whatever the softcap. Logits are
-    accumulated in float32 whatever the dtype, and exist for one chunk of rows at a time (`chunk_rows`; by default as many as
-    fit a fixed budget of memory). With a hidden that requires grad, one float32 (N,D) tensor is kept for the backward.
+    z = softcap(hidden W^T + bias) / temperature. A bias of -1e30 (or -inf) bans an id, whatever the softcap. Logits
+    are accumulated in float32 whatever the dtype, and exist for one chunk of rows at a time (`chunk_rows`; by default
+    as many as fit a fixed budget of memory). With a hidden that requires grad, one float32 (N,D) tensor is kept for
+    the backward.
 
-    Raises ValueError for a weight or bias that requires grad, a non-contiguous weight, mismatched shapes, dtypes or devices,
-    and targets outside 0..V-1 other than `ignore_index`. On a GPU that last check would stall the stream: such a row
-    is never read out of bounds and comes out as NaN instead.
+    Raises ValueError for a weight or bias that requires grad, a non-contiguous weight, mismatched shapes, dtypes or
+    devices, and targets outside 0..V-1 other than `ignore_index`. On a GPU that last check would stall the stream:
+    such a row is never read out of bounds and comes out as NaN instead.
     """
     head = checked_head(hidden_ND, weight_VD, bias_V, temperature, softcap, chunk_rows)
     target_N, valid_N = checked_target(target_N, hidden_ND, weight_VD, ignore_index)
     reference_hidden_ND = checked_reference(reference_hidden_ND, hidden_ND)
     triton = use_triton(impl, hidden_ND)
     want_grad = torch.is_grad_enabled() and hidden_ND.requires_grad
-    return LinearLogprob(*_LinearLogprob.apply(
-        hidden_ND, head, target_N, valid_N, reference_hidden_ND, want_grad, triton, chunk_rows
-    ))
+    return LinearLogprob(
+        *_LinearLogprob.apply(hidden_ND, head, target_N, valid_N, reference_hidden_ND, want_grad, triton, chunk_rows)
+    )
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, head, target_N, valid_N, reference_hidden_ND, want_grad, triton, chunk_rows):
         rows = run_rows(
-            hidden_ND, head, target_N, valid_N, reference_hidden_ND=reference_hidden_ND, want_grad=want_grad, triton=triton,
+            hidden_ND,
+            head,
+            target_N,
+            valid_N,
+            reference_hidden_ND=reference_hidden_ND,
+            want_grad=want_grad,
+            triton=triton,
             chunk_rows=chunk_rows,
         )
         ctx.temperature, ctx.dtype = head.temperature, hidden_ND.dtype
@@ -108,22 +124,34 @@ def frozen_head(lm_head: nn.Module) -> tuple[Tensor, Tensor | None]:
 def _need_frozen(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad:
         raise ValueError(
-            f"{name} ({tuple(tensor.shape)}) requires grad, and no gradient would reach it: this head is taken as frozen. Call "
-            "requires_grad_(False) on it, or pass .detach() if you mean to train everything but the head"
+            f"{name} ({tuple(tensor.shape)}) requires grad, and no gradient would reach it: this head is taken as "
+            "frozen. Call requires_grad_(False) on it, or pass .detach() if you mean to train everything but the head"
         )
 
 
 def checked_head(
-    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, softcap: float | None, chunk_rows: int | None
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    chunk_rows: int | None,
 ) -> Head:
     """The head as `run_rows` wants it, or a ValueError."""
-    need(isinstance(weight_VD, Tensor), "weight_VD", weight_VD, "the weight as a (V,D) tensor: weight_VD, bias_V = frozen_head(lm_head)")
+    need(
+        isinstance(weight_VD, Tensor),
+        "weight_VD",
+        weight_VD,
+        "the weight as a (V,D) tensor: weight_VD, bias_V = frozen_head(lm_head)",
+    )
     need_tensor("hidden_ND", hidden_ND, (None, None), weight_VD, FLOATS)
     need_tensor("weight_VD", weight_VD, (None, hidden_ND.shape[1]), hidden_ND, (hidden_ND.dtype,))
     need(weight_VD.shape[0] > 0, "weight_VD", weight_VD, "a vocabulary of one id at least")
     _need_frozen("weight_VD", weight_VD)
     need(
-        weight_VD.is_contiguous(), f"weight_VD with strides {weight_VD.stride()}", weight_VD,
+        weight_VD.is_contiguous(),
+        f"weight_VD with strides {weight_VD.stride()}",
+        weight_VD,
         "a contiguous weight: this one would be copied at every call; call .contiguous() once",
     )
     if bias_V is not None:

@@ -1,15 +1,19 @@
-"""What each function means, written as plainly as it can be: whole logits, Python loops, autograd. Slow, large, obviously right.
+"""What each function means, written as plainly as it can be: whole logits, Python loops, autograd. Slow, large,
+obviously right.
 
 The tests call these in float64; nothing else does. Same arguments and results as the public functions, less the checks.
 
-Shapes: N tokens (rows), D channels, V vocabulary; B rows, T tokens of a padded batch; T frames, P cells, C channels, K kept.
+Shapes: N tokens (rows), D channels, V vocabulary; B rows, T tokens of a padded batch; T frames, P cells, C channels, K
+kept.
 """
 
 import torch
 from torch import Tensor
 
 
-def logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, softcap: float | None) -> Tensor:
+def logits(
+    hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperature: float, softcap: float | None
+) -> Tensor:
     """z_NV = softcap(hidden W^T + bias) / temperature; ids with a bias of -1e30 or -inf are banned."""
     z_NV = hidden_ND @ weight_VD.T
     if bias_V is not None:
@@ -23,8 +27,15 @@ def logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, temperat
 
 
 def linear_logprob(
-    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, *, bias_V: Tensor | None = None, temperature: float = 1.0,
-    softcap: float | None = None, ignore_index: int = -100, reference_hidden_ND: Tensor | None = None,
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    reference_hidden_ND: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(logp_N, lse_N, entropy_N, kl_N or None), all of them differentiable here."""
     real_N = target_N != ignore_index
@@ -41,21 +52,38 @@ def linear_logprob(
     return logp_N.where(real_N, 0.0), lse_N.where(real_N, 0.0), entropy_N.where(real_N, 0.0), kl_N
 
 
-def sft_loss(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, weight_N: Tensor, denominator: float, **head) -> Tensor:
+def sft_loss(
+    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, weight_N: Tensor, denominator: float, **head
+) -> Tensor:
     """Weighted cross-entropy / denominator."""
     return -(weight_N * linear_logprob(hidden_ND, weight_VD, target_N, **head)[0]).sum() / denominator
 
 
 def ppo_policy_loss(
-    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, mask_N: Tensor, *,
-    clip: float, entropy_coef: float, kl_coef: float, kl: str, reference_logp_N: Tensor | None,
-    reference_hidden_ND: Tensor | None, denominator: float, **head,
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    old_logp_N: Tensor,
+    advantage_N: Tensor,
+    mask_N: Tensor,
+    *,
+    clip: float,
+    entropy_coef: float,
+    kl_coef: float,
+    kl: str,
+    reference_logp_N: Tensor | None,
+    reference_hidden_ND: Tensor | None,
+    denominator: float,
+    **head,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and its statistics, row by row over the rows that count."""
     logp_N, _, entropy_N, exact_N = linear_logprob(
         hidden_ND, weight_VD, target_N, reference_hidden_ND=reference_hidden_ND if kl == "exact" else None, **head
     )
-    sums = {name: torch.zeros((), dtype=logp_N.dtype) for name in ("policy_loss", "approxkl", "clipfrac", "entropy", "ratio_mean", "kl")}
+    sums = {
+        name: torch.zeros((), dtype=logp_N.dtype)
+        for name in ("policy_loss", "approxkl", "clipfrac", "entropy", "ratio_mean", "kl")
+    }
     for i in torch.nonzero(mask_N & (target_N != head.get("ignore_index", -100)))[:, 0].tolist():
         ratio = (logp_N[i] - old_logp_N[i]).exp()
         A = advantage_N[i]

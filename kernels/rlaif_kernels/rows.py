@@ -1,8 +1,9 @@
 """The one loop behind `linear_logprob` and the losses: chunks of rows through the head, statistics out, gradient out.
 
-For every chunk of R rows: logits (float32 whatever the inputs) -> one pass for the statistics -> one pass that turns the
-logits into dz, the gradient of the loss with respect to them -> dz @ W. The head is frozen, so these two matmuls are all
-there is: nothing is recomputed in the backward. No more than one chunk of logits (two with a reference) is ever held.
+For every chunk of R rows: logits (float32 whatever the inputs) -> one pass for the statistics -> one pass that turns
+the logits into dz, the gradient of the loss with respect to them -> dz @ W. The head is frozen, so these two matmuls
+are all there is: nothing is recomputed in the backward. No more than one chunk of logits (two with a reference) is ever
+held.
 
 Formulas. s = h W^T + b, softcap s <- c tanh(s/c), z = s/T; p = softmax(z), r = softmax(z') of the reference:
     lse = log sum exp z        logp = z_y - lse        H = lse - sum p z        KL = sum p (z - z') - lse + lse'
@@ -21,7 +22,8 @@ from torch import Tensor
 
 # A bias at or below this bans its token id: the logit is set to BANNED after the softcap, and never yields inf or NaN.
 BANNED = -1e30
-# Bytes of one chunk of logits. On a GPU wide enough for full matmul speed (384 rows of a 152k vocabulary), on a CPU for its caches.
+# Bytes of one chunk of logits. On a GPU wide enough for full matmul speed (384 rows of a 152k vocabulary), on a CPU for
+# its caches.
 LOGITS_BYTES_GPU = 256 << 20
 LOGITS_BYTES_CPU = 32 << 20
 # Where no matmul takes low precision in and gives float32 out (the CPU), the head is upcast this many bytes at a time.
@@ -60,13 +62,6 @@ class PpoInputs(NamedTuple):
         real_N = self.mask_N > 0
         return g_N.where(real_N, 0.0), -self.entropy_coef * self.mask_N, self.kl_coef * self.mask_N
 
-    def slice(self, start: int, stop: int) -> "PpoInputs":
-        """The same for rows start..stop."""
-        return self._replace(
-            old_logp_N=self.old_logp_N[start:stop], advantage_N=self.advantage_N[start:stop], mask_N=self.mask_N[start:stop],
-            reference_logp_N=None if self.reference_logp_N is None else self.reference_logp_N[start:stop],
-        )
-
 
 class Rows(NamedTuple):
     """Per-row results, float32 (float64 for float64 inputs); 0 on rows whose target is the ignore index."""
@@ -75,12 +70,18 @@ class Rows(NamedTuple):
     lse_N: Tensor
     entropy_N: Tensor
     kl_N: Tensor | None
-    at_target_N: Tensor | None  # how much of W[y] to add to -grad for T * d lse / d hidden: T dz_y/ds_y, less the rounding of dz
+    # how much of W[y] to add to -grad for T * d lse / d hidden: T dz_y/ds_y, less the rounding of dz
+    at_target_N: Tensor | None
     grad_ND: Tensor | None  # d/d hidden: of logp times T in float32, or of the loss's sum in the dtype of hidden
 
 
+def take(fields: Rows | PpoInputs, rows: slice) -> Rows | PpoInputs:
+    """The same for these rows only; views."""
+    return type(fields)(*(field[rows] if isinstance(field, Tensor) else field for field in fields))
+
+
 def capped_exp(x: Tensor) -> Tensor:
-    """exp(x), its argument held within +-80: float32 stays finite, and no probability ratio that means anything is touched."""
+    """exp(x), x held within +-80: float32 stays finite, and no probability ratio that means anything is touched."""
     return x.clamp(-80.0, 80.0).exp()
 
 
@@ -98,26 +99,34 @@ def chunk_size(rows: int, vocabulary: int, itemsize: int, on_gpu: bool) -> int:
 def run_rows(
     hidden_ND: Tensor, head: Head, target_N: Tensor, valid_N: Tensor, *, reference_hidden_ND: Tensor | None = None,
     want_grad: bool, gain_N: Tensor | None = None, ppo: PpoInputs | None = None, triton: bool, chunk_rows: int | None,
-) -> Rows:
+) -> Rows:  # fmt: skip
     """Statistics of every row and, with `want_grad`, the gradient.
 
-    Neither `gain_N` nor `ppo`: grad_ND is T * d logp / d hidden, float32. With `gain_N`: gain * d logp / d hidden. With `ppo`:
-    the gradient of the summed PPO loss. The last two come in the dtype of hidden.
+    Neither `gain_N` nor `ppo`: grad_ND is T * d logp / d hidden, float32. With `gain_N`: gain * d logp / d hidden. With
+    `ppo`: the gradient of the summed PPO loss. The last two come in the dtype of hidden.
     """
     N, D = hidden_ND.shape
     V = head.weight_VD.shape[0]
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-    new = lambda *shape: hidden_ND.new_zeros(shape, dtype=dtype)  # noqa: E731
+    new = lambda *shape: hidden_ND.new_zeros(shape, dtype=dtype)
     keep_unit = gain_N is None and ppo is None
     out = Rows(
-        logp_N=new(N), lse_N=new(N), entropy_N=new(N), kl_N=None if reference_hidden_ND is None else new(N),
+        logp_N=new(N),
+        lse_N=new(N),
+        entropy_N=new(N),
+        kl_N=None if reference_hidden_ND is None else new(N),
         at_target_N=new(N) if want_grad and ppo is None else None,
         grad_ND=hidden_ND.new_empty((N, D), dtype=dtype if keep_unit else hidden_ND.dtype) if want_grad else None,
     )
     step = max(1, min(N, chunk_rows or chunk_size(N, V, dtype.itemsize, hidden_ND.is_cuda)))
-    row_stride = -(-V // 16) * 16 if triton else V  # whole 64-byte lines per row, for vector stores of a ragged vocabulary
     streams = 1 if reference_hidden_ND is None else 2
+    row_stride = (
+        -(-V // 16) * 16 if triton else V
+    )  # whole 64-byte lines: a ragged vocabulary, too, is stored in vectors
     buffer_2RV = hidden_ND.new_empty((streams, step, row_stride), dtype=dtype)[:, :, :V]
+    row_pass = row_pass_torch
+    if triton:
+        from .triton_kernels import row_pass  # here, so that a machine without Triton imports this module
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
         for start in range(0, N, step):
             stop = min(start + step, N)
@@ -125,16 +134,7 @@ def run_rows(
             ref_RV = None
             if reference_hidden_ND is not None:
                 ref_RV = head_logits(reference_hidden_ND[start:stop], head.weight_VD, buffer_2RV[1, : stop - start])
-            if triton:
-                from .triton_kernels import row_pass  # here, so that a machine without Triton imports this module
-
-                dz_RV, bound_R = row_pass(logits_RV, ref_RV, head, target_N, valid_N, out, ppo, want_grad, row0=start)
-            else:
-                dz_RV, bound_R = row_pass_torch(
-                    logits_RV, ref_RV, head, target_N[start:stop], valid_N[start:stop],
-                    Rows(*(None if field is None else field[start:stop] for field in out)),
-                    None if ppo is None else ppo.slice(start, stop), want_grad,
-                )
+            dz_RV, bound_R = row_pass(logits_RV, ref_RV, head, target_N, valid_N, out, ppo, want_grad, start)
             if not want_grad:
                 continue
             grad_RD = out.grad_ND[start:stop]
@@ -159,7 +159,7 @@ def head_logits(hidden_RD: Tensor, weight_VD: Tensor, out_RV: Tensor) -> Tensor:
 
 
 def times_weight(dz_RV: Tensor, weight_VD: Tensor, out_RD: Tensor) -> Tensor:
-    """dz W accumulated and written in float32 (float64 for float64). dz has that dtype, or the weight's and then its unit."""
+    """dz W accumulated and written in float32 (or float64); dz has that dtype, or the weight's and its unit."""
     if weight_VD.dtype == out_RD.dtype:
         return torch.mm(dz_RV, weight_VD, out=out_RD)
     if dz_RV.is_cuda:
@@ -172,8 +172,10 @@ def times_weight(dz_RV: Tensor, weight_VD: Tensor, out_RD: Tensor) -> Tensor:
 
 
 def dz_unit(dtype: torch.dtype) -> float:
-    """What dz is multiplied by before it is rounded to `dtype`. fp16 ends at 6e-8, the probabilities of a large vocabulary do
-    not; dz lies in [-1, 1], so there is room above it."""
+    """What dz is multiplied by before it is rounded to `dtype`.
+
+    fp16 ends at 6e-8, the probabilities of a large vocabulary do not; dz lies in [-1, 1], so there is room above it.
+    """
     return 8192.0 if dtype == torch.float16 else 1.0
 
 
@@ -185,14 +187,15 @@ def upcast_blocks(weight_VD: Tensor) -> list[slice]:
 
 
 def row_pass_torch(
-    s_RV: Tensor, s_ref_RV: Tensor | None, head: Head, target_R: Tensor, valid_R: Tensor, out: Rows, ppo: PpoInputs | None,
-    want_grad: bool,
-) -> tuple[Tensor | None, Tensor | None]:
+    s_RV: Tensor, s_ref_RV: Tensor | None, head: Head, target_N: Tensor, valid_N: Tensor, out: Rows,
+    ppo: PpoInputs | None, want_grad: bool, row0: int,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Fills `out` for one chunk of logits and returns dz/G and G (None: it is 1), or (None, None) without `want_grad`.
 
-    The logits are consumed. Passes work in place: on a CPU a fresh buffer costs more in page faults than the arithmetic.
+    The logits are consumed. Passes work in place: on a CPU a fresh buffer costs more in page faults than arithmetic.
     """
-    y_R1 = target_R[:, None]
+    chunk = slice(row0, row0 + s_RV.shape[0])
+    y_R1, valid_R, out, ppo = target_N[chunk, None], valid_N[chunk], take(out, chunk), ppo and take(ppo, chunk)
     z_RV, chain_RV = bend_logits(s_RV, head, want_chain=want_grad)
     top_R, exp_RV, sum_R, log_sum_R = centre(z_RV)
     out.logp_N.copy_((z_RV.gather(1, y_R1)[:, 0] - log_sum_R).where(valid_R, 0.0))
@@ -234,7 +237,7 @@ def row_pass_torch(
 
 
 def centre(z_RV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Subtracts each row's maximum in place, so that nothing cancels at logits of 1e4; returns (maximum, exp, sum, log sum)."""
+    """Subtracts each row's maximum in place, lest logits of 1e4 cancel; returns (maximum, exp, sum, log sum)."""
     top_R = z_RV.amax(1)
     z_RV -= top_R[:, None]
     exp_RV = z_RV.exp()
@@ -243,7 +246,7 @@ def centre(z_RV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def bend_logits(s_RV: Tensor, head: Head, want_chain: bool) -> tuple[Tensor, Tensor | None]:
-    """Bias, softcap and temperature, in place; with `want_chain` also T dz/ds where a softcap makes it differ from 1."""
+    """Bias, softcap, temperature, in place; with `want_chain` also T dz/ds where a softcap makes it differ from 1."""
     chain_RV = None
     if head.bias_V is not None:
         s_RV += head.bias_V

@@ -1,10 +1,10 @@
 """The Triton kernels and their launchers. One program per row (of logits, of a batch, of tokens); no autotuning.
 
-Every load is turned to float32 at once, and no kernel holds a `tl.dot`: the matmuls are cuBLAS's, with float32 output, because
-that is what the fastest published kernels reach or fall short of. What remains is bound by memory traffic.
+Every load is turned to float32 at once, and no kernel holds a `tl.dot`: the matmuls are cuBLAS's, with float32 output,
+because that is what the fastest published kernels reach or fall short of. What remains is bound by memory traffic.
 
-Bounds: columns at or beyond V are set to BANNED (not to zero, which would add exp(0) columns to the sum), and products with
-BANNED stay finite in float32, so there is no inf - inf anywhere.
+Bounds: columns at or beyond V are set to BANNED (not to zero, which would add exp(0) columns to the sum), and products
+with BANNED stay finite in float32, so there is no inf - inf anywhere.
 """
 
 import torch
@@ -42,7 +42,8 @@ def _tanh(x):
     # series below 0.6, where 1 - exp(-2|x|) would cancel; libdevice's tanh cannot run in the interpreter
     xx = x * x
     series = x + x * xx * (
-        -0.333332819422 + xx * (0.133314422036 + xx * (-0.0537397155531 + xx * (0.0206390887954 - xx * 0.00570498872745)))
+        -0.333332819422
+        + xx * (0.133314422036 + xx * (-0.0537397155531 + xx * (0.0206390887954 - xx * 0.00570498872745)))
     )
     shrunk = _exp(-2.0 * tl.abs(x))
     magnitude = (1.0 - shrunk) / (1.0 + shrunk)
@@ -71,10 +72,10 @@ def row_kernel(
     s_ptr, ref_ptr, dz_ptr, s_stride, dz_stride, V, row0, bias_ptr, inv_temperature, softcap, target_ptr, valid_ptr,
     logp_ptr, lse_ptr, entropy_ptr, kl_ptr, at_target_ptr, bound_ptr,
     old_logp_ptr, advantage_ptr, real_ptr, ref_logp_ptr, clip, entropy_coef, k3_coef, kl_coef,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, REF: tl.constexpr, GRAD: tl.constexpr, PPO: tl.constexpr, K3: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK: tl.constexpr,
-):
-    """Statistics of one row of logits and, in their place, dz/G (see rows.py). `dz_ptr` may be the address of `s_ptr`."""
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, REF: tl.constexpr, GRAD: tl.constexpr,
+    PPO: tl.constexpr, K3: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Statistics of one row of logits and, in their place, dz/G (see rows.py). `dz_ptr` may be `s_ptr`'s address."""
     local = tl.program_id(0)
     row = row0 + local
     s_ptr += tl.cast(local, tl.int64) * s_stride
@@ -82,7 +83,7 @@ def row_kernel(
     dz_ptr += tl.cast(local, tl.int64) * dz_stride
     lane = tl.arange(0, BLOCK)
 
-    # every lane keeps its own running maximum m, sum S of exp(z - m), X of exp(z - m) (z - m) and D of exp(z - m) (z - z')
+    # every lane keeps its own running maximum m and its sums of exp(z - m), S; times (z - m), X; times (z - z'), D
     m = tl.full([BLOCK], LOWEST, tl.float32)
     S = tl.zeros([BLOCK], tl.float32)
     X = tl.zeros([BLOCK], tl.float32)
@@ -173,29 +174,31 @@ def row_kernel(
 
 
 def row_pass(
-    s_RV: Tensor, s_ref_RV: Tensor | None, head: Head, target_N: Tensor, valid_N: Tensor, out: Rows, ppo: PpoInputs | None,
-    want_grad: bool, row0: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """`row_pass_torch` for the rows from `row0` on, of tensors over all N rows; dz takes the place of the logits."""
+    s_RV: Tensor, s_ref_RV: Tensor | None, head: Head, target_N: Tensor, valid_N: Tensor, out: Rows,
+    ppo: PpoInputs | None, want_grad: bool, row0: int,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """`row_pass_torch` as one launch; dz takes the place of the logits."""
     R, V = s_RV.shape
-    weight_dtype = head.weight_VD.dtype
-    whole_rows = s_RV.as_strided((R, s_RV.stride(0)), (s_RV.stride(0), 1))  # with the padding, so that they can be seen as 16 bit
-    dz_RV = whole_rows.view(weight_dtype)[:, :V]
+    dtype = head.weight_VD.dtype
+    # with their padding, so that whole rows of float32 can be seen as rows of 16 bit
+    padded_rows = s_RV.as_strided((R, s_RV.stride(0)), (s_RV.stride(0), 1))
+    dz_RV = padded_rows.view(dtype)[:, :V]
     bound_N = torch.empty_like(out.logp_N) if ppo is not None else None
-    config = configs_for(s_RV.device).rows if s_ref_RV is None else configs_for(s_RV.device).rows_with_reference
-    spare = out.logp_N  # stands where a pointer is unused
+    configs = configs_for(s_RV.device)
+    config = configs.rows if s_ref_RV is None else configs.rows_with_reference
+
+    def pointer(tensor: Tensor | None) -> Tensor:
+        return out.logp_N if tensor is None else tensor  # one that is not used must still be one
+
     row_kernel[(R,)](
         s_RV, s_RV if s_ref_RV is None else s_ref_RV, dz_RV, s_RV.stride(0), dz_RV.stride(0), V, row0,
-        spare if head.bias_V is None else head.bias_V, 1.0 / head.temperature, head.softcap or 1.0, target_N,
-        valid_N.view(torch.uint8), out.logp_N, out.lse_N, out.entropy_N, spare if out.kl_N is None else out.kl_N,
-        spare if out.at_target_N is None else out.at_target_N, spare if bound_N is None else bound_N,
-        *((spare, spare, spare) if ppo is None else (ppo.old_logp_N, ppo.advantage_N, ppo.mask_N)),
-        spare if ppo is None or ppo.reference_logp_N is None else ppo.reference_logp_N,
-        *((0.0, 0.0, 0.0, 0.0) if ppo is None else (ppo.clip, ppo.entropy_coef, ppo.k3_coef, ppo.kl_coef)),
+        pointer(head.bias_V), 1.0 / head.temperature, head.softcap or 1.0, target_N, valid_N.view(torch.uint8),
+        out.logp_N, out.lse_N, out.entropy_N, pointer(out.kl_N), pointer(out.at_target_N), pointer(bound_N),
+        *map(pointer, ppo[:4] if ppo else [None] * 4), *(ppo[4:] if ppo else [0.0] * 4),
         BIAS=head.bias_V is not None, SOFTCAP=head.softcap is not None, REF=s_ref_RV is not None, GRAD=want_grad,
-        PPO=ppo is not None, K3=ppo is not None and ppo.reference_logp_N is not None, UNIT=dz_unit(weight_dtype),
+        PPO=ppo is not None, K3=ppo is not None and ppo.reference_logp_N is not None, UNIT=dz_unit(dtype),
         BLOCK=min(config.block, triton.next_power_of_2(V)), num_warps=config.num_warps,
-    )
+    )  # fmt: skip
     return (dz_RV if want_grad else None), (None if bound_N is None else bound_N[row0 : row0 + R])
 
 
@@ -212,7 +215,7 @@ def gae_kernel(reward_ptr, value_ptr, real_ptr, advantage_ptr, return_ptr, T, ga
     lane = tl.arange(0, BLOCK)
     carry = 0.0
     blocks = tl.cdiv(T, BLOCK)
-    for i in range(0, blocks):
+    for i in range(blocks):
         at = (blocks - 1 - i) * BLOCK + lane
         real = tl.load(real_ptr + base + at, mask=at < T, other=0) != 0
         real_next = tl.load(real_ptr + base + at + 1, mask=at + 1 < T, other=0) != 0
@@ -236,8 +239,16 @@ def gae(reward_BT: Tensor, value_BT: Tensor, real_BT: Tensor, gamma: float, lam:
     config = configs_for(reward_BT.device).gae
     if B and T:
         gae_kernel[(B,)](
-            reward_BT.contiguous(), value_BT.contiguous(), real_BT.contiguous().view(torch.uint8), advantage_BT, return_BT, T,
-            float(gamma), float(gamma) * float(lam), BLOCK=min(config.block, triton.next_power_of_2(T)), num_warps=config.num_warps,
+            reward_BT.contiguous(),
+            value_BT.contiguous(),
+            real_BT.contiguous().view(torch.uint8),
+            advantage_BT,
+            return_BT,
+            T,
+            float(gamma),
+            float(gamma) * float(lam),
+            BLOCK=min(config.block, triton.next_power_of_2(T)),
+            num_warps=config.num_warps,
         )
     return advantage_BT, return_BT
 
@@ -274,7 +285,12 @@ def dissimilarity(features_TPC: Tensor, tiny_norm: float) -> Tensor:
     config = configs_for(features_TPC.device).dissimilarity
     if T * P:
         dissimilarity_kernel[(T * P,)](
-            features_TPC.contiguous(), score_TP, P, C, tiny_norm, BLOCK=min(config.block, triton.next_power_of_2(max(C, 1))),
+            features_TPC.contiguous(),
+            score_TP,
+            P,
+            C,
+            tiny_norm,
+            BLOCK=min(config.block, triton.next_power_of_2(max(C, 1))),
             num_warps=config.num_warps,
         )
     return score_TP
@@ -284,7 +300,7 @@ def dissimilarity(features_TPC: Tensor, tiny_norm: float) -> Tensor:
 def gather_kernel(
     index_ptr, features_ptr, position_ptr, frame_ptr, features_out_ptr, position_out_ptr, frame_out_ptr, N, K, C,
     AXES: tl.constexpr, BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """One kept token: its features, its position on every axis and its frame."""
     k = tl.program_id(0)
     n = tl.load(index_ptr + k)
@@ -306,8 +322,18 @@ def gather(index_K: Tensor, features_NC: Tensor, position: Tensor, frame_N: Tens
     config = configs_for(features_NC.device).gather
     if K:
         gather_kernel[(K,)](
-            index_K, features_NC.contiguous(), position.contiguous(), frame_N.contiguous(), features_KC, position_K, frame_K, N, K, C,
-            AXES=position.ndim if position.ndim == 1 else position.shape[0], BLOCK=min(config.block, triton.next_power_of_2(max(C, 1))),
+            index_K,
+            features_NC.contiguous(),
+            position.contiguous(),
+            frame_N.contiguous(),
+            features_KC,
+            position_K,
+            frame_K,
+            N,
+            K,
+            C,
+            AXES=position.ndim if position.ndim == 1 else position.shape[0],
+            BLOCK=min(config.block, triton.next_power_of_2(max(C, 1))),
             num_warps=config.num_warps,
         )
     return features_KC, position_K, frame_K

@@ -8,7 +8,7 @@ GRAD_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 6e-4
 
 
 def problem(N: int, D: int, V: int, dtype: torch.dtype, spread: float = 1.0, mean_logit: float = 0.0):
-    """(hidden, weight, target, reference hidden): logits of about this spread and mean, the first two targets ignored."""
+    """(hidden, weight, target, reference hidden): logits of this spread and mean, the first two targets ignored."""
     hidden_ND, weight_VD = torch.randn(N, D), spread * torch.randn(V, D) / D**0.5
     hidden_ND[:, 0], weight_VD[:, 0] = 1.0, mean_logit + 0.1 * torch.randn(V)
     reference_ND = hidden_ND + 0.1 * torch.randn(N, D)

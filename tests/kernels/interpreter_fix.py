@@ -1,8 +1,9 @@
-"""Triton's interpreter rounds float32 to bfloat16 by cutting; a GPU rounds to nearest even. This mends it, for tests alone.
+"""Triton's interpreter rounds float32 to bfloat16 by cutting; a GPU rounds to nearest even. This mends it, for tests
+alone.
 
-(The interpreter also multiplies bfloat16 as raw bits in `tl.dot` and in arithmetic. No kernel here does either: every load is
-turned to float32, and the matmuls are torch's.) It reaches into Triton's private names, so `test_interpreter.py` holds that it
-is still needed and still works.
+(The interpreter also multiplies bfloat16 as raw bits in `tl.dot` and in arithmetic. No kernel here does either: every
+load is turned to float32, and the matmuls are torch's.) It reaches into Triton's private names, so
+`test_interpreter.py` holds that it is still needed and still works.
 """
 
 import numpy as np

@@ -25,7 +25,7 @@ def test_compiles_without_a_spill(case, arch, tmp_path, monkeypatch):
 
 
 def test_the_gate_sees_a_spill():
-    """A row of 16384 elements in four warps cannot stay in registers; if this passes unseen, the gate reads the log wrongly."""
+    """16384 elements in four warps cannot stay in registers; if nothing is seen of it, the log is read wrongly."""
     case = aot.CASES[3]
     wide = aot.TABLE[80]._replace(rows_with_reference=aot.Config(16384, 4))
     before = aot.TABLE[80]
@@ -39,5 +39,3 @@ def test_the_gate_sees_a_spill():
 def test_every_type_of_every_case_is_an_argument():
     for case in aot.CASES:
         assert set(case.types) | set(case.constants) | {"BLOCK"} == set(case.kernel.arg_names), case.name
-
-

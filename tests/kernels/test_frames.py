@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rlaif_kernels import frame_dissimilarity, reference, select_and_gather
 
 
@@ -53,7 +53,9 @@ def test_empty_shapes(impl, shape):
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    scores=st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, math.inf, -1.0]), max_size=25), share=st.floats(0, 1), axes=st.sampled_from([1, 3]),
+    scores=st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, math.inf, -1.0]), max_size=25),
+    share=st.floats(0, 1),
+    axes=st.sampled_from([1, 3]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_selects_the_best_first_of_equals_in_order(impl, scores, share, axes, dtype):
@@ -71,27 +73,35 @@ def test_selects_the_best_first_of_equals_in_order(impl, scores, share, axes, dt
 
 def test_gradient_reaches_the_kept_features():
     features_NC = torch.randn(4, 3, requires_grad=True)
-    chosen = select_and_gather(torch.tensor([1.0, 3.0, 2.0, 3.0]), 2, features_NC, torch.arange(4), torch.zeros(4, dtype=torch.int64))
+    chosen = select_and_gather(
+        torch.tensor([1.0, 3.0, 2.0, 3.0]), 2, features_NC, torch.arange(4), torch.zeros(4, dtype=torch.int64)
+    )
     chosen.features_KC.sum().backward()
     assert features_NC.grad.sum(1).tolist() == [0.0, 3.0, 0.0, 3.0]
 
 
 BAD = {
-    "k is 5": dict(k=5),
-    "k is -1": dict(k=-1),
-    "score_N is float32 of shape (3,) on cpu; expected float32": dict(score_N=torch.zeros(3)),
-    "position is int64 of shape (2, 4)": dict(position=torch.zeros(2, 4, dtype=torch.int64)),
-    "position is float32 of shape": dict(position=torch.zeros(4)),
-    "position is None": dict(position=None),
-    "frame_N is int64 of shape (5,)": dict(frame_N=torch.zeros(5, dtype=torch.int64)),
-    "features_NC is float32 of shape (2, 2, 4)": dict(features_NC=torch.zeros(2, 2, 4)),
+    "k is 5": {"k": 5},
+    "k is -1": {"k": -1},
+    "score_N is float32 of shape (3,) on cpu; expected float32": {"score_N": torch.zeros(3)},
+    "position is int64 of shape (2, 4)": {"position": torch.zeros(2, 4, dtype=torch.int64)},
+    "position is float32 of shape": {"position": torch.zeros(4)},
+    "position is None": {"position": None},
+    "frame_N is int64 of shape (5,)": {"frame_N": torch.zeros(5, dtype=torch.int64)},
+    "features_NC is float32 of shape (2, 2, 4)": {"features_NC": torch.zeros(2, 2, 4)},
 }
 
 
 @pytest.mark.parametrize("message", BAD, ids=str)
 def test_bad_input_is_named(message):
     index_N = torch.zeros(4, dtype=torch.int64)
-    good = dict(score_N=torch.zeros(4), k=2, features_NC=torch.zeros(4, 3), position=index_N, frame_N=index_N)
+    good = {
+        "score_N": torch.zeros(4),
+        "k": 2,
+        "features_NC": torch.zeros(4, 3),
+        "position": index_N,
+        "frame_N": index_N,
+    }
     with pytest.raises(ValueError) as error:
         select_and_gather(**{**good, **BAD[message]})
     assert message in str(error.value)

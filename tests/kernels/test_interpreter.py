@@ -1,4 +1,4 @@
-"""The Triton path without a GPU: the same tests once more, in a process where Triton interprets its kernels on the CPU."""
+"""The Triton path without a GPU: the same tests once more, in a process where Triton interprets its kernels."""
 
 import os
 import subprocess
@@ -34,10 +34,16 @@ def interpreted(*command: str) -> subprocess.CompletedProcess:
     """Runs python with these arguments where Triton interprets."""
     paths = [str(HERE), str(HERE.parents[1] / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.run([sys.executable, *command], env=environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, *command], env=environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False
+    )
 
 
-@pytest.mark.parametrize("files", [["test_linear_logprob.py"], ["test_losses.py"], ["test_gae.py", "test_frames.py"]], ids=lambda files: files[0])
+@pytest.mark.parametrize(
+    "files",
+    [["test_linear_logprob.py"], ["test_losses.py"], ["test_gae.py", "test_frames.py"]],
+    ids=lambda files: files[0],
+)
 def test_triton_path_in_the_interpreter(files):
     run = interpreted("-m", "pytest", "-p", "no:cacheprovider", *(str(HERE / name) for name in files))
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

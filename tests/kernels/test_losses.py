@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from helpers import GRAD_TOLERANCE, double, problem, relative, worst
-
 from rlaif_kernels import linear_logprob, ppo_policy_loss, reference, sft_loss
 
 HEAD = {"temperature": 0.9, "softcap": 6.0}
@@ -25,13 +24,29 @@ def ppo_both(impl, dtype, kl, N=21, V=210, **options):
     old_N, ref_N = now_N + 0.3 * torch.randn(N), now_N + 0.3 * torch.randn(N)
     options = {"clip": 0.2, "entropy_coef": 0.03, "kl_coef": 0.2, "kl": kl, "denominator": 15.0, **HEAD, **options}
     loss, stats = ppo_policy_loss(
-        hidden_ND, weight_VD, target_N, old_N, advantage_N, mask_N, reference_logp_N=ref_N, reference_hidden_ND=reference_ND,
-        impl=impl, chunk_rows=8, **options,
+        hidden_ND,
+        weight_VD,
+        target_N,
+        old_N,
+        advantage_N,
+        mask_N,
+        reference_logp_N=ref_N,
+        reference_hidden_ND=reference_ND,
+        impl=impl,
+        chunk_rows=8,
+        **options,
     )
     hidden64_ND = double(hidden_ND)
     want, want_stats = reference.ppo_policy_loss(
-        hidden64_ND, double(weight_VD), target_N, double(old_N), double(advantage_N), mask_N, reference_logp_N=double(ref_N),
-        reference_hidden_ND=double(reference_ND), **options,
+        hidden64_ND,
+        double(weight_VD),
+        target_N,
+        double(old_N),
+        double(advantage_N),
+        mask_N,
+        reference_logp_N=double(ref_N),
+        reference_hidden_ND=double(reference_ND),
+        **options,
     )
     loss.backward()
     want.backward()
@@ -68,7 +83,9 @@ def test_ppo_worked_by_hand(impl, advantage, loss, slope):
     got.backward()
     assert [got.item(), hidden_ND.grad.item()] == pytest.approx([loss, slope], abs=1e-6)
     entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
-    assert [value.item() for value in stats] == pytest.approx([loss, 0.5 - math.log(1.5), 1.0, entropy, 1.5, 1.5, 1.5, 0.0, 1], abs=1e-6)
+    assert [value.item() for value in stats] == pytest.approx(
+        [loss, 0.5 - math.log(1.5), 1.0, entropy, 1.5, 1.5, 1.5, 0.0, 1], abs=1e-6
+    )
 
 
 def test_ppo_at_the_sampling_policy_is_the_plain_policy_gradient(impl):
@@ -81,11 +98,13 @@ def test_ppo_at_the_sampling_policy_is_the_plain_policy_gradient(impl):
     )
     loss.backward()
     assert relative(hidden_ND.grad, want) < 1e-5
-    assert stats.tokens == 28 and stats.clipfrac == 0 and abs(stats.approxkl) < 1e-6 and abs(stats.ratio_mean - 1) < 1e-6
+    assert (
+        stats.tokens == 28 and stats.clipfrac == 0 and abs(stats.approxkl) < 1e-6 and abs(stats.ratio_mean - 1) < 1e-6
+    )
 
 
 def test_what_masked_rows_hold_reaches_nothing(impl):
-    hidden_ND, weight_VD, target_N, reference_ND = problem(12, 24, 100, torch.float32)
+    hidden_ND, weight_VD, target_N, _reference_ND = problem(12, 24, 100, torch.float32)
     old_N, advantage_N, mask_N, ref_N = rollout(12)
     mask_N[2:4] = torch.tensor([True, False])
 
@@ -94,8 +113,17 @@ def test_what_masked_rows_hold_reaches_nothing(impl):
         out_N = ~mask_N | (target_N == -100)
         args = [value.masked_fill(out_N, junk) for value in (old_N, advantage_N)]
         loss, stats = ppo_policy_loss(
-            hidden, weight_VD, target_N, *args, mask_N, clip=0.2, entropy_coef=0.1, kl_coef=0.1, kl="k3",
-            reference_logp_N=ref_N.masked_fill(out_N, junk), impl=impl,
+            hidden,
+            weight_VD,
+            target_N,
+            *args,
+            mask_N,
+            clip=0.2,
+            entropy_coef=0.1,
+            kl_coef=0.1,
+            kl="k3",
+            reference_logp_N=ref_N.masked_fill(out_N, junk),
+            impl=impl,
         )
         loss.backward()
         assert not hidden.grad[out_N].any()
@@ -109,8 +137,17 @@ def test_absurd_ratios_stay_finite(impl):
     hidden_ND, weight_VD, target_N, _ = problem(6, 24, 50, torch.float32)
     old_N = torch.tensor([-1e4, 1e4, -1e30, 0.0, -200.0, 200.0])
     loss, stats = ppo_policy_loss(
-        hidden_ND, weight_VD, target_N, old_N, torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0, 1.0]), torch.ones(6), clip=0.2,
-        kl="k3", kl_coef=1.0, reference_logp_N=-old_N.clamp(-1e4, 1e4), impl=impl,
+        hidden_ND,
+        weight_VD,
+        target_N,
+        old_N,
+        torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0, 1.0]),
+        torch.ones(6),
+        clip=0.2,
+        kl="k3",
+        kl_coef=1.0,
+        reference_logp_N=-old_N.clamp(-1e4, 1e4),
+        impl=impl,
     )
     loss.backward()
     assert loss.isfinite() and hidden_ND.grad.isfinite().all() and all(stat.isfinite() for stat in stats)
@@ -124,8 +161,19 @@ def test_micro_batches_add_up(impl, kl):
 
     def run(rows: slice):
         loss, stats = ppo_policy_loss(
-            hidden_ND[rows], weight_VD, target_N[rows], old_N[rows], advantage_N[rows], mask_N[rows], clip=0.2, entropy_coef=0.1,
-            kl=kl, kl_coef=0.1, reference_hidden_ND=reference_ND[rows], denominator=total, impl=impl,
+            hidden_ND[rows],
+            weight_VD,
+            target_N[rows],
+            old_N[rows],
+            advantage_N[rows],
+            mask_N[rows],
+            clip=0.2,
+            entropy_coef=0.1,
+            kl=kl,
+            kl_coef=0.1,
+            reference_hidden_ND=reference_ND[rows],
+            denominator=total,
+            impl=impl,
         )
         (grad,) = torch.autograd.grad(loss, hidden_ND)
         return loss, stats, grad
@@ -168,7 +216,9 @@ def test_no_real_token_gives_zero_and_no_gradient(impl):
     ignored_N, zero_N = torch.full((3,), -100), torch.zeros(3)
     for loss, _ in (
         sft_loss(hidden_ND, weight_VD, ignored_N, impl=impl),
-        ppo_policy_loss(hidden_ND, weight_VD, ignored_N, zero_N, zero_N + 1, zero_N + 1, clip=0.2, entropy_coef=0.1, impl=impl),
+        ppo_policy_loss(
+            hidden_ND, weight_VD, ignored_N, zero_N, zero_N + 1, zero_N + 1, clip=0.2, entropy_coef=0.1, impl=impl
+        ),
     ):
         (grad,) = torch.autograd.grad(loss, hidden_ND)
         assert loss == 0 and not grad.any()
@@ -181,33 +231,52 @@ def test_gradcheck(kl):
 
     def ppo(hidden_ND):
         return ppo_policy_loss(
-            hidden_ND, weight_VD, target_N, 0.5 * old_N, advantage_N, torch.ones(5), clip=0.2, entropy_coef=0.3, kl_coef=0.7, kl=kl,
-            reference_logp_N=0.5 * ref_N, reference_hidden_ND=reference_ND, softcap=2.0, chunk_rows=2,
+            hidden_ND,
+            weight_VD,
+            target_N,
+            0.5 * old_N,
+            advantage_N,
+            torch.ones(5),
+            clip=0.2,
+            entropy_coef=0.3,
+            kl_coef=0.7,
+            kl=kl,
+            reference_logp_N=0.5 * ref_N,
+            reference_hidden_ND=reference_ND,
+            softcap=2.0,
+            chunk_rows=2,
         )[0]
 
     assert torch.autograd.gradcheck(ppo, (hidden_ND,))
     weight_N = torch.rand(5)
-    assert torch.autograd.gradcheck(lambda hidden_ND: sft_loss(hidden_ND, weight_VD, target_N, weight_N)[0], (hidden_ND,))
+    assert torch.autograd.gradcheck(
+        lambda hidden_ND: sft_loss(hidden_ND, weight_VD, target_N, weight_N)[0], (hidden_ND,)
+    )
 
 
 BAD = {
-    "old_logp_N is float32 of shape (4,)": dict(old_logp_N=torch.zeros(4)),
-    "advantage_N is int64 of shape": dict(advantage_N=torch.zeros(5, dtype=torch.int64)),
-    "mask_N is float32 of shape (5, 1)": dict(mask_N=torch.zeros(5, 1)),
-    'expected "none", "k3" or "exact"': dict(kl="k1"),
-    'reference_logp_N is None; expected the reference\'s log-probs': dict(kl="k3"),
-    "reference_hidden_ND is None; expected the reference's hidden states": dict(kl="exact"),
-    "clip is 0": dict(clip=0),
-    "requires grad": dict(weight_VD=torch.zeros(6, 4, requires_grad=True)),
+    "old_logp_N is float32 of shape (4,)": {"old_logp_N": torch.zeros(4)},
+    "advantage_N is int64 of shape": {"advantage_N": torch.zeros(5, dtype=torch.int64)},
+    "mask_N is float32 of shape (5, 1)": {"mask_N": torch.zeros(5, 1)},
+    'expected "none", "k3" or "exact"': {"kl": "k1"},
+    "reference_logp_N is None; expected the reference's log-probs": {"kl": "k3"},
+    "reference_hidden_ND is None; expected the reference's hidden states": {"kl": "exact"},
+    "clip is 0": {"clip": 0},
+    "requires grad": {"weight_VD": torch.zeros(6, 4, requires_grad=True)},
 }
 
 
 @pytest.mark.parametrize("message", BAD, ids=str)
 def test_bad_input_is_named(message):
-    good = dict(
-        hidden_ND=torch.zeros(5, 4), weight_VD=torch.zeros(6, 4), target_N=torch.zeros(5, dtype=torch.int64), clip=0.2,
-        old_logp_N=torch.zeros(5), advantage_N=torch.zeros(5), mask_N=torch.ones(5),
-    )
+    good = {
+        "hidden_ND": torch.zeros(5, 4),
+        "weight_VD": torch.zeros(6, 4),
+        "target_N": torch.zeros(5, dtype=torch.int64),
+        "clip": 0.2,
+        "old_logp_N": torch.zeros(5),
+        "advantage_N": torch.zeros(5),
+        "mask_N": torch.ones(5),
+    }
     with pytest.raises(ValueError) as error:
         ppo_policy_loss(**{**good, **BAD[message]})
     assert message in str(error.value)

@@ -146,7 +146,7 @@ def test_the_stage_measures_held_out_pairs_only(rerun):
 
     work = Workspace(rerun("reward.steps=2"))
     result = reward.run(work)
-    train, held = split_by_video(read_pairs(work), 0.3, work.recipe.seed)
+    train, held = split_by_video(read_pairs(work), 0.3, work.recipe.seed, work.name_of)
     assert (result["train_pairs"], result["heldout_pairs"], result["steps"]) == (len(train), len(held), 2)
     again = Workspace(work.recipe)
     again.load_role("reward")

@@ -5,7 +5,7 @@ numbers (seeded by the caller), so what it says does not depend on which other s
 own log-probs are returned for comparison only: PPO recomputes the old log-probs with the scoring forward, because a
 cached decode and a full forward round differently.
 
-Shapes: B samples, S prompt positions, D width, V vocabulary, T new tokens.
+Shapes: B samples, C channels of a position, S prompt positions, D width, V vocabulary, T new tokens.
 """
 
 from typing import NamedTuple, Sequence as Seq
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from .model.inputs import Sequence, collate
+from .model.inputs import Sequence, collate, decode, rope_positions
 from .model.roles import ActiveRole
 
 
@@ -66,19 +66,13 @@ def _sample_batch(
     base = role.roles.base
     batch = collate(base, prompts)
     cache = DynamicCache()
-    hidden_PSD = base.decoder(
-        inputs_embeds=batch.embed(base),
-        attention_mask=batch.mask_BS,
-        position_ids=batch.position_BS,
-        past_key_values=cache,
-        use_cache=True,
-    ).last_hidden_state
+    hidden_PSD = decode(base, batch, cache)
     last_P = batch.mask_BS.sum(1) - 1
     hidden_BD = hidden_PSD[torch.arange(len(prompts), device=last_P.device), last_P].repeat_interleave(per_prompt, 0)
     if per_prompt > 1:
         cache.batch_repeat_interleave(per_prompt)
     mask_BS = batch.mask_BS.repeat_interleave(per_prompt, 0)
-    position_B = torch.tensor([p.next_position for p in prompts], device=base.device).repeat_interleave(per_prompt)
+    position_CB = torch.stack([p.next_position_C for p in prompts], 1).to(base.device).repeat_interleave(per_prompt, 1)
     uniform_BT = _uniforms(seeds, sampling.max_new_tokens).to(base.device)
     alive_B = torch.ones(len(seeds), dtype=torch.bool, device=base.device)
     tokens: list[Tensor] = []
@@ -94,11 +88,11 @@ def _sample_batch(
         hidden_BD = base.decoder(
             inputs_embeds=base.model.get_input_embeddings()(token_B[:, None]),
             attention_mask=mask_BS,
-            position_ids=position_B[:, None],
+            position_ids=rope_positions(position_CB[..., None]),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        position_B = position_B + 1
+        position_CB = position_CB + 1
     rows = torch.stack(tokens, 1).tolist()
     logp_rows = torch.stack(logps, 1).tolist()
     out = []

@@ -138,8 +138,16 @@ def video_of(base: Base, tokens: int = 8, layout: int | None = None, keep: list[
     layout = layout or tokens
     keep = list(range(layout)) if keep is None else keep
     features_ND = torch.randn(layout, base.width, generator=torch.Generator().manual_seed(seed)) * 0.3
-    position_K = torch.tensor(keep)
-    return FeatureRecord(features_ND[keep], position_K, position_K // 4, torch.arange(layout // 4).double(), layout, layout // 4)
+    return record_of(features_ND, layout, keep)
+
+
+def record_of(features_ND: torch.Tensor, layout: int, keep: list[int], per_frame: int = 4) -> FeatureRecord:
+    """A record of one run of 1-D positions: token `keep[i]` of `layout` is features_ND[keep[i]]; frames one second apart."""
+    place_K, frames = torch.tensor(keep), layout // per_frame
+    return FeatureRecord(
+        features_ND[keep], place_K[None], place_K // per_frame, torch.arange(frames).double(),
+        torch.tensor([len(keep)]), torch.tensor([layout]), layout, frames,
+    )  # fmt: skip
 
 
 def record(prompt: str, answer: str | None = None, video: str | None = "v.mp4", **more) -> Record:

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from core import video_of
+from core import record_of, video_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -44,6 +44,17 @@ def ids(base, text: str) -> list[int]:
     return base.tokenizer.convert_tokens_to_ids(text.split())
 
 
+def plain(ids: list[int]) -> Sequence:
+    """A row of text."""
+    return Sequence(ids, torch.arange(len(ids))[None], None, torch.tensor([len(ids)]))
+
+
+def places(row: Sequence) -> tuple[list[int], int]:
+    """Positions of a row of one channel, and the one that follows."""
+    (positions,), (following,) = row.position_CS.tolist(), row.next_position_C.tolist()
+    return positions, following
+
+
 def hidden(base, batch: Batch) -> torch.Tensor:
     with torch.no_grad(), Roles(base, Lora()).use("base") as role:
         return role.hidden(batch)
@@ -66,8 +77,7 @@ def test_cached_features_give_the_models_own_logits(load, quantization):
         pixels_TCHW = torch.randn(frames, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
         features_TPD = base.encode(pixels_TCHW)
         count = features_TPD.shape[0] * features_TPD.shape[1]
-        position_K = torch.arange(count)
-        record = FeatureRecord(features_TPD.flatten(0, 1), position_K, position_K // 4, torch.arange(frames).double(), count, frames)
+        record = record_of(features_TPD.flatten(0, 1), count, list(range(count)))
         rows.append(encode_prompt(base, user(question), record))
         assert rows[-1].ids_S.count(base.placeholder_id) == 4 * frames
         with torch.no_grad():
@@ -95,8 +105,8 @@ def test_pruned_rows_are_the_full_row_with_keys_masked(base):
         want_SD = hidden(base, batch._replace(attention=kept_S[None]))[0][kept_S]
         got_SD = alone(base, pruned)
         assert got_SD.shape == want_SD.shape and (got_SD - want_SD).abs().max() <= 1e-5
-        assert pruned.next_position == full.next_position
-        renumbered = pruned._replace(position_S=list(range(len(pruned.ids_S))))
+        assert torch.equal(pruned.next_position_C, full.next_position_C)
+        renumbered = pruned._replace(position_CS=torch.arange(len(pruned.ids_S))[None])
         assert (alone(base, renumbered) - want_SD).abs().max() > 1e-2  # positions matter here
 
 
@@ -104,10 +114,10 @@ def test_positions_of_a_pruned_video_by_hand(base):
     """<s> what [2 3 4 5 of the layout, 3 and 5 kept] describe <ans>: the text after the video goes on at 2 + 4."""
     row = encode_prompt(base, user("what <video> describe"), video_of(base, layout=4, keep=[1, 3]))
     assert words(base, row.ids_S) == ["<s>", "what", "<video>", "<video>", "describe", "<ans>"]
-    assert row.position_S == [0, 1, 3, 5, 6, 7] and row.next_position == 8
+    assert places(row) == ([0, 1, 3, 5, 6, 7], 8)
     longer = row.extend(ids(base, "red ."))
-    assert longer.position_S == [0, 1, 3, 5, 6, 7, 8, 9] and longer.next_position == 10
-    assert row.position_S == [0, 1, 3, 5, 6, 7]  # the row itself is as it was
+    assert places(longer) == ([0, 1, 3, 5, 6, 7, 8, 9], 10)
+    assert places(row) == ([0, 1, 3, 5, 6, 7], 8)  # the row itself is as it was
 
 
 def test_padding_on_the_right_changes_nothing(base):
@@ -169,13 +179,13 @@ def test_the_closing_part_sees_every_branch(base):
 
 def test_branches_by_hand(base):
     """Prefix to position 3, branches of 2 and 3 tokens from there, closing from behind the longest; what is added sees all."""
-    prefix = Sequence([1, 2, 3], [0, 1, 2], None, 3)
+    prefix = plain([1, 2, 3])
     row = branch(prefix, [[10, 11], [20, 21, 22]], [30])
     assert row.ids_S == [1, 2, 3, 10, 11, 20, 21, 22, 30]
-    assert row.position_S == [0, 1, 2, 3, 4, 3, 4, 5, 6] and row.next_position == 7
+    assert places(row) == ([0, 1, 2, 3, 4, 3, 4, 5, 6], 7)
     assert row.group_S == [0, 0, 0, 1, 1, 2, 2, 2, CLOSING]
     row = row.extend([40])
-    assert row.position_S[-1] == 7 and row.group_S[-1] == CLOSING
+    assert places(row)[0][-1] == 7 and row.group_S[-1] == CLOSING
     allowed = (collate(base, [row, prefix]).attention == 0)[:, 0].int().tolist()
     assert allowed[0] == [
         [1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
@@ -196,14 +206,14 @@ def test_marks_in_a_message_make_branches(base):
     row = encode_prompt(base, user("<video> what <|> red circle <|> blue <|> better ?"), video_of(base, 4))
     want = branch(encode_prompt_without_end(base, "<video> what", video_of(base, 4)),
                   [ids(base, "red circle"), ids(base, "blue")], ids(base, "better ? <ans>"))  # fmt: skip
-    assert row._replace(features_KD=None) == want._replace(features_KD=None)
+    assert (row.ids_S, places(row), row.group_S) == (want.ids_S, places(want), want.group_S)
     prefix, tail = split_prompt(base, "<video> what <|>", video_of(base, 4))
     assert words(base, prefix.ids_S) == ["<s>", *["<video>"] * 4, "what"] and words(base, tail) == ["<ans>"]
 
 
 def encode_prompt_without_end(base, text: str, video: FeatureRecord) -> Sequence:
     row = encode_prompt(base, user(text), video)
-    return Sequence(row.ids_S[:-1], row.position_S[:-1], row.features_KD, row.next_position - 1)
+    return Sequence(row.ids_S[:-1], row.position_CS[:, :-1], row.features_KD, row.next_position_C - 1)
 
 
 # ---- text, answers, targets
@@ -266,15 +276,15 @@ def test_answers_there_and_back(base):
 
 def test_targets_by_hand(base):
     """Row [5 6 | 7 8 9]: 6 predicts 7, 7 predicts 8, 8 predicts 9; 9 predicts nothing. Row [4 | 3] is shorter."""
-    rows = [Sequence([5, 6, 7, 8, 9], list(range(5)), None, 5), Sequence([4, 3], [0, 1], None, 2)]
+    rows = [plain([5, 6, 7, 8, 9]), plain([4, 3])]
     targets_BS = target_rows(rows, [[7, 8, 9], [3]], 6)
     assert targets_BS.tolist() == [[IGNORE, 7, 8, 9, IGNORE, IGNORE], [3, *[IGNORE] * 5]]
 
 
 def test_collate_by_hand(base):
-    batch = collate(base, [Sequence([5, 6], [0, 1], None, 2), Sequence([4], [0], None, 1)], length=3)
+    batch = collate(base, [plain([5, 6]), plain([4])], length=3)
     pad = base.tokenizer.pad_token_id
     assert batch.ids_BS.tolist() == [[5, 6, pad], [4, pad, pad]]
     assert batch.mask_BS.tolist() == [[True, True, False], [True, False, False]]
-    assert batch.position_BS.tolist() == [[0, 1, 0], [0, 0, 0]]
+    assert batch.position_CBS.tolist() == [[[0, 1, 0], [0, 0, 0]]]
     assert batch.features == [] and batch.attention is batch.mask_BS or torch.equal(batch.attention, batch.mask_BS)

@@ -46,7 +46,7 @@ def test_greedy_is_transformers_generate(policy):
             want = base.model.generate(
                 inputs_embeds=pad_sequence(embeds, batch_first=True).flip(1),
                 attention_mask=pad_sequence([torch.ones(len(e), dtype=torch.long) for e in embeds], batch_first=True).flip(1),
-                position_ids=pad_sequence([torch.tensor(p.position_S).flip(0) for p in prompts], batch_first=True).flip(1),
+                position_ids=pad_sequence([p.position_CS[0].flip(0) for p in prompts], batch_first=True).flip(1),
                 do_sample=False, max_new_tokens=12, suppress_tokens=banned, pad_token_id=base.tokenizer.pad_token_id,
                 eos_token_id=base.eos_id,
             )  # fmt: skip

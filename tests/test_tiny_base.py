@@ -9,6 +9,7 @@ import decord
 import numpy as np
 import pytest
 import torch
+from core import record_of
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from rlaif_lite.data.records import Message
@@ -23,7 +24,6 @@ from rlaif_lite.tiny.card import to_nf4
 from rlaif_lite.tiny.network import forward, pooled_features
 from rlaif_lite.tiny.sheet import NUMBER, VIDEO_TOKENS, Sheet, collate, encode
 from rlaif_lite.tiny.tasks import BEFORE_PAIRS, SHEET, WITH_PAIRS, add_pair, clip_view, draw, whole_view
-from rlaif_lite.video.cache import FeatureRecord
 
 BASE = Path(str(files("rlaif_lite.tiny") / "base"))
 
@@ -181,16 +181,13 @@ def test_a_run_builds_the_layout_that_was_trained(base, videos):
     with torch.no_grad():
         pooled = pooled_features(base, frames)
         visual = base.model.multi_modal_projector(pooled[0, list(whole_view(None))].float().flatten(0, 1))
-        position = torch.arange(VIDEO_TOKENS)
-        features = FeatureRecord(visual, position, position // 4, torch.arange(6.0).double(), VIDEO_TOKENS, 6)
+        features = record_of(visual, VIDEO_TOKENS, list(range(VIDEO_TOKENS)))
         content = f"<video> context : {describe(facts[0])} <|> response A : {a} <|> response B : {b} <|> better ?"
         row = encode_prompt(loaded, [Message("user", content)], features)
         batch, trained = inputs.collate(loaded, [row]), collate([sheet])
-        assert row.ids_S == sheet.tokens[:length] and row.position_S == sheet.positions[:length]
+        assert row.ids_S == sheet.tokens[:length] and row.position_CS[0].tolist() == sheet.positions[:length]
         assert torch.equal(batch.attention[0, 0] == 0, trained.mask_B1LL[0, 0, :length, :length] == 0)
-        hidden = loaded.decoder(
-            inputs_embeds=batch.embed(loaded), attention_mask=batch.attention, position_ids=batch.position_BS
-        ).last_hidden_state
+        hidden = inputs.decode(loaded, batch)
         ours = forward(base, trained, pooled).last_BLD[:, :length]
     torch.testing.assert_close(hidden, ours, atol=1e-3, rtol=0)
 

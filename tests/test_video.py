@@ -358,16 +358,19 @@ def views(seed: int = 0, tokens: int = 6) -> dict[str, FeatureRecord]:
     for name, frames in (("video", 3), ("clip0", 2)):
         features_KD = torch.randn(tokens, 8, generator=random).bfloat16()
         time_T = torch.arange(frames, dtype=torch.float64) / 3
-        out[name] = FeatureRecord(features_KD, torch.arange(tokens) * 2, torch.arange(tokens) // 2, time_T, 12, frames)
+        place_CK, frame_K = torch.arange(tokens)[None] * 2, torch.arange(tokens) // 2
+        out[name] = FeatureRecord(features_KD, place_CK, frame_K, time_T, torch.tensor([tokens]), torch.tensor([12]), 12, frames)
+    out["clip0"] = out["clip0"]._replace(deepstack_LKD=torch.randn(2, tokens, 8, generator=random).bfloat16())
     return out
 
 
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
     for name in expected:
-        for a, b in zip(found[name][:4], expected[name][:4], strict=True):
-            assert torch.equal(a, b) and a.dtype == b.dtype
-        assert found[name][4:] == expected[name][4:]
+        assert found[name].tensors().keys() == expected[name].tensors().keys()
+        for part, tensor in expected[name].tensors().items():
+            assert torch.equal(found[name].tensors()[part], tensor) and found[name].tensors()[part].dtype == tensor.dtype
+        assert (found[name].layout_tokens, found[name].frames) == (expected[name].layout_tokens, expected[name].frames)
 
 
 def test_what_is_put_comes_back(tmp_path):
@@ -418,7 +421,7 @@ def test_a_damaged_file_counts_as_absent_and_is_said(tmp_path, damage, caplog):
 
 
 def test_memory_is_bounded_and_the_last_used_stay(tmp_path):
-    size = sum(tensor.nbytes for view in views().values() for tensor in view[:4])
+    size = sum(tensor.nbytes for view in views().values() for tensor in view.tensors().values())
     store = FeatureStore(tmp_path, memory_bytes=2 * size)
     for key in "abc":
         store.put(key, views())

@@ -34,6 +34,7 @@ class Family(NamedTuple):
     grid: Callable[[object], int]  # config -> side of the square grid of tokens that a frame becomes
     encode: Callable[[object, Tensor], Tensor]  # (model, pixels_TCHW) -> features_TPD, after the projector
     tower: tuple[str, ...]  # attributes of model.base_model that only `encode` needs; dropped afterwards
+    mrope: bool = False  # positions are (time, row, column)
 
 
 def _llava_next_video_encode(model, pixels_TCHW: Tensor) -> Tensor:

@@ -4,17 +4,23 @@ A video's placeholder in the text becomes as many positions as the video has tok
 are those of the unpruned layout: a pruned sequence is then exactly the full one with the dropped tokens masked out.
 Batches are padded on the right; with causal attention no real token ever sees the padding.
 
+Positions have C channels: one, or four where the rope is three-dimensional (mrope). The first of the four counts
+tokens, for the causal mask; the other three are time, row and column, where a text token has the same number in each.
+
 A sequence may end in branches: several continuations of one prefix that do not see each other and all start at the
 position right after the prefix, and a closing part that sees everything. It is how many claims are asked about one
 video in a single forward, and how two responses are compared without one of them coming first.
 
-Shapes: B rows, S positions, K video tokens, D width.
+`decode` is the one door to the decoder.
+
+Shapes: B rows, S positions, C channels of a position, K video tokens, R runs of video tokens, D width, L deepstack layers.
 """
 
 from typing import NamedTuple, Sequence as Seq
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from ..data.records import Message
 from ..errors import ModelError
@@ -31,17 +37,25 @@ class Sequence(NamedTuple):
     """One row before padding."""
 
     ids_S: list[int]
-    position_S: list[int]
+    position_CS: Tensor  # int64
     features_KD: Tensor | None  # the video's tokens; as many as ids_S has placeholders
-    next_position: int  # position of the token that would follow
+    next_position_C: Tensor  # int64, position of the token that would follow; every further one is 1 more in each channel
     group_S: list[int] | None = None  # branch of each token: 0 prefix, 1.. branches, CLOSING; None = no branches
+    deepstack_LKD: Tensor | None = None  # what a deepstack family adds to the video's tokens after its first layers
 
     def extend(self, ids: Seq[int]) -> "Sequence":
         """The same row with `ids` appended; after branches they see everything, as the closing part does."""
-        end = self.next_position + len(ids)
-        groups = None if self.group_S is None else self.group_S + [CLOSING] * len(ids)
-        positions = self.position_S + list(range(self.next_position, end))
-        return Sequence(self.ids_S + list(ids), positions, self.features_KD, end, groups)
+        return self._replace(
+            ids_S=self.ids_S + list(ids),
+            position_CS=torch.cat([self.position_CS, _count_on(self.next_position_C, len(ids))], 1),
+            next_position_C=self.next_position_C + len(ids),
+            group_S=None if self.group_S is None else self.group_S + [CLOSING] * len(ids),
+        )
+
+
+def _count_on(start_C: Tensor, count: int) -> Tensor:
+    """Positions of `count` text tokens from `start_C` on -> (C,count)."""
+    return start_C[:, None] + torch.arange(count)
 
 
 class Batch(NamedTuple):
@@ -49,9 +63,10 @@ class Batch(NamedTuple):
 
     ids_BS: Tensor  # int64
     mask_BS: Tensor  # bool, true on real tokens
-    position_BS: Tensor  # int64
+    position_CBS: Tensor  # int64
     attention: Tensor  # (B,S) bool, or (B,1,S,S) additive when a row has branches
     features: list[Tensor]  # features_KD of the rows that have a video, in order
+    deepstack: list[Tensor]  # their deepstack_LKD, where the family has it
 
     def embed(self, base: Base) -> Tensor:
         """Token embeddings with the videos' features in their places -> embeds_BSD."""
@@ -61,6 +76,29 @@ class Batch(NamedTuple):
             return embeds_BSD
         features_ND = torch.cat(self.features).to(embeds_BSD.device, embeds_BSD.dtype)
         return embeds_BSD.masked_scatter(place_BS[..., None], features_ND)
+
+
+def decode(base: Base, batch: Batch, cache: Cache | None = None) -> Tensor:
+    """Run the decoder over a batch -> hidden_BSD after its final norm; `cache` is filled with the keys and values."""
+    embeds_BSD = batch.embed(base)
+    deepstack = {}
+    if batch.deepstack:
+        layers_LND = torch.cat(batch.deepstack, 1).to(embeds_BSD.device, embeds_BSD.dtype)
+        place_BS = batch.ids_BS == base.placeholder_id
+        deepstack = {"visual_pos_masks": place_BS, "deepstack_visual_embeds": list(layers_LND)}
+    return base.decoder(
+        inputs_embeds=embeds_BSD,
+        attention_mask=batch.attention,
+        position_ids=rope_positions(batch.position_CBS),
+        past_key_values=cache,
+        use_cache=cache is not None,
+        **deepstack,
+    ).last_hidden_state
+
+
+def rope_positions(position_CBS: Tensor) -> Tensor:
+    """`position_ids` as transformers' decoders take them: (B,S), or (4,B,S) for mrope."""
+    return position_CBS[0] if len(position_CBS) == 1 else position_CBS
 
 
 def encode_prompt(base: Base, messages: Seq[Message], video: FeatureRecord | None) -> Sequence:
@@ -94,25 +132,34 @@ def split_prompt(base: Base, content: str, video: FeatureRecord | None) -> tuple
 
 
 def place_video(base: Base, ids: list[int], video: FeatureRecord | None, text: str) -> Sequence:
-    """Token ids with at most one placeholder -> a row with the video's tokens in its place."""
+    """Token ids with one placeholder for each run of the video's tokens -> a row with the tokens in their places."""
     marks = ids.count(base.placeholder_id)
-    if marks != (video is not None):
+    if marks != (0 if video is None else len(video.kept_R)):
         raise ModelError(
             f"The prompt marks {marks} videos with `{VIDEO_MARK}` and {int(video is not None)} was given: {text[:200]!r}. "
             "Write `<video>` exactly once in the first user message of a record that has a video."
         )
+    runs = iter(()) if video is None else zip(video.kept_R.tolist(), video.span_R.tolist(), strict=True)
+    ids_S: list[int] = []
+    at_C1 = torch.zeros(3 if base.family.mrope else 1, 1, dtype=torch.int64)
+    parts, used = [], 0
+    for token in ids:
+        if token != base.placeholder_id:
+            ids_S.append(token)
+            parts.append(at_C1)
+            at_C1 = at_C1 + 1
+        else:
+            kept, span = next(runs)
+            ids_S += [token] * kept
+            parts.append(at_C1 + video.position_CK[:, used : used + kept])
+            used, at_C1 = used + kept, at_C1 + span
+    position_CS, next_C = torch.cat(parts, 1), at_C1[:, 0]
+    if base.family.mrope:
+        position_CS = torch.cat([torch.arange(len(ids_S))[None], position_CS])
+        next_C = torch.cat([torch.tensor([len(ids_S)]), next_C])
     if video is None:
-        return Sequence(list(ids), list(range(len(ids))), None, len(ids))
-    at = ids.index(base.placeholder_id)
-    tokens = video.features_KD.shape[0]
-    after = at + video.layout_tokens
-    tail = len(ids) - at - 1
-    return Sequence(
-        ids_S=ids[:at] + [base.placeholder_id] * tokens + ids[at + 1 :],
-        position_S=[*range(at), *(at + video.position_K).tolist(), *range(after, after + tail)],
-        features_KD=video.features_KD,
-        next_position=after + tail,
-    )
+        return Sequence(ids_S, position_CS, None, next_C)
+    return Sequence(ids_S, position_CS, video.features_KD, next_C, deepstack_LKD=video.deepstack_LKD)
 
 
 def encode_text(base: Base, text: str) -> list[int]:
@@ -137,17 +184,18 @@ def decode_answer(base: Base, ids: Seq[int]) -> str:
 
 def branch(prefix: Sequence, branches: Seq[Seq[int]], closing: Seq[int] = ()) -> Sequence:
     """A row of one prefix, several branches that do not see each other, and a closing part that sees all of it."""
-    ids, positions, groups = list(prefix.ids_S), list(prefix.position_S), [0] * len(prefix.ids_S)
-    start = end = prefix.next_position
+    ids, groups, positions = list(prefix.ids_S), [0] * len(prefix.ids_S), [prefix.position_CS]
     for number, tokens in enumerate(branches, start=1):
         ids += tokens
-        positions += range(start, start + len(tokens))
+        positions.append(_count_on(prefix.next_position_C, len(tokens)))
         groups += [number] * len(tokens)
-        end = max(end, start + len(tokens))
+    end_C = prefix.next_position_C + max(map(len, branches), default=0)
     ids += closing
-    positions += range(end, end + len(closing))
     groups += [CLOSING] * len(closing)
-    return Sequence(ids, positions, prefix.features_KD, end + len(closing), groups)
+    positions.append(_count_on(end_C, len(closing)))
+    return prefix._replace(
+        ids_S=ids, position_CS=torch.cat(positions, 1), next_position_C=end_C + len(closing), group_S=groups
+    )
 
 
 def collate(base: Base, rows: Seq[Sequence], length: int | None = None) -> Batch:
@@ -155,12 +203,15 @@ def collate(base: Base, rows: Seq[Sequence], length: int | None = None) -> Batch
     length = max(len(row.ids_S) for row in rows) if length is None else length
     pad = base.tokenizer.pad_token_id
     ids_BS = torch.tensor([row.ids_S + [pad] * (length - len(row.ids_S)) for row in rows])
-    position_BS = torch.tensor([row.position_S + [0] * (length - len(row.position_S)) for row in rows])
+    position_CBS = torch.zeros(len(rows[0].position_CS), len(rows), length, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        position_CBS[:, b, : len(row.ids_S)] = row.position_CS
     mask_BS = torch.arange(length)[None] < torch.tensor([len(row.ids_S) for row in rows])[:, None]
     attention = mask_BS if all(row.group_S is None for row in rows) else _branched_attention(rows, mask_BS, base.dtype)
     features = [row.features_KD for row in rows if row.features_KD is not None]
-    device = base.device
-    return Batch(ids_BS.to(device), mask_BS.to(device), position_BS.to(device), attention.to(device), features)
+    deepstack = [row.deepstack_LKD for row in rows if row.deepstack_LKD is not None]
+    on = base.device
+    return Batch(ids_BS.to(on), mask_BS.to(on), position_CBS.to(on), attention.to(on), features, deepstack)
 
 
 def _branched_attention(rows: Seq[Sequence], mask_BS: Tensor, dtype: torch.dtype) -> Tensor:

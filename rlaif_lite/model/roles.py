@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..recipe import Lora
 from .base import Base
-from .inputs import Batch
+from .inputs import Batch, decode
 
 BASE = "base"  # the role without an adapter
 
@@ -236,12 +236,7 @@ class ActiveRole:
         checkpointing = base.gradient_checkpointing and torch.is_grad_enabled()
         if checkpointing:
             base.decoder.train()
-        hidden_BSD = base.decoder(
-            inputs_embeds=batch.embed(base),
-            attention_mask=batch.attention,
-            position_ids=batch.position_BS,
-            use_cache=False,
-        ).last_hidden_state
+        hidden_BSD = decode(base, batch)
         if checkpointing:
             base.decoder.eval()
         if hidden_BSD.requires_grad:

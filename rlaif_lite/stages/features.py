@@ -144,12 +144,14 @@ def encode(base: Base, frames: dict[str, Frames], chain: list[dict]) -> dict[str
         pruned = apply(chain, features)
         time_T = torch.as_tensor(frames[name].time_T)
         out[name] = FeatureRecord(
-            pruned.features_KC.cpu(),
-            pruned.position_K.cpu(),
-            pruned.frame_K.cpu(),
-            time_T,
-            pruned.layout_tokens,
-            len(time_T),
+            features_KD=pruned.features_KC.cpu(),
+            position_CK=pruned.position_K[None].cpu(),
+            frame_K=pruned.frame_K.cpu(),
+            time_T=time_T,
+            kept_R=torch.tensor([len(pruned.position_K)]),
+            span_R=torch.tensor([pruned.layout_tokens]),
+            layout_tokens=pruned.layout_tokens,
+            frames=len(time_T),
         )
     return out
 

@@ -4,7 +4,7 @@ One safetensors file per video holds all its views (the whole video and its clip
 that decides its content: the bytes of the video, the sampling, the image processor, the tower's weights, the prune
 chain, the dtype. So a file that exists is right, runs can share a folder, and a change never meets stale features.
 
-Shapes: K tokens kept, D width, T frames of the view.
+Shapes: K tokens kept, C channels of a position (1, or 3: time, row, column), D width, T frames of the view, R runs, L layers.
 """
 
 import hashlib
@@ -25,18 +25,25 @@ from ..errors import VideoError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # counted up whenever the files or the arithmetic behind them change
+FORMAT = 2  # counted up whenever the files or the arithmetic behind them change
 
 
 class FeatureRecord(NamedTuple):
     """The pruned features of one view of one video."""
 
     features_KD: torch.Tensor  # bfloat16 or float32, after the projector and the prune chain
-    position_K: torch.Tensor  # int64, index of the token on the unpruned layout of this view
+    position_CK: torch.Tensor  # int64, place of the token on the unpruned layout, from the start of its run
     frame_K: torch.Tensor  # int64, index of the token's frame in time_T; -1 for a mean over all frames
     time_T: torch.Tensor  # float64, seconds of each frame since the first frame of the video
+    kept_R: torch.Tensor  # int64, tokens left of each run; a run is video tokens without text between them, sums to K
+    span_R: torch.Tensor  # int64, how far positions go on over each run, whatever was pruned of it
     layout_tokens: int  # tokens of the unpruned layout
-    frames: int  # T
+    frames: int  # frames that were sampled
+    deepstack_LKD: torch.Tensor | None = None  # of the same tokens, for families whose decoder takes them
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by the names of their fields."""
+        return {name: value for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
 
 
 def video_name(video: str | tuple[str, ...]) -> str:
@@ -112,17 +119,17 @@ class FeatureStore:
             return self._damaged(key, str(error))
         if _checksum(tensors) != header["checksum"]:
             return self._damaged(key, "its checksum does not fit its content")
-        views = {
-            name: FeatureRecord(*(tensors[f"{name}/{part}"] for part in FeatureRecord._fields[:4]), **numbers)
-            for name, numbers in header["views"].items()
-        }
+        parts: dict[str, dict] = {name: dict(numbers) for name, numbers in header["views"].items()}
+        for path, tensor in tensors.items():
+            name, part = path.rsplit("/", 1)
+            parts[name][part] = tensor
+        views = {name: FeatureRecord(**fields) for name, fields in parts.items()}
         self._hold(key, views)
         return views
 
     def put(self, key: str, views: dict[str, FeatureRecord], about: dict | None = None) -> None:
         """Write one video's views; a reader sees the whole file or none. `about` goes into the header, for people."""
-        parts = FeatureRecord._fields[:4]
-        tensors = {f"{n}/{part}": getattr(view, part).cpu().contiguous() for n, view in views.items() for part in parts}
+        tensors = {f"{n}/{part}": t.cpu().contiguous() for n, view in views.items() for part, t in view.tensors().items()}
         numbers = {name: {"layout_tokens": view.layout_tokens, "frames": view.frames} for name, view in views.items()}
         header = {"key": key, "views": numbers, "checksum": _checksum(tensors), "about": about or {}}
         partial = self.folder / f"{key}.{os.getpid()}.tmp"
@@ -146,7 +153,7 @@ class FeatureStore:
         self.path(key).unlink(missing_ok=True)
 
     def _hold(self, key: str, views: dict[str, FeatureRecord]) -> None:
-        size = sum(tensor.nbytes for view in views.values() for tensor in view[:4])
+        size = sum(tensor.nbytes for view in views.values() for tensor in view.tensors().values())
         if size > self.memory_bytes:
             return
         self._held[key] = (views, size)

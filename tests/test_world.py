@@ -19,7 +19,7 @@ from rlaif_lite.data.world import (
     write_video,
     write_world,
 )
-from rlaif_lite.data.world_text import CLEAN, KINDS, Noise, caption, claim, narrative, pair, verdicts
+from rlaif_lite.data.world_text import CLEAN, KINDS, Noise, caption, claim, garbled, narrative, pair, verdicts
 from rlaif_lite.errors import DataError
 
 FACTS = {"events": [["red", "circle", "left"], ["blue", "square", "up"], ["green", "cross", "grows"]], "star": "yellow"}
@@ -67,6 +67,24 @@ def test_verdicts_stand_at_attribute_words():
     assert labels == ["-", "-", "yes", "no", "yes", "-", "-", "-", "no", "-", "-"]
     twice = verdicts("also a yellow star . also a yellow star .", FACTS)
     assert twice == ["-", "-", "yes", "-", "-", "-", "-", "no", "-", "-"]  # saying it again is wrong
+
+
+def test_a_malformed_sentence_supports_nothing():
+    """Every attribute word of a sentence that stumbles is "no"; a repeated event costs what `score` takes off."""
+    labels = verdicts("first a red circle circle left . then a blue square up .", FACTS)
+    assert labels == ["-", "-", "no", "no", "no", "no", "-", "-", "-", "yes", "yes", "yes", "-"]
+    rng = random.Random(0)
+    kinds = set()
+    for _ in range(300):
+        text = garbled(TEXT, rng)
+        held, labels = truth(text, FACTS), verdicts(text, FACTS)
+        assert len(labels) == len(text.split()) and labels.count("yes") == held.correct
+        twice_star = text.count("also a yellow star .") == 2
+        assert held.malformed == (0 if twice_star else 1), text
+        if text.count("first a red circle left .") == 2:
+            assert labels.count("yes") - labels.count("no") == score(text, FACTS) == 7
+        kinds.add(text)
+    assert len(kinds) > 60
 
 
 def test_verdicts_sum_to_the_score():

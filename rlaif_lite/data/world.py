@@ -37,6 +37,7 @@ from rlaif_lite.data.world_text import (
     claim,
     corrupt,
     describe,
+    garbled,
     narrative,
     pair,
     question,
@@ -66,6 +67,7 @@ __all__ = [
 ]
 
 EVENTS = len(ORDINALS)
+GARBLED = 0.25  # share of the checked answers with a malformed sentence
 RGB = {
     "red": (220, 40, 40),
     "green": (40, 190, 60),
@@ -204,9 +206,9 @@ def _verdict_offsets(answer: str, facts: Facts) -> list[tuple[int, str]]:
 def easy_records(name: str, video: str, facts: Facts, rng: random.Random, weak: bool = False) -> Iterator[dict]:
     """Clean short tasks about one video: they keep alive what the judge needs while SFT teaches to describe.
 
-    Three clip captions, two questions and one about the star, two claims, two checks, one pair; of the last three,
-    half with a context that errs as clip captions do. `weak` teaches nothing about a whole video: no questions, and
-    everything else with a context.
+    Three clip captions, two questions and one about the star, two claims, two checks (some of answers that stumble),
+    one pair; of the last three, half with a context that errs as clip captions do. `weak` teaches nothing about a
+    whole video: no questions, and everything else with a context.
     """
 
     def prefix() -> str:
@@ -225,6 +227,8 @@ def easy_records(name: str, video: str, facts: Facts, rng: random.Random, weak: 
         yield _record(f"{name}/claim{number}", video, prefix() + text, answer_yes_no(is_true))
     for number in range(2):
         answer = sampled(facts, rng)
+        if rng.random() < GARBLED:
+            answer = garbled(answer, rng)
         yield _record(
             f"{name}/check{number}", video, prefix() + "response :", answer, verdicts=_verdict_offsets(answer, facts)
         )

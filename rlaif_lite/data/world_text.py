@@ -152,7 +152,8 @@ def score(text: str, facts: Facts) -> int:
 def verdicts(text: str, facts: Facts) -> list[str]:
     """One label per word of a description: "yes" or "no" at attribute words (colour, shape, motion), else "-".
 
-    Their sum (yes +1, no -1) is `score(text, facts)` for every well-formed text.
+    Every attribute word of a malformed sentence is "no": it says nothing that could be held against the video. Their
+    sum (yes +1, no -1) is `score(text, facts)` for every well-formed text, and where an event is repeated.
     """
     labels: list[str] = []
     sentence: list[str] = []
@@ -175,6 +176,8 @@ def _sentence_verdicts(words: list[str], facts: Facts, said: set[str]) -> list[s
     elif _is_star(words):
         labels[2] = "yes" if words[2] == facts["star"] and "also" not in said else "no"
         said.add("also")
+    else:
+        labels = ["no" if any(word in pool for pool in KINDS.values()) else "-" for word in words]
     return labels
 
 
@@ -215,6 +218,26 @@ def sampled(facts: Facts, rng: random.Random) -> str:
     """A description as an SFT model would sample it: corrupted, mostly towards the language prior."""
     noise = Noise(rng.choice((0.15, 0.2, 0.25, 0.3)), 0.7 if rng.random() < 0.7 else 0.0, 0.5, 0.3)
     return describe(corrupt(facts, rng, noise))
+
+
+def garbled(text: str, rng: random.Random) -> str:
+    """A description with one malformed sentence, as a sampling model stumbles: words repeated, missing or foreign."""
+    sentences = sentences_of(text)
+    spot = rng.randrange(len(sentences))
+    words = sentences[spot]
+    start = rng.randrange(len(words))
+    end = rng.randint(start + 1, min(start + 3, len(words)))
+    form = rng.randrange(4)
+    if form == 0:  # a run of words twice
+        words = words[:end] + words[start:]
+    elif form == 1:  # a run of words is missing
+        words = words[:start] + words[end:]
+    elif form == 2:  # words of another task
+        words = words[:end] + rng.choice((["no"], ["?"], ["context"], ["and", "a", rng.choice(COLOURS), "star"]))
+    else:  # the sentence twice
+        sentences.insert(spot, words)
+    sentences[spot] = words
+    return " ".join(" ".join([*words, "."]) for words in sentences if words)
 
 
 def pair(facts: Facts, rng: random.Random, ties: float = 0.3) -> tuple[str, str, int]:

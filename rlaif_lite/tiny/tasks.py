@@ -18,6 +18,7 @@ from rlaif_lite.data.world_text import (
     claim,
     corrupt,
     describe,
+    garbled,
     narrative,
     pair,
     question,
@@ -89,6 +90,8 @@ def add_task(sheet: Sheet, parent: int, where: str, facts: Facts, rng: random.Ra
         sheet.ask(f"claim {where}", text, answer_yes_no(is_true), parent, prompt_weight=0.2, weight=3.0)
     else:
         answer = answer_to_check(facts, rng)
+        if sheet.room >= 36 and rng.random() < 0.15:
+            answer = garbled(answer, rng)
         sheet.check(f"check {where}", answer, verdicts(answer, facts), parent)
 
 

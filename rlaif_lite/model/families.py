@@ -39,7 +39,8 @@ class Family(NamedTuple):
 
 def _llava_next_video_encode(model, pixels_TCHW: Tensor) -> Tensor:
     frames = pixels_TCHW.shape[0]
-    output = model.base_model.get_video_features(pixel_values_videos=pixels_TCHW[None], return_dict=True)
+    # by position: the parameter is `pixel_values` in transformers 5.17 and `pixel_values_videos` in newer ones
+    output = model.base_model.get_video_features(pixels_TCHW[None], return_dict=True)
     features = output.pooler_output
     features_ND = (features if isinstance(features, Tensor) else torch.cat(tuple(features))).flatten(0, -2)
     return features_ND.reshape(frames, -1, features_ND.shape[-1])

@@ -125,6 +125,33 @@ def chat(
     chat_module.main(run_dir, str(video), role, question)
 
 
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="A released checkpoint or adapter: a folder, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],
+    base: Annotated[str | None, typer.Option(help="For an adapter: the imported checkpoint it belongs to.")] = None,
+    vision_tower: Annotated[
+        str | None, typer.Option(help="CLIP's folder or hub id, where the checkpoint has no tower inside.")
+    ] = None,
+) -> None:
+    """Convert a released LLaVA checkpoint to transformers' layout, or a LoRA checkpoint to a role's folder."""
+    from .exchange import files, llava, lora
+
+    folder = files.local_folder(source)
+    if lora.adapter_folder(folder) is None:
+        tower = None if vision_tower is None else files.local_folder(vision_tower)
+        made = llava.import_llava(folder, out, tower)
+        left = f"; left out, since they are computed:{files.listed(made.left_out)}" if made.left_out else ""
+        typer.echo(f"{out}: {made.tensors} tensors, {made.bytes / 1e9:.2f} GB. Use it as `model.base`{left}")
+        return
+    if base is None:
+        raise RlaifError(f"{source} is an adapter. Give the imported checkpoint it was trained on as --base.")
+    adapter = lora.import_lora(folder, files.local_folder(base), out)
+    head = ", and its head" if adapter.head else ""
+    size = f"{adapter.parameters / 1e6:.1f} M parameters"
+    typer.echo(f"{out}: {adapter.tensors} tensors of rank {adapter.rank}, {size}{head}.")
+
+
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
     """Say what this machine can do. Exit code 1 where something that every run needs does not work."""

@@ -9,11 +9,6 @@ Shapes: T frames, P tokens per frame, D width, K tokens kept.
 """
 
 import hashlib
-import multiprocessing
-from collections import deque
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from typing import Iterator
 
 import torch
 
@@ -23,8 +18,9 @@ from ..model.base import Base
 from ..model.families import to_pixels
 from ..progress import progress, say
 from ..video.cache import FeatureRecord, feature_key, video_digest, write_index
-from ..video.decode import Frames, View, decode_views
+from ..video.decode import Frames, View
 from ..video.prune import apply
+from ..video.workers import decode_all
 from ..workspace import WHOLE, Workspace, write_json
 
 READS = ("data", "features", "model.base", "model.revision", "model.dtype")
@@ -32,41 +28,79 @@ NEEDS = ("data",)
 
 
 def run(work: Workspace) -> dict:
-    """Fill the cache and write `features/index.json`. Unreadable videos stop the run with their list once all others
-    are done, or are set aside and counted (`data.on_missing: skip`)."""
+    """Fill the cache and write `features/index.json`. Videos that cannot be used are set aside, with the reason, in
+    `features/quarantine.json`. Once all others are done they stop the run, or are counted (`data.on_missing: skip`)."""
     base = work.base(tower=True)
     wanted = views_of(work)
-    tower = tower_digest(base)
-    processor = base.images._asdict() | {"of": tower_config(base)}
     chain = [step.model_dump() for step in work.recipe.features.prune]
-    keys = {
-        name: feature_key(
-            video=video_digest(video), views=views, processor=processor, tower=tower, chain=chain, dtype=str(base.dtype)
-        )
-        for name, (video, views) in wanted.items()
-    }
-    missing = {name: wanted[name] for name in wanted if not work.store.has(keys[name])}
-    failed: dict[str, str] = {}
+    keys, failed = keys_of(base, wanted, chain)
+    missing = {name: wanted[name] for name in keys if not work.store.has(keys[name])}
+    by_pyav: dict[str, str] = {}
+    tower_works, tower_failed = len(missing) < len(keys), 0
     with progress(len(wanted), "features", unit="video") as bar:
         bar.advance(len(wanted) - len(missing))
-        for name, found in decoded(missing, work.recipe.features.workers, (base.images.height, base.images.width)):
+        for name, found in decode_all(missing, work.recipe.features.workers, (base.images.height, base.images.width)):
+            bar.advance(1)
             if isinstance(found, VideoError):
                 failed[name] = str(found)
-            else:
-                work.store.put(keys[name], encode(base, found, chain), {"video": name})
-            bar.advance(1)
-    if failed and work.recipe.data.on_missing == "error":
-        shown = "\n  ".join(list(failed.values())[:20])
-        raise DataError(
-            f"{len(failed)} of {len(wanted)} videos cannot be decoded:\n  {shown}\n"
-            "The others are cached. Mend or remove these, or set `data.on_missing: skip` to go on without them."
+                continue
+            if found[WHOLE].reason:
+                by_pyav[name] = found[WHOLE].reason
+            try:
+                work.store.put(keys[name], finite(encode(base, found, chain)), {"video": name})
+                tower_works = True
+            except torch.AcceleratorError:  # the GPU's state is lost: it would refuse every later video too
+                raise
+            except RuntimeError as error:
+                tower_failed += 1
+                if not tower_works and tower_failed == 3:  # not these videos' fault
+                    raise
+                failed[name] = f"{name}: the vision tower failed on it ({error})."
+    if by_pyav:
+        name, reason = next(iter(by_pyav.items()))
+        say(
+            f"features: {len(by_pyav)} of {len(missing)} videos were decoded with PyAV, in order, where decord would be "
+            f"wrong or refuses; the first: {name}: {reason}"
         )
-    write_json(work.stage("features") / "quarantine.json", failed)
-    write_index(
-        work.folder / "features" / "index.json", {name: key for name, key in keys.items() if name not in failed}
-    )
+    set_aside(work, {name: failed[name] for name in wanted if name in failed}, len(wanted))
+    write_index(work.folder / "features" / "index.json", {name: keys[name] for name in keys if name not in failed})
     base.drop_tower()
     return describe(work, wanted, keys, failed)
+
+
+def keys_of(base: Base, wanted: dict, chain: list[dict]) -> tuple[dict[str, str], dict[str, str]]:
+    """{video name: key in the cache}, and why there is none for those whose bytes cannot be read."""
+    tower = tower_digest(base)
+    processor = base.images._asdict() | {"of": tower_config(base)}
+    keys, failed = {}, {}
+    common = {"processor": processor, "tower": tower, "chain": chain, "dtype": str(base.dtype)}
+    with progress(len(wanted), "features: reading", unit="video") as bar:
+        for name, (video, views) in wanted.items():
+            try:
+                keys[name] = feature_key(video=video_digest(video), views=views, **common)
+            except (VideoError, OSError) as error:
+                failed[name] = str(error)
+            bar.advance(1)
+    return keys, failed
+
+
+def finite(views: dict[str, FeatureRecord]) -> dict[str, FeatureRecord]:
+    """The views as they are; raises RuntimeError for features that would spoil everything that is trained on them."""
+    if not all(view.features_KD.isfinite().all() for view in views.values()):
+        raise RuntimeError("its features are not all finite")
+    return views
+
+
+def set_aside(work: Workspace, failed: dict[str, str], wanted: int) -> None:
+    """Write `quarantine.json`; raises DataError where the recipe does not go on without these, or nothing is left."""
+    path = work.stage("features") / "quarantine.json"
+    write_json(path, failed)
+    if failed and (work.recipe.data.on_missing == "error" or len(failed) == wanted):
+        shown = "\n  ".join(list(failed.values())[:20])
+        raise DataError(
+            f"{len(failed)} of {wanted} videos cannot be decoded or encoded (listed in {path}):\n  {shown}\n"
+            "The others are cached. Mend or remove these, or set `data.on_missing: skip` to go on without them."
+        )
 
 
 def views_of(work: Workspace) -> dict[str, tuple[str | tuple[str, ...], dict[str, View]]]:
@@ -90,49 +124,6 @@ def views_of(work: Workspace) -> dict[str, tuple[str | tuple[str, ...], dict[str
                 clips = range(section.clips) if split == "preference" else [] if record.clip is None else [record.clip]
                 want(record, clips)
     return {name: (video, dict(sorted(views.items()))) for name, (video, views) in wanted.items()}
-
-
-def decoded(wanted: dict, workers: int, size: tuple[int, int]) -> Iterator[tuple[str, dict[str, Frames] | VideoError]]:
-    """Decode in worker processes, a few videos ahead, and yield in order.
-
-    A file that crashes a decoder takes its process with it: the videos that were in flight are then decoded one by one,
-    each in a process of its own, and the culprit is a VideoError like any other unreadable file."""
-    if workers == 0:
-        for name, (video, views) in wanted.items():
-            yield name, _decode(video, views, size)
-        return
-    queue = deque(wanted.items())
-    while queue:
-        flying: dict[str, tuple[tuple, Future]] = {}
-        crashed: dict[str, tuple] = {}
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            try:
-                while queue or flying:
-                    while queue and len(flying) < 4 * workers:
-                        name, job = queue.popleft()
-                        flying[name] = (job, pool.submit(_decode, *job, size))
-                    name = next(iter(flying))
-                    yield name, flying[name][1].result()
-                    del flying[name]
-            except BrokenProcessPool:
-                crashed = {name: job for name, (job, _) in flying.items()}
-        for name, job in crashed.items():
-            yield name, _decode_alone(*job, size)
-
-
-def _decode_alone(video, views: dict[str, View], size: tuple[int, int]) -> dict[str, Frames] | VideoError:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(_decode, video, views, size).result()
-        except BrokenProcessPool:
-            return VideoError(f"{video}: the decoder crashed on it. Re-encode or remove the file.")
-
-
-def _decode(video, views: dict[str, View], size: tuple[int, int]) -> dict[str, Frames] | VideoError:
-    try:
-        return decode_views(video, views, size=size)
-    except VideoError as error:
-        return error
 
 
 def encode(base: Base, frames: dict[str, Frames], chain: list[dict]) -> dict[str, FeatureRecord]:

@@ -10,15 +10,14 @@ decord decodes. Where it is known to be silently wrong the file goes to PyAV, wh
   - open groups of pictures (x265's default, MPEG-4 and MPEG-2 with B-frames): it is some frames off after a seek;
   - missing or repeated timestamps; a frame count or timestamps other than the container's.
 A file that decord refuses is tried with PyAV too (newer codecs). What neither reads raises VideoError with the reasons.
+`Frames.reason` says why it was not decord.
 
 Shapes: T frames, H rows, W columns, C = 3 (RGB).
 """
 
-import logging
 import os
 import re
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,8 +33,6 @@ try:
     decord.logging.set_level(decord.logging.QUIET)
 except ImportError:  # no wheel for this platform: PyAV decodes everything
     decord = None
-
-log = logging.getLogger(__name__)
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
@@ -55,6 +52,7 @@ class Frames(NamedTuple):
     time_T: np.ndarray  # float64, seconds since the first frame of the video
     duration: float  # seconds, of the whole video
     source: str  # "decord", "pyav" or "images"
+    reason: str  # why PyAV and not decord; "" where it is not PyAV
     timed: bool  # False for frame images: they carry no times, so each is given one second
 
 
@@ -66,7 +64,7 @@ class Probe(NamedTuple):
     height: int
     width: int
     source: str  # who will decode it: "decord", "pyav" or "images"
-    reason: str  # why not decord; "" where it is decord
+    reason: str  # why PyAV and not decord; "" where it is not PyAV
     timed: bool
 
 
@@ -111,7 +109,7 @@ def decode_views(
     except VideoError as error:
         if not isinstance(video, _Decord):
             raise
-        return _read(_PyAV(video.facts, size, f"decord: {error}"), views)
+        return _read(_PyAV(video.facts, size, str(error)), views)
 
 
 def probe(path_or_frames) -> Probe:
@@ -126,10 +124,8 @@ def _read(video, views: dict[str, View]) -> dict[str, Frames]:
         index = {name: sample_indices(len(video.time_N), view) for name, view in views.items()}
         wanted = np.unique(np.concatenate(list(index.values())))
         rgb_NHWC = video.read(wanted)
-    return {
-        name: Frames(rgb_NHWC[np.searchsorted(wanted, at)], video.time_N[at], video.duration, video.source, video.timed)
-        for name, at in index.items()
-    }
+    about = (video.duration, video.source, video.reason, video.timed)
+    return {name: Frames(rgb_NHWC[np.searchsorted(wanted, at)], video.time_N[at], *about) for name, at in index.items()}
 
 
 def _open(path_or_frames, size: tuple[int, int] | None):
@@ -168,6 +164,7 @@ class _Facts(NamedTuple):
     time_N: np.ndarray  # float64, seconds of each frame that is shown, from the first
     duration: float
     origin: float  # seconds of the first frame on the container's own clock
+    start: float  # on that clock: what is shown before it has lost the frames it was predicted from; -inf: nothing has
     why_not_decord: str  # "" where decord can be trusted, as far as the container shows
 
 
@@ -189,20 +186,22 @@ def _facts(path: str) -> _Facts:
             if stream is None or "attached_pic" in str(stream.disposition):
                 kinds = ", ".join(sorted({other.type for other in container.streams})) or "nothing that is whole"
                 raise VideoError(f"{path}: it has no video stream, only {kinds}.")
-            packets = [
-                _Packet(packet.pts, packet.duration, packet.is_keyframe, packet.is_discard, packet.is_corrupt)
-                for packet in container.demux(stream)
-                if packet.size
-            ]
             format, promised = container.format.name, stream.frames
             expected = _expected_seconds(container, stream)
             tick = float(stream.time_base)
             step = float(1 / stream.average_rate) if stream.average_rate else tick
+            packets, last = [], 0.0  # last: when the last packet ends, seconds (Matroska: of any stream)
+            for packet in container.demux(list(container.streams) if format.startswith("matroska") else stream):
+                if packet.size and packet.stream.index == stream.index:
+                    flags = (packet.is_keyframe, packet.is_discard, packet.is_corrupt)
+                    packets.append(_Packet(packet.pts, packet.duration, *flags))
+                if packet.size and packet.pts is not None:
+                    last = max(last, (packet.pts + (packet.duration or 0)) * float(packet.time_base))
     except (av.FFmpegError, ValueError) as error:
         raise VideoError(f"{path}: it is not a video that can be read ({_brief(error)}).") from None
     if format.endswith("_pipe") or format in ("image2", "tty"):
         raise VideoError(f"{path}: its content is not a video ({format}); the extension is wrong.")
-    shown = [packet for packet in packets if not packet.is_hidden]
+    shown = _shown(packets)
     if not shown:
         raise VideoError(f"{path}: it has no frames, only a header.")
     if all(packet.pts is not None for packet in shown):
@@ -214,23 +213,36 @@ def _facts(path: str) -> _Facts:
     end = float(sorted_N[-1]) + ((shown[-1].duration or 0) * tick or gap)
     if format.startswith("mov") and any(packet.is_corrupt for packet in packets):
         raise VideoError(f"{path}: it is cut short; a frame of its index lies beyond the end of the file.")
-    if expected - end > max(3 * gap, 0.02 * expected):
-        raise VideoError(f"{path}: it is cut short; it should last {expected:.2f} s, its frames end at {end:.2f} s.")
+    if expected - max(end, last) > max(3 * gap, 0.02 * expected):
+        raise VideoError(
+            f"{path}: it is cut short; it should last {expected:.2f} s, it ends at {max(end, last):.2f} s."
+        )
     why = _why_not_decord(format, packets, pts_N, promised)
-    return _Facts(path, sorted_N - sorted_N[0], end - float(sorted_N[0]), float(sorted_N[0]), why)
+    origin = float(sorted_N[0])
+    start = -np.inf if packets[0].is_key else origin - tick / 2
+    return _Facts(path, sorted_N - origin, end - origin, origin, start, why)
+
+
+def _shown(packets: list[_Packet]) -> list[_Packet]:
+    """The packets of frames that a viewer sees: not those that an edit list hides, and in a recording that begins
+    between two key frames (a cut of a broadcast) not those that are shown before the first."""
+    first = next((number for number, packet in enumerate(packets) if packet.is_key), 0)
+    begin = packets[first].pts if first else None
+    late = [packet for packet in packets[first:] if begin is None or packet.pts is None or packet.pts >= begin]
+    return [packet for packet in late if not packet.is_hidden]
 
 
 def _why_not_decord(format: str, packets: list[_Packet], pts_N: np.ndarray, promised: int) -> str:
     """What makes decord's frames wrong without an error. pts_N: seconds of the frames shown, in decoding order."""
-    shown = [packet for packet in packets if not packet.is_hidden]
+    shown = _shown(packets)
     is_key_N = np.array([packet.is_key for packet in shown])
     earliest_later_N = np.minimum.accumulate(pts_N[::-1])[::-1]
     if not format.startswith(("mov", "matroska", "avi")):
         return f"decord cannot be trusted with {format}"
+    if not packets[0].is_key:
+        return f"it begins between two key frames, {len(packets) - len(shown)} frames of it cannot be decoded"
     if len(shown) < len(packets):
         return f"an edit list hides {len(packets) - len(shown)} frames (a stream-copied cut)"
-    if not is_key_N[0]:
-        return "it does not begin with a key frame"
     if any(packet.pts is None for packet in shown) or (np.diff(np.sort(pts_N)) <= 0).any():
         return "timestamps are missing or repeated"
     if (is_key_N & (earliest_later_N < pts_N)).any():
@@ -241,15 +253,14 @@ def _why_not_decord(format: str, packets: list[_Packet], pts_N: np.ndarray, prom
 
 
 def _expected_seconds(container, stream) -> float:
-    """How long the header says that the video lasts; 0 where it says nothing about this stream."""
+    """How long the header says that the video lasts (Matroska: the longest stream); 0 where it says nothing."""
     format = container.format.name
     if format.startswith("mov"):
         return float((stream.duration or 0) * stream.time_base)
     if format.startswith("avi"):
         known = stream.average_rate and stream.frames < 1 << 30  # that number stands in an unfinished recording
         return float(stream.frames / stream.average_rate) if known else 0.0
-    alone = len(container.streams) == 1
-    return (container.duration or 0) / av.time_base if format.startswith("matroska") and alone else 0.0
+    return (container.duration or 0) / av.time_base if format.startswith("matroska") else 0.0
 
 
 # ---- the readers: time_N, duration, shape (H, W), source, reason, timed, read(indices in rising order) -> rgb_THWC
@@ -288,9 +299,8 @@ class _PyAV:
     source, timed = "pyav", True
 
     def __init__(self, facts: _Facts, size: tuple[int, int] | None, reason: str):
-        self.path, self.duration, self.origin = facts.path, facts.duration, facts.origin
+        self.facts, self.duration, self.origin = facts, facts.duration, facts.origin
         self.time_N, self.size, self.reason = facts.time_N.copy(), size, reason
-        _say(self.path, reason)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -300,22 +310,31 @@ class _PyAV:
         """The frames, their times set by the decoder. None, after mending time_N, where a few promised ones are not."""
         wanted, images, times = set(indices.tolist()), [], []
         try:
-            with av.open(self.path) as container:
-                for index, frame in enumerate(container.decode(container.streams.best("video"))):
-                    times.append(self.time_N[index] if frame.time is None else frame.time - self.origin)
-                    if index in wanted:
+            with av.open(self.facts.path) as container:
+                for frame in container.decode(container.streams.best("video")):
+                    if frame.time is not None and frame.time < self.facts.start:
+                        continue
+                    if len(times) in wanted:
                         images.append(self._rgb(frame))
-                        self.time_N[index] = times[-1]
+                    times.append(self.time_N[len(times)] if frame.time is None else frame.time - self.origin)
                     if len(images) == len(wanted):
+                        self._set(times)
                         return np.stack(images)
         except av.FFmpegError as error:
             reason = f"{_brief(error)}; {self.reason}"
-            raise VideoError(f"{self.path}: it cannot be decoded after frame {len(times)} ({reason}).") from None
+            raise VideoError(f"{self.facts.path}: it cannot be decoded after frame {len(times)} ({reason}).") from None
         if len(times) < 0.9 * len(self.time_N):
             some = f"only {len(times)} of {len(self.time_N)} frames"
-            raise VideoError(f"{self.path}: {some} can be decoded ({self.reason}).")
-        self.time_N = np.array(times)
+            raise VideoError(f"{self.facts.path}: {some} can be decoded ({self.reason}).")
+        self.time_N = self.time_N[: len(times)]
+        self._set(times)
+        self.time_N, self.origin = self.time_N - self.time_N[0], self.origin + self.time_N[0]
         return None
+
+    def _set(self, times: list[float]) -> None:
+        """The decoder's times replace the packets', unless they go back (AVI files with B-frames have no true ones)."""
+        if (np.diff(times) >= 0).all():
+            self.time_N[: len(times)] = times
 
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """The frame upright (PyAV leaves the rotation of phone videos to its caller) and at the size asked for."""
@@ -329,7 +348,7 @@ class _PyAV:
 
 
 class _Images:
-    source, reason, timed = "images", "frames are images", False
+    source, reason, timed = "images", "", False
 
     def __init__(self, paths: list[str], size: tuple[int, int] | None):
         if not paths:
@@ -356,13 +375,6 @@ class _Images:
                 sizes = f"its size is {images[-1].shape[:2]}, that of the frames before {images[0].shape[:2]}"
                 raise VideoError(f"{path}: {sizes}.")
         return np.stack(images)
-
-
-@lru_cache(maxsize=None)
-def _say(path: str, reason: str) -> None:
-    """Once for each file and reason; a GIF is no surprise."""
-    level = logging.INFO if path.lower().endswith(".gif") else logging.WARNING
-    log.log(level, "%s: decoded with PyAV, in order: %s.", path, reason)
 
 
 def _natural(path: str) -> list:

@@ -125,6 +125,26 @@ def chat(
     chat_module.main(run_dir, str(video), role, question)
 
 
+@app.command()
+def export(
+    run_dir: RunDir,
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],
+    role: Annotated[str, typer.Option(help="ppo, sft, reference; reward or value (adapter and head).")] = "ppo",
+    push: Annotated[str | None, typer.Option(metavar="ID", help="A hub repository to upload the folder to.")] = None,
+    check: Annotated[bool, typer.Option(help="Compare the merged model with the adapter on test prompts.")] = True,
+) -> None:
+    """Merge a run's role into bfloat16 weights that plain transformers loads, and write its model card."""
+    _need_run(run_dir)
+    from .exchange import export as exporter
+
+    compared = exporter.export(run_dir, role, out, check, push)
+    if compared is not None:
+        typer.echo(exporter.describe(compared))
+    if role in exporter.SCALARS:
+        typer.echo(f"Role {role} ends in a number; it cannot be merged into a causal LM: adapter and head.")
+    typer.echo(f"{out}{'' if push is None else f', and https://huggingface.co/{push}'}")
+
+
 @app.command("import")
 def import_(
     source: Annotated[str, typer.Argument(help="A released checkpoint or adapter: a folder, or a hub id.")],

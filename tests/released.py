@@ -110,7 +110,8 @@ def write_tokenizer(folder: Path) -> None:
     text.unlink()
     (folder / "tokenizer.vocab").unlink()
     settings = {"add_bos_token": True, "add_eos_token": False, "legacy": False, "model_max_length": 2048,
-                "pad_token": None, "padding_side": "right", "sp_model_kwargs": {}, "tokenizer_class": "LlamaTokenizer"}  # fmt: skip
+                "pad_token": None, "padding_side": "right", "sp_model_kwargs": {},
+                "tokenizer_class": "LlamaTokenizer"}  # fmt: skip
     settings |= {f"{name}_token": token for name, token in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"))}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>"}

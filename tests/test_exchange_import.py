@@ -189,7 +189,7 @@ def test_a_tower_that_is_not_inside_comes_from_its_own_folder(clip, tmp_path):
 
 
 def test_the_names_of_a_7b_are_all_there(source):
-    """686 tensors: 3 + 32 x 9 of the language model, 4 of the projector, 7 + 24 x 16 of CLIP ViT-L. None is allocated."""
+    """686 tensors: 3 + 32 x 9 of Llama, 4 of the projector, 7 + 24 x 16 of CLIP's tower. None is allocated."""
     from rlaif_lite.exchange.llava import _config
 
     real = CONFIG | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,

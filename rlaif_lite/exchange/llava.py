@@ -2,8 +2,8 @@
 
 For the released VLM-RLAIF models (vlm_sft_video_llava_7b and 13b, vlm_rlaif_video_llava_7b) and LLaVA-1.5 itself. Key
 by key: every tensor of the source has a place or is named in a refusal, every tensor of the target comes from
-somewhere. Tensors keep their dtype and their bits. Written under the names that hub checkpoints have (`language_model.model.*`,
-`vision_tower.vision_model.*`), because every transformers version loads those.
+somewhere. Tensors keep their dtype and their bits. Written under the names that hub
+checkpoints have (`language_model.model.*`, `vision_tower.vision_model.*`): every transformers version loads those.
 
 Two things are made, because the source leaves them to its code. `<image>` becomes a token, and the embedding gains rows
 (to a multiple of 64), each the mean of the others: an input never reads them, and as an output such a row gets an
@@ -49,10 +49,10 @@ TEXT_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_atten
              "pad_token_id")  # fmt: skip
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}A chat between a curious "
-    "user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's "
-    "questions.{% endif %} {% for message in messages if message.role != 'system' %}{% if message.content is string %}"
-    "{% set text = message.content %}{% else %}{% set parts = namespace(text='') %}{% for part in message.content %}"
-    "{% set parts.text = parts.text + (part.text if part.type == 'text' else '<image>\n') %}{% endfor %}"
+    "user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the "
+    "user's questions.{% endif %} {% for message in messages if message.role != 'system' %}"
+    "{% if message.content is string %}{% set text = message.content %}{% else %}{% set parts = namespace(text='') %}"
+    "{% for part in message.content %}{% set parts.text = parts.text + (part.text if part.type == 'text' else '<image>\n') %}{% endfor %}"
     "{% set text = parts.text %}{% endif %}{% if message.role == 'user' %}USER: {{ text }} {% else %}ASSISTANT: "
     "{{ text }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )

@@ -1,8 +1,9 @@
 """Released LoRA checkpoints (policy initialisation, reward model with its head) -> folders of roles.
 
 The release trained them with PEFT on LLaVA's own layout, where the decoder's layers are `model.layers`; in
-transformers' LLaVA they are `model.language_model.layers`. Key by key: a tensor without a place is refused by name, and so is an
-adapter that does not cover every layer of the base, or whose shapes are another base's. Tensors keep their bits.
+transformers' LLaVA they are `model.language_model.layers`. Key by key: a tensor without a place is refused by name, and
+so is an adapter that does not cover every layer of the base, or whose shapes are another base's. Tensors keep
+their bits.
 
 The reward head is one Linear(D -> 1) with a bias, read at the last position (RLAIF/models/reward_model.py).
 """
@@ -51,11 +52,7 @@ def import_lora(source: Path, base: Path, out: Path) -> ImportedLora:
     if folder is None:
         raise ModelError(f"{source} holds no adapter: no adapter_config.json there or in {', '.join(PLACES[:3])}.")
     settings = read_json(folder / "adapter_config.json")
-    for key, allowed in PLAIN.items():
-        if settings.get(key) not in allowed:
-            raise ModelError(
-                f"{folder}/adapter_config.json has `{key}` = {settings[key]!r}; only plain LoRA is converted."
-            )
+    refuse_not_plain(settings, folder)
     file = _adapter_file(folder)
     targets = sorted(settings["target_modules"])
     tensors = _mapped(file, _linears(base, targets), settings["r"], base)
@@ -75,6 +72,13 @@ def import_lora(source: Path, base: Path, out: Path) -> ImportedLora:
         if head is not None:
             save_file(head, made / "head.safetensors")
     return ImportedLora(settings["r"], len(tensors), sum(t.numel() for t in tensors.values()), head is not None)
+
+
+def refuse_not_plain(settings: dict, folder: Path) -> None:
+    """Raises ModelError for an adapter_config.json whose update is not just alpha / rank * B @ A."""
+    for key, allowed in PLAIN.items():
+        if settings.get(key) not in allowed:
+            raise ModelError(f"{folder}/adapter_config.json has `{key}` = {settings[key]!r}; only plain LoRA is read.")
 
 
 def _adapter_file(folder: Path) -> WeightFile:

@@ -51,6 +51,34 @@ def test_released_preference(tmp_path, preference, better):
     assert record.chosen == better and record.messages == record.prompt == (Message("user", QUESTION),)
 
 
+@pytest.mark.parametrize("speaker", ["from", "role"])
+@pytest.mark.parametrize("name", ["SFT_short", "SFT_long", "PPO_init", "RM_13b_v1_dataset_39k", "RL_data"])
+def test_the_five_released_files_load_in_both_spellings(tmp_path, name, speaker):
+    """Fifty frames a video below `videos/`, several turns, the mark behind the question as in half of LLaVA's data."""
+    turns = ["What happens?\n<image>", "A man runs.", "And then?", "He sits."]
+    found = {"images": [f"anet_vidchatgpt_50frames/v_a/{i:02d}.jpg" for i in range(50)], "src_data": "anet"}
+    found["conversations"] = [{speaker: ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
+    found |= {"uid": 7, "caption_type": 1, "length_bonus": 1.0} if name == "RL_data" else {"id": "7"}
+    if name.startswith("RM"):
+        first, second = ({speaker: "gpt", "value": text} for text in ("He sits down.", "No."))
+        found |= {"output_1": first, "output_2": second, "preference": 2}
+    path = write(tmp_path, found, {**found, "id": "8"} if "id" in found else {**found, "uid": 8}, name=f"{name}.json")
+    read = read_records(path, video_root="/videos")
+    record = read.records[0]
+    assert [r.id for r in read.records] == ["7", "8"] and len(record.video) == 50
+    assert record.video[49] == "/videos/anet_vidchatgpt_50frames/v_a/49.jpg"
+    assert record.prompt[0] == Message("user", QUESTION)
+    rest = [Message("assistant", "A man runs."), Message("user", "And then?")]
+    if name == "RL_data":
+        assert read.format == "vlm-rlaif-rl" and record.prompt == (Message("user", QUESTION),)
+    elif name.startswith("RM"):
+        assert read.format == "vlm-rlaif-preference" and list(record.messages) == [Message("user", QUESTION), *rest]
+        assert (record.chosen, record.rejected) == ("No.", "He sits down.")
+    else:
+        assert read.format == "vlm-rlaif-sft" and record.answer == "He sits."
+        assert list(record.prompt) == [Message("user", QUESTION), *rest]
+
+
 def test_released_rl_uses_the_first_two_turns(tmp_path):
     more = [{"from": "human", "value": "And then?"}, {"from": "gpt", "value": "He sits."}]
     format, record = read_one(tmp_path, {"uid": 12, "images": FRAMES, "conversations": ASKED + more, "caption_type": 3})

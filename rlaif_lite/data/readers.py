@@ -13,7 +13,8 @@ Formats, told apart by the keys of the first record; every other record must the
     trl-prompt            `prompt` alone or with `completion`
 
 Turns may be spelled {from, value} or {role, content} or any mix of the two, with "human" and "gpt" or "user" and
-"assistant": the release documents one spelling and reads the other. `<image>` marks a video where `images` holds it.
+"assistant": the release documents one spelling and reads the other. `<image>` marks a video where `images` holds it,
+and is put before the text of its turn wherever it stood, as the release does.
 
 Departure from the release: an index never joins two lists. Each Record carries its prompt, its video and its source.
 """
@@ -282,9 +283,17 @@ def _one_video(found: dict, source: str) -> str | tuple[str, ...] | None:
     return video
 
 
+def _marked(text: str) -> str:
+    """`<image>` becomes `<video>` on a line of its own before the rest, wherever it stood, as LLaVA and the release
+    read their files."""
+    if text.count("<image>") != 1:
+        return text.replace("<image>", VIDEO)
+    return f"{VIDEO}\n{text.replace('<image>', '').strip()}".strip()
+
+
 def _record(found: dict, source: str, turns: list[Message], video, chosen=None, rejected=None) -> Record:
-    """Put the parts together; `<image>` becomes `<video>`, and a missing mark is set before the first question."""
-    turns = [Message(m.role, m.content.replace("<image>", VIDEO) if m.role == "user" else m.content) for m in turns]
+    """Put the parts together; a mark that is missing is set before the first question."""
+    turns = [Message(m.role, _marked(m.content) if m.role == "user" else m.content) for m in turns]
     first = next((i for i, m in enumerate(turns) if m.role == "user"), None)
     if video is not None and first is not None and not any(VIDEO in m.content for m in turns):
         turns[first] = Message("user", f"{VIDEO}\n{turns[first].content}")

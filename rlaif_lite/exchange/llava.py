@@ -48,13 +48,19 @@ TEXT_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_atten
              "hidden_act", "rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id",
              "pad_token_id")  # fmt: skip
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}A chat between a curious "
-    "user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the "
-    "user's questions.{% endif %} {% for message in messages if message.role != 'system' %}"
-    "{% if message.content is string %}{% set text = message.content %}{% else %}{% set parts = namespace(text='') %}"
-    "{% for part in message.content %}{% set parts.text = parts.text + (part.text if part.type == 'text' else '<image>\n') %}{% endfor %}"
-    "{% set text = parts.text %}{% endif %}{% if message.role == 'user' %}USER: {{ text }} {% else %}ASSISTANT: "
-    "{{ text }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    "{{ bos_token }}"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}"
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    "{% endif %} "
+    "{% for message in messages if message.role != 'system' %}"
+    "{% if message.content is string %}{% set text = message.content %}{% else %}"
+    "{% set parts = namespace(text='') %}{% for part in message.content %}"
+    "{% set parts.text = parts.text + (part.text if part.type == 'text' else '<image>\n') %}"
+    "{% endfor %}{% set text = parts.text %}{% endif %}"
+    "{% if message.role == 'user' %}USER: {{ text }} {% else %}ASSISTANT: {{ text }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
 

@@ -38,8 +38,8 @@ class Chat:
     def look(self, video: str) -> FeatureRecord:
         """Decode and encode a video as the run's features stage did."""
         section = self.recipe.features
-        size = (self.base.images.height, self.base.images.width)
-        frames = decode_views(video, {WHOLE: View(section.frames)}, size=size)
+        self.base.limit_pixels(section.max_pixels)
+        frames = decode_views(video, {WHOLE: View(section.frames)}, size=self.base.images.size.of(section.frames))
         return encode(self.base, frames, [step.model_dump() for step in section.prune])[WHOLE]
 
     def ask(self, video: FeatureRecord, question: str, temperature: float = 0.0, seed: int = 0) -> str:

@@ -112,6 +112,7 @@ class Features(Section):
     frames: Count = Field(50, description="frames taken from a video, spread evenly")
     clips: Count = Field(3, description="clips that the context stage captions")
     clip_frames: Count = Field(20, description="frames taken from a clip")
+    max_pixels: Count | None = Field(None, description="bound on a frame's area, where a base takes any size (Qwen-VL)")
     prune: Prunes = Field((), description="chain of steps, such as [{pool: 12}, {evs: 0.25}]")
     cache: str | None = Field(None, description="folder of the feature cache; null: inside the run folder")
     workers: int = Field(2, ge=0, description="processes that decode videos ahead; 0: none, decode here")

@@ -146,7 +146,7 @@ def record_of(features_ND: torch.Tensor, layout: int, keep: list[int], per_frame
     place_K, frames = torch.tensor(keep), layout // per_frame
     return FeatureRecord(
         features_ND[keep], place_K[None], place_K // per_frame, torch.arange(frames).double(),
-        torch.tensor([len(keep)]), torch.tensor([layout]), layout, frames,
+        torch.tensor([len(keep)]), torch.tensor([layout]), layout, frames, float(frames),
     )  # fmt: skip
 
 

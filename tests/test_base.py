@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from rlaif_lite.data.records import Message
 from rlaif_lite.errors import ModelError
 from rlaif_lite.model.base import load_base
-from rlaif_lite.model.families import image_spec, to_pixels
+from rlaif_lite.model.pixels import image_spec, to_pixels
 from rlaif_lite.model.inputs import collate, encode_prompt
 from rlaif_lite.model.roles import Roles
 from rlaif_lite.recipe import Lora, Model
@@ -66,8 +66,8 @@ def test_widths_that_four_bits_get_wrong_are_refused(checkpoint, tmp_path, keys,
 
 
 def test_an_unsupported_family_is_refused_by_name(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl"}))
-    with pytest.raises(ModelError, match="`qwen2_vl`, which has no family adapter. Supported: .*llava_next_video"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "idefics3"}))
+    with pytest.raises(ModelError, match="`idefics3`, which has no family adapter. Supported: .*llava_next_video"):
         load_base(Model(base=str(tmp_path)), CPU)
 
 
@@ -81,7 +81,8 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path):
 
 def test_missing_processor_settings_are_named(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "base")
-    (tmp_path / "base" / "preprocessor_config.json").unlink()
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        (tmp_path / "base" / name).unlink()
     with pytest.raises(ModelError, match="preprocessor_config.json is missing"):
         load_base(Model(base=str(tmp_path / "base")), CPU)
 
@@ -159,7 +160,7 @@ def test_special_tokens_are_banned_but_for_the_end(base):
 def test_a_dropped_tower_is_said(load):
     base = load(tower=True)
     pixels_TCHW = torch.zeros(2, 3, 32, 32)
-    assert base.has_tower and base.encode(pixels_TCHW).shape == (2, 4, 128)
+    assert base.has_tower and base.encode(pixels_TCHW).features_LGPD.shape == (1, 2, 4, 128)
     base.drop_tower()
     assert not base.has_tower
     with pytest.raises(ModelError, match="tower was dropped"):
@@ -172,7 +173,7 @@ def test_pixels_are_what_the_processor_makes(base, checkpoint):
     pixels_TCHW = to_pixels(rgb_THWC, base.images)
     assert pixels_TCHW.shape == (2, 3, 32, 32)
     assert torch.allclose(pixels_TCHW[0, :, 5, 7], torch.tensor([-1.0, 1.0, -0.6]), atol=1e-6)
-    assert (base.images.height, base.images.width) == (32, 32) and image_spec(checkpoint) == base.images
+    assert base.images.size[:2] == (32, 32) and image_spec(checkpoint) == base.images
 
 
 @pytest.mark.parametrize(
@@ -182,4 +183,4 @@ def test_pixels_are_what_the_processor_makes(base, checkpoint):
 )  # fmt: skip
 def test_every_spelling_of_the_frame_size(tmp_path, size, expected):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 1], **size}))
-    assert image_spec(tmp_path)[:2] == expected
+    assert image_spec(tmp_path).size[:2] == expected

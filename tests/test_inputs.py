@@ -75,7 +75,7 @@ def test_cached_features_give_the_models_own_logits(load, quantization):
     rows, theirs = [], []
     for seed, (frames, question) in enumerate(zip((6, 3), questions)):
         pixels_TCHW = torch.randn(frames, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
-        features_TPD = base.encode(pixels_TCHW)
+        features_TPD = base.encode(pixels_TCHW).features_LGPD[0]
         count = features_TPD.shape[0] * features_TPD.shape[1]
         record = record_of(features_TPD.flatten(0, 1), count, list(range(count)))
         rows.append(encode_prompt(base, user(question), record))
@@ -233,7 +233,7 @@ def test_a_template_that_ends_in_a_newline_keeps_it(base):
     chatml = copy.copy(base)
     chatml.tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
     chatml.tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
+        "{% for m in messages %}{{ m.role }}\n{{ m.content[0].text }}\n{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
     )
     assert words(chatml, encode_prompt(chatml, user("hi"), None).ids_S) == ["user", "\n", "hi", "\n", "assistant", "\n"]
     _, tail = split_prompt(chatml, "hi<|>", None)
@@ -256,7 +256,7 @@ def test_marks_and_features_must_agree(base, text, given, says):
     "text", ["<video> what <|> a <video> <|> b <|> better ?", "<video> what <|> a <|> b <|> <video> better ?"], ids=["branch", "closing"]
 )
 def test_a_second_mark_in_a_branch_is_refused(base, text):
-    with pytest.raises(ModelError, match="placeholder"):
+    with pytest.raises(ModelError, match="marks 2 videos"):
         encode_prompt(base, user(text), video_of(base))
 
 

@@ -360,7 +360,7 @@ def test_lost_features_are_said(rerun):
 
 def test_cached_features_are_those_of_the_video(finished, load):
     """Decoded, resized, encoded and pruned anew; a record about a clip gets the clip's."""
-    from rlaif_lite.model.families import to_pixels
+    from rlaif_lite.model.pixels import to_pixels
     from rlaif_lite.video.decode import View, decode_views
 
     base, work = load(tower=True), Workspace(finished)
@@ -368,7 +368,7 @@ def test_cached_features_are_those_of_the_video(finished, load):
     whole = next(r for r in work.records("rl"))
     for record, view in ((whole, View(6)), (clip, View(6, 1, 3))):
         frames = decode_views(record.video, {"v": view}, size=(32, 32))["v"]
-        want_TPD = base.encode(to_pixels(frames.rgb_THWC, base.images))
+        want_TPD = base.encode(to_pixels(frames.rgb_THWC, base.images)).features_LGPD[0]
         found = work.features(record)
         assert (found.features_KD - want_TPD.flatten(0, 1)).abs().max() <= 1e-5
         assert np.allclose(found.time_T, frames.time_T) and (found.layout_tokens, found.frames) == (24, 6)

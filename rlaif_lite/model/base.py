@@ -24,7 +24,8 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import ModelError
 from ..recipe import Model
-from .families import Family, ImageSpec, family_of, image_spec
+from .families import Encoded, Family, family_of
+from .pixels import ImageSpec, image_spec, read_file, read_json
 
 # Noise that no user can act on: bitsandbytes announces that an optional kernel is not installed, transformers is
 # asked by a name that is to change (the new one is not there in 5.17), and it draws a bar for each checkpoint.
@@ -34,9 +35,6 @@ transformers_logging.disable_progress_bar()
 
 QUANT_BLOCK = 64
 EMBEDDED = Path(__file__).parent.parent / "tiny" / "base"
-# Full module prefixes: a short name such as "visual" would match nothing and switch off the default exclusion of the
-# head.
-NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "model.visual", "lm_head"]
 
 
 class Base:
@@ -50,7 +48,7 @@ class Base:
         self.path = path
         self.quantization = quantization
         self.gradient_checkpointing = False
-        self.placeholder_id: int = family.placeholder(model.config)
+        self.placeholder_id: int = getattr(model.config, f"{family.placeholder}_token_id")
         self.eos_id: int = tokenizer.eos_token_id
         self.decoder = model.get_decoder()
         self.width: int = self.decoder.config.hidden_size
@@ -67,11 +65,20 @@ class Base:
 
     def _ban_bias(self) -> Tensor:
         """Bias_V that keeps special tokens other than EOS from being sampled or scored: a placeholder in an answer
-        would be taken for a video at the next forward."""
+        would be taken for a video at the next forward. So with rows of the head that stand for no token."""
         bias_V = torch.zeros(self.head_weight_VD.shape[0], dtype=torch.float32, device=self.head_weight_VD.device)
-        banned = set(self.tokenizer.all_special_ids) | {self.placeholder_id}
-        bias_V[sorted(banned - {self.eos_id})] = -1e30
+        bias_V[len(self.tokenizer) :] = -1e30
+        added = self.tokenizer.added_tokens_decoder
+        banned = set(self.tokenizer.all_special_ids) | {id for id, token in added.items() if token.special}
+        for key, value in self.model.config.to_dict().items():  # image, video and vision tokens by any name
+            if key.startswith(("image_", "video_", "vision_")) and key.endswith(("_token_id", "_token_index")):
+                banned |= set() if value is None else {value}
+        bias_V[[id for id in sorted(banned - {self.eos_id}) if id < len(bias_V)]] = -1e30
         return bias_V
+
+    def limit_pixels(self, pixels: int | None) -> None:
+        """Bound the area of a frame, for towers that take any size (`features.max_pixels`)."""
+        self.images = self.images._replace(size=self.images.size._replace(limit=pixels))
 
     @property
     def has_tower(self) -> bool:
@@ -83,13 +90,13 @@ class Base:
             setattr(self.model.base_model, name, None)
 
     @torch.no_grad()
-    def encode(self, pixels_TCHW: Tensor) -> Tensor:
-        """Frames -> features_TPD through the frozen tower and projector (P tokens per frame, width of the decoder)."""
+    def encode(self, pixels_TCHW: Tensor) -> Encoded:
+        """Frames (a multiple of what the family merges in time) through the frozen tower and projector."""
         if not self.has_tower:
             raise ModelError(
                 "The vision tower was dropped after the features stage; load the base again to encode frames."
             )
-        return self.family.encode(self.model, pixels_TCHW.to(self.device, self.dtype))
+        return self.family.encode(self.model, pixels_TCHW.to(self.device, self.dtype), self.images)
 
     def fingerprint(self) -> str:
         """sha256 over the bytes of every parameter that belongs to the base (adapters left out)."""
@@ -148,7 +155,8 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=NOT_QUANTISED,
+            # full prefixes: a short name such as "visual" would match nothing and switch off the head's own exclusion
+            llm_int8_skip_modules=[*(f"model.{part}" for part in family.tower), "lm_head"],
         )
     model = AutoModelForImageTextToText.from_pretrained(
         path,
@@ -163,7 +171,9 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
     model.requires_grad_(False)
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(path, revision=section.revision)
-    base = Base(model, tokenizer, family, image_spec(_local_folder(path, section.revision)), path, section.quantization)
+    tokenizer.chat_template = chat_template(path, section.revision, tokenizer, family)
+    images = image_spec(path, section.revision, any_size=family.any_size, of_video=family.of_video)
+    base = Base(model, tokenizer, family, images, path, section.quantization)
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.gradient_checkpointing = True
@@ -196,12 +206,15 @@ def torch_dtype(section: Model, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _local_folder(path: str, revision: str | None) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(path, "preprocessor_config.json", revision=revision)).parent
+def chat_template(path: str, revision: str | None, tokenizer, family: Family) -> str:
+    """The checkpoint's own chat template: the processor's before the tokenizer's, which may know no videos."""
+    processors = None
+    if read_file(path, "chat_template.jinja", revision) is None:  # else the tokenizer has it
+        processors = read_json(path, "chat_template.json", revision)
+    template = processors["chat_template"] if processors else tokenizer.chat_template or family.fallback_template
+    if template is None:
+        raise ModelError(f"{path} has no chat template (chat_template.jinja); take it from the base's original files.")
+    return template
 
 
 def _check_widths(config, name: str) -> None:

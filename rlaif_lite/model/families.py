@@ -1,65 +1,206 @@
-"""What differs between video language models: how frames become features, and which token marks the place of the video.
+"""What differs between video language models: how frames become features, and how a video is written into a prompt.
 
 Everything else is one code path: features are put into the embeddings and the decoder is called with explicit positions
 (`model/inputs.py`). A family adapter is a handful of lines; an architecture that is not listed is refused by name.
 
-Shapes: T frames, P tokens per frame, D width of the language model, HWC an image.
+A video is written as its family's processor writes it, with the decoder's own times. Two departures: VideoLLaMA3's
+compression of still pixels is left out, the recipe's prune chain stands in for it; and Qwen2.5-VL's times are those of
+the frames, where the processor takes them to be evenly spaced.
+
+Shapes: T frames, G frames after merging in time (G = T in most families), P tokens per frame, D width of the language
+model, L = 1 + deepstack layers.
 """
 
-import json
-from pathlib import Path
-from typing import Callable, NamedTuple
+from math import isqrt
+from typing import Callable, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..video.cache import FeatureRecord
+from .pixels import ImageSpec, to_patches
 
 
-class ImageSpec(NamedTuple):
-    """How a frame becomes pixel values; read from the checkpoint's preprocessor_config.json."""
+class Encoded(NamedTuple):
+    """What a tower makes of frames, after the projector."""
 
-    height: int  # pixels
-    width: int  # pixels
-    mean: tuple[float, ...]  # per channel, after rescaling to 0..1
-    std: tuple[float, ...]
+    features_LGPD: Tensor  # layer 0 stands in the prompt, the others are deepstack
+    grid: tuple[int, int]  # rows and columns of a frame's tokens
+    tail_D: Tensor | None = None  # a token that ends every video
 
 
 class Family(NamedTuple):
     """The few things a family does in its own way."""
 
-    model_type: str  # config.model_type of transformers
-    placeholder: Callable[[object], int]  # config -> id of the token that stands for one video token
-    grid: Callable[[object], int]  # config -> side of the square grid of tokens that a frame becomes
-    encode: Callable[[object, Tensor], Tensor]  # (model, pixels_TCHW) -> features_TPD, after the projector
+    placeholder: Literal["video", "image"]  # which token of the config stands for one video token
+    encode: Callable[[object, Tensor, ImageSpec], Encoded]  # (model, pixels_TCHW, how they were made)
     tower: tuple[str, ...]  # attributes of model.base_model that only `encode` needs; dropped afterwards
-    mrope: bool = False  # positions are (time, row, column)
+    content: Literal["video", "image"] = "video"  # what the chat template is given: a video, or an image for each frame
+    per_frame: bool = False  # a run of tokens for each frame, with text between them; else one run
+    mark: str | None = None  # what the chat template writes for a video; None: the placeholder itself
+    write: Callable[[FeatureRecord, str], str] | None = None  # (video, token) -> text in place of the mark
+    # positions are (time, row, column): (config, seconds_G) -> time_G
+    mrope: Callable[[object, Tensor], Tensor] | None = None
+    any_size: bool = False  # the tower takes frames of any shape
+    of_video: tuple[bool, bool] = (False, False)  # the smallest and largest area are those of a video, not of a frame
+    template: Callable[[], str] | None = None  # the processor's own chat template for prompts with a video
+    fallback_template: str | None = None  # where the checkpoint has none
 
 
-def _llava_next_video_encode(model, pixels_TCHW: Tensor) -> Tensor:
-    frames = pixels_TCHW.shape[0]
+# ---- frames to features
+
+
+def _square(features_GPD: Tensor, tail_D: Tensor | None = None) -> Encoded:
+    side = isqrt(features_GPD.shape[1])
+    return Encoded(features_GPD[None], (side, side), tail_D)
+
+
+def _encode_images(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
+    found = model.base_model.get_image_features(pixels_TCHW, return_dict=True).pooler_output
+    return _square(found if isinstance(found, Tensor) else torch.stack(tuple(found)))
+
+
+def _encode_video(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
     # by position: the parameter is `pixel_values` in transformers 5.17 and `pixel_values_videos` in newer ones
-    output = model.base_model.get_video_features(pixels_TCHW[None], return_dict=True)
-    features = output.pooler_output
-    features_ND = (features if isinstance(features, Tensor) else torch.cat(tuple(features))).flatten(0, -2)
-    return features_ND.reshape(frames, -1, features_ND.shape[-1])
+    found = model.base_model.get_video_features(pixels_TCHW[None], return_dict=True).pooler_output
+    return _square(found.reshape(len(pixels_TCHW), -1, found.shape[-1]))
 
 
-def _llava_next_video_grid(config) -> int:
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    return side // config.spatial_pool_stride
+def _encode_onevision(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
+    (found_ND,) = model.base_model.get_video_features(pixels_TCHW[None], return_dict=True).pooler_output
+    return _square(found_ND[:-1].reshape(len(pixels_TCHW), -1, found_ND.shape[-1]), found_ND[-1])
 
 
-FAMILIES = {
-    "llava_next_video": Family(
-        model_type="llava_next_video",
-        placeholder=lambda config: config.video_token_index,
-        grid=_llava_next_video_grid,
-        encode=_llava_next_video_encode,
-        tower=("vision_tower", "multi_modal_projector", "vision_resampler"),
+def _encode_smolvlm(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
+    (found_ND,) = model.base_model.get_image_features(pixels_TCHW[None], return_dict=True).pooler_output
+    return _square(found_ND.reshape(len(pixels_TCHW), -1, found_ND.shape[-1]))
+
+
+def _encode_patches(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
+    patches_NF, grid_13 = to_patches(pixels_TCHW, images.patch)
+    output = model.base_model.get_video_features(patches_NF, grid_13, return_dict=True)
+    return _from_grid([output.pooler_output], grid_13, images)
+
+
+def _encode_deepstack(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
+    patches_NF, grid_13 = to_patches(pixels_TCHW, images.patch)
+    output = model.base_model.get_video_features(patches_NF, grid_13, return_dict=True)
+    return _from_grid([output.pooler_output, *output.deepstack_features], grid_13, images)
+
+
+def _encode_video_llama_3(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
+    patches_NF, grid_13 = to_patches(pixels_TCHW, images.patch)
+    merge_1 = torch.tensor([images.patch.merge], device=patches_NF.device)
+    output = model.base_model.get_video_features(patches_NF, grid_13, merge_1, return_dict=True)
+    return _from_grid([output.pooler_output], grid_13, images)
+
+
+def _from_grid(layers: list[tuple[Tensor]], grid_13: Tensor, images: ImageSpec) -> Encoded:
+    groups, rows, columns = grid_13[0].tolist()
+    features_LND = torch.stack([features_ND for (features_ND,) in layers])
+    return Encoded(features_LND.unflatten(1, (groups, -1)), (rows // images.patch.merge, columns // images.patch.merge))
+
+
+# ---- how a video is written
+
+
+def _write_qwen3_vl(video: FeatureRecord, token: str) -> str:
+    return "".join(f"<{seconds:.1f} seconds><|vision_start|>{token}<|vision_end|>" for seconds in video.time_T.tolist())
+
+
+def _write_video_llama_3(video: FeatureRecord, token: str) -> str:
+    return ",".join(f"Time {seconds:.1f}s:{token}" for seconds in video.time_T.tolist())
+
+
+def _write_internvl(video: FeatureRecord, token: str) -> str:
+    return "\n".join(f"Frame{number}: <img>{token}</img>" for number in range(1, video.frames + 1))
+
+
+def _write_smolvlm(video: FeatureRecord, token: str) -> str:
+    hours, minutes, seconds = (int(video.duration) // n for n in (3600, 60, 1))
+    length = f"{hours}:{minutes % 60:02d}:{seconds % 60:02d}"
+    count = _in_words(video.frames)
+    text = f"You are provided the following series of {count} frames from a {length} [H:MM:SS] video.\n"
+    for at in video.time_T.tolist():
+        stamp = f"{int(at // 60):02d}:{int(at % 60):02d}"
+        text += f"\nFrame from {stamp}:<fake_token_around_image><global-img>{token}<fake_token_around_image>"
+    return text + "\n\n"
+
+
+_ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+
+def _in_words(number: int) -> str:
+    """English, below 1000, as SmolVLM's processor has it from the package num2words."""
+    hundreds, rest = divmod(number, 100)
+    if hundreds:
+        return f"{_ONES[hundreds]} hundred" + (f" and {_in_words(rest)}" if rest else "")
+    return _ONES[rest] if rest < 20 else _TENS[rest // 10 - 2] + (f"-{_ONES[rest % 10]}" if rest % 10 else "")
+
+
+def _smolvlm_template() -> str:
+    from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
+
+    return DEFAULT_CHAT_TEMPLATE
+
+
+_VICUNA = (
+    "{% for message in messages %}{% if message.role == 'user' %}{{ 'USER: ' }}{% elif message.role == 'assistant' %}"
+    "{{ 'ASSISTANT: ' }}{% endif %}{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% else %}{{ '<' + part.type + '>\n' }}{% endif %}{% endfor %}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% else %}{{ ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)  # Vicuna 1.1, as LLaVA-1.5 and Video-LLaVA were trained
+
+
+# ---- time in the rope
+
+
+def _time_is_order(config, seconds_G: Tensor) -> Tensor:
+    return torch.arange(len(seconds_G))
+
+
+def _time_in_steps(config, seconds_G: Tensor) -> Tensor:
+    steps_G = (seconds_G - seconds_G[0]) * config.vision_config.tokens_per_second
+    return (steps_G + 1e-6).long()  # 1e-6: .3 * 10 is 2.999...
+
+
+def _time_is_written(config, seconds_G: Tensor) -> Tensor:
+    return torch.zeros(len(seconds_G), dtype=torch.int64)
+
+
+LLAVA_TOWER = ("vision_tower", "multi_modal_projector")
+
+FAMILIES = {  # by config.model_type of transformers
+    "llava": Family(
+        "image", _encode_images, LLAVA_TOWER, content="image", per_frame=True, fallback_template=_VICUNA
     ),
-}
+    "llava_next_video": Family("video", _encode_video, (*LLAVA_TOWER, "vision_resampler")),
+    "video_llava": Family(
+        "video", _encode_video, ("video_tower", "image_tower", "multi_modal_projector"), fallback_template=_VICUNA
+    ),
+    "llava_onevision": Family("video", _encode_onevision, LLAVA_TOWER),
+    "qwen2_vl": Family("video", _encode_patches, ("visual",), mrope=_time_is_order, any_size=True),
+    "qwen2_5_vl": Family("video", _encode_patches, ("visual",), mrope=_time_in_steps, any_size=True),
+    "qwen3_vl": Family(
+        "video", _encode_deepstack, ("visual",), per_frame=True, write=_write_qwen3_vl, mrope=_time_is_written,
+        any_size=True, of_video=(True, True),
+    ),
+    "video_llama_3": Family(
+        "video", _encode_video_llama_3, ("vision_model", "projector"), per_frame=True, write=_write_video_llama_3,
+        any_size=True, of_video=(False, True),
+    ),
+    "internvl": Family("image", _encode_images, LLAVA_TOWER, per_frame=True, mark="<video>", write=_write_internvl),
+    "smolvlm": Family(
+        "image", _encode_smolvlm, ("vision_model", "connector"), per_frame=True, mark="<video>", write=_write_smolvlm,
+        template=_smolvlm_template,
+    ),
+}  # fmt: skip
 
 
 def family_of(config) -> Family:
@@ -70,29 +211,3 @@ def family_of(config) -> Family:
             f"Supported: {', '.join(sorted(FAMILIES))}. Set `model.base` to a checkpoint of one of these."
         )
     return FAMILIES[config.model_type]
-
-
-def image_spec(folder: Path) -> ImageSpec:
-    """Read size, mean and standard deviation from `preprocessor_config.json`; raises ModelError when it is not
-    there."""
-    path = folder / "preprocessor_config.json"
-    if not path.exists():
-        raise ModelError(f"{path} is missing: the base needs its image processor's settings to prepare frames.")
-    config = json.loads(path.read_text())
-    size = config.get("crop_size") or config["size"]
-    if isinstance(size, int):
-        size = {"height": size, "width": size}
-    side = size.get("shortest_edge")
-    return ImageSpec(
-        height=size.get("height", side),
-        width=size.get("width", side),
-        mean=tuple(config["image_mean"]),
-        std=tuple(config["image_std"]),
-    )
-
-
-def to_pixels(rgb_THWC: np.ndarray, spec: ImageSpec) -> Tensor:
-    """uint8 frames of the spec's size -> normalised float32 pixels_TCHW."""
-    pixels_THWC = torch.from_numpy(np.ascontiguousarray(rgb_THWC)).float() / 255.0
-    pixels_THWC = (pixels_THWC - torch.tensor(spec.mean)) / torch.tensor(spec.std)
-    return pixels_THWC.permute(0, 3, 1, 2).contiguous()

@@ -13,7 +13,8 @@ video in a single forward, and how two responses are compared without one of the
 
 `decode` is the one door to the decoder.
 
-Shapes: B rows, S positions, C channels of a position, K video tokens, R runs of video tokens, D width, L deepstack layers.
+Shapes: B rows, S positions, C channels of a position, K video tokens, R runs of video tokens, D width, L deepstack
+layers.
 """
 
 from typing import NamedTuple, Sequence as Seq
@@ -39,7 +40,7 @@ class Sequence(NamedTuple):
     ids_S: list[int]
     position_CS: Tensor  # int64
     features_KD: Tensor | None  # the video's tokens; as many as ids_S has placeholders
-    next_position_C: Tensor  # int64, position of the token that would follow; every further one is 1 more in each channel
+    next_position_C: Tensor  # int64, of the token that would follow; each further one is 1 more in every channel
     group_S: list[int] | None = None  # branch of each token: 0 prefix, 1.. branches, CLOSING; None = no branches
     deepstack_LKD: Tensor | None = None  # what a deepstack family adds to the video's tokens after its first layers
 
@@ -102,19 +103,17 @@ def rope_positions(position_CBS: Tensor) -> Tensor:
 
 
 def encode_prompt(base: Base, messages: Seq[Message], video: FeatureRecord | None) -> Sequence:
-    """Apply the tokenizer's chat template, up to where the assistant speaks, and put the video's tokens in.
+    """Apply the base's own chat template, up to where the assistant speaks, and put the video's tokens in.
 
-    `<video>` in a message marks the place; two or more `<|>` make branches (see the module). Raises ModelError when a
-    video is given but not marked, or marked but not given: a placeholder that reaches a forward without features
-    would silently be read as a word.
+    `<video>` in a message marks the place, and the family's own layout of a video takes it; two or more `<|>` make
+    branches (see the module). Raises ModelError when a video is given but not marked, or marked but not given: a
+    placeholder that reaches a forward without features would silently be read as a word.
     """
-    text = base.tokenizer.apply_chat_template(
-        [{"role": m.role, "content": m.content} for m in messages], tokenize=False, add_generation_prompt=True
-    )
+    text = _written(base, messages, video)
     head, *parts = text.split(BRANCH_MARK)
     if not parts:
-        return place_video(base, base.tokenizer.encode(text, add_special_tokens=False), video, text)
-    prefix = place_video(base, base.tokenizer.encode(head.rstrip(), add_special_tokens=False), video, text)
+        return place_video(base, _begin(base, text), video, text)
+    prefix = place_video(base, _begin(base, head.rstrip()), video, text)
     *branches, closing = [encode_text(base, part.lstrip() if part is parts[-1] else part.strip()) for part in parts]
     return branch(prefix, branches, closing)
 
@@ -123,23 +122,53 @@ def split_prompt(base: Base, content: str, video: FeatureRecord | None) -> tuple
     """A user message with ONE `<|>` at its end -> (the row up to the mark, the ids of the template's rest).
 
     For several continuations of one prefix, each to be ended by the same rest (see `judge.claims`)."""
-    text = base.tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    text = _written(base, [Message("user", content)], video)
     head, tail = text.split(BRANCH_MARK)
-    prefix = place_video(base, base.tokenizer.encode(head.rstrip(), add_special_tokens=False), video, text)
+    prefix = place_video(base, _begin(base, head.rstrip()), video, text)
     return prefix, encode_text(base, tail.lstrip())
 
 
-def place_video(base: Base, ids: list[int], video: FeatureRecord | None, text: str) -> Sequence:
-    """Token ids with one placeholder for each run of the video's tokens -> a row with the tokens in their places."""
-    marks = ids.count(base.placeholder_id)
-    if marks != (0 if video is None else len(video.kept_R)):
+def _written(base: Base, messages: Seq[Message], video: FeatureRecord | None) -> str:
+    """The chat template's text, with one placeholder for each run of the video's tokens."""
+    family = base.family
+    marks = sum(message.content.count(VIDEO_MARK) for message in messages)
+    if marks != (video is not None):
+        shown = " ".join(message.content for message in messages)[:200]
         raise ModelError(
-            f"The prompt marks {marks} videos with `{VIDEO_MARK}` and {int(video is not None)} was given: {text[:200]!r}. "
-            "Write `<video>` exactly once in the first user message of a record that has a video."
+            f"The prompt marks {marks} videos with `{VIDEO_MARK}` and {int(video is not None)} was given: {shown!r}."
+            " Write `<video>` exactly once in the first user message of a record that has a video."
         )
-    runs = iter(()) if video is None else zip(video.kept_R.tolist(), video.span_R.tolist(), strict=True)
+    shown = [{"type": family.content}] * (len(video.kept_R) if video is not None and family.content == "image" else 1)
+    turns = []
+    for message in messages:
+        before, *after = message.content.split(VIDEO_MARK)
+        texts = [text.strip() for text in (before, *after)] if after else [before]
+        parts = [{"type": "text", "text": text} if text else None for text in texts]
+        parts[1:1] = shown if after else []
+        turns.append({"role": message.role, "content": [part for part in parts if part]})
+    template = family.template() if family.template and video is not None else None
+    text = base.tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=True)
+    if video is None or family.write is None:
+        return text
+    token = base.tokenizer.convert_ids_to_tokens(base.placeholder_id)
+    return text.replace(family.mark or token, family.write(video, token))
+
+
+def _begin(base: Base, text: str) -> list[int]:
+    """The beginning of a row -> ids, with the tokenizer's BOS where it has one and the template does not write it."""
+    bos = base.tokenizer.bos_token
+    return base.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+
+
+def place_video(base: Base, ids: list[int], video: FeatureRecord | None, text: str) -> Sequence:
+    """Ids with one placeholder for each run of the video's tokens -> a row with the tokens in their places."""
+    runs = 0 if video is None else len(video.kept_R)
+    if ids.count(base.placeholder_id) != runs:
+        raise ModelError(
+            f"The prompt holds {ids.count(base.placeholder_id)} video placeholders, the video's layout has {runs}: "
+            f"{text[:200]!r}. Remove the placeholder from the text, or give the base its processor's chat template."
+        )
+    sizes = iter(()) if video is None else zip(video.kept_R.tolist(), video.span_R.tolist(), strict=True)
     ids_S: list[int] = []
     at_C1 = torch.zeros(3 if base.family.mrope else 1, 1, dtype=torch.int64)
     parts, used = [], 0
@@ -149,7 +178,7 @@ def place_video(base: Base, ids: list[int], video: FeatureRecord | None, text: s
             parts.append(at_C1)
             at_C1 = at_C1 + 1
         else:
-            kept, span = next(runs)
+            kept, span = next(sizes)
             ids_S += [token] * kept
             parts.append(at_C1 + video.position_CK[:, used : used + kept])
             used, at_C1 = used + kept, at_C1 + span
@@ -165,7 +194,7 @@ def place_video(base: Base, ids: list[int], video: FeatureRecord | None, text: s
 def encode_text(base: Base, text: str) -> list[int]:
     """Plain text -> ids, without special tokens; refuses a text that holds the video's placeholder."""
     ids = base.tokenizer.encode(text, add_special_tokens=False)
-    if base.placeholder_id in ids:
+    if base.placeholder_id in ids or VIDEO_MARK in text:
         raise ModelError(
             f"A text holds the video placeholder: {text[:200]!r}. Remove it: only prompts may mark a video."
         )
@@ -201,7 +230,7 @@ def branch(prefix: Sequence, branches: Seq[Seq[int]], closing: Seq[int] = ()) ->
 def collate(base: Base, rows: Seq[Sequence], length: int | None = None) -> Batch:
     """Pad rows on the right to the longest (or to `length`) and move them to the base's device."""
     length = max(len(row.ids_S) for row in rows) if length is None else length
-    pad = base.tokenizer.pad_token_id
+    pad = base.eos_id if base.tokenizer.pad_token_id is None else base.tokenizer.pad_token_id
     ids_BS = torch.tensor([row.ids_S + [pad] * (length - len(row.ids_S)) for row in rows])
     position_CBS = torch.zeros(len(rows[0].position_CS), len(rows), length, dtype=torch.int64)
     for b, row in enumerate(rows):

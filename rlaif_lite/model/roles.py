@@ -67,7 +67,7 @@ class Roles:
             lora_alpha=self.lora.alpha,
             lora_dropout=0.0,
             bias="none",
-            target_modules=rf".*language_model.*\.({'|'.join(re.escape(t) for t in self.lora.targets)})",
+            target_modules=rf".*(language_model|text_model\.layers).*\.({'|'.join(map(re.escape, self.lora.targets))})",
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -5,7 +5,7 @@ decoded and encoded once, its clips for the context stage in the same pass, and 
 under a key of everything they depend on: the video's bytes, the sampling, the image processor, the tower's weights,
 the prune chain, the dtype.
 
-Shapes: T frames, P tokens per frame, D width, K tokens kept.
+Shapes: T frames, G frames after merging in time, P tokens per frame, D width, K tokens kept.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ import torch
 from ..data.records import Record
 from ..errors import DataError, VideoError
 from ..model.base import Base
-from ..model.families import to_pixels
+from ..model.layout import check_chain, lay_out, merged_times
+from ..model.pixels import to_pixels
 from ..progress import progress, say
 from ..video.cache import FeatureRecord, feature_key, video_digest, write_index
 from ..video.decode import Frames, View
-from ..video.prune import apply
 from ..video.workers import decode_all
 from ..workspace import WHOLE, Workspace, write_json
 
@@ -30,16 +30,19 @@ NEEDS = ("data",)
 def run(work: Workspace) -> dict:
     """Fill the cache and write `features/index.json`. Videos that cannot be used are set aside, with the reason, in
     `features/quarantine.json`. Once all others are done they stop the run, or are counted (`data.on_missing: skip`)."""
+    section = work.recipe.features
     base = work.base(tower=True)
+    base.limit_pixels(section.max_pixels)
     wanted = views_of(work)
-    chain = [step.model_dump() for step in work.recipe.features.prune]
+    chain = [step.model_dump() for step in section.prune]
+    check_chain(base.family, base.model.config.model_type, chain)
     keys, failed = keys_of(base, wanted, chain)
     missing = {name: wanted[name] for name in keys if not work.store.has(keys[name])}
     by_pyav: dict[str, str] = {}
     tower_works, tower_failed = len(missing) < len(keys), 0
     with progress(len(wanted), "features", unit="video") as bar:
         bar.advance(len(wanted) - len(missing))
-        for name, found in decode_all(missing, work.recipe.features.workers, (base.images.height, base.images.width)):
+        for name, found in decode_all(missing, section.workers, base.images.size.of(section.frames)):
             bar.advance(1)
             if isinstance(found, VideoError):
                 failed[name] = str(found)
@@ -127,32 +130,33 @@ def views_of(work: Workspace) -> dict[str, tuple[str | tuple[str, ...], dict[str
 
 
 def encode(base: Base, frames: dict[str, Frames], chain: list[dict]) -> dict[str, FeatureRecord]:
-    """All views of a video in one pass of the tower, then pruned one by one."""
-    pixels_TCHW = torch.cat([to_pixels(view.rgb_THWC, base.images) for view in frames.values()])
-    features_TPD = base.encode(pixels_TCHW)
-    out = {}
-    for name, features in zip(frames, features_TPD.split([len(view.time_T) for view in frames.values()]), strict=True):
-        pruned = apply(chain, features)
-        time_T = torch.as_tensor(frames[name].time_T)
-        out[name] = FeatureRecord(
-            features_KD=pruned.features_KC.cpu(),
-            position_CK=pruned.position_K[None].cpu(),
-            frame_K=pruned.frame_K.cpu(),
-            time_T=time_T,
-            kept_R=torch.tensor([len(pruned.position_K)]),
-            span_R=torch.tensor([pruned.layout_tokens]),
-            layout_tokens=pruned.layout_tokens,
-            frames=len(time_T),
+    """All views of a video in one pass of the tower, then pruned one by one. A family that merges frames in time gets
+    the last one again where a view has too few."""
+    merged = base.images.patch.frames if base.images.patch else 1
+    pixels = [to_pixels(view.rgb_THWC, base.images) for view in frames.values()]
+    pixels = [torch.cat([each, each[-1:].expand(-len(each) % merged, -1, -1, -1)]) for each in pixels]
+    encoded = base.encode(torch.cat(pixels))
+    parts = encoded.features_LGPD.split([len(pixels_TCHW) // merged for pixels_TCHW in pixels], 1)
+    return {
+        name: lay_out(
+            base.family,
+            base.model.config,
+            encoded._replace(features_LGPD=features_LGPD),
+            chain,
+            time_G=merged_times(torch.as_tensor(view.time_T), merged),
+            frames=len(view.time_T),
+            duration=view.duration,
         )
-    return out
+        for (name, view), features_LGPD in zip(frames.items(), parts, strict=True)
+    }
 
 
 def tower_digest(base: Base) -> str:
-    """sha256 over the weights of vision tower and projector."""
+    """sha256 over the weights of vision tower and projector, and of a token that ends every video."""
     digest = hashlib.sha256()
-    for part in base.family.tower:
-        for name, parameter in getattr(base.model.base_model, part).named_parameters():
-            digest.update(f"{part}.{name}".encode())
+    for name, parameter in base.model.base_model.named_parameters():
+        if name.split(".")[0] in (*base.family.tower, "image_newline"):
+            digest.update(name.encode())
             digest.update(parameter.data.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
 
@@ -172,9 +176,10 @@ def describe(work: Workspace, wanted: dict, keys: dict[str, str], failed: dict[s
     out = {"videos": len(wanted) - len(failed), "unreadable": len(failed), "missing": len(work.missing_videos)}
     if first is not None:
         view = work.store.get(keys[first])[WHOLE]
-        frames, unpruned = view.frames, view.frames * work.base().family.grid(work.base().model.config) ** 2
-        out |= {"frames": frames, "tokens_before": unpruned, "tokens_after": view.features_KD.shape[0]}
+        tokens = view.features_KD.shape[0]
+        out |= {"frames": view.frames, "tokens_before": view.layout_tokens, "tokens_after": tokens}
         say(
-            f"features: {frames} frames, {unpruned} video tokens, {view.features_KD.shape[0]} after pruning (first video: {first})"
+            f"features: {view.frames} frames, {view.layout_tokens} video tokens, {tokens} after pruning "
+            f"(first video: {first})"
         )
     return out

@@ -4,7 +4,8 @@ One safetensors file per video holds all its views (the whole video and its clip
 that decides its content: the bytes of the video, the sampling, the image processor, the tower's weights, the prune
 chain, the dtype. So a file that exists is right, runs can share a folder, and a change never meets stale features.
 
-Shapes: K tokens kept, C channels of a position (1, or 3: time, row, column), D width, T frames of the view, R runs, L layers.
+Shapes: K tokens kept, C channels of a position (1, or 3: time, row, column), D width, T frames of the view, R runs, L
+layers.
 """
 
 import hashlib
@@ -34,11 +35,12 @@ class FeatureRecord(NamedTuple):
     features_KD: torch.Tensor  # bfloat16 or float32, after the projector and the prune chain
     position_CK: torch.Tensor  # int64, place of the token on the unpruned layout, from the start of its run
     frame_K: torch.Tensor  # int64, index of the token's frame in time_T; -1 for a mean over all frames
-    time_T: torch.Tensor  # float64, seconds of each frame since the first frame of the video
+    time_T: torch.Tensor  # float64, seconds of each frame since the first frame of the video (after merging in time)
     kept_R: torch.Tensor  # int64, tokens left of each run; a run is video tokens without text between them, sums to K
     span_R: torch.Tensor  # int64, how far positions go on over each run, whatever was pruned of it
-    layout_tokens: int  # tokens of the unpruned layout
+    layout_tokens: int  # tokens that the tower gave, before any pruning
     frames: int  # frames that were sampled
+    duration: float  # seconds, of the whole video
     deepstack_LKD: torch.Tensor | None = None  # of the same tokens, for families whose decoder takes them
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -129,8 +131,15 @@ class FeatureStore:
 
     def put(self, key: str, views: dict[str, FeatureRecord], about: dict | None = None) -> None:
         """Write one video's views; a reader sees the whole file or none. `about` goes into the header, for people."""
-        tensors = {f"{n}/{part}": t.cpu().contiguous() for n, view in views.items() for part, t in view.tensors().items()}
-        numbers = {name: {"layout_tokens": view.layout_tokens, "frames": view.frames} for name, view in views.items()}
+        tensors = {
+            f"{name}/{part}": tensor.cpu().contiguous()
+            for name, view in views.items()
+            for part, tensor in view.tensors().items()
+        }
+        numbers = {
+            name: {part: getattr(view, part) for part in ("layout_tokens", "frames", "duration")}
+            for name, view in views.items()
+        }
         header = {"key": key, "views": numbers, "checksum": _checksum(tensors), "about": about or {}}
         partial = self.folder / f"{key}.{os.getpid()}.tmp"
         save_file(tensors, partial, metadata={"rlaif_lite": json.dumps(header)})

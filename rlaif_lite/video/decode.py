@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import VideoError
+from .frame_size import FrameSize
 
 try:
     import decord
@@ -97,12 +98,18 @@ def decode(
 
 
 def decode_views(
-    path_or_frames: str | os.PathLike | Sequence[str], views: dict[str, View], *, size: tuple[int, int] | None = None
+    path_or_frames: str | os.PathLike | Sequence[str],
+    views: dict[str, View],
+    *,
+    size: tuple[int, int] | FrameSize | None = None,
 ) -> dict[str, Frames]:
     """Several samplings of one video in one pass; only frames that some view needs are held. Raises as `decode`."""
     for name, view in views.items():
         if view.count < 1 or view.clips < 1 or not 0 <= (view.clip or 0) < view.clips:
             raise ValueError(f"view {name}: {view} does not name frames")
+    if isinstance(size, FrameSize):
+        about = probe(path_or_frames) if size.needs_shape else None
+        size = size(about.height, about.width) if about else size(0, 0)
     video = _open(path_or_frames, size)
     try:
         return _read(video, views)

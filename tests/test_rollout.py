@@ -11,12 +11,17 @@ import torch
 from core import shake, video_of
 from rlaif_kernels import linear_logprob
 from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaConfig, Qwen2Config
 
+from rlaif_lite import rollout
 from rlaif_lite.data.records import Message
 from rlaif_lite.model.inputs import IGNORE, Sequence, collate, encode_prompt, target_rows
-from rlaif_lite.model.roles import Roles
+from rlaif_lite.model.roles import BASE, Roles
 from rlaif_lite.recipe import Lora
-from rlaif_lite.rollout import Sampling, draw, sample
+from rlaif_lite.rollout import Sampling, draw, sample, slot_bytes, slot_length
+from rlaif_lite.rollout.dense import dense_copy
+from rlaif_lite.rollout.slots import SlotCache
+from rlaif_lite.rollout.step import DecodeStep
 
 
 def prompts_of(base) -> list[Sequence]:
@@ -34,14 +39,18 @@ def policy(roles) -> Roles:
     return roles
 
 
-def test_greedy_is_transformers_generate(policy):
-    """Token for token, from the same embeddings; `generate` pads on the left."""
+@pytest.mark.parametrize("slots, dense, graph", [(64, False, False), (64, True, True), (2, True, False), (2, False, True)])
+def test_greedy_is_transformers_generate(policy, slots, dense, graph):
+    """Token for token, from the same embeddings; `generate` pads on the left. On a CPU `graph` is the step that a GPU
+    captures, over all slots, run eagerly."""
     base = policy.base
     prompts = prompts_of(base)
     embeds = [collate(base, [p]).embed(base)[0].flip(0) for p in prompts]
     banned = base.ban_bias_V.nonzero()[:, 0].tolist()
     with policy.use("policy") as role:
-        got = sample(role, prompts, Sampling(12, temperature=0.0), seeds=[0] * len(prompts))
+        got = sample(
+            role, prompts, Sampling(12, temperature=0.0), seeds=[0] * len(prompts), batch_size=slots, dense=dense, graph=graph
+        )
         with torch.no_grad():
             want = base.model.generate(
                 inputs_embeds=pad_sequence(embeds, batch_first=True).flip(1),
@@ -73,11 +82,16 @@ def test_a_sample_does_not_depend_on_its_batch(load, checkpointing):
         role.hidden(collate(base, prompts)).mean().backward()
     with roles.use("policy") as role:
         split = sample(role, prompts, sampling, seeds=seeds, per_prompt=3, batch_size=1)
+        fixed = sample(role, prompts, sampling, seeds=seeds, per_prompt=3, batch_size=4, graph=True, dense=False)
+        turned = sample(role, prompts[::-1], sampling, seeds=seeds[::-1], per_prompt=3, batch_size=4)[::-1]
         single = [
             sample(role, [prompt], sampling, seeds=[seed])[0]
             for i, prompt in enumerate(prompts) for seed in seeds[3 * i : 3 * i + 3]
         ]  # fmt: skip
-    assert [t.ids for t in together] == [t.ids for t in split] == [t.ids for t in single]
+    for other in (split, fixed, turned, single):
+        assert [t.ids for t in together] == [t.ids for t in other]
+        logps = [torch.tensor([x for t in found for x in t.logp]) for found in (together, other)]
+        assert (logps[0] - logps[1]).abs().max() < 1e-4
     assert [t.prompt for t in together] == [t.prompt for t in split] == [i for i in range(len(prompts)) for _ in range(3)]
     assert len({tuple(t.ids) for t in together[:3]}) == 3  # seeds tell answers to one prompt apart
 
@@ -92,17 +106,21 @@ def chi_square(counts: Counter, prob_V: torch.Tensor, drawn: int) -> tuple[float
     return sum((found - expected) ** 2 / expected for found, expected in cells), len(cells) - 1
 
 
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.6, 1.0), (1.0, 0.8)])
-def test_tokens_follow_the_exact_distribution(policy, temperature, top_p):
+@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 8), (1.5, 0.8, 20)])
+def test_tokens_follow_the_exact_distribution(policy, temperature, top_p, top_k):
     """Chi-square of 6,000 first tokens against the softmax in float64. The bound lies 5 standard deviations above the mean."""
     base, drawn = policy.base, 6000
     prompt = prompts_of(base)[0]
     with policy.use("policy") as role:
-        found = sample(role, [prompt], Sampling(1, temperature, top_p), seeds=range(drawn), per_prompt=drawn, batch_size=drawn)
+        sampling = Sampling(1, temperature, top_p, top_k)
+        found = sample(role, [prompt], sampling, seeds=range(drawn), per_prompt=drawn, batch_size=2000)
         with torch.no_grad():
             hidden_D = role.hidden(collate(base, [prompt]))[0, -1].double()
     logits_V = base.head_weight_VD.double() @ hidden_D + base.ban_bias_V.double()
     prob_V = torch.softmax(logits_V / temperature, -1)
+    if top_k:
+        likely = prob_V.topk(top_k)
+        prob_V = torch.zeros_like(prob_V).index_copy(0, likely.indices, likely.values / likely.values.sum())
     if top_p < 1:
         order = prob_V.argsort(descending=True)
         kept = order[: int((prob_V[order].cumsum(0) < top_p).sum()) + 1]
@@ -131,6 +149,12 @@ def test_draw_by_hand():
     assert one_hot_draw([0.1, 0.2, 0.7], [0.0, 0.22, 0.23], Sampling(1, top_p=0.85)) == [1, 1, 2]
     assert one_hot_draw([0.1, 0.2, 0.7], [0.0, 0.99], Sampling(1, top_p=0.01)) == [2, 2]  # the most likely always stays
     assert one_hot_draw([0.25, 0.25, 0.25, 0.25], [0.0, 0.51], Sampling(1, top_p=0.3)) == [0, 1]  # of equals, the first ones
+    # the two most likely are {.7, .2}; of them, .77 of the probability is in {.7} alone
+    assert one_hot_draw([0.1, 0.2, 0.7], [0.0, 0.22, 0.23], Sampling(1, top_k=2)) == [1, 1, 2]
+    assert one_hot_draw([0.1, 0.2, 0.7], [0.0, 0.22], Sampling(1, top_p=0.75, top_k=2)) == [2, 2]
+    assert one_hot_draw([0.1, 0.2, 0.7], [0.0, 0.22], Sampling(1, top_p=0.75)) == [1, 1]
+    assert one_hot_draw([0.25, 0.25, 0.25, 0.25], [0.0, 0.99], Sampling(1, top_k=1)) == [0, 0]
+    assert one_hot_draw([0.1, 0.2, 0.7], [0.05, 0.5], Sampling(1, top_k=9)) == [0, 2]  # more than there are
 
 
 def test_logp_is_of_the_sampling_distribution():
@@ -161,6 +185,7 @@ def test_stop_flags(policy):
         found = sample(role, prompts, Sampling(6), seeds=range(40 * len(prompts)), per_prompt=40, batch_size=64)
     for trajectory in found:
         assert trajectory.stopped == (trajectory.ids[-1] == base.eos_id)
+        assert trajectory.stop_reason == ("eos" if trajectory.stopped else "length")
         assert base.eos_id not in trajectory.ids[:-1] and len(trajectory.ids) == len(trajectory.logp)
         assert len(trajectory.ids) == 6 or trajectory.stopped
     assert 0 < sum(t.stopped for t in found) < len(found)
@@ -191,3 +216,115 @@ def test_seeds_must_fit(policy):
         with pytest.raises(ValueError, match="3 seeds for 5 prompts x 2 answers"):
             sample(role, prompts, Sampling(2), seeds=[1, 2, 3], per_prompt=2)
         assert sample(role, [], Sampling(2), seeds=[]) == []
+
+
+def spy(monkeypatch, owner, name: str) -> list:
+    """Records the positional arguments of every call of owner.name, which still does its work."""
+    calls, real = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: (calls.append(args), real(*args, **kwargs))[1])
+    return calls
+
+
+@pytest.mark.parametrize("slots", [1, 3, 64])
+def test_a_free_slot_is_refilled_at_once(policy, monkeypatch, slots):
+    """No step runs over an empty row, and as many run side by side as there are slots, until the queue is empty."""
+    prompts = prompts_of(policy.base)
+    steps, prefills = spy(monkeypatch, DecodeStep, "run"), spy(monkeypatch, rollout.loop, "decode")
+    with policy.use("policy") as role:
+        found = sample(role, prompts, Sampling(24), seeds=range(4 * len(prompts)), per_prompt=4, batch_size=slots)
+    rows = [rows for _, rows, _ in steps]
+    assert sum(rows) == sum(len(t.ids) - 1 for t in found)  # the first token comes from the prompt
+    assert rows == sorted(rows, reverse=True) and max(rows) == min(slots, 20)
+    assert len({len(t.ids) for t in found}) > 3
+    assert sum(len(batch.ids_BS) for _, batch, _ in prefills) == len(prompts)  # each prompt once, for its four answers
+
+
+def test_a_captured_step_runs_over_all_slots(policy, monkeypatch):
+    """Static shapes and buffers."""
+    prompts = prompts_of(policy.base)
+    seen, real = [], policy.base.decoder.forward
+
+    def forward(*args, **kwargs):
+        if (cache := kwargs["past_key_values"]) is not None and isinstance(cache, SlotCache):
+            seen.append((tuple(kwargs["inputs_embeds"].shape), tuple(kwargs["attention_mask"].shape), cache.keys.data_ptr()))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(policy.base.decoder, "forward", forward)
+    with policy.use("policy") as role:
+        sample(role, prompts, Sampling(40), seeds=range(4 * len(prompts)), per_prompt=4, batch_size=3, graph=True)
+    width = policy.base.width
+    longest = slot_length(max(len(p.ids_S) for p in prompts), 40)
+    assert set(seen) == {((3, 1, width), (3, 1, 1, longest), seen[0][2])}  # below 128 the limit is the slot's length
+    assert len(seen) > 40
+
+
+def test_a_row_without_an_answer_stays_within_its_slot(base):
+    """A captured step runs over it for as long as any other answer takes."""
+    cache = SlotCache(base.decoder.config, 2, 16, torch.float32, base.device)
+    step = DecodeStep(base, cache, Sampling(4), channels=1, fixed=True)
+    with torch.no_grad():
+        found = [step.run(rows=1, longest=15) for _ in range(20)]
+    assert cache.length_R.tolist() == [15, 15] and step.count_R.tolist() == [3, 3]
+    assert all(len(pairs) == 1 and math.isfinite(pairs[0][1]) for pairs in found)
+
+
+def test_slots_that_do_not_fit_are_halved(policy, monkeypatch, caplog):
+    prompts = prompts_of(policy.base)
+    sampling, seeds = Sampling(6), list(range(2 * len(prompts)))
+    real = SlotCache.__init__
+
+    def full(limit):
+        def init(self, text_config, slots, *rest):
+            if slots > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total ...")
+            real(self, text_config, slots, *rest)
+
+        return init
+
+    with policy.use("policy") as role:
+        want = sample(role, prompts, sampling, seeds=seeds, per_prompt=2)
+        monkeypatch.setattr(SlotCache, "__init__", full(3))
+        got = sample(role, prompts, sampling, seeds=seeds, per_prompt=2)
+        assert [t.ids for t in got] == [t.ids for t in want]
+        assert [r.getMessage() for r in caplog.records] == [
+            "10 answers in flight do not fit (CUDA out of memory): going on with 5.",
+            "5 answers in flight do not fit (CUDA out of memory): going on with 2.",
+        ]
+        monkeypatch.setattr(SlotCache, "__init__", full(0))
+        with pytest.raises(torch.OutOfMemoryError):
+            sample(role, prompts, sampling, seeds=seeds, per_prompt=2)
+
+
+def test_bytes_of_a_slot(base):
+    """LLaVA-1.5-7B by hand: 512 KiB per token in bfloat16; and what is really allocated."""
+    llama = LlamaConfig(num_hidden_layers=32, hidden_size=4096, num_attention_heads=32, num_key_value_heads=32)
+    assert slot_length(626 + 128, 256) == 1024 and slot_length(1, 1) == 16 and slot_length(16, 2) == 32
+    assert slot_bytes(llama, 1024, torch.bfloat16) == 1024 * 512 * 1024
+    grouped = Qwen2Config(num_hidden_layers=28, hidden_size=3584, num_attention_heads=28, num_key_value_heads=4)
+    assert slot_bytes(grouped, 1, torch.bfloat16) == 56 * 1024
+    config = base.decoder.config
+    cache = SlotCache(config, 3, 32, torch.float32, torch.device("cpu"))
+    held = sum(part.numel() * part.element_size() for part in (cache.keys, cache.values))
+    assert held == 3 * slot_bytes(config, 32, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["policy", BASE])
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_dense_copy_computes_the_same_and_leaves_no_trace(load, name, quantization):
+    roles = Roles(load(quantization), Lora(rank=4, alpha=8.0))
+    roles.add("policy")
+    shake(roles, "policy")
+    base = roles.base
+    batch = collate(base, prompts_of(base))
+    before, layers = base.fingerprint(), list(base.model.modules())
+    with roles.use(name) as role, torch.no_grad():
+        want = role.hidden(batch)[batch.mask_BS]
+        with pytest.raises(KeyError), dense_copy(role):
+            linears = [m for m in base.decoder.modules() if hasattr(m, "in_features")]
+            assert {type(m) for m in linears} == {torch.nn.Linear} and len(linears) == 6 * 7
+            got = role.hidden(batch)[batch.mask_BS]
+            raise KeyError("whatever happens inside")
+        assert (got - want).abs().max() < 1e-4 and (got - want).abs().max() / want.abs().max() < 1e-5
+        assert torch.equal(role.hidden(batch)[batch.mask_BS], want)
+    assert base.fingerprint() == before
+    assert all(a is b for a, b in zip(base.model.modules(), layers, strict=True))

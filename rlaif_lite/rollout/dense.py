@@ -1,0 +1,52 @@
+"""A dense copy of a role's linear layers for the time of a rollout: dequantised, the adapter merged in.
+
+One matmul then stands where there were five or more kernels (dequantise, multiply, and the adapter's two matmuls,
+scaling and sum). The copy is made anew for each rollout, because the adapter has been trained in between, and costs
+one element of the base's dtype per parameter of the decoder's linears. Nothing is written back: the base and its
+adapters stay as they are, and scoring and training never see the copy.
+"""
+
+import contextlib
+from typing import Iterator
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+
+from ..model.roles import ActiveRole
+
+
+@contextlib.contextmanager
+def dense_copy(role: ActiveRole) -> Iterator[None]:
+    """Inside, the decoder computes with merged dense weights; after, with its own layers again."""
+    held = list(_linears(role.roles.base.decoder))
+    try:
+        for parent, name, layer in held:
+            setattr(parent, name, _merged(layer, role.name))
+        yield
+    finally:
+        for parent, name, layer in held:
+            setattr(parent, name, layer)
+
+
+def _linears(parent: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """(parent, name, layer) of every linear layer below `parent`, one with adapters on it counting as one."""
+    for name, child in parent.named_children():
+        if isinstance(child, (LoraLayer, nn.Linear)):
+            yield parent, name, child
+        else:
+            yield from _linears(child)
+
+
+def _merged(layer: nn.Module, role: str) -> nn.Module:
+    inner = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+    weight = dequantize_module_weight(inner).detach()
+    if isinstance(layer, LoraLayer) and role in layer.lora_A:  # not so for the role without an adapter
+        if role in layer.lora_variant:
+            return layer  # such as DoRA, which is more than a sum
+        weight = (weight.float() + layer.get_delta_weight(role).float()).to(weight.dtype)
+    dense = nn.Linear(inner.in_features, inner.out_features, bias=inner.bias is not None, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    dense.bias = inner.bias
+    return dense

@@ -1,0 +1,211 @@
+"""Tokens per second of our rollouts beside transformers' `generate`: same 4-bit base, LoRA and prompts, same run.
+
+    python tests/bench_rollout.py [--json FILE] [--base FOLDER --adapter RUN/adapters/policy --device cuda ...]
+
+Run by hand, not collected by pytest. Every way of sampling is timed in turn, round after round, and the medians are
+compared. On a CPU one thread is used and its CPU seconds are counted, which other programs disturb little; on a GPU it
+is the wall clock. Without `--base` the model is the embedded one's architecture with random weights: it costs the same
+per token, and its answers are as long as a trained policy's, while the embedded one says little to made-up videos.
+Writes a table to standard output, and JSON with hardware, versions and commit to `--json`.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from core import shake, video_of
+from torch.nn.utils.rnn import pad_sequence
+
+from rlaif_lite.data.records import Message
+from rlaif_lite.model.base import Base, load_base
+from rlaif_lite.model.inputs import Sequence, collate, encode_prompt
+from rlaif_lite.model.roles import ActiveRole, Roles
+from rlaif_lite.recipe import Lora, Model
+from rlaif_lite.rollout import Sampling, sample, slot_bytes, slot_length
+from rlaif_lite.tiny import architecture
+
+QUESTIONS = ("describe the video", "what is the colour first ?", "what is true ?", "how many shape then ?")
+
+
+def demo_base(folder: str, device: torch.device) -> Base:
+    """The embedded base's architecture with random weights, large enough for a token to depend on those before it."""
+    model = architecture.build_model(seed=0)
+    for name, weight in model.named_parameters():
+        if "language_model" in name and name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.data.mul_(10)
+    architecture.save(model, folder)
+    return load_base(Model(base=folder, quantization="nf4"), device, tower=False)
+
+
+def made_up_prompts(base: Base, count: int, video_tokens: int) -> list[Sequence]:
+    """Videos of random features, of three lengths, with questions of different lengths."""
+    tokens = [video_tokens // 4 * 4, video_tokens * 3 // 16 * 4, video_tokens // 8 * 4]
+    return [
+        encode_prompt(base, [Message("user", f"<video> {QUESTIONS[i % 4]}")], video_of(base, tokens[i % 3], seed=i))
+        for i in range(count)
+    ]
+
+
+def generate(base: Base, prompts: list[Sequence], sampling: Sampling, per_prompt: int) -> list[list[int]]:
+    """transformers' own loop on the same embeddings and positions, padded on the left as it wants them."""
+
+    def left(rows: list[torch.Tensor]) -> torch.Tensor:
+        return pad_sequence([row.flip(0) for row in rows], batch_first=True).flip(1).to(base.device)
+
+    out = base.model.generate(
+        inputs_embeds=left([collate(base, [p]).embed(base)[0] for p in prompts]),
+        attention_mask=left([torch.ones(len(p.ids_S), dtype=torch.long) for p in prompts]),
+        position_ids=left([p.position_CS[0] for p in prompts]),
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_k=0,
+        num_return_sequences=per_prompt,
+        max_new_tokens=sampling.max_new_tokens,
+        suppress_tokens=base.ban_bias_V.nonzero()[:, 0].tolist(),
+        pad_token_id=base.tokenizer.pad_token_id,
+        eos_token_id=base.eos_id,
+    ).tolist()
+    return [row[: row.index(base.eos_id) + 1] if base.eos_id in row else row for row in out]
+
+
+def ways(
+    role: ActiveRole, prompts: list[Sequence], sampling: Sampling, per_prompt: int, slots: int
+) -> dict[str, Callable]:
+    """Name -> (seed -> answers as ids). All of them compute with the role's adapter."""
+    count = len(prompts) * per_prompt
+
+    def ours(seed: int, **options: bool) -> list[list[int]]:
+        seeds = range(seed * count, (seed + 1) * count)
+        found = sample(role, prompts, sampling, seeds=seeds, per_prompt=per_prompt, batch_size=slots, **options)
+        return [t.ids for t in found]
+
+    def theirs(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        step = max(1, slots // per_prompt)
+        return [
+            row
+            for i in range(0, len(prompts), step)
+            for row in generate(role.roles.base, prompts[i : i + step], sampling, per_prompt)
+        ]
+
+    found = {
+        "transformers generate": theirs,
+        "slots, 4-bit + LoRA, eager": lambda seed: ours(seed, dense=False, graph=False),
+        "slots, dense copy, eager": lambda seed: ours(seed, dense=True, graph=False),
+    }
+    if role.roles.base.device.type == "cuda":
+        found |= {
+            "slots, 4-bit + LoRA, CUDA graph": lambda seed: ours(seed, dense=False, graph=True),
+            "slots, dense copy, CUDA graph": lambda seed: ours(seed, dense=True, graph=True),
+        }
+    return found
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+    return time.process_time()
+
+
+@torch.no_grad()
+def measure(run: dict[str, Callable], device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
+    """One round of each way after the other, after a warm-up. Tokens are those of the answers, with EOS."""
+    rates: dict[str, list[float]] = {name: [] for name in run}
+    tokens: dict[str, list[int]] = {name: [] for name in run}
+    for turn in range(-1, rounds):
+        for name, call in run.items():
+            start = clock(device)
+            answers = call(turn + 1)
+            seconds = clock(device) - start
+            if turn >= 0:
+                tokens[name].append(sum(map(len, answers)))
+                rates[name].append(tokens[name][-1] / seconds)
+    middle = {name: statistics.median(values) for name, values in rates.items()}
+    return {
+        name: {
+            "tokens_per_second": middle[name],
+            "times_generate": middle[name] / middle["transformers generate"],
+            "spread": (max(rates[name]) - min(rates[name])) / middle[name],
+            "mean_tokens": statistics.mean(tokens[name]),
+        }
+        for name in run
+    }
+
+
+def sequences_in_memory(base: Base, text: int, new: int, before: int, after: int) -> float:
+    """How many more sequences the same memory holds, when a video has `after` tokens instead of `before`."""
+    config = base.decoder.config
+    full, pruned = (slot_bytes(config, slot_length(video + text, new), base.dtype) for video in (before, after))
+    return full / pruned
+
+
+def main() -> None:
+    ask = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    ask.add_argument("--base", help="a checkpoint; left out: the embedded one's architecture with random weights")
+    ask.add_argument("--device", default="cpu")
+    ask.add_argument("--adapter", type=Path, help="folder of a PEFT adapter; left out: a random one")
+    ask.add_argument("--prompts", type=int, default=96)
+    ask.add_argument("--slots", type=int, default=96, help="answers in flight, and the batch size of generate")
+    ask.add_argument("--video-tokens", type=int, default=24)
+    ask.add_argument("--new-tokens", type=int, default=40)
+    ask.add_argument("--rounds", type=int, default=7)
+    ask.add_argument("--json", type=Path)
+    args = ask.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device(args.device)
+    if args.base:
+        base = load_base(Model(base=args.base, quantization="nf4"), device, tower=False)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            base = demo_base(folder, device)
+    roles = Roles(base, Lora(rank=16, alpha=32.0))
+    if args.adapter:
+        roles.load("policy", args.adapter)
+    else:
+        roles.add("policy")
+        shake(roles, "policy", size=0.01)
+    sampling = Sampling(args.new_tokens)
+    prompts = made_up_prompts(base, args.prompts, args.video_tokens)
+    settings = {"all at once": (prompts, 1, args.slots), "a queue of 4 batches": (prompts, 1, args.slots // 4),
+                "4 answers per prompt": (prompts[: args.prompts // 4], 4, args.slots)}  # fmt: skip
+    table = {}
+    with roles.use("policy") as role:
+        for name, (given, per_prompt, slots) in settings.items():
+            table[name] = measure(ways(role, given, sampling, per_prompt, slots), device, args.rounds)
+            print(f"\n| {name} | tokens/s | x generate | spread | tokens per round |\n|---|---|---|---|---|")
+            for way, row in table[name].items():
+                print(f"| {way} | {row['tokens_per_second']:.0f} | {row['times_generate']:.2f} | {row['spread']:.0%} "
+                      f"| {row['mean_tokens']:.0f} |")  # fmt: skip
+    ratio = sequences_in_memory(base, text=128, new=256, before=626, after=157)
+    print(f"\nSequences in the same memory, 626 -> 157 video tokens (+ 128 prompt + 256 response): {ratio:.2f} x")
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
+    facts = {
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "clock": "wall" if device.type == "cuda" else "CPU seconds of one thread",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "commit": commit.stdout.strip(),
+        "arguments": {key: str(value) for key, value in vars(args).items() if key != "json"},
+        "sequences_in_memory": ratio,
+        "settings": table,
+    }
+    if args.json:
+        args.json.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()

@@ -34,7 +34,7 @@ from typer.testing import CliRunner
 
 from rlaif_lite import cli
 from rlaif_lite.errors import ModelError
-from rlaif_lite.exchange.files import weight_files
+from rlaif_lite.exchange.files import local_folder, weight_files
 from rlaif_lite.exchange.llava import import_llava, shapes_of
 from rlaif_lite.exchange.lora import import_lora
 
@@ -361,6 +361,20 @@ def test_what_is_not_plain_lora_is_refused(key, value, converted, tmp_path):
 
 
 # ---- the command
+
+
+def test_a_hub_id_is_downloaded_and_a_wrong_name_is_said(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *a, **k: asked.append((a, k["revision"])) or str(tmp_path)
+    )
+    assert local_folder("SNUMPR/vlm_rm_13b_lora", "v1") == tmp_path and asked == [(("SNUMPR/vlm_rm_13b_lora",), "v1")]
+    assert local_folder(str(tmp_path)) == tmp_path and len(asked) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("no/such", "not a name"):
+        with pytest.raises(ModelError, match=f"`{name}` is neither a folder nor a repository"):
+            local_folder(name)
 
 
 def test_import_on_the_command_line(source, clip, tmp_path):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 
+DOWNLOADED = ["*.safetensors", "*.bin", "*.json", "*.model", "*.jinja", "*.txt", "reward_head"]
 SHARD_BYTES = 2 << 30  # also the most that a conversion holds in memory
 
 
@@ -100,7 +101,7 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(name, revision=revision))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=DOWNLOADED))
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         raise ModelError(f"`{name}` is neither a folder nor a repository that the hub gave: {error}") from None
 

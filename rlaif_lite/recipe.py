@@ -149,7 +149,7 @@ class Context(Section):
     prompt: str = Field("Describe this video in detail.", description="what is asked about each clip (published)")
     markers: Words = Field((), description="word before each clip's caption: none, or one per clip")
     max_new_tokens: Count = Field(128, description="longest caption")
-    batch_size: Count = Field(32, description="clips per batch")
+    batch_size: Count = Field(32, description="clips in flight")
 
 
 class Claims(Section):
@@ -184,8 +184,9 @@ class Preference(Section):
     samples: int = Field(2, ge=2, description="answers per prompt; neighbours form a pair, so an even number")
     temperature: Positive = Field(1.0, description="temperature of sampling")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus of sampling")
+    top_k: int = Field(0, ge=0, description="sample among so many most likely tokens; 0: all")
     max_new_tokens: Count = Field(256, description="longest answer")
-    batch_size: Count = Field(32, description="answers per batch")
+    batch_size: Count = Field(32, description="answers in flight")
     judge: Literal["claims", "pairwise"] = Field("claims", description="who labels the pairs (published: pairwise)")
     context: bool = Field(True, description="the narrative stands in the judge's prompt")
     compare_context: bool = Field(True, description="also judge the other way, to report what context is worth")
@@ -217,6 +218,7 @@ class Ppo(Section):
 
     steps: Count = Field(20, description="rounds of rollout and update")
     rollouts: Count = Field(96, description="answers per step (published 256)")
+    slots: Count | None = Field(None, description="answers in flight while sampling; null: all `rollouts`")
     group_size: Count = Field(1, description="answers per prompt; 2 or more for `value: none`")
     epochs: Count = Field(2, description="passes over each step's answers")
     minibatch: Count = Field(48, description="answers per optimiser step (published 128)")
@@ -242,6 +244,7 @@ class Ppo(Section):
     length_penalty: float = Field(0.0, ge=0, description="times length / max_new_tokens, taken off (published 10)")
     temperature: Positive = Field(1.0, description="temperature of sampling")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus of sampling")
+    top_k: int = Field(0, ge=0, description="sample among so many most likely tokens; 0: all")
     max_new_tokens: Count = Field(64, description="longest answer (published 896)")
     value: Literal["adapter", "none"] = Field("adapter", description="an adapter of its own, or none: leave-one-out")
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
@@ -260,7 +263,7 @@ class Evaluate(Section):
         (0.7, 0.5, 0.3), description="SFT's control: lower temperatures, so that sharpening is not taken for alignment"
     )
     max_new_tokens: Count = Field(64, description="longest answer")
-    batch_size: Count = Field(64, description="answers per batch")
+    batch_size: Count = Field(64, description="answers in flight")
     bootstrap: Count = Field(2000, description="resamples for the intervals")
     examples: int = Field(10, ge=0, description="videos shown in the report")
 

@@ -43,7 +43,8 @@ def run(work: Workspace) -> dict:
             for key, part, seconds in zip(batch, chunks(captions, recipe.features.clips), spans, strict=True)
         ]
 
-    batches = chunks(list(records), max(1, section.batch_size // recipe.features.clips))
+    # several times what is in flight, so that slots are refilled
+    batches = chunks(list(records), max(1, 4 * section.batch_size // recipe.features.clips))
     with progress(len(records), "context", unit="video") as bar:
         rows = by_batches(work.stage("context") / "captions.jsonl", batches, caption, bar.advance)
     narratives = {row["video"]: narrative(row["captions"], section.markers, row["seconds"]) for row in rows}

@@ -92,7 +92,8 @@ def answer_all(work: Workspace, role: str, mode: str, temperature: float, done) 
         return out
 
     path = work.stage("evaluate") / f"{role}.{mode}{f'@{temperature:g}' if mode == 'sample' else ''}.jsonl"
-    batches = chunks(work.records("test"), max(1, section.batch_size // per_prompt))
+    # several times what is in flight, so that slots are refilled
+    batches = chunks(work.records("test"), max(1, 4 * section.batch_size // per_prompt))
     rows = by_batches(work.stage("evaluate") / "parts" / path.name, batches, answer, done)
     write_jsonl(path, rows)
     return rows

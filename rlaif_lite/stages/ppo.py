@@ -126,12 +126,11 @@ def rollout(work: Workspace, records: list[Record], step: int) -> list[Trajector
     """1. One answer per record from the policy; answers to the same prompt stand next to each other."""
     section, base = work.recipe.ppo, work.base()
     prompts = [encode_prompt(base, r.prompt, work.features(r)) for r in records[:: section.group_size]]
-    sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p)
+    sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
     seeds = [work.seed("ppo", step, i) for i in range(len(records))]
     with work.roles.use("policy") as policy:
-        return sample(
-            policy, prompts, sampling, seeds=seeds, per_prompt=section.group_size, batch_size=section.rollouts
-        )
+        slots = section.slots or section.rollouts
+        return sample(policy, prompts, sampling, seeds=seeds, per_prompt=section.group_size, batch_size=slots)
 
 
 @torch.no_grad()
@@ -287,8 +286,8 @@ def reward_scale(work: Workspace, layout: RewardInput) -> tuple[float, float]:
     prompts = [encode_prompt(base, r.prompt, work.features(r)) for r in records]
     seeds = [work.seed("ppo", "scale", i) for i in range(len(records))]
     with work.roles.use("reference") as reference:
-        sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p)
-        answers = sample(reference, prompts, sampling, seeds=seeds, batch_size=section.rollouts)
+        sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
+        answers = sample(reference, prompts, sampling, seeds=seeds, batch_size=section.slots or section.rollouts)
     scores = []
     for part in chunks(list(range(len(records))), section.micro_batch or section.minibatch):
         with work.roles.use("reward") as reward:

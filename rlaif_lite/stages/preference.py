@@ -69,7 +69,7 @@ def run(work: Workspace) -> dict:
 def sample_answers(work: Workspace) -> list[dict]:
     """`samples` answers to every preference prompt, from the SFT role -> rows {id, answers}."""
     section, base = work.recipe.preference, work.base()
-    sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p)
+    sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
     records = work.records("preference")
 
     def answer(batch: list[Record]) -> list[dict]:
@@ -82,7 +82,8 @@ def sample_answers(work: Workspace) -> list[dict]:
         texts = [decode_answer(base, t.ids) for t in found]
         return [{"id": r.id, "answers": part} for r, part in zip(batch, chunks(texts, section.samples), strict=True)]
 
-    batches = chunks(records, max(1, section.batch_size // section.samples))
+    # several times what is in flight, so that slots are refilled
+    batches = chunks(records, max(1, 4 * section.batch_size // section.samples))
     with progress(len(records), "preference: answers", unit="prompt") as bar:
         return by_batches(work.stage("preference") / "answers.jsonl", batches, answer, bar.advance)
 

@@ -83,7 +83,7 @@ class Lora(Section):
 class Model(Section):
     """The frozen base that all roles share."""
 
-    base: str = Field("embedded", description="embedded | a folder | a Hugging Face id")
+    base: str = Field("embedded", description="embedded | embedded_weak | a folder | a Hugging Face id")
     revision: str | None = Field(None, description="revision of a Hugging Face id")
     quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4-bit with double quantisation")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on CPU, bfloat16 on GPU")

@@ -38,6 +38,7 @@ def test_the_wheel_holds_what_it_needs(wheel):
         "rlaif_kernels/linear_logprob.py", "rlaif_lite/report/page.html.jinja", "rlaif_lite/tiny/base/config.json",
         "rlaif_lite/tiny/base/model.safetensors", "rlaif_lite/tiny/base/tokenizer.json", "rlaif_lite/tiny/base/chat_template.jinja",
         "rlaif_lite/tiny/base/preprocessor_config.json", "rlaif_lite/tiny/base/README.md",
+        "rlaif_lite/tiny/base_weak/model.safetensors", "rlaif_lite/tiny/base_weak/README.md",
     } <= set(names)  # fmt: skip
     assert any(name.endswith(".data/data/share/rlaif-lite/recipes/tiny.yaml") for name in names)
     own = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rlaif_lite").rglob("*.py")}

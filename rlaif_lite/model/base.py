@@ -34,7 +34,8 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is depreca
 transformers_logging.disable_progress_bar()
 
 QUANT_BLOCK = 64
-EMBEDDED = Path(__file__).parent.parent / "tiny" / "base"
+TINY = Path(__file__).parent.parent / "tiny"
+EMBEDDED = {"embedded": TINY / "base", "embedded_weak": TINY / "base_weak"}
 
 
 class Base:
@@ -128,8 +129,8 @@ class Base:
 
 
 def resolve_base(name: str) -> str:
-    """`embedded` -> the checkpoint that ships with the package; anything else is a folder or a hub id."""
-    return str(EMBEDDED) if name == "embedded" else os.path.expanduser(name)
+    """`embedded` and `embedded_weak` -> the checkpoints that ship with the package; else a folder or a hub id."""
+    return str(EMBEDDED[name]) if name in EMBEDDED else os.path.expanduser(name)
 
 
 def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:

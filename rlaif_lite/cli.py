@@ -69,6 +69,9 @@ def run(
 
     loaded = load_recipe(recipe, overrides or [])
     check_files(loaded)
+    from .model.unsloth_loader import import_first
+
+    import_first(loaded.model)
     from . import pipeline
 
     pipeline.run(loaded, until=until)
@@ -77,7 +80,7 @@ def run(
 @app.command("eval")
 def evaluate(run_dir: RunDir) -> None:
     """Evaluate a run's roles again on its held-out videos."""
-    _need_run(run_dir)
+    _need_base(run_dir)
     from . import pipeline
 
     pipeline.evaluate_again(run_dir)
@@ -117,7 +120,7 @@ def chat(
     question: Annotated[str | None, typer.Option(help="One question; without it, questions are asked for.")] = None,
 ) -> None:
     """Ask about a video file."""
-    _need_run(run_dir)
+    _need_base(run_dir)
     if not video.exists():
         raise RlaifError(f"There is no video {video}. Paths start at {Path.cwd()}.")
     from . import chat as chat_module
@@ -134,7 +137,7 @@ def export(
     check: Annotated[bool, typer.Option(help="Compare the merged model with the adapter on test prompts.")] = True,
 ) -> None:
     """Merge a run's role into bfloat16 weights that plain transformers loads, and write its model card."""
-    _need_run(run_dir)
+    _need_base(run_dir)
     from .exchange import export as exporter
 
     compared = exporter.export(run_dir, role, out, check, push)
@@ -234,6 +237,15 @@ def _need_run(run_dir: Path) -> None:
     found = sorted(path.parent for path in (run_dir, Path("runs")) for path in path.glob("*/recipe.yaml"))
     hint = f"Runs at hand: {', '.join(map(str, found[:8]))}." if found else "Start one with `rlaif-lite run RECIPE`."
     raise RlaifError(f"{run_dir} is not a run folder: it holds no recipe.yaml. {hint}")
+
+
+def _need_base(run_dir: Path) -> None:
+    """For commands that load the run's base."""
+    _need_run(run_dir)
+    from .model.unsloth_loader import import_first
+    from .recipe import load_recipe
+
+    import_first(load_recipe(run_dir / "recipe.yaml").model)
 
 
 def main() -> None:

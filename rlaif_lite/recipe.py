@@ -87,6 +87,9 @@ class Model(Section):
     revision: str | None = Field(None, description="revision of a Hugging Face id")
     quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4-bit with double quantisation")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on CPU, bfloat16 on GPU")
+    loader: Literal["transformers", "unsloth"] = Field(
+        "transformers", description="unsloth: its kernels, on NVIDIA GPUs (extra [unsloth], its own environment)"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute in the backward: less memory, more time")
     lora: Lora = Lora()
 

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import ModelError
 from ..recipe import Model
+from . import unsloth_loader
 from .families import Encoded, Family, family_of
 from .pixels import ImageSpec, image_spec, read_file, read_json
 
@@ -137,7 +138,7 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
     """Load the recipe's base, frozen, on `device`.
 
     Raises ModelError: unsupported family, a width that 4-bit quantisation cannot take, a folder that is not a
-    checkpoint.
+    checkpoint, a loader that cannot serve.
     """
     path = resolve_base(section.base)
     try:
@@ -159,14 +160,17 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
             # full prefixes: a short name such as "visual" would match nothing and switch off the head's own exclusion
             llm_int8_skip_modules=[*(f"model.{part}" for part in family.tower), "lm_head"],
         )
-    model = AutoModelForImageTextToText.from_pretrained(
-        path,
-        revision=section.revision,
-        dtype=dtype,
-        device_map={"": device},
-        quantization_config=quantization,
-        attn_implementation="sdpa",
-    )
+    if section.loader == "unsloth":
+        model = unsloth_loader.load(section, path, config, quantization, dtype, device)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(
+            path,
+            revision=section.revision,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=quantization,
+            attn_implementation="sdpa",
+        )
     if section.quantization == "nf4" and device.type == "cpu":
         _disable_packed_cpu_path(model)
     model.requires_grad_(False)

@@ -51,30 +51,36 @@ class Family(NamedTuple):
 # ---- frames to features
 
 
-def _square(features_GPD: Tensor, tail_D: Tensor | None = None) -> Encoded:
-    side = isqrt(features_GPD.shape[1])
-    return Encoded(features_GPD[None], (side, side), tail_D)
+def _flat(found: Tensor | tuple | list) -> Tensor:
+    """Features as (N,D): the container differs between families, and between releases of transformers."""
+    return (found if isinstance(found, Tensor) else torch.cat(tuple(found))).flatten(0, -2)
+
+
+def _square(found: Tensor | tuple | list, frames: int) -> Encoded:
+    features_ND = _flat(found)
+    tokens = len(features_ND) // frames  # rounded down: a tail is no frame's
+    features_GPD = features_ND[: frames * tokens].unflatten(0, (frames, tokens))
+    return Encoded(features_GPD[None], (isqrt(tokens), isqrt(tokens)))
 
 
 def _encode_images(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
-    found = model.base_model.get_image_features(pixels_TCHW, return_dict=True).pooler_output
-    return _square(found if isinstance(found, Tensor) else torch.stack(tuple(found)))
+    return _square(model.base_model.get_image_features(pixels_TCHW, return_dict=True).pooler_output, len(pixels_TCHW))
+
+
+def _encode_smolvlm(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
+    output = model.base_model.get_image_features(pixels_TCHW[None], return_dict=True)
+    return _square(output.pooler_output, len(pixels_TCHW))
 
 
 def _encode_video(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
     # by position: the parameter is `pixel_values` in transformers 5.17 and `pixel_values_videos` in newer ones
-    found = model.base_model.get_video_features(pixels_TCHW[None], return_dict=True).pooler_output
-    return _square(found.reshape(len(pixels_TCHW), -1, found.shape[-1]))
+    output = model.base_model.get_video_features(pixels_TCHW[None], return_dict=True)
+    return _square(output.pooler_output, len(pixels_TCHW))
 
 
 def _encode_onevision(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
-    (found_ND,) = model.base_model.get_video_features(pixels_TCHW[None], return_dict=True).pooler_output
-    return _square(found_ND[:-1].reshape(len(pixels_TCHW), -1, found_ND.shape[-1]), found_ND[-1])
-
-
-def _encode_smolvlm(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
-    (found_ND,) = model.base_model.get_image_features(pixels_TCHW[None], return_dict=True).pooler_output
-    return _square(found_ND.reshape(len(pixels_TCHW), -1, found_ND.shape[-1]))
+    # the newline that ends a video comes with the features or, in transformers 5.17, is added to them later
+    return _encode_video(model, pixels_TCHW, images)._replace(tail_D=model.base_model.image_newline)
 
 
 def _encode_patches(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
@@ -96,9 +102,9 @@ def _encode_video_llama_3(model, pixels_TCHW: Tensor, images: ImageSpec) -> Enco
     return _from_grid([output.pooler_output], grid_13, images)
 
 
-def _from_grid(layers: list[tuple[Tensor]], grid_13: Tensor, images: ImageSpec) -> Encoded:
+def _from_grid(layers: list, grid_13: Tensor, images: ImageSpec) -> Encoded:
     groups, rows, columns = grid_13[0].tolist()
-    features_LND = torch.stack([features_ND for (features_ND,) in layers])
+    features_LND = torch.stack([_flat(layer) for layer in layers])
     return Encoded(features_LND.unflatten(1, (groups, -1)), (rows // images.patch.merge, columns // images.patch.merge))
 
 

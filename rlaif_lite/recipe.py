@@ -91,6 +91,9 @@ class Model(Section):
         "transformers", description="unsloth: its kernels, on NVIDIA GPUs (extra [unsloth], its own environment)"
     )
     gradient_checkpointing: bool = Field(False, description="recompute in the backward: less memory, more time")
+    dense_rollouts: bool | None = Field(
+        None, description="sample with a dense copy of the decoder, adapter merged in; null: on a CPU only"
+    )
     lora: Lora = Lora()
 
 

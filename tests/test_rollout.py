@@ -15,9 +15,10 @@ from transformers import LlamaConfig, Qwen2Config
 
 from rlaif_lite import rollout
 from rlaif_lite.data.records import Message
+from rlaif_lite.model.base import load_base
 from rlaif_lite.model.inputs import IGNORE, Sequence, collate, encode_prompt, target_rows
 from rlaif_lite.model.roles import BASE, Roles
-from rlaif_lite.recipe import Lora
+from rlaif_lite.recipe import Lora, Model
 from rlaif_lite.rollout import Sampling, draw, sample, slot_bytes, slot_length
 from rlaif_lite.rollout.dense import dense_copy
 from rlaif_lite.rollout.slots import SlotCache
@@ -306,6 +307,35 @@ def test_bytes_of_a_slot(base):
     cache = SlotCache(config, 3, 32, torch.float32, torch.device("cpu"))
     held = sum(part.numel() * part.element_size() for part in (cache.keys, cache.values))
     assert held == 3 * slot_bytes(config, 32, torch.float32)
+
+
+@pytest.mark.parametrize("key, copies", [({}, True), ({"dense_rollouts": False}, False), ({"dense_rollouts": True}, True)])
+def test_the_recipe_says_whether_to_copy(load, key, copies):
+    base = load(**key)
+    seen = []
+    base.decoder.layers[0].self_attn.register_forward_hook(lambda module, *_: seen.append(type(module.q_proj)))
+    with Roles(base, Lora()).use(BASE) as role:
+        sample(role, prompts_of(base), Sampling(2), seeds=range(5))
+    assert len(seen) == 2 and all((kind is torch.nn.Linear) == copies for kind in seen)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_captured_step_draws_what_an_eager_one_does(checkpoint, dense):
+    """In float32, with several limits (128 and above) and slots that are refilled: replays follow the buffers."""
+    base = load_base(Model(base=str(checkpoint), dtype="float32"), torch.device("cuda"), tower=False)
+    roles = Roles(base, Lora(rank=4, alpha=8.0))
+    roles.add("policy")
+    shake(roles, "policy")
+    prompts = prompts_of(base)
+    sampling, seeds = Sampling(200, temperature=1.5), list(range(4 * len(prompts)))
+    with roles.use("policy") as role:
+        eager, captured = (
+            sample(role, prompts, sampling, seeds=seeds, per_prompt=4, batch_size=6, dense=dense, graph=graph)
+            for graph in (False, True)
+        )
+    assert [t.ids for t in captured] == [t.ids for t in eager]
+    assert max(len(t.ids) for t in eager) > 120
 
 
 @pytest.mark.parametrize("name", ["policy", BASE])

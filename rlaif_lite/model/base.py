@@ -50,6 +50,7 @@ class Base:
         self.path = path
         self.quantization = quantization
         self.gradient_checkpointing = False
+        self.dense_rollouts: bool | None = None  # see `rollout/dense.py`
         self.placeholder_id: int = getattr(model.config, f"{family.placeholder}_token_id")
         self.eos_id: int = tokenizer.eos_token_id
         self.decoder = model.get_decoder()
@@ -179,6 +180,7 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
     tokenizer.chat_template = chat_template(path, section.revision, tokenizer, family)
     images = image_spec(path, section.revision, any_size=family.any_size, of_video=family.of_video)
     base = Base(model, tokenizer, family, images, path, section.quantization)
+    base.dense_rollouts = section.dense_rollouts
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.gradient_checkpointing = True

@@ -40,15 +40,17 @@ def sample(
 
     Returns len(prompts) * per_prompt trajectories, those of one prompt next to each other. `batch_size` counts the
     answers in flight; where their slots do not fit into the GPU's memory, half as many are tried, and so on.
-    `dense` computes with a dense copy of the linears (see `dense.py`; None: on a CPU only, where there is room).
+    `dense` computes with a dense copy of the linears (see `dense.py`; None: as `model.dense_rollouts` has it).
     `graph` runs every step over all slots, captured on a GPU (None: on a GPU only).
     Raises ValueError when seeds and answers differ in number, torch.OutOfMemoryError when not even one slot fits.
     """
     if len(seeds) != len(prompts) * per_prompt:
         raise ValueError(f"sample: {len(seeds)} seeds for {len(prompts)} prompts x {per_prompt} answers.")
-    on_gpu = role.roles.base.device.type == "cuda"
-    dense = not on_gpu if dense is None else dense
+    base = role.roles.base
+    on_gpu = base.device.type == "cuda"
     graph = on_gpu if graph is None else graph
+    dense = base.dense_rollouts if dense is None else dense
+    dense = not on_gpu if dense is None else dense
     slots = min(batch_size, len(seeds))
     with dense_copy(role) if dense else contextlib.nullcontext():
         while slots:

@@ -33,10 +33,15 @@ from transformers import AutoTokenizer, CLIPVisionModel, LlamaConfig, LlamaForCa
 from typer.testing import CliRunner
 
 from rlaif_lite import cli
+from rlaif_lite.data.records import Message
 from rlaif_lite.errors import ModelError
 from rlaif_lite.exchange.files import local_folder, weight_files
 from rlaif_lite.exchange.llava import import_llava, shapes_of
 from rlaif_lite.exchange.lora import import_lora
+from rlaif_lite.model.base import load_base
+from rlaif_lite.model.inputs import collate, encode_prompt
+from rlaif_lite.model.roles import Roles
+from rlaif_lite.recipe import Lora, Model
 
 sentencepiece = pytest.importorskip("sentencepiece")
 pytest.importorskip("google.protobuf")
@@ -65,14 +70,35 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
     return {key: file[key] for file in weight_files(folder) for key in file.shapes}
 
 
+def llama_of(tensors: dict) -> LlamaForCausalLM:
+    """The language model of the source's tensors."""
+    keys = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "rms_norm_eps",
+    )
+    llama = LlamaForCausalLM(LlamaConfig(**{key: CONFIG[key] for key in keys})).eval()
+    own = {key: tensor.float() for key, tensor in tensors.items() if key.startswith(("model.", "lm_head."))}
+    assert not llama.load_state_dict(own, strict=False).missing_keys
+    return llama
+
+
+def with_lora(tensors: dict, scale: float) -> dict:
+    """The source's tensors with an adapter's update added."""
+    merged = {key: tensor.float() for key, tensor in released_llava().items()}
+    for i in range(LAYERS):
+        for name in LINEARS:
+            a, b = (tensors[f"base_model.model.model.layers.{i}.{name}.lora_{ab}.weight"].float() for ab in "AB")
+            merged[f"model.layers.{i}.{name}.weight"] += scale * b @ a
+    return merged
+
+
 def by_hand(clip: Path, tensors: dict, ids: list[int], pixels_TCHW: torch.Tensor, image_id: int) -> torch.Tensor:
     """Logits_SV of the source's tensors: frames through CLIP's last layer but one and the projector into the ids."""
-    llama = LlamaForCausalLM(LlamaConfig(**{key: CONFIG[key] for key in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "rms_norm_eps")})).eval()  # fmt: skip
-    own = {key: tensor.float() for key, tensor in tensors.items() if key.startswith(("model.", "lm_head."))}
-    missing, _ = llama.load_state_dict(own, strict=False)
-    assert not missing
+    llama, own = llama_of(tensors), {key: tensor.float() for key, tensor in tensors.items()}
     vision = CLIPVisionModel.from_pretrained(clip, dtype=torch.float32).eval()
     with torch.no_grad():
         features_TPD = vision(pixels_TCHW, output_hidden_states=True).hidden_states[-2][:, 1:]
@@ -288,16 +314,11 @@ def test_a_released_adapter_answers_as_on_its_own_base(inside, converted, clip, 
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
-    merged = {key: tensor.float() for key, tensor in released_llava().items()}
-    for i in range(LAYERS):
-        for name in LINEARS:
-            a, b = (tensors[f"base_model.model.model.layers.{i}.{name}.lora_{ab}.weight"].float() for ab in "AB")
-            merged[f"model.layers.{i}.{name}.weight"] += 6 / 4 * b @ a
     model = LlavaForConditionalGeneration.from_pretrained(converted, dtype=torch.float32)
     plain = PeftModel.from_pretrained(model, tmp_path / "policy").eval()
     pixels_TCHW = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     ids = prompt_ids(WORDS, frames=1)
-    want_SV = by_hand(clip, merged, ids, pixels_TCHW, WORDS)
+    want_SV = by_hand(clip, with_lora(tensors, 6 / 4), ids, pixels_TCHW, WORDS)
     assert (converted_logits(plain, ids, pixels_TCHW)[:, :WORDS] - want_SV).abs().max() <= 1e-4
     with plain.disable_adapter():
         assert (converted_logits(plain, ids, pixels_TCHW)[:, :WORDS] - want_SV).abs().max() > 0.1
@@ -310,6 +331,24 @@ def test_the_reward_head_comes_along(converted, tmp_path):
     assert head.keys() == want.keys() and all(
         torch.equal(head[key], want[key]) and head[key].dtype == torch.float32 for key in want
     )
+
+
+def test_an_imported_reward_role_scores_as_the_release_does(converted, tmp_path):
+    """Its head on the last hidden state of the last position, of the source's tensors with the update added."""
+    tensors = write_lora(tmp_path / "rm", "adapter_model", rank=4, alpha=6, head=True)
+    import_lora(tmp_path / "rm", converted, tmp_path / "reward")
+    base = load_base(Model(base=str(converted), quantization="none"), torch.device("cpu"), tower=False)
+    roles = Roles(base, Lora())
+    roles.load("reward", tmp_path / "reward")
+    prompt = encode_prompt(base, [Message("user", "what happens ?")], None)
+    with torch.no_grad(), roles.use("reward") as role:
+        score = role.scalar(role.hidden(collate(base, [prompt])))[0, -1]
+    head = torch.load(tmp_path / "rm" / "reward_head")
+    with torch.no_grad():
+        hidden_D = llama_of(with_lora(tensors, 6 / 4)).model(torch.tensor([prompt.ids_S])).last_hidden_state[0, -1]
+        bare_D = llama_of(released_llava()).model(torch.tensor([prompt.ids_S])).last_hidden_state[0, -1]
+    assert score.item() == pytest.approx((head["weight"] @ hidden_D + head["bias"]).item(), abs=1e-4)
+    assert abs((head["weight"] @ (hidden_D - bare_D)).item()) > 1e-2
 
 
 def lora_with(tmp_path, converted, change):

@@ -191,7 +191,7 @@ def compare(work: Workspace, role: str, adapter: Path, merged: Path) -> Comparis
     path = work.folder / "evaluate" / f"{role}.greedy.jsonl"
     answers = {row["id"]: row["answer"] for row in read_jsonl(path)} if path.is_file() else {}
     trained = work.recipe.model
-    exact = trained.model_copy(update={"quantization": "none"})
+    exact = trained.model_copy(update={"quantization": "none", "loader": "transformers"})
     reference_NV, base_NV = _logits(work, exact, adapter, answers), _logits(work, exact, None, answers)
     merged_NV = _logits(work, exact.model_copy(update={"base": str(merged), "revision": None}), None, answers)
     quantised = trained.quantization != "none"

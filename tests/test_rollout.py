@@ -21,6 +21,7 @@ from rlaif_lite.model.roles import BASE, Roles
 from rlaif_lite.recipe import Lora, Model
 from rlaif_lite.rollout import Sampling, draw, sample, slot_bytes, slot_length
 from rlaif_lite.rollout.dense import dense_copy
+from rlaif_lite.rollout.sampling import uniforms
 from rlaif_lite.rollout.slots import SlotCache
 from rlaif_lite.rollout.step import DecodeStep
 
@@ -194,7 +195,8 @@ def test_stop_flags(policy):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_samplers_logp_is_the_rescored_one(policy, temperature):
-    """A cached decode against one forward over prompt and answer."""
+    """A cached decode against one forward over prompt and answer; and each token is drawn by its own number of its
+    answer's stream."""
     base = policy.base
     prompts = prompts_of(base)
     with policy.use("policy") as role:
@@ -207,6 +209,9 @@ def test_the_samplers_logp_is_the_rescored_one(policy, temperature):
             hidden_ND = role.hidden(batch)[target_BS != IGNORE]
         logp_N = linear_logprob(hidden_ND, base.head_weight_VD, target_BS[target_BS != IGNORE], bias_V=base.ban_bias_V,
                                 temperature=temperature).logp_N  # fmt: skip
+    uniform_N = torch.cat([uniforms([seed], 10)[0, : len(t.ids)] for seed, t in enumerate(found)])
+    again_N, _ = draw(base.head_weight_VD, base.ban_bias_V, hidden_ND, uniform_N, Sampling(10, temperature))
+    assert again_N.tolist() == [token for t in found for token in t.ids]
     sampled_N = torch.tensor([value for t in found for value in t.logp])
     assert (sampled_N - logp_N).abs().max() <= 1e-4
 

@@ -81,7 +81,7 @@ def test_a_fragmented_file(tmp_path):
 
 @pytest.mark.parametrize("codec, options", [("libx264", CLOSED), ("mpeg4", {"g": "12"}), ("mpeg2video", {"g": "12"})])
 def test_a_broadcast_that_begins_between_key_frames(tmp_path, codec, options):
-    """What lacks the frames it was predicted from is left out; MPEG-4's decoder would give it, grey, without an error."""
+    """What lacks the frames it was predicted from is left out; MPEG-4's decoder gives it, grey, without error."""
     path = make(tmp_path / "a.ts", codec=codec, options=options)
     path.write_bytes(path.read_bytes()[20 * 188 :])
     left = probe(path).frames
@@ -226,8 +226,8 @@ def spoil(videos: Path, monkeypatch) -> dict[str, str]:
         return {n: v._replace(features_KD=v.features_KD / 0) for n, v in found.items()} if which == 4 else found
 
     monkeypatch.setattr(features, "encode", failing)
-    reasons = ("it cannot be read", "the file is empty", "it is not a video", "the vision tower failed on it (out of memory)",
-               "the vision tower failed on it (its features are not all finite)")  # fmt: skip
+    reasons = ("it cannot be read", "the file is empty", "it is not a video",
+               "the vision tower failed on it (out of memory)", "the vision tower failed on it (its features are not all finite)")  # fmt: skip
     return {f"{i:05d}": reason for i, reason in enumerate(reasons)}
 
 

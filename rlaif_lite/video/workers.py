@@ -27,7 +27,7 @@ def decode_all(
     size: tuple[int, int] | None,
     limit_s: float = LIMIT_S,
 ) -> Iterator[tuple[str, dict[str, Frames] | VideoError]]:
-    """{name: (video, its views)} -> for each its name and its frames, or why there are none; in the order they get done.
+    """{name: (video, its views)} -> for each its name and its frames, or why there are none; as they get done.
 
     size: (H, W) of the frames. workers: processes; 0 decodes here, and then a crash or a hang is the caller's own.
     Raises RuntimeError where processes cannot be started at all.

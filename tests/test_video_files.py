@@ -227,7 +227,8 @@ def spoil(videos: Path, monkeypatch) -> dict[str, str]:
 
     monkeypatch.setattr(features, "encode", failing)
     reasons = ("it cannot be read", "the file is empty", "it is not a video",
-               "the vision tower failed on it (out of memory)", "the vision tower failed on it (its features are not all finite)")  # fmt: skip
+               "the vision tower failed on it (out of memory)",
+               "the vision tower failed on it (its features are not all finite)")  # fmt: skip
     return {f"{i:05d}": reason for i, reason in enumerate(reasons)}
 
 

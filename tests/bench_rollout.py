@@ -1,12 +1,12 @@
 """Tokens per second of our rollouts beside transformers' `generate`: same 4-bit base, LoRA and prompts, same run.
 
-    python tests/bench_rollout.py [--json FILE] [--base FOLDER --adapter RUN/adapters/policy --device cuda ...]
+    python tests/bench_rollout.py [--out docs/results/rollout] [--base FOLDER --adapter FOLDER --device cuda ...]
 
 Run by hand, not collected by pytest. Every way of sampling is timed in turn, round after round, and the medians are
 compared. On a CPU one thread is used and its CPU seconds are counted, which other programs disturb little; on a GPU it
 is the wall clock. Without `--base` the model is the embedded one's architecture with random weights: it costs the same
 per token, and its answers are as long as a trained policy's, while the embedded one says little to made-up videos.
-Writes a table to standard output, and JSON with hardware, versions and commit to `--json`.
+`--out` writes OUT.md and OUT.json, with hardware, versions and commit.
 """
 
 import argparse
@@ -158,7 +158,7 @@ def main() -> None:
     ask.add_argument("--video-tokens", type=int, default=24)
     ask.add_argument("--new-tokens", type=int, default=40)
     ask.add_argument("--rounds", type=int, default=7)
-    ask.add_argument("--json", type=Path)
+    ask.add_argument("--out", type=Path, help="path without its ending")
     args = ask.parse_args()
     torch.set_num_threads(1)
     device = torch.device(args.device)
@@ -181,12 +181,6 @@ def main() -> None:
     with roles.use("policy") as role:
         for name, (given, per_prompt, slots) in settings.items():
             table[name] = measure(ways(role, given, sampling, per_prompt, slots), device, args.rounds)
-            print(f"\n| {name} | tokens/s | x generate | spread | tokens per round |\n|---|---|---|---|---|")
-            for way, row in table[name].items():
-                print(f"| {way} | {row['tokens_per_second']:.0f} | {row['times_generate']:.2f} | {row['spread']:.0%} "
-                      f"| {row['mean_tokens']:.0f} |")  # fmt: skip
-    ratio = sequences_in_memory(base, text=128, new=256, before=626, after=157)
-    print(f"\nSequences in the same memory, 626 -> 157 video tokens (+ 128 prompt + 256 response): {ratio:.2f} x")
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
     facts = {
@@ -194,12 +188,39 @@ def main() -> None:
         "clock": "wall" if device.type == "cuda" else "CPU seconds of one thread",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "commit": commit.stdout.strip(),
-        "arguments": {key: str(value) for key, value in vars(args).items() if key != "json"},
-        "sequences_in_memory": ratio,
+        "arguments": {key: str(value) for key, value in vars(args).items() if key != "out"},
+        "sequences_in_memory": sequences_in_memory(base, text=128, new=256, before=626, after=157),
         "settings": table,
     }
-    if args.json:
-        args.json.write_text(json.dumps(facts, indent=2) + "\n")
+    print(page(facts))
+    if args.out:
+        args.out.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n")
+        args.out.with_suffix(".md").write_text(page(facts))
+
+
+def page(facts: dict) -> str:
+    """The figures as Markdown."""
+    given = facts["arguments"]
+    lines = [
+        "# Rollouts beside transformers' `generate`", "",
+        f"{facts['hardware']}, {facts['clock']}, torch {facts['versions']['torch']}, transformers "
+        f"{facts['versions']['transformers']}, commit {facts['commit']}. Medians of {given['rounds']} interleaved "
+        "rounds; nf4 base and LoRA of rank 16 in every row.",
+        f"{given['prompts']} answers of at most {given['new_tokens']} tokens to prompts of three video lengths (up to "
+        f"{given['video_tokens']} tokens), {given['slots']} in flight (a quarter of it in the queue). Written by "
+        "`tests/bench_rollout.py`.",
+    ]  # fmt: skip
+    for name, rows in facts["settings"].items():
+        lines += ["", f"| {name} | tokens/s | x generate | spread | tokens per round |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {way} | {row['tokens_per_second']:.0f} | {row['times_generate']:.2f} | {row['spread']:.0%} "
+            f"| {row['mean_tokens']:.0f} |"
+            for way, row in rows.items()
+        ]
+    more = facts["sequences_in_memory"]
+    lines += ["", "Sequences in slots of the same memory, video pruned from 626 to 157 tokens (+ 128 of prompt + 256 of "
+              f"answer): {more:.2f} x.", ""]  # fmt: skip
+    return "\n".join(lines)
 
 
 def _cpu_name() -> str:

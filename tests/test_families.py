@@ -45,8 +45,7 @@ class Case:
         height, width = SHAPES.get(name, (FRAME, FRAME))
         rgb_THWC = np.random.default_rng(0).integers(0, 256, (FRAMES, height, width, 3), dtype=np.uint8)
         time_T = np.arange(FRAMES) * STEP / FPS
-        self.frames = Frames(rgb_THWC=rgb_THWC, time_T=time_T, duration=SECONDS, source="images", timed=True, **{
-            field: "" for field in Frames._fields if field == "reason"})  # fmt: skip
+        self.frames = Frames(rgb_THWC=rgb_THWC, time_T=time_T, duration=SECONDS, source="decord", reason="", timed=True)
         self.pixels_TCHW = to_pixels(rgb_THWC, self.base.images)
         self.grid = (FRAMES // (self.base.images.patch.frames if self.base.images.patch else 1), height // PATCH, width // PATCH)
 
@@ -350,3 +349,11 @@ def test_numbers_in_words():
     words = {1: "one", 13: "thirteen", 20: "twenty", 21: "twenty-one", 50: "fifty", 64: "sixty-four", 100: "one hundred",
              101: "one hundred and one", 345: "three hundred and forty-five"}  # fmt: skip
     assert {n: _in_words(n) for n in words} == words
+
+
+def test_a_system_message_replaces_vicunas_own(tmp_path):
+    base = Case("video_llava", write("video_llava", tmp_path)).base  # this checkpoint has no template of its own
+    text = base.tokenizer.decode(encode_prompt(base, [Message("system", "be short"), Message("user", "what ?")], None).ids_S)
+    assert text == "<s>be short USER: what ? ASSISTANT:"
+    text = base.tokenizer.decode(encode_prompt(base, [Message("user", "what ?")], None).ids_S)
+    assert text.startswith("<s>A chat between a curious user") and text.endswith(" questions. USER: what ? ASSISTANT:")

@@ -22,6 +22,7 @@ from transformers import AddedToken, CLIPVisionConfig, LlamaConfig, LlamaTokeniz
 from transformers import LlavaForConditionalGeneration as Llava
 
 from ..errors import ModelError
+from ..model.families import VICUNA
 from .files import SHARD_BYTES, ShardWriter, WeightFile, listed, read_json, weight_files, whole_folder
 
 IMAGE = "<image>"
@@ -47,21 +48,6 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 TEXT_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "hidden_act", "rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id",
              "pad_token_id")  # fmt: skip
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}"
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-    "{% endif %} "
-    "{% for message in messages if message.role != 'system' %}"
-    "{% if message.content is string %}{% set text = message.content %}{% else %}"
-    "{% set parts = namespace(text='') %}{% for part in message.content %}"
-    "{% set parts.text = parts.text + (part.text if part.type == 'text' else '<image>\n') %}"
-    "{% endfor %}{% set text = parts.text %}{% endif %}"
-    "{% if message.role == 'user' %}USER: {{ text }} {% else %}ASSISTANT: {{ text }}{{ eos_token }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
 
 
 class Imported(NamedTuple):
@@ -235,7 +221,7 @@ def _tokenizer(source: Path) -> LlamaTokenizer:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token  # as the release sets it
     tokenizer.add_tokens(AddedToken(IMAGE, special=True, normalized=False), special_tokens=True)
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = VICUNA
     return tokenizer
 
 

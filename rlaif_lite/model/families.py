@@ -155,13 +155,24 @@ def _smolvlm_template() -> str:
     return DEFAULT_CHAT_TEMPLATE
 
 
-_VICUNA = (
-    "{% for message in messages %}{% if message.role == 'user' %}{{ 'USER: ' }}{% elif message.role == 'assistant' %}"
-    "{{ 'ASSISTANT: ' }}{% endif %}{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}"
-    "{% else %}{{ '<' + part.type + '>\n' }}{% endif %}{% endfor %}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% else %}{{ ' ' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)  # Vicuna 1.1, as LLaVA-1.5 and Video-LLaVA were trained
+# The conversation vicuna_v1, with which LLaVA-1.5, Video-LLaVA and VLM-RLAIF were trained.
+VICUNA = (
+    "{{ bos_token }}"
+    "{% if messages[0].role != 'system' %}"
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{% if message.content is string %}{% set text = message.content %}{% else %}"
+    "{% set parts = namespace(text='') %}{% for part in message.content %}"
+    "{% set parts.text = parts.text + (part.text if part.type == 'text' else '<' + part.type + '>\n') %}"
+    "{% endfor %}{% set text = parts.text %}{% endif %}"
+    "{% if message.role == 'system' %}{{ text }} "
+    "{% elif message.role == 'user' %}USER: {{ text }} "
+    "{% else %}ASSISTANT: {{ text }}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 
 
 # ---- time in the rope
@@ -184,11 +195,11 @@ LLAVA_TOWER = ("vision_tower", "multi_modal_projector")
 
 FAMILIES = {  # by config.model_type of transformers
     "llava": Family(
-        "image", _encode_images, LLAVA_TOWER, content="image", per_frame=True, fallback_template=_VICUNA
+        "image", _encode_images, LLAVA_TOWER, content="image", per_frame=True, fallback_template=VICUNA
     ),
     "llava_next_video": Family("video", _encode_video, (*LLAVA_TOWER, "vision_resampler")),
     "video_llava": Family(
-        "video", _encode_video, ("video_tower", "image_tower", "multi_modal_projector"), fallback_template=_VICUNA
+        "video", _encode_video, ("video_tower", "image_tower", "multi_modal_projector"), fallback_template=VICUNA
     ),
     "llava_onevision": Family("video", _encode_onevision, LLAVA_TOWER),
     "qwen2_vl": Family("video", _encode_patches, ("visual",), mrope=_time_is_order, any_size=True),

@@ -104,6 +104,8 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
              if key not in NEUTRAL and key != GATES.get(name) and any(key == prefix or key.startswith(prefix + ".") for prefix in reads)}  # fmt: skip
     if "model.base" in found:
         found["files of model.base"] = base_digest(work.recipe.model)
+    if "model.reward_base.base" in found:
+        found["files of model.reward_base"] = base_digest(work.recipe.model.for_reward())
     if name == "data":
         for path in work.own_files():
             found[f"file {path}"] = file_digest(path)

@@ -80,6 +80,15 @@ class Lora(Section):
     targets: Words = Field(SEVEN_LINEARS, min_length=1, description="linear layers that carry an adapter")
 
 
+class RewardBase(Section):
+    """A second base, for the reward role alone. It costs its own weights beside the policy's while rewards are learnt
+    and during PPO (13B in 4 bits: 6.7 GiB), and every video's features once more on disk."""
+
+    base: str = Field(description="embedded | a folder | a Hugging Face id; of any family, with any tokenizer")
+    revision: str | None = Field(None, description="revision of a Hugging Face id")
+    quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4-bit with double quantisation")
+
+
 class Model(Section):
     """The frozen base that all roles share."""
 
@@ -95,6 +104,12 @@ class Model(Section):
         None, description="sample with a dense copy of the decoder, adapter merged in; null: on a CPU only"
     )
     lora: Lora = Lora()
+    reward_base: RewardBase | None = Field(None, description="the reward role's own base; null: shared (published: 13B)")
+
+    def for_reward(self) -> Model:
+        """The base that the reward role sits on."""
+        own = {} if self.reward_base is None else self.reward_base.model_dump()
+        return self.model_copy(update={**own, "reward_base": None})
 
 
 class Prune(Section):

@@ -105,8 +105,10 @@ def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 yield f"data.{name}[{i}]", f"names {entry}, which is not a file. {files_near(Path(entry).expanduser())}"
     if data.video_root is not None and not Path(data.video_root).expanduser().is_dir():
         yield "data.video_root", f"names {data.video_root}, which is not a folder. Paths start at {Path.cwd()}."
-    if recipe.model.base.startswith((".", "/", "~")) and not Path(recipe.model.base).expanduser().is_dir():
-        yield "model.base", f"names {recipe.model.base}, which is not a folder. Paths start at {Path.cwd()}."
+    own = recipe.model.reward_base
+    for key, base in (("model.base", recipe.model.base), ("model.reward_base.base", own.base if own else "embedded")):
+        if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+            yield key, f"names {base}, which is not a folder. Paths start at {Path.cwd()}."
 
     needs = (  # set, is it given, who asks for it, how to do without
         ("sft_easy", data.sft or data.sft_easy, sft.easy, "sft.easy trains on it", "set `sft.easy: null`"),

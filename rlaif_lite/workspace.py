@@ -41,7 +41,8 @@ class Split(NamedTuple):
 class Workspace:
     """One run."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, index: str = "index.json"):
+        """`index`: the file that lists the base's features (see `for_reward`)."""
         self.recipe = recipe
         self.folder = Path(recipe.output)
         self.device = torch.device(pick_device(recipe.device))
@@ -52,6 +53,21 @@ class Workspace:
         self._records: dict[str, list[Record]] = {}
         self._features: FeatureStore | None = None
         self._index: dict[str, str] = {}
+        self._for_reward: Workspace | None = None
+        self.index_file = self.folder / "features" / index
+
+    @property
+    def for_reward(self) -> "Workspace":
+        """This run on the base that the reward role sits on: itself or, with `model.reward_base`, the same folder and
+        records with another base, its roles and its features."""
+        if self.recipe.model.reward_base is None:
+            return self
+        if self._for_reward is None:
+            self._load()
+            recipe = self.recipe.model_copy(update={"model": self.recipe.model.for_reward()})
+            self._for_reward = Workspace(recipe, "index_reward.json")
+            self._for_reward._records = self._records
+        return self._for_reward
 
     # ---- folders and randomness
 
@@ -177,7 +193,7 @@ class Workspace:
     def views(self, record: Record) -> dict[str, FeatureRecord]:
         """All views of a record's video: the whole and each clip."""
         if not self._index:
-            self._index = read_index(self.folder / "features" / "index.json")
+            self._index = read_index(self.index_file)
         name = self.name_of(record)
         views = self.store.get(self._index[name])
         if views is None:
@@ -208,7 +224,8 @@ class Workspace:
             self.roles.load(name, self.adapter(name))
 
     def release_roles(self) -> None:
-        """Free every role: the next stage loads what it needs from disk."""
+        """Free every role, and the reward role's own base: the next stage loads what it needs from disk."""
+        self._for_reward = None
         if self._roles is not None:
             for name in self._roles.names:
                 self._roles.remove(name)

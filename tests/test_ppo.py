@@ -127,11 +127,11 @@ def test_every_answer_is_cut_once_and_aligned(finished, micro_batch):
     for micro in micros:
         for row, i in enumerate(micro.index_b.tolist()):
             ids = answers[i].ids
-            assert micro.answers[row] == ids
+            assert micro.reward_answers[row] == ids
             prompt = encode_prompt(base, step.records[i].prompt, step.work.features(step.records[i]))
             for batch, target_bS, start in (
                 (micro.batch, micro.target_bS, len(prompt.ids_S)),
-                (micro.reward_batch, micro.reward_target_bS, len(step.layout.prompt(step.records[i]).ids_S)),
+                (micro.value_batch, micro.value_target_bS, len(step.layout.prompt(step.records[i]).ids_S)),
             ):
                 assert batch.ids_BS[row][batch.mask_BS[row]].tolist()[start:] == ids
                 assert target_bS[row][target_bS[row] != IGNORE].tolist() == ids

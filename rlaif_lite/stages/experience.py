@@ -19,19 +19,19 @@ from ..model.roles import ActiveRole
 from ..rollout import Trajectory
 from ..training.loop import derive_seed, split_micro
 from ..workspace import Workspace, chunks
-from .reward import RewardInput
+from .reward import RewardInput, reward_prompt
 
 
 class Micro(NamedTuple):
-    """One micro-batch: some answers of the step, laid out for the policy and for the reward and value roles."""
+    """One micro-batch: some answers of the step, laid out for the policy, the value and the reward role."""
 
     index_b: Tensor  # which answers of the step
     batch: Batch  # prompt + answer, as the policy reads them
     target_bS: Tensor  # the answer token that each position predicts, IGNORE elsewhere
+    value_batch: Batch  # prompt of the reward model + answer, as the value role reads them
+    value_target_bS: Tensor
     reward_prompts: list[Sequence]
-    reward_batch: Batch  # prompt of the reward model + answer
-    reward_target_bS: Tensor
-    answers: list[list[int]]
+    reward_answers: list[list[int]]  # in the tokens of the reward role's base
 
 
 class Experience(NamedTuple):
@@ -59,14 +59,16 @@ def cut(
     def micro(index: list[int]) -> Micro:
         ids = [answers[i].ids for i in index]
         rows = [encode_prompt(base, records[i].prompt, work.features(records[i])).extend(a) for i, a in zip(index, ids)]
-        prompts = [layout.prompt(records[i]) for i in index]
-        reward_rows = [p.extend(a) for p, a in zip(prompts, ids)]
-        batch, reward_batch = collate(base, rows), collate(base, reward_rows)
+        value_rows = [reward_prompt(work, records[i]).extend(a) for i, a in zip(index, ids)]
+        batch, value_batch = collate(base, rows), collate(base, value_rows)
         targets = [
             target_rows(r, ids, b.ids_BS.shape[1]).to(base.device)
-            for r, b in ((rows, batch), (reward_rows, reward_batch))
+            for r, b in ((rows, batch), (value_rows, value_batch))
         ]
-        return Micro(torch.tensor(index, device=base.device), batch, targets[0], prompts, reward_batch, targets[1], ids)
+        return Micro(
+            torch.tensor(index, device=base.device), batch, targets[0], value_batch, targets[1],
+            [layout.prompt(records[i]) for i in index], [layout.answer(a, base) for a in ids],
+        )  # fmt: skip
 
     minibatches = chunks(order, section.minibatch)
     return [
@@ -91,7 +93,7 @@ def token_logp(work: Workspace, role: ActiveRole, micro: Micro) -> tuple[Tensor,
 
 def token_value(role: ActiveRole, micro: Micro) -> Tensor:
     """value_N of the state before each answer token."""
-    return role.scalar(role.hidden(micro.reward_batch)[micro.reward_target_bS != IGNORE])
+    return role.scalar(role.hidden(micro.value_batch)[micro.value_target_bS != IGNORE])
 
 
 def place(out_BT: Tensor, rows: Tensor, mask_BT: Tensor, values_N: Tensor) -> None:

@@ -23,17 +23,28 @@ from ..video.decode import Frames, View
 from ..video.workers import decode_all
 from ..workspace import WHOLE, Workspace, write_json
 
-READS = ("data", "features", "model.base", "model.revision", "model.dtype")
+READS = ("data", "features", "model.base", "model.revision", "model.dtype", "model.reward_base.base",
+         "model.reward_base.revision")  # fmt: skip
 NEEDS = ("data",)
 
 
 def run(work: Workspace) -> dict:
-    """Fill the cache and write `features/index.json`. Videos that cannot be used are set aside, with the reason, in
-    `features/quarantine.json`. Once all others are done they stop the run, or are counted (`data.on_missing: skip`)."""
+    """Fill the cache for the base, and for the reward role's own where it has one. Videos that cannot be used are set
+    aside, with the reason, in `features/quarantine.json`. Once all others are done they stop the run, or are counted
+    (`data.on_missing: skip`)."""
+    wanted = views_of(work)
+    keys, failed = fill(work, wanted)
+    if work.for_reward is not work:
+        failed |= fill(work.for_reward, wanted)[1]
+    set_aside(work, {name: failed[name] for name in wanted if name in failed}, len(wanted))
+    return describe(work, wanted, keys, failed)
+
+
+def fill(work: Workspace, wanted: dict) -> tuple[dict[str, str], dict[str, str]]:
+    """Put what is missing into the cache and write the base's index -> {video name: key}, {video name: why it failed}."""
     section = work.recipe.features
     base = work.base(tower=True)
     base.limit_pixels(section.max_pixels)
-    wanted = views_of(work)
     chain = [step.model_dump() for step in section.prune]
     check_chain(base.family, base.model.config.model_type, chain)
     keys, failed = keys_of(base, wanted, chain)
@@ -65,10 +76,9 @@ def run(work: Workspace) -> dict:
             f"features: {len(by_pyav)} of {len(missing)} videos were decoded with PyAV, in order, where decord would be "
             f"wrong or refuses; the first: {name}: {reason}"
         )
-    set_aside(work, {name: failed[name] for name in wanted if name in failed}, len(wanted))
-    write_index(work.folder / "features" / "index.json", {name: keys[name] for name in keys if name not in failed})
+    write_index(work.index_file, {name: keys[name] for name in keys if name not in failed})
     base.drop_tower()
-    return describe(work, wanted, keys, failed)
+    return keys, failed
 
 
 def keys_of(base: Base, wanted: dict, chain: list[dict]) -> tuple[dict[str, str], dict[str, str]]:

@@ -52,12 +52,12 @@ def run(work: Workspace) -> dict:
     """Train the `policy` role; writes its adapter and the value adapter, and a `metrics.jsonl` line per step."""
     recipe, section = work.recipe, work.recipe.ppo
     check_floor(recipe, read_heldout(work))
-    for role in ("reference", "reward"):
-        work.load_role(role)
+    work.load_role("reference")
+    work.for_reward.load_role("reward")
     roles = work.roles
     roles.add("policy", copy_of="reference")
-    if section.value == "adapter":
-        roles.add("value", copy_of="reward")
+    if section.value == "adapter":  # it stays on the policy's base: from the reward role where that is there too
+        roles.add("value", copy_of="reward" if work.for_reward is work else "reference")
         roles.add_head("value", zero=True)
     trained = {"policy": section.lr} | ({"value": section.value_lr or section.lr} if section.value == "adapter" else {})
     optimizers = {}
@@ -72,7 +72,7 @@ def run(work: Workspace) -> dict:
         if section.kl_target
         else FixedKL(section.kl_coef)
     )
-    layout = RewardInput(work)
+    layout = RewardInput(work.for_reward)
     if start:
         controller.load_state_dict(state["controller"])
         mean, std = state["normalizer"]
@@ -114,12 +114,13 @@ def run(work: Workspace) -> dict:
     for role in trained:
         roles.trainable(role, False)
         roles.save(role, work.adapter(role))
-    sizes = {role: roles.size(role)._asdict() for role in roles.names}
-    return finish(work) | {
+    sizes = {role: on.size(role)._asdict() for on in (roles, layout.work.roles) for role in on.names}
+    own = {} if layout.work is work else {"reward_base_bytes": layout.base.bytes()}
+    return finish(work) | own | {
         "roles": sizes,
         "base_bytes": work.base().bytes(),
         "base_fingerprint": work.base().fingerprint(),
-    }
+    }  # fmt: skip
 
 
 def rollout(work: Workspace, records: list[Record], step: int) -> list[Trajectory]:
@@ -157,8 +158,8 @@ def score(
         place(entropy_BT, rows, mask_BT, entropy_N)
         with roles.use("reference") as reference:
             place(ref_logp_BT, rows, mask_BT, token_logp(work, reference, micro)[0])
-        with roles.use("reward") as reward:
-            rm_B[rows] = (layout.score(reward, micro.reward_prompts, micro.answers) - mean) / std
+        with layout.work.roles.use("reward") as reward:
+            rm_B[rows] = (layout.score(reward, micro.reward_prompts, micro.reward_answers) - mean) / std
         if section.value == "adapter":
             with roles.use("value") as value:
                 place(value_BT, rows, mask_BT, token_value(value, micro))
@@ -290,10 +291,9 @@ def reward_scale(work: Workspace, layout: RewardInput) -> tuple[float, float]:
         answers = sample(reference, prompts, sampling, seeds=seeds, batch_size=section.slots or section.rollouts)
     scores = []
     for part in chunks(list(range(len(records))), section.micro_batch or section.minibatch):
-        with work.roles.use("reward") as reward:
-            scores.append(
-                layout.score(reward, [layout.prompt(records[i]) for i in part], [answers[i].ids for i in part])
-            )
+        prompts_b = [layout.prompt(records[i]) for i in part]
+        with layout.work.roles.use("reward") as reward:
+            scores.append(layout.score(reward, prompts_b, [layout.answer(answers[i].ids, base) for i in part]))
     score_N = torch.cat(scores)
     return score_N.mean().item(), max(score_N.std().item(), 1e-6)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from ..data.records import Message, Record
 from ..data.world_text import score as truth_score
 from ..errors import StageError
-from ..model.inputs import VIDEO_MARK, Sequence, collate, encode_answer, encode_prompt, encode_text
+from ..model.base import Base
+from ..model.inputs import VIDEO_MARK, Sequence, collate, decode_answer, encode_answer, encode_prompt, encode_text
 from ..model.roles import ActiveRole
 from ..recipe import Recipe
 from ..rl.losses import pairwise_loss
@@ -33,8 +34,18 @@ CHECKPOINT_EVERY = 20
 BINS = 5  # of the calibration table: P(chosen) from 0.5 to 1
 
 
+def reward_prompt(work: Workspace, record: Record) -> Sequence:
+    """The prompt that an answer follows for the reward and the value role, as the base of `work` reads it."""
+    base, template = work.base(), work.recipe.reward.prompt
+    if template is None:
+        return encode_prompt(base, record.prompt, work.features(record))
+    mark = f"{VIDEO_MARK}\n" if record.video is not None else ""
+    text = template.format(question=question_of(record))
+    return encode_prompt(base, [Message("user", mark + text)], work.features(record))
+
+
 class RewardInput:
-    """How an answer is laid out for the reward and the value role, and which tokens the head is read at."""
+    """How an answer is laid out for the reward role, and which tokens the head is read at."""
 
     def __init__(self, work: Workspace):
         self.work = work
@@ -46,12 +57,14 @@ class RewardInput:
         self.pooled = torch.tensor([ids[0] for ids in words], dtype=torch.long)
 
     def prompt(self, record: Record) -> Sequence:
-        """The prompt that the answer follows."""
-        if self.section.prompt is None:
-            return encode_prompt(self.base, record.prompt, self.work.features(record))
-        mark = f"{VIDEO_MARK}\n" if record.video is not None else ""
-        text = self.section.prompt.format(question=question_of(record))
-        return encode_prompt(self.base, [Message("user", mark + text)], self.work.features(record))
+        return reward_prompt(self.work, record)
+
+    def answer(self, ids: Seq[int], base: Base) -> Seq[int]:
+        """Token ids of an answer that `base` gave, in the reward role's own tokens; EOS where the answer has one."""
+        if base is self.base:
+            return ids
+        own = encode_text(self.base, decode_answer(base, ids))
+        return [*own, self.base.eos_id] if ids[-1] == base.eos_id else own
 
     def score(self, role: ActiveRole, prompts: Seq[Sequence], answers: Seq[Seq[int]]) -> Tensor:
         """Scores of answers (token ids, EOS included where the answer has one) -> score_B float32."""
@@ -68,12 +81,17 @@ class RewardInput:
 
 
 def run(work: Workspace) -> dict:
-    """Train the `reward` role and measure it; writes its adapter, head and `reward/heldout.json`."""
+    """Train the `reward` role and measure it; writes its adapter, head and `reward/heldout.json`. On a base of its own
+    (`model.reward_base`) the adapter is a fresh one, as published: that base is an SFT model already."""
     section = work.recipe.reward
-    work.load_role("sft")
-    work.roles.add("reward", copy_of="sft")
+    shared, work = work, work.for_reward
+    if work is shared:
+        work.load_role("sft")
+        work.roles.add("reward", copy_of="sft")
+        work.roles.remove("sft")
+    else:
+        work.roles.add("reward", seed=work.seed("reward", "init"))
     work.roles.add_head("reward", zero=False, seed=work.seed("reward", "head"))
-    work.roles.remove("sft")
     train, held = split_by_video(read_pairs(work), section.heldout, work.recipe.seed, work.name_of)
     train = train[: section.pairs] if section.pairs else train
     if not train or not held:

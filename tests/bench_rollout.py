@@ -218,7 +218,7 @@ def page(facts: dict) -> str:
             for way, row in rows.items()
         ]
     more = facts["sequences_in_memory"]
-    lines += ["", "Sequences in slots of the same memory, video pruned from 626 to 157 tokens (+ 128 of prompt + 256 of "
+    lines += ["", "Sequences in the same memory, video pruned from 626 to 157 tokens (+ 128 of prompt + 256 of "
               f"answer): {more:.2f} x.", ""]  # fmt: skip
     return "\n".join(lines)
 

@@ -57,11 +57,10 @@ def _most_likely(prob_RV: Tensor, top_p: float, top_k: int) -> Tensor:
     """Keep the `top_k` most likely tokens (0: all), and of these the fewest whose share of them reaches `top_p`; the
     most likely one always stays. This is the order in which transformers and vLLM apply the two."""
     sorted_RV, order_RV = prob_RV.sort(dim=-1, descending=True, stable=True)
-    beyond = top_k or prob_RV.shape[-1]
-    sorted_RV[:, beyond:] = 0.0
+    if top_k:
+        sorted_RV[:, top_k:] = 0.0
     cdf_RV = sorted_RV.cumsum(-1)
-    dropped_RV = cdf_RV - sorted_RV >= top_p * cdf_RV[:, -1:]
-    dropped_RV[:, beyond:] = True
+    dropped_RV = cdf_RV - sorted_RV >= top_p * cdf_RV[:, -1:]  # what is 0 stands behind all of the probability
     return prob_RV.masked_fill(torch.zeros_like(dropped_RV).scatter(-1, order_RV, dropped_RV), 0.0)
 
 

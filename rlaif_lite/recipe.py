@@ -229,6 +229,9 @@ class Reward(Training):
     pool: Literal["last", "tokens"] = Field("last", description="the last token, or the sum over `pool_tokens` and it")
     pool_tokens: Words = Field((), description="words whose tokens `pool: tokens` reads")
     prompt: str | None = Field(None, description="template with {question}; null: the question as asked")
+    context: bool = Field(
+        False, description="the narrative stands in `prompt` at {context}, in PPO as well (LLaVA-RLHF's facts)"
+    )
     heldout: float = Field(0.15, gt=0, lt=1, description="share of prompts whose pairs are held out")
     floor: Share = Field(0.6, description="held-out accuracy below which PPO does not start")
     pairs: Count | None = Field(None, description="use at most so many pairs")

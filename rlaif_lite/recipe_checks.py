@@ -72,6 +72,7 @@ def _data_checks(data: Data) -> Iterator[tuple[str, str]]:
 
 def _template_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     claims, pairwise = recipe.preference.claims, recipe.preference.pairwise
+    context = {"context"} if recipe.reward.context else set()
     in_claims = {"context", "claim", "question"} if claims.mode == "ask" else {"context", "question"}
     templates = (  # key, template, placeholders that must stand in it, placeholders that may
         ("output", recipe.output, set(), {"name", "seed"}),
@@ -79,7 +80,7 @@ def _template_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         ("preference.claims.context_prefix", claims.context_prefix, {"context"}, {"context"}),
         ("preference.pairwise.prompt", pairwise.prompt, {"context", "a", "b"}, {"context", "a", "b", "question"}),
         ("preference.pairwise.context_prefix", pairwise.context_prefix, {"context"}, {"context"}),
-        ("reward.prompt", recipe.reward.prompt or "{question}", set(), {"question"}),
+        ("reward.prompt", recipe.reward.prompt or "", context, {"question"} | context),
     )
     for key, template, must, may in templates:
         try:

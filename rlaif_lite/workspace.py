@@ -53,6 +53,7 @@ class Workspace:
         self._records: dict[str, list[Record]] = {}
         self._features: FeatureStore | None = None
         self._index: dict[str, str] = {}
+        self._narratives: dict[str, str] = {}
         self._for_reward: Workspace | None = None
         self.index_file = self.folder / "features" / index
 
@@ -202,6 +203,19 @@ class Workspace:
                 "only what is missing is encoded."
             )
         return views
+
+    # ---- narratives
+
+    @property
+    def narrated_splits(self) -> tuple[str, ...]:
+        """The splits whose videos the context stage describes: where somebody reads the narrative."""
+        return ("preference", "rl") if self.recipe.reward.context else ("preference",)
+
+    def narratives(self) -> dict[str, str]:
+        """{video: narrative}, as the context stage wrote them."""
+        if not self._narratives:
+            self._narratives = json.loads((self.folder / "context" / "narratives.json").read_text())
+        return self._narratives
 
     # ---- model
 

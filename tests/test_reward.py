@@ -12,6 +12,7 @@ from core import record, shake
 from rlaif_lite.errors import StageError
 from rlaif_lite.model.inputs import encode_answer
 from rlaif_lite.stages import reward
+from rlaif_lite.stages.features import views_of
 from rlaif_lite.stages.reward import RewardInput, calibration, check_floor, split_by_video
 from rlaif_lite.workspace import Workspace, read_jsonl
 
@@ -73,6 +74,19 @@ def test_the_prompt_of_the_reward_model(work):
     assert text(prompt=None) == "<s> <video> what is the colour first ? <ans>"
     assert text(prompt="question {question} response :") == "<s> <video> question what is the colour first ? response : <ans>"
     assert text(prompt="response :") == "<s> <video> response : <ans>"
+
+
+def test_the_narrative_stands_in_the_prompt_where_the_recipe_says(work):
+    """Of its own video; and then the RL videos have clips to be described, as the preference videos do."""
+    before = {name: set(views) for name, (_, views) in views_of(work).items()}
+    layout = configured(work, context=True, prompt="context : {context} response :")
+    for given in work.records("preference")[:3]:
+        narrative = work.narratives()[work.name_of(given)]
+        assert work.base().tokenizer.decode(layout.prompt(given).ids_S).count(f"context : {narrative} response :") == 1
+    clips = {"clip0", "clip1", "clip2"}
+    for given in work.records("rl"):
+        assert not clips & before[work.name_of(given)]
+        assert clips <= set(views_of(work)[work.name_of(given)][1])
 
 
 def test_pool_words_of_several_tokens_are_refused(work):

@@ -1,5 +1,5 @@
 """The narrative: the SFT model describes consecutive clips of each preference video, and the captions are joined in
-time.
+time. Where the reward model reads the narrative too (`reward.context`), the RL videos have one as well.
 
 Published: at most 20 frames a clip, 3 clips the best setting, "Describe this video in detail" (VLM-RLAIF section
 3.2). Decoding is greedy, so the narrative is a function of the adapter alone. Each video is described once, however
@@ -13,7 +13,7 @@ from ..progress import progress
 from ..rollout import Sampling, sample
 from ..workspace import Workspace, by_batches, chunks, write_json
 
-READS = ("seed", "context", "features.clips", "features.clip_frames", "data.preference")
+READS = ("seed", "context", "features.clips", "features.clip_frames", "data.preference", "reward.context")
 NEEDS = ("data", "features", "sft")
 
 
@@ -23,7 +23,8 @@ def run(work: Workspace) -> dict:
     recipe = work.recipe
     section = recipe.context
     work.load_role("sft")
-    records = {work.name_of(r): r for r in work.records("preference") if r.video is not None}
+    narrated = [record for split in work.narrated_splits for record in work.records(split)]
+    records = {work.name_of(record): record for record in narrated if record.video is not None}
     base = work.base()
     message = Message("user", f"{VIDEO_MARK}\n{section.prompt}")
     sampling = Sampling(section.max_new_tokens, temperature=0.0)

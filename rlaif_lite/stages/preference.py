@@ -10,7 +10,6 @@ Where the truth is known (the synthetic world), the judge's agreement with it is
 narrative; everywhere, how often the longer answer wins.
 """
 
-import json
 from typing import NamedTuple
 
 from ..data.records import Record
@@ -42,7 +41,7 @@ def run(work: Workspace) -> dict:
     work.load_role("sft")
     records = {r.id: r for r in work.records("preference")}
     pairs = make_pairs(records, sample_answers(work))
-    narratives = json.loads((work.folder / "context" / "narratives.json").read_text())
+    narratives = work.narratives()
 
     def judged(judge: str, context: bool, count: int) -> list[Judged]:
         return judge_all(work, judge, pairs[:count], narratives if context else None)

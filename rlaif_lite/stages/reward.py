@@ -40,7 +40,9 @@ def reward_prompt(work: Workspace, record: Record) -> Sequence:
     if template is None:
         return encode_prompt(base, record.prompt, work.features(record))
     mark = f"{VIDEO_MARK}\n" if record.video is not None else ""
-    text = template.format(question=question_of(record))
+    narrated = work.recipe.reward.context and record.video is not None
+    context = work.narratives()[work.name_of(record)] if narrated else ""
+    text = template.format(question=question_of(record), context=context)
     return encode_prompt(base, [Message("user", mark + text)], work.features(record))
 
 

@@ -36,7 +36,8 @@ class Step:
 
     def score(self, answers: list[Trajectory], kl_coef: float = 0.1, mean: float = 0.0, std: float = 1.0):
         """(minibatches, experience)"""
-        self.minibatches = cut(self.work, self.layout, self.records, answers, 0)
+        size = self.section.micro_batch or self.section.minibatch
+        self.minibatches = cut(self.work, self.layout, self.records, answers, 0, size)
         return self.minibatches, ppo.score(self.work, self.layout, self.minibatches, answers, kl_coef, mean, std)
 
     def update(self, experience, lr: float = 1.0, roles=("policy", "value")):
@@ -119,7 +120,7 @@ def test_place_by_hand():
 def test_every_answer_is_cut_once_and_aligned(finished, micro_batch):
     step = Step(finished, micro_batch=micro_batch)
     answers, base = ragged(step), step.work.base()
-    minibatches = cut(step.work, step.layout, step.records, answers, 0)
+    minibatches = cut(step.work, step.layout, step.records, answers, 0, micro_batch or step.section.minibatch)
     assert [sum(len(m.index_b) for m in minibatch) for minibatch in minibatches] == [4, 4]
     assert [len(minibatch) for minibatch in minibatches] == ([1, 1] if micro_batch is None else [2, 2])
     micros = [m for minibatch in minibatches for m in minibatch]

@@ -163,7 +163,7 @@ def test_fit_learns_and_goes_on_where_it_was(roles, load, tmp_path):
     given = examples(roles.base, "record")
 
     def run(roles, folder, stop: int | None):
-        def step_loss(active, step):
+        def step_loss(active, step, micro):
             if step == stop:
                 raise KeyboardInterrupt
             return {"loss": sft.backward(active, given, 3.0) + 0 * torch.rand(()).item()}

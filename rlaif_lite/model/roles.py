@@ -236,9 +236,11 @@ class ActiveRole:
         checkpointing = base.gradient_checkpointing and torch.is_grad_enabled()
         if checkpointing:
             base.decoder.train()
-        hidden_BSD = decode(base, batch)
-        if checkpointing:
-            base.decoder.eval()
+        try:
+            hidden_BSD = decode(base, batch)
+        finally:  # also when memory ran out: in training mode no cache is filled, and sampling would go on without
+            if checkpointing:
+                base.decoder.eval()
         if hidden_BSD.requires_grad:
             hidden_BSD.register_hook(self._check_scope)
         return hidden_BSD

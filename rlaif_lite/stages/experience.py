@@ -49,9 +49,9 @@ class Experience(NamedTuple):
 
 
 def cut(
-    work: Workspace, layout: RewardInput, records: list[Record], answers: list[Trajectory], step: int
+    work: Workspace, layout: RewardInput, records: list[Record], answers: list[Trajectory], step: int, size: int
 ) -> list[list[Micro]]:
-    """Shuffle the step's answers into minibatches, each a list of micro-batches."""
+    """Shuffle the step's answers into minibatches, each a list of micro-batches of `size` answers."""
     base, section = work.base(), work.recipe.ppo
     generator = torch.Generator().manual_seed(derive_seed(work.recipe.seed, "ppo", "minibatches", step))
     order = torch.randperm(len(answers), generator=generator).tolist()
@@ -72,7 +72,7 @@ def cut(
 
     minibatches = chunks(order, section.minibatch)
     return [
-        [micro(sorted(part, key=lambda i: len(answers[i].ids))) for part in split_micro(m, section.micro_batch)]
+        [micro(sorted(part, key=lambda i: len(answers[i].ids))) for part in split_micro(m, size)]
         for m in minibatches
     ]
 

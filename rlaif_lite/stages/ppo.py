@@ -10,6 +10,7 @@ One step, in the order of the code:
 Micro-batches are cut once per step and are the same rows, with the same padding, in every forward of that step. So at
 the first minibatch of a step the new log-probs equal the old ones bit for bit: ratio exactly 1, and at step 0, where
 the policy is a copy of the reference, KL exactly 0. Both are checked before an hour is spent (`check_first_step`).
+Where memory runs out, the update is undone and the step is cut anew, so that this still holds (`training/oom.py`).
 
 Departures from the release, each one a defect mended or a memory saved: every mean is over real tokens only; the
 score stands on the last real token; the stop rule is EOS alone; the KL is not clamped; no factor of 10 on the
@@ -39,6 +40,7 @@ from ..rl.shaping import AdaptiveKL, FixedKL, kl_penalty, sequence_score, shaped
 from ..rollout import Sampling, Trajectory, sample
 from ..training.fit import keep, restore
 from ..training.loop import batches, derive_seed
+from ..training.oom import Backoff, put_back, remember
 from ..workspace import Workspace, chunks, read_jsonl, write_json
 from .experience import Experience, Micro, cut, place, token_logp, token_value
 from .reward import RewardInput, check_floor
@@ -66,6 +68,7 @@ def run(work: Workspace) -> dict:
         parameters = roles.parameters(role, head=role in roles.heads)
         optimizers[role] = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, betas=BETAS, fused=True)
     folder = work.stage("ppo") / "checkpoint"
+    backoff = Backoff("ppo", section.micro_batch or section.minibatch, work.folder)
     start, state = restore(roles, optimizers, folder)
     controller = (
         AdaptiveKL(section.kl_coef, section.kl_target, section.kl_horizon)
@@ -76,6 +79,7 @@ def run(work: Workspace) -> dict:
     if start:
         controller.load_state_dict(state["controller"])
         mean, std = state["normalizer"]
+        backoff.micro = state["micro_batch"]
     else:
         mean, std = reward_scale(work, layout) if section.normalize_reward else (0.0, 1.0)
     work.log.resume("ppo", start)
@@ -92,9 +96,14 @@ def run(work: Workspace) -> dict:
             chosen = [records[i] for i in prompts_of_step[step] for _ in range(section.group_size)]
             answers = rollout(work, chosen, step)
             sampled = time.perf_counter() - began
-            micros = cut(work, layout, chosen, answers, step)
-            experience = score(work, layout, micros, answers, controller.kl_coef, mean, std)
-            stats = update(work, micros, experience, optimizers, step)
+            before = remember(roles, optimizers)
+
+            def attempt(size: int):
+                micros = cut(work, layout, chosen, answers, step, size)
+                experience = score(work, layout, micros, answers, controller.kl_coef, mean, std)
+                return experience, update(work, micros, experience, optimizers, step)
+
+            experience, stats = backoff.run(step, attempt, undo=lambda: put_back(roles, optimizers, before))
             if step == 0:
                 check_first_step(experience, stats)
             metrics = describe(work, chosen, answers, experience, stats, controller.kl_coef)
@@ -108,7 +117,7 @@ def run(work: Workspace) -> dict:
                 {"seconds": seconds, "rollout_seconds": sampled, "tokens_per_second": tokens / seconds},
             )
             if (step + 1) % section.checkpoint_every == 0 or step + 1 == section.steps:
-                extra = {"controller": controller.state_dict(), "normalizer": [mean, std]}
+                extra = {"controller": controller.state_dict(), "normalizer": [mean, std], "micro_batch": backoff.micro}
                 keep(roles, optimizers, folder, step + 1, extra)
             bar.advance(1, reward=metrics["objective/scores"], kl=metrics["objective/kl"])
     for role in trained:

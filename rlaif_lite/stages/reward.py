@@ -105,10 +105,10 @@ def run(work: Workspace) -> dict:
     steps = steps_of(section, len(train), section.batch_size)
     order = batches(len(train), section.batch_size, steps, work.recipe.seed, "reward")
 
-    def step_loss(active: ActiveRole, step: int) -> dict[str, float]:
+    def step_loss(active: ActiveRole, step: int, micro: int) -> dict[str, float]:
         chosen = [train[i] for i in order[step]]
         totals = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
-        for part in split_micro(chosen, section.micro_batch):
+        for part in split_micro(chosen, micro):
             share = len(part) / len(chosen)
             score_B2 = score_pairs(layout, active, part)
             loss, stats = pairwise_loss(score_B2[:, 0], score_B2[:, 1], section.centering)

@@ -83,13 +83,13 @@ def train(
     fresh = batches(len(records), section.batch_size - old, steps, recipe.seed, label)
     again = batches(len(replay), old, steps, recipe.seed, f"{label}.replay") if old else [[]] * steps
 
-    def step_loss(active: ActiveRole, step: int) -> dict[str, float]:
+    def step_loss(active: ActiveRole, step: int, micro: int) -> dict[str, float]:
         chosen = [records[i] for i in fresh[step]] + [replay[i] for i in again[step]]
         examples = [example(base, r, work.features(r), recipe.sft.loss_per) for r in chosen]
         examples.sort(key=lambda e: len(e.row.ids_S))  # little padding in each micro-batch
         total = sum(e.weight * sum(t != IGNORE for t in e.targets_S) for e in examples)
         loss = 0.0
-        for part in split_micro(examples, section.micro_batch):
+        for part in split_micro(examples, micro):
             loss += backward(active, part, total)
         return {"loss": loss}
 

@@ -2,6 +2,7 @@
 
 A step's batch, learning rate and randomness follow from its number alone, so a killed run that goes on from its last
 checkpoint ends with the same bits as one that was never killed. Forward and backward stay inside the role's scope.
+A step that runs out of memory is done again in smaller pieces (`training/oom.py`).
 """
 
 import time
@@ -15,6 +16,7 @@ from ..progress import progress
 from ..recipe import Training
 from .checkpoint import load, restore_optimizer, save
 from .loop import MetricsLog, derive_seed, lr_at
+from .oom import Backoff
 
 
 def steps_of(section: Training, items: int, per_step: int) -> int:
@@ -27,7 +29,7 @@ def fit(
     role: str,
     section: Training,
     steps: int,
-    step_loss: Callable[[ActiveRole, int], dict[str, float]],
+    step_loss: Callable[[ActiveRole, int, int], dict[str, float]],
     *,
     label: str,
     folder: Path,
@@ -35,9 +37,9 @@ def fit(
     seed: int,
     checkpoint_every: int,
 ) -> None:
-    """Train `role` for `steps` updates. `step_loss(active, step)` runs the forward and backward of one whole batch,
-    leaves the gradients on the parameters, and returns what is to be logged; `label` names the phase in the log and
-    in the seeds.
+    """Train `role` for `steps` updates. `step_loss(active, step, micro)` runs the forward and backward of one whole
+    batch, `micro` records at a time, leaves the gradients on the parameters, and returns what is to be logged; `label`
+    names the phase in the log and in the seeds.
 
     The checkpoint in `folder` is gone on with if there is one, and is left there when the last step is done."""
     roles.trainable(role)
@@ -45,18 +47,25 @@ def fit(
     optimizer = torch.optim.AdamW(
         parameters, lr=section.lr, weight_decay=section.weight_decay, betas=(0.9, 0.98), fused=True
     )
-    start, _ = restore(roles, {role: optimizer}, folder)
+    backoff = Backoff(label, section.micro_batch or section.batch_size, log.path.parent)
+    start, state = restore(roles, {role: optimizer}, folder)
+    if start:
+        backoff.micro = state["micro_batch"]
+
+    def attempt(micro: int) -> dict[str, float]:
+        torch.manual_seed(derive_seed(seed, label, step))
+        with roles.use(role) as active:
+            return step_loss(active, step, micro)
+
     log.resume(label, start)
     with progress(steps, label, unit="step") as bar:
         bar.advance(start)
         for step in range(start, steps):
             began = time.perf_counter()
-            torch.manual_seed(derive_seed(seed, label, step))
             lr = lr_at(step, steps, section.lr, section.schedule, section.warmup_ratio, section.lr_end)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            with roles.use(role) as active:
-                stats = step_loss(active, step)
+            stats = backoff.run(step, attempt, undo=lambda: optimizer.zero_grad(set_to_none=True))
             norm = torch.nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -64,20 +73,18 @@ def fit(
                 label, step, {**stats, "lr": lr, "grad_norm": norm.item()}, {"seconds": time.perf_counter() - began}
             )
             if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-                keep(roles, {role: optimizer}, folder, step + 1)
+                keep(roles, {role: optimizer}, folder, step + 1, {"micro_batch": backoff.micro})
             bar.advance(1, loss=stats["loss"])
     roles.trainable(role, False)
 
 
-def keep(
-    roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Path, step: int, state: dict | None = None
-) -> None:
+def keep(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Path, step: int, state: dict) -> None:
     """Checkpoint the adapters and heads of the roles that `optimizers` train, and the optimisers themselves."""
     tensors = {}
     for role in optimizers:
         for i, parameter in enumerate(roles.parameters(role, head=role in roles.heads)):
             tensors[f"{role}/{i}"] = parameter.data
-    save(folder, step, tensors, optimizers, state or {})
+    save(folder, step, tensors, optimizers, state)
 
 
 def restore(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Path) -> tuple[int, dict]:

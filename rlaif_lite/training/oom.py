@@ -1,0 +1,102 @@
+"""Memory that runs out inside a step: it is done again with half as many records per forward, and the run goes on.
+
+Twice as many micro-batches then make up the same batch, so the update is the same but for rounding (the reward's
+centring term excepted, which centres each micro-batch: it is the same where their means have one sign). The smaller
+size stays, and is kept in the checkpoint. On a GPU the state of the allocator is left as JSON, not as torch's pickle.
+"""
+
+import gc
+import json
+from pathlib import Path
+from typing import Callable, NamedTuple, TypeVar
+
+import torch
+
+from ..errors import StageError
+from ..model.roles import Roles
+from ..progress import say
+
+T = TypeVar("T")
+# What torch says where it does not raise OutOfMemoryError: its CPU allocator, and cuBLAS without room to work in.
+SAYINGS = ("DefaultCPUAllocator: ", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+class Backoff:
+    """How many records go through a forward at once, halved each time memory runs out."""
+
+    def __init__(self, label: str, micro: int, folder: Path):
+        self.label = label
+        self.micro = micro
+        self.folder = folder  # where snapshots go
+
+    def run(self, step: int, attempt: Callable[[int], T], undo: Callable[[], None]) -> T:
+        """`attempt(micro)`, again with half of it after `undo()` for as long as memory runs out.
+
+        Raises StageError where it does with a single record."""
+        while True:
+            try:
+                return attempt(self.micro)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                left = snapshot(self.folder / f"oom_{self.label}_{step}.json")
+                if self.micro == 1:
+                    raise StageError(
+                        f"{self.label}: step {step} does not fit into memory with a single record per forward. Set "
+                        "`model.gradient_checkpointing: true`, keep fewer video tokens (`features.prune`), or shorten "
+                        f"the answers.{left}"
+                    ) from error
+            # Out of the `except`: its traceback held the tensors of the step.
+            undo()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            half = self.micro // 2
+            say(f"{self.label}: step {step}: out of memory at {self.micro} a forward, done again at {half}.{left}")
+            self.micro = half
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in SAYINGS)
+
+
+def snapshot(path: Path) -> str:
+    """Leave the allocator's blocks and counters in `path` and say where; on a CPU there is nothing to leave."""
+    if not torch.cuda.is_available():
+        return ""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"stats": torch.cuda.memory_stats(), "segments": torch.cuda.memory_snapshot()}))
+    return f" The allocator's state is in {path}."
+
+
+class Saved(NamedTuple):
+    """Roles and their optimisers as they were, in host memory."""
+
+    parameters: dict[str, list[torch.Tensor]]
+    optimizers: dict[str, dict]
+
+
+def remember(roles: Roles, optimizers: dict[str, torch.optim.Optimizer]) -> Saved:
+    """Copy what an update changes, so that it can be undone: 12 bytes per trained parameter, in host memory."""
+    parameters = {role: [p.detach().to("cpu", copy=True) for p in of(roles, role)] for role in optimizers}
+    states = {role: _copied(optimizer.state_dict()) for role, optimizer in optimizers.items()}
+    return Saved(parameters, states)
+
+
+def put_back(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], saved: Saved) -> None:
+    """Undo what happened since `remember`, gradients included."""
+    for role, optimizer in optimizers.items():
+        for parameter, before in zip(of(roles, role), saved.parameters[role], strict=True):
+            parameter.data.copy_(before)
+        optimizer.load_state_dict(_copied(saved.optimizers[role]))
+        optimizer.zero_grad(set_to_none=True)
+
+
+def of(roles: Roles, role: str) -> list[torch.nn.Parameter]:
+    return roles.parameters(role, head=role in roles.heads)
+
+
+def _copied(value):
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,151 @@
+"""Memory that runs out inside a step: the step is done again in smaller pieces, with the same update, and the run goes on."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlaif_lite.errors import StageError
+from rlaif_lite.model.roles import ActiveRole
+from rlaif_lite.stages import ppo, reward, sft
+from rlaif_lite.training.oom import Backoff, out_of_memory, snapshot
+from rlaif_lite.workspace import Workspace, read_jsonl
+
+ONE_STEP = {
+    sft: ("sft.easy.steps=1", "sft.hard=null", "sft.policy_init=null"),
+    reward: ("reward.steps=1", "reward.centering=0.0"),
+    ppo: ("ppo.steps=1", "ppo.normalize_reward=false"),  # the scale is taken in micro-batches too, and rounds with them
+}  # fmt: skip
+SIZE = {sft: "sft.easy.micro_batch", reward: "reward.micro_batch", ppo: "ppo.micro_batch"}
+TRAINED = {sft: ["sft"], reward: ["reward"], ppo: ["policy", "value"]}
+
+
+def no_room() -> None:
+    """What torch itself says when there is no such memory."""
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@pytest.fixture
+def scarce(monkeypatch):
+    """scarce(rows, after) -> the training forwards that fit; once `after` of them did, the next of `rows` rows fails, once."""
+
+    def install(rows: int, after: int = 0) -> list[int]:
+        hidden, seen, failed = ActiveRole.hidden, [], []
+
+        def guarded(self, batch):
+            if torch.is_grad_enabled():
+                if len(batch.ids_BS) >= rows and len(seen) >= after and not failed:
+                    failed.append(True)
+                    no_room()
+                seen.append(len(batch.ids_BS))
+            return hidden(self, batch)
+
+        monkeypatch.setattr(ActiveRole, "hidden", guarded)
+        return seen
+
+    return install
+
+
+def trained(stage, recipe, resume: bool = False) -> list[torch.Tensor]:
+    """Run one stage, from its start unless told otherwise, and read what it learnt."""
+    work = Workspace(recipe)
+    if not resume:
+        shutil.rmtree(work.stage(stage.__name__.rpartition(".")[2]) / "checkpoint", ignore_errors=True)
+    stage.run(work)
+    files = [work.adapter(role) / "adapter_model.safetensors" for role in TRAINED[stage]]
+    # copies: safetensors maps the file, and the next run writes it anew
+    return [tensor.clone() for file in files for _, tensor in sorted(load_file(file).items())]
+
+
+@pytest.mark.parametrize(
+    ("stage", "whole", "half", "rows", "after"),
+    # six records; four pairs, eight rows; minibatches of four answers, where the fault comes after an optimiser step
+    [(sft, 6, 3, 6, 0), (reward, 4, 2, 8, 0), (ppo, 4, 2, 4, 3)],
+    ids=["sft", "reward", "ppo"],
+)
+def test_the_update_is_the_same(rerun, scarce, capfd, stage, whole, half, rows, after):
+    """Bit for bit what the smaller size gives when it is asked for, and but for rounding what the larger one gives."""
+    recipe = lambda *more: rerun(*ONE_STEP[stage], *more)
+    large, small = trained(stage, recipe()), trained(stage, recipe(f"{SIZE[stage]}={half}"))
+    seen = scarce(rows, after)
+    found = trained(stage, recipe())
+    assert f"out of memory at {whole} a forward, done again at {half}" in capfd.readouterr().err
+    assert seen[:after] == [rows] * after and max(seen[after:]) == rows * half // whole
+    assert all(torch.equal(a, b) for a, b in zip(found, small, strict=True))
+    change = sum((a - b).abs().sum() for a, b in zip(found, large, strict=True))
+    assert change <= 1e-3 * sum(a.abs().sum() for a in large)
+
+
+def test_the_smaller_size_stays_and_is_resumed_with(rerun, scarce, capfd, monkeypatch):
+    """Three steps, memory short in the first; killed after its checkpoint, it goes on at the smaller size."""
+    keys = ("sft.easy.steps=3", "sft.hard=null", "sft.policy_init=null")
+    monkeypatch.setattr(sft, "CHECKPOINT_EVERY", 1)
+    seen = scarce(6)
+    whole = trained(sft, rerun(*keys))
+    assert seen == [3] * 6 and capfd.readouterr().err.count("out of memory") == 1
+    recipe = rerun(*keys)
+    lines = [line for line in read_jsonl(Workspace(recipe).log.path) if line["stage"] == "sft.easy"]
+    assert [line["step"] for line in lines] == [0, 1, 2]  # a step that failed is not logged
+
+    keep = sft.fit.__globals__["keep"]
+
+    def killed(*arguments):
+        keep(*arguments)
+        raise KeyboardInterrupt
+
+    scarce(6)
+    monkeypatch.setitem(sft.fit.__globals__, "keep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trained(sft, recipe)
+    monkeypatch.setitem(sft.fit.__globals__, "keep", keep)
+    seen.clear()
+    resumed = trained(sft, recipe, resume=True)
+    assert seen == [3] * 4 and all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_one_record_that_does_not_fit_ends_the_run(tmp_path):
+    backoff, sizes = Backoff("reward", 5, tmp_path), []
+
+    def attempt(micro):
+        sizes.append(micro)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(StageError, match="reward: step 7 does not fit .* single record .*gradient_checkpointing"):
+        backoff.run(7, attempt, undo=lambda: sizes.append(0))
+    assert sizes == [5, 0, 2, 0, 1]
+
+
+def test_other_errors_pass(tmp_path):
+    def attempt(micro):
+        raise RuntimeError("shape '[64, 1]' is invalid")
+
+    with pytest.raises(RuntimeError, match="shape"):
+        Backoff("x", 4, tmp_path).run(0, attempt, undo=lambda: None)
+    with pytest.raises(RuntimeError) as found:
+        no_room()
+    assert out_of_memory(found.value) and not out_of_memory(RuntimeError("CUDA error: device-side assert"))
+
+
+def test_a_failed_forward_leaves_the_decoder_as_it_was(load, monkeypatch):
+    """In training mode transformers fills no cache: sampling would go on without what it has read."""
+    from rlaif_lite.model import roles as module
+    from rlaif_lite.recipe import Lora
+
+    base = load(gradient_checkpointing=True)
+    roles = module.Roles(base, Lora(rank=4))
+    roles.add("sft")
+
+    monkeypatch.setattr(module, "decode", lambda base, batch: no_room())
+    with roles.use("sft") as role, pytest.raises(RuntimeError):
+        role.hidden(None)
+    assert not base.decoder.training
+
+
+@pytest.mark.gpu
+def test_a_gpu_leaves_its_blocks(tmp_path):
+    block = torch.ones(1 << 20, device="cuda")
+    assert str(tmp_path) in snapshot(tmp_path / "oom.json")
+    left = json.loads((tmp_path / "oom.json").read_text())
+    assert left["stats"]["allocated_bytes.all.current"] >= block.nbytes and left["segments"]

@@ -84,7 +84,7 @@ def test_scores_are_the_reward_bases_own_reading_of_the_text(work):
     shake(side.roles, "reward")
     layout, records = RewardInput(side), work.records("rl")[:8]
     answers = ppo.rollout(work, records, 0)
-    minibatches = cut(work, layout, records, answers, 0)
+    minibatches = cut(work, layout, records, answers, 0, work.recipe.ppo.minibatch)
     found = ppo.score(work, layout, minibatches, answers, kl_coef=0.1, mean=0.0, std=1.0)
 
     here, there = work.base(), side.base()

@@ -1,10 +1,13 @@
 """What a phase cost: seconds, peak memory, tokens per second; and on which machine, with which versions.
 
 Peak memory is the CUDA allocator's peak on a GPU and this process's peak resident set on a CPU. The kernel's high-water
-mark is reset at the start of a phase (Linux: 5 into /proc/self/clear_refs), so a phase does not inherit the peak of an
-earlier one; where that is not possible the peak is the whole process's so far. Worker processes are not counted.
+mark is reset at the start of a phase (Linux: 5 into /proc/self/clear_refs) and free heap is returned to the system, so
+a phase does not inherit the peak of an earlier one; where that is not possible the peak is the whole process's so far.
+Worker processes are not counted.
 """
 
+import ctypes
+import gc
 import os
 import platform
 import resource
@@ -37,10 +40,12 @@ class Meter:
         self._peak: int | None = None
 
     def __enter__(self) -> "Meter":
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
+            _give_back()
             _reset_peak_rss()
         self._started = time.perf_counter()
         return self
@@ -91,6 +96,14 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _give_back() -> None:
+    """Return what the heap holds free to the system, so that a phase neither holds nor counts an earlier one's."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        pass  # another C library than Linux's
 
 
 def _reset_peak_rss() -> None:

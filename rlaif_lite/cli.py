@@ -63,6 +63,7 @@ def run(
     recipe: RecipePath,
     overrides: Overrides = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage, such as preference.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Start even what cannot fit into memory.")] = False,
 ) -> None:
     """Run a recipe, or go on where it stopped. Finished stages whose inputs are unchanged are skipped."""
     from .recipe import check_files, load_recipe
@@ -74,7 +75,30 @@ def run(
     import_first(loaded.model)
     from . import pipeline
 
-    pipeline.run(loaded, until=until)
+    pipeline.run(loaded, until=until, force=force)
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpu: Annotated[str | None, typer.Option(help="A card that is not here, such as 24GB or 80GiB.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What a run will take of memory, disk and time, stage by stage. Exit code 1 where it does not fit."""
+    from rich.console import Console
+
+    from . import pipeline, planner  # a run holds in memory what `pipeline` imports
+    from .recipe import load_recipe
+
+    found = pipeline.make_plan(load_recipe(recipe, overrides or []), gpu)
+    if as_json:
+        typer.echo(json.dumps(planner.as_json(found), indent=2))
+    else:
+        Console(width=None if os.isatty(1) else 150).print(planner.as_table(found))
+        typer.echo("\n".join(planner.advice(found)))
+    if not all(stage.fits for stage in found.stages.values()):
+        raise typer.Exit(1)
 
 
 @app.command("eval")

@@ -19,6 +19,7 @@ import torch
 from . import __version__
 from .errors import StageError
 from .model.base import base_digest
+from .planner import Plan, make_plan, refuse, settle
 from .progress import say
 from .recipe import Recipe, dump_yaml, flatten, load_recipe, recipe_hash
 from .report import page
@@ -36,15 +37,20 @@ NEUTRAL = ("data.folder", "data.world.workers", "features.cache", "features.work
 GATES = {"reward": "reward.floor"}  # a key of the stage's section that only a later stage acts on
 
 
-def run(recipe: Recipe, until: str | None = None, again: str | None = None) -> dict:
+def run(recipe: Recipe, until: str | None = None, again: str | None = None, force: bool = False) -> dict:
     """Run every stage that is not done, up to and including `until`; returns the summary, which also lies in the run
     folder. The stage `again` runs whether it is done or not.
 
-    The report is written at the end, also of a run that a stage ended early. Raises StageError for an unknown stage,
-    and whatever the stages raise; what was done before stays done."""
+    Memory is planned first; `force` starts what cannot fit. The report is written at the end, also of a run that a
+    stage ended early. Raises StageError for an unknown stage and for a plan that does not fit, and whatever the stages
+    raise; what was done before stays done."""
     if until is not None and until not in STAGES:
         raise StageError(f"There is no stage `{until}`; the stages are {', '.join(STAGES)}.")
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
+    plan = make_plan(settle(recipe, Path(recipe.output)))
+    recipe = plan.recipe
+    if not force:
+        refuse(plan, until)
     work = Workspace(recipe)
     work.folder.mkdir(parents=True, exist_ok=True)
     with only_run(work.folder):
@@ -54,7 +60,7 @@ def run(recipe: Recipe, until: str | None = None, again: str | None = None) -> d
         digests: dict[str, str] = {}
         try:
             for name, stage in STAGES.items():
-                run_stage(work, name, stage, digests)
+                run_stage(work, name, stage, digests, plan)
                 write_summary(work, list(digests), finished=name == "evaluate")
                 if name == until:
                     break
@@ -68,10 +74,10 @@ def run(recipe: Recipe, until: str | None = None, again: str | None = None) -> d
 
 def evaluate_again(run_dir: Path) -> dict:
     """Evaluate a run's roles once more, by the recipe in its folder, and write its summary and report again."""
-    return run(load_recipe(run_dir / "recipe.yaml", [f"output={run_dir}"]), again="evaluate")
+    return run(load_recipe(run_dir / "recipe.yaml", [f"output={run_dir}"]), again="evaluate", force=True)
 
 
-def run_stage(work: Workspace, name: str, stage: Any, digests: dict[str, str]) -> None:
+def run_stage(work: Workspace, name: str, stage: Any, digests: dict[str, str], plan: Plan) -> None:
     """Skip, resume or run one stage, and write its `done.json`; `digests` gains the stage's."""
     folder = work.stage(name)
     reads = inputs(work, name, stage.READS) | {f"stage {need}": digests[need] for need in stage.NEEDS}
@@ -91,10 +97,12 @@ def run_stage(work: Workspace, name: str, stage: Any, digests: dict[str, str]) -
     with Meter(work.device) as meter:
         result = stage.run(work)
     work.release_roles()
-    cost = {"seconds": meter.seconds, "peak_memory_bytes": meter.peak_memory_bytes, "planned_memory_bytes": None}
+    planned = plan.stages[name].peak
+    cost = {"seconds": meter.seconds, "peak_memory_bytes": meter.peak_memory_bytes, "planned_memory_bytes": planned}
     write_json(folder / "done.json", {"reads": reads, "status": "done", "cost": cost, "result": result})
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-    say(f"{name}: {meter.seconds:.1f} s, peak memory {meter.peak_memory_bytes / 2**20:.0f} MiB")
+    peak = f"{meter.peak_memory_bytes / 2**20:.0f} MiB, planned {planned / 2**20:.0f}"
+    say(f"{name}: {meter.seconds:.1f} s, peak memory {peak}")
 
 
 def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from .recipe_checks import cross_checks, file_checks
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
+Rows = Count | Literal["auto"]  # auto: the planner's proposal, a number in the run folder's recipe
 Share = Annotated[float, Field(ge=0, le=1)]
 Words = Annotated[tuple[str, ...], Strict(False)]  # not strict about list or tuple; the items are text all the same
 
@@ -146,7 +147,7 @@ class Training(Section):
     epochs: Positive = Field(1.0, description="passes over the data, when `steps` is null")
     lr: Positive = Field(1e-4, description="highest learning rate")
     batch_size: Count = Field(32, description="records per optimiser step (published 128)")
-    micro_batch: Count | None = Field(None, description="records per forward; null: the whole batch")
+    micro_batch: Rows | None = Field(None, description="records per forward; auto: most that fit; null: the whole batch")
     warmup_ratio: Share = Field(0.03, description="share of the steps in which the rate rises")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="the rate after the warm-up")
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
@@ -223,7 +224,7 @@ class Reward(Training):
 
     lr: Positive = Field(2e-5, description="highest learning rate")
     batch_size: Count = Field(16, description="pairs per optimiser step")
-    micro_batch: Count | None = Field(None, description="pairs per forward; null: the whole batch")
+    micro_batch: Rows | None = Field(None, description="pairs per forward; auto: most that fit; null: the whole batch")
     schedule: Literal["cosine", "linear", "constant"] = Field("constant", description="the rate after the warm-up")
     centering: float = Field(1e-3, ge=0, description="weight of the term that keeps the mean reward near 0")
     pool: Literal["last", "tokens"] = Field("last", description="the last token, or the sum over `pool_tokens` and it")
@@ -246,7 +247,7 @@ class Ppo(Section):
     group_size: Count = Field(1, description="answers per prompt; 2 or more for `value: none`")
     epochs: Count = Field(2, description="passes over each step's answers")
     minibatch: Count = Field(48, description="answers per optimiser step (published 128)")
-    micro_batch: Count | None = Field(None, description="answers per forward; null: the whole minibatch")
+    micro_batch: Rows | None = Field(None, description="answers per forward; auto: most that fit; null: the minibatch")
     lr: Positive = Field(3e-5, description="highest learning rate of the policy")
     value_lr: Positive | None = Field(None, description="the value role's rate; null: as `lr`")
     warmup_steps: int = Field(3, ge=0, description="steps in which the rate rises (published 5)")
@@ -331,7 +332,7 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
         recipe = Recipe.model_validate(marked.data)
     except ValidationError as errors:
         lines = [recipe_file.explain(error, marks, fields()) for error in errors.errors()]
-        raise RecipeError("\n".join(lines)) from None
+        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
     recipe._marks = marks
     raise_all(recipe, cross_checks(recipe))
     return recipe.model_copy(update={"output": recipe.output.format(name=recipe.name, seed=recipe.seed)})

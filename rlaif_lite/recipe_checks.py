@@ -43,7 +43,7 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     sft = recipe.sft
     phases = (("sft.easy", sft.easy), ("sft.hard", sft.hard), ("sft.policy_init", sft.policy_init), ("reward", reward))
     for key, phase in phases:
-        if phase is not None and phase.micro_batch is not None and phase.micro_batch > phase.batch_size:
+        if phase is not None and isinstance(phase.micro_batch, int) and phase.micro_batch > phase.batch_size:
             yield f"{key}.micro_batch", f"is {phase.micro_batch}, above batch_size: {phase.batch_size}. Lower it."
     if ppo.value == "none" and ppo.group_size < 2:
         yield "ppo.value", "is none, which compares answers to one prompt. Set ppo.group_size to 2 or more."
@@ -51,7 +51,7 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "ppo.rollouts", f"is {ppo.rollouts}, no multiple of ppo.group_size: {ppo.group_size}. Change either."
     if ppo.minibatch > ppo.rollouts:
         yield "ppo.minibatch", f"is {ppo.minibatch}, above ppo.rollouts: {ppo.rollouts}. Lower it."
-    if ppo.micro_batch is not None and ppo.micro_batch > ppo.minibatch:
+    if isinstance(ppo.micro_batch, int) and ppo.micro_batch > ppo.minibatch:
         yield "ppo.micro_batch", f"is {ppo.micro_batch}, above ppo.minibatch: {ppo.minibatch}. Lower it."
 
 

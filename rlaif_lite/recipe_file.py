@@ -123,6 +123,9 @@ def files_near(path: Path) -> str:
 def explain(error: dict[str, Any], marks: dict[str, str], fields: dict[str, FieldInfo]) -> str:
     """One of pydantic's errors as a sentence: what was found, where, what was expected, what to do."""
     key = dotted(error["loc"])
+    above = fields.get(re.sub(r"\[\d+\]", "[]", key.rpartition(".")[0]))
+    if above is not None and not above.section:  # pydantic names the branch of a union that it tried
+        key = key.rpartition(".")[0]
     where = nearest_mark(marks, key)
     if error["type"] == "extra_forbidden":
         return f"`{key}` is not a recipe key ({where}). {_suggest(key, fields)}"

@@ -65,8 +65,8 @@ def command(*args):
 def test_run_passes_the_resolved_recipe(calls):
     result = command("run", "recipes/a.yaml", "ppo.kl_coef=0.5", "seed=3", "--until", "reward")
     assert result.exit_code == 0, result.output
-    ((name, recipe, until),) = calls
-    assert name == "run" and until == ("until", "reward")
+    ((name, recipe, until, force),) = calls
+    assert name == "run" and until == ("until", "reward") and force == ("force", False)
     assert (recipe.name, recipe.ppo.kl_coef, recipe.seed) == ("a", 0.5, 3)
 
 
@@ -104,7 +104,7 @@ def test_chat_about_a_video_that_is_not_there(calls):
 
 
 def ends_with(calls, monkeypatch, error):
-    def run(recipe, until=None):
+    def run(recipe, until=None, force=False):
         raise error
 
     monkeypatch.setattr(rlaif_lite.pipeline, "run", run)
@@ -138,7 +138,7 @@ SLEEPER = """
 import sys, time, types, multiprocessing
 import rlaif_lite
 from rlaif_lite import cli
-def run(recipe, until=None):
+def run(recipe, until=None, force=False):
     if {pool}:
         with multiprocessing.get_context("fork").Pool(1) as pool:
             pool.map(abs, [1])

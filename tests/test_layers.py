@@ -13,7 +13,7 @@ PACKAGE = ROOT / "rlaif_lite"
 FLOORS = [
     {"cli"},
     {"pipeline", "chat", "doctor", "exchange"},
-    {"stages"},
+    {"stages", "planner"},
     {"workspace"},
     {"judge", "training"},
     {"rollout"},
@@ -24,7 +24,7 @@ FLOORS = [
     {"recipe"},
     {"recipe_checks"},
     {"recipe_file"},
-    {"marked_yaml", "progress"},
+    {"marked_yaml", "progress", "phases"},
     {"errors"},
     {"__init__"},
 ]

@@ -77,7 +77,7 @@ def test_unknown_key_suggestions(line, suggestion):
         ("ppo: {lr: .nan}", "`ppo.lr` is nan", "a number, above 0"),
         ("ppo: {whiten_rewards: yes}", "`ppo.whiten_rewards` is 'yes' (text)", "true or false"),
         ("ppo: {value: both}", "`ppo.value` is 'both' (text)", "one of adapter | none"),
-        ("ppo: {micro_batch: 0}", "`ppo.micro_batch` is 0", "a whole number, at least 1, or null"),
+        ("ppo: {micro_batch: 0}", "`ppo.micro_batch` is 0", "a whole number, at least 1, auto, or null"),
         ("sft: 3", "`sft` is 3 (x.yaml:2)", "a section, keys indented below it"),
         ("ppo: null", "`ppo` is null", "a section"),
         ("data: {rl: prompts.json}", "`data.rl` is 'prompts.json' (text)", "a list"),

@@ -43,17 +43,23 @@ class Read(NamedTuple):
     records: list[Record]
     format: str  # one of the names in the module docstring
     path: str
+    share: float = 1.0  # of the file that was read
 
 
-def read_records(path: str | os.PathLike, *, video_root: str | os.PathLike | None = None) -> Read:
+def read_records(
+    path: str | os.PathLike, *, video_root: str | os.PathLike | None = None, limit: int | None = None
+) -> Read:
     """Read a `.json` (a list) or `.jsonl` file. Relative video names are sought in `video_root`, then beside the file.
+    `limit`: no more than the first so many records.
 
     Raises DataError naming the file, the index of the record (from 0) and what is wrong with it.
     """
     path = Path(path)
     look = _Videos([str(video_root)] if video_root else [], str(path.parent))
     records, format = [], ""
-    for index, found in _objects(path):
+    for index, found, share in _objects(path):
+        if index == limit:
+            break
         source, place = f"{path.name}#{index}", f"{path}, record {index}"
         if not isinstance(found, dict):
             raise DataError(f"{place}: expected an object, found {type(found).__name__}.")
@@ -71,7 +77,7 @@ def read_records(path: str | os.PathLike, *, video_root: str | os.PathLike | Non
     if not records:
         raise DataError(f"{path}: it holds no records.")
     log.info("%s: %d records, format %s", path, len(records), format)
-    return Read(records, format, str(path))
+    return Read(records, format, str(path), share)
 
 
 def detect(found: dict) -> str:
@@ -128,8 +134,9 @@ def check_videos(records: list[Record]) -> list[Record]:
 # ---- the file
 
 
-def _objects(path: Path) -> Iterator[tuple[int, object]]:
-    """(index, decoded object), one at a time: a released file of 700 MB is never held as a tree of Python objects."""
+def _objects(path: Path) -> Iterator[tuple[int, object, float]]:
+    """(index, decoded object, share of the file read by then), one at a time: a released file of 700 MB is never held
+    as a tree of Python objects."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -144,7 +151,7 @@ def _objects(path: Path) -> Iterator[tuple[int, object]]:
             found, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, record {index}, line {error.lineno}: it is not JSON ({error.msg}).") from None
-        yield index, found
+        yield index, found, at / len(text)
         index, at = index + 1, _skip(text, at)
         if is_list and text[at : at + 1] == ",":
             at = _skip(text, at + 1)

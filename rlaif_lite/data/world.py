@@ -241,7 +241,7 @@ def easy_records(name: str, video: str, facts: Facts, rng: random.Random, weak: 
     )
 
 
-def _records(splits: WorldSplits, seed: int, config: WorldConfig) -> Iterator[tuple[str, dict]]:
+def world_records(splits: WorldSplits, seed: int, config: WorldConfig) -> Iterator[tuple[str, dict]]:
     """(file, record) of the whole world. Only prompts carry `facts`, and only evaluation may read them."""
     describe_it = "<video> describe the video"
     for split, count in asdict(splits).items():
@@ -298,7 +298,7 @@ def write_world(
         if progress:
             progress(len(wanted) - len(jobs) + done, len(wanted))
     files: dict[str, list[str]] = {}
-    for file, record in _records(splits, seed, config):
+    for file, record in world_records(splits, seed, config):
         files.setdefault(file, []).append(json.dumps(record) + "\n")
     for file, lines in files.items():
         (folder / file).write_text("".join(lines))

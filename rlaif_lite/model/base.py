@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from ..errors import ModelError
@@ -135,6 +135,16 @@ def resolve_base(name: str) -> str:
     return str(EMBEDDED[name]) if name in EMBEDDED else os.path.expanduser(name)
 
 
+def read_config(section: Model) -> PretrainedConfig:
+    """The base's config.json; raises ModelError when it is not a checkpoint's."""
+    try:
+        return AutoConfig.from_pretrained(resolve_base(section.base), revision=section.revision)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise ModelError(
+            f"`model.base: {section.base}` cannot be read as a transformers checkpoint: {error}"
+        ) from error
+
+
 def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
     """Load the recipe's base, frozen, on `device`.
 
@@ -142,12 +152,7 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
     checkpoint, a loader that cannot serve.
     """
     path = resolve_base(section.base)
-    try:
-        config = AutoConfig.from_pretrained(path, revision=section.revision)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise ModelError(
-            f"`model.base: {section.base}` cannot be read as a transformers checkpoint: {error}"
-        ) from error
+    config = read_config(section)
     family = family_of(config)
     dtype = torch_dtype(section, device)
     quantization = None

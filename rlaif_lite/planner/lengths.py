@@ -1,0 +1,95 @@
+"""How long the texts of each split are, in tokens, before anything is tokenised for a run.
+
+From the data files where they are there (their first records), from the world's own generator where the run will make
+them, and otherwise assumed. Tokens are counted by the base's tokenizer where it lies on this disk, else from
+characters.
+"""
+
+from pathlib import Path
+from typing import Callable, Iterable, NamedTuple
+
+from transformers import AutoTokenizer
+
+from ..data.readers import read_records
+from ..data.records import Record, from_json
+from ..data.world import WorldConfig, WorldSplits, world_records
+from ..model.base import resolve_base
+from ..model.inputs import VIDEO_MARK
+from ..recipe import Recipe
+
+LOOK = 2000  # records of a file that are read
+WORLD_LOOK = 24  # videos of a split of the world that are looked at
+PER_TOKEN = 3.5  # characters, where the tokenizer is not here
+TEMPLATE = 30  # tokens of a chat template around a message, where the tokenizer is not here
+PROMPT, ANSWER = 128, 256  # tokens, of a file that is not here
+
+
+class Texts(NamedTuple):
+    """One split."""
+
+    records: int
+    videos: int
+    prompt: int  # tokens of the longest prompt with its template, the video's tokens not among them
+    answer: int  # of the longest answer
+    both: int  # of the longest record
+    known: bool  # false: the file is not here, and all of this is assumed
+
+
+class Lengths(NamedTuple):
+    count: Callable[[str], int]  # tokens of a text
+    template: int  # tokens around a message
+    splits: dict[str, Texts]
+
+
+def lengths_of(recipe: Recipe) -> Lengths:
+    """Look at the recipe's data; files that are not there yet are assumed to hold PROMPT and ANSWER tokens."""
+    path = Path(resolve_base(recipe.model.base))
+    if (path / "tokenizer_config.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        count = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+        shell = tokenizer.apply_chat_template if tokenizer.chat_template else None
+        said = [{"role": "user", "content": "a"}]
+        template = count(shell(said, tokenize=False, add_generation_prompt=True)) - 1 if shell else TEMPLATE
+    else:
+        count, template = lambda text: round(len(text) / PER_TOKEN), TEMPLATE
+    data = recipe.data
+    named = {
+        "sft_easy": data.sft_easy or data.sft,
+        "sft_hard": data.sft_hard or data.sft,
+        "policy_init": data.policy_init,
+        "preference": data.preference,
+        "rl": data.rl,
+        "test": data.test,
+    }
+    return Lengths(
+        count, template, {name: _texts(recipe, files, count, template) for name, files in named.items() if files}
+    )
+
+
+def _texts(recipe: Recipe, files: Iterable[str], count: Callable[[str], int], template: int) -> Texts:
+    found, total, known = [], 0, True
+    for file in files:
+        if file.startswith("world:"):
+            records, share = _of_world(recipe, file.removeprefix("world:"))
+        elif Path(file).expanduser().is_file():
+            read = read_records(Path(file).expanduser(), limit=LOOK)
+            records, share = read.records, read.share
+        else:
+            records, share, known = [], 1.0, False
+        found += records
+        total += round(len(records) / share)
+    sizes = [(sum(count(m.content.replace(VIDEO_MARK, "")) for m in r.prompt), count(r.answer or "")) for r in found]
+    if not sizes:
+        return Texts(0, 0, PROMPT + template, ANSWER, PROMPT + template + ANSWER, False)
+    videos = len({r.video for r in found}) * total // len(found)
+    prompt, answer = (max(column) for column in zip(*sizes))
+    return Texts(total, videos, prompt + template, answer + 1, max(map(sum, sizes)) + template + 1, known)
+
+
+def _of_world(recipe: Recipe, name: str) -> tuple[list[Record], float]:
+    """(some records of a world's set, which share of all they are)"""
+    world, look = recipe.data.world, WORLD_LOOK
+    split = {"sft_easy": "sft", "sft_hard": "sft", "policy_init": "rl"}.get(name, name)
+    splits = WorldSplits(**{"sft": 0, "preference": 0, "rl": 0, "test": 0} | {split: look})
+    lines = world_records(splits, world.seed, WorldConfig(weak_video=world.weak_video))
+    return [from_json(line, name) for file, line in lines if file == f"{name}.jsonl"], look / getattr(world, split)

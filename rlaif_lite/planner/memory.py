@@ -1,0 +1,98 @@
+"""Bytes of what a forward, a backward and a rollout hold, from shapes: the formulas that the plan adds up.
+
+What autograd keeps was counted tensor by tensor and is exact (a test holds it against saved-tensor hooks on 4-bit bases
+with LoRA). What a step holds beyond that is fitted to peaks of torch's CPU allocator, which a test holds too. The
+constants that only a GPU could confirm are marked ASSUMED: none of them was measured on one.
+
+Letters, per token: H width, Q query width, I width of the feed-forward, E bytes of the base's dtype. Adapters are
+float32.
+"""
+
+from rlaif_kernels.rows import chunk_size
+
+from ..recipe import Features, Model
+from ..rollout import slot_bytes, slot_length
+from ..rollout.loop import PREFILL_TOKENS
+from .shapes import Shapes, frame_size
+
+ADAPTER = 4  # bytes of a parameter that is trained; its gradient takes as much, Adam's two moments twice that
+DRAW = 32  # bytes per slot and vocabulary entry while a token is drawn: float32 logits, float64 probabilities
+CUBLAS = 32 << 20  # ASSUMED: its workspace on newer cards, inside torch's allocator
+RESERVE = 3 << 29  # ASSUMED: 1.5 GiB for the CUDA context and what the allocator cannot use
+
+# A CPU's heap cannot give the hole that a freed tensor left to one of the same size (tensors are aligned, heap blocks
+# are not), so it grows by what a forward allocates and not by what it keeps. Measured on Linux's malloc, 1280 to 3840
+# tokens: 2.7 bytes for every byte kept. Blocks of 32 MiB and more are mapped apart and given back.
+HEAP = 2.7
+MAPPED = 32 << 20
+
+
+def saved_by_layer(shapes: Shapes, section: Model, length: int) -> int:
+    """Bytes that one layer keeps for the backward, per token of a row of `length`."""
+    H, Q, I, E = shapes.width, shapes.query, shapes.ffn, shapes.dtype.itemsize
+    targets = set(section.lora.targets)
+    qkv, mlp = len(targets & {"q_proj", "k_proj", "v_proj"}), len(targets & {"gate_proj", "up_proj"})
+    norms = 2 * (4 * H + 4)  # in float32, and their scales
+    attention = E * 4 * Q + 4 * shapes.text.num_attention_heads + E * length  # q, k, v (repeated), out; lse; mask
+    feed_forward = E * 3 * I  # gate, its activation, up
+    if E == 4:  # the adapters of one input share it; attention's output is kept already
+        inputs = 4 * H * (bool(qkv) + bool(mlp)) + 4 * I * ("down_proj" in targets)
+    else:  # each adapter keeps a float32 copy of its own
+        inputs = 4 * (H * (qkv + mlp) + Q * ("o_proj" in targets) + I * ("down_proj" in targets))
+    return norms + attention + feed_forward + inputs + 4 * section.lora.rank * len(targets)
+
+
+def training(shapes: Shapes, section: Model, rows: int, length: int) -> int:
+    """Peak of a forward and backward of `rows` x `length` tokens, beside weights and gradients of the adapters."""
+    H, I, E = shapes.width, shapes.ffn, shapes.dtype.itemsize
+    layer = saved_by_layer(shapes, section, length)
+    in_backward = 8 * I if E == 4 else 4 * I + 7 * H
+    if section.gradient_checkpointing:
+        per_token = shapes.layers * E * H + layer + in_backward
+    else:
+        per_token = shapes.layers * layer + max(in_backward, 22 * H)  # 22 H: the final norm's backward
+    return rows * length * (per_token + 4 * H) + E * shapes.largest
+
+
+def forward(shapes: Shapes, rows: int, length: int) -> int:
+    """Peak of a forward without gradients."""
+    H, I, E = shapes.width, shapes.ffn, shapes.dtype.itemsize
+    per_token = 14 * I + 17 * H if E == 4 else 11 * I + 13 * H
+    return rows * length * (per_token + 2 * E * length) + E * shapes.largest  # 2 E S: the mask, and its copy
+
+
+def logits(shapes: Shapes, tokens: int, on_gpu: bool) -> int:
+    """One chunk of logits for `tokens` scored positions, their hidden states and the gradient of these."""
+    chunk = chunk_size(tokens, shapes.vocabulary, 4, on_gpu) * shapes.vocabulary * 4
+    return chunk + 3 * shapes.dtype.itemsize * tokens * shapes.width
+
+
+def slots(shapes: Shapes, count: int, prompt: int, new: int) -> int:
+    """Keys and values of `count` answers in flight, and of the prompts that wait beside them."""
+    waiting = min(count, max(1, PREFILL_TOKENS // prompt))
+    held = count * slot_bytes(shapes.text, slot_length(prompt, new), shapes.dtype)
+    return held + waiting * slot_bytes(shapes.text, prompt, shapes.dtype)
+
+
+def sampling(shapes: Shapes, count: int, prompt: int) -> int:
+    """What prefilling prompts, or else drawing the next tokens, takes."""
+    waiting = min(count, max(1, PREFILL_TOKENS // prompt))
+    return max(forward(shapes, waiting, prompt), forward(shapes, count, 1) + DRAW * count * shapes.vocabulary)
+
+
+def on_heap(shapes: Shapes, tokens: int, kept: int) -> int:
+    """What `kept` bytes of activations cost a CPU's heap, see HEAP."""
+    return int(kept * HEAP) if tokens * shapes.ffn * shapes.dtype.itemsize < MAPPED else kept
+
+
+def tower(shapes: Shapes, section: Features) -> int:
+    """Encoding the frames of one video's views at once: pixels, and activations of the vision tower."""
+    vision, E = shapes.config.vision_config, shapes.dtype.itemsize
+    views = [section.frames] + [section.clip_frames] * section.clips
+    sizes = [frame_size(shapes, section, frames) for frames in views]
+    pixels = sum(height * width * frames for (height, width), frames in zip(sizes, views))
+    side = shapes.images.patch.side if shapes.images.patch else vision.patch_size
+    # SigLIP and CLIP name their layers and their feed-forward, and LLaVA asks for the output of every layer
+    layers = vision.num_hidden_layers + 1 if "vision_feature_layer" in shapes.config.to_dict() else 0
+    ffn = vision.to_dict().get("intermediate_size", 4 * vision.hidden_size)
+    return int(3 * pixels * (4 + E) + E * pixels / side**2 * ((layers + 4) * vision.hidden_size + 3 * ffn))

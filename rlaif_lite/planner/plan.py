@@ -1,0 +1,281 @@
+"""The plan of a run: what each stage takes of memory, disk and time, whether that fits, and what to change if not."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+import torch
+
+from ..errors import RecipeError, StageError
+from ..recipe import Recipe, load_recipe
+from ..workspace import pick_device
+from . import memory, rates
+from .lengths import Lengths, lengths_of
+from .memory import ADAPTER
+from .shapes import Shapes, shapes_of, video_tokens
+from .stages import Holding, Inventory, Phase
+
+AUTO = (
+    "sft.easy.micro_batch",
+    "sft.hard.micro_batch",
+    "sft.policy_init.micro_batch",
+    "reward.micro_batch",
+    "ppo.micro_batch",
+)
+WORLD_VIDEO = 67_000  # bytes of one of the world's files; measured
+ON_HOST = 4 << 30  # ASSUMED: the process beside a GPU, with CUDA's libraries
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+StagesOf = Callable[[Recipe], dict[str, Holding]]
+
+
+class Device(NamedTuple):
+    """Where a run goes."""
+
+    name: str
+    on_gpu: bool
+    memory: int  # bytes that there are for this process
+    process: int  # bytes it holds already: on a CPU the interpreter and its libraries
+    reserve: int  # bytes that no plan may count on
+
+    @property
+    def room(self) -> int:
+        return self.memory - self.reserve
+
+
+class StagePlan(NamedTuple):
+    """One stage."""
+
+    peak: int  # bytes, as the run will measure it
+    phase: str  # in which the peak comes
+    terms: dict[str, int]  # bytes by kind at the peak; they sum to it
+    fits: bool
+    proposals: dict[str, int]  # recipe key -> the largest value that fits, for all keys that matter to this stage
+    change: str | None  # what to do where it does not fit
+    host: int  # bytes of host memory
+    disk: int | None  # bytes that it leaves on disk; None: its data are not here
+    seconds: float | None  # None: not known
+    basis: str  # where the time comes from
+
+
+class Plan(NamedTuple):
+    """A whole run; `recipe` has numbers where the recipe given had `auto`."""
+
+    recipe: Recipe
+    device: Device
+    stages: dict[str, StagePlan]
+    notes: list[str]  # what had to be assumed
+
+
+def device_of(recipe: Recipe, gpu: str | None = None) -> Device:
+    """The device that the recipe asks for on this machine, or a card of the size given ("24GB")."""
+    if gpu is not None:
+        return Device(f"a card of {gpu}", True, size_in_bytes(gpu), 0, memory.RESERVE)
+    device = torch.device(pick_device(recipe.device))
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return Device(
+            torch.cuda.get_device_name(device), True, free + torch.cuda.memory_reserved(device), 0, memory.RESERVE
+        )
+    return Device("cpu", False, host_memory(), resident(), 0)
+
+
+def size_in_bytes(text: str) -> int:
+    """ "24GB" -> 24e9, "24GiB" -> 24 * 2**30. Raises RecipeError for what is no size."""
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?)B?\s*", text.upper())
+    if not found:
+        raise RecipeError(f"--gpu {text} is no size. Write it as 24GB (10^9 bytes) or 24GiB (2^30).")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def host_memory() -> int:
+    """Bytes of memory that this machine, or the container around this process, has."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return total if text == "max" else min(total, int(text))
+
+
+def resident() -> int:
+    """Bytes that this process holds now; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
+    """Plan every stage from config files, the data that is here, and arithmetic; nothing else is read or loaded.
+
+    Raises ModelError for a base that is not supported or whose config cannot be read."""
+    device = device_of(recipe, gpu)
+    kind = torch.device("cuda" if device.on_gpu else "cpu")
+    shapes, lengths = shapes_of(recipe.model, kind), lengths_of(recipe)
+    judge = None if recipe.model.reward_base is None else shapes_of(recipe.model.for_reward(), kind)
+
+    def stages_of(recipe: Recipe) -> dict[str, Holding]:
+        return Inventory(recipe, shapes, judge, lengths, device.on_gpu).stages()
+
+    recipe = _with_numbers(recipe, device, stages_of)
+    disk, times = _disk(recipe, shapes, judge, lengths), rates.seconds(recipe, lengths, device.on_gpu)
+    stages = {}
+    for name, holding in stages_of(recipe).items():
+        peak, phase, terms = _peak(holding, device)
+        change = None if peak <= device.room else _change(recipe, name, holding, device, stages_of)
+        stages[name] = StagePlan(
+            peak, phase, terms, change is None, _proposals(holding, device), change,
+            ON_HOST if device.on_gpu else peak, disk.get(name, 0), *times[name],
+        )  # fmt: skip
+    notes = [
+        f"data.{name}: its files are not here; {texts.both} tokens a record are assumed"
+        for name, texts in lengths.splits.items()
+        if not texts.known
+    ]
+    if shapes.images.patch:
+        notes.append("frames are taken to be 360 x 640 pixels; a video of another shape has other tokens")
+    if device.on_gpu:
+        notes.append("no GPU figure was measured on one: derived from shapes and from peaks of the same code on a CPU")
+    return Plan(recipe, device, stages, notes)
+
+
+def _bytes(holding: Holding, phase: Phase, rows: int, device: Device) -> dict[str, int]:
+    process = {"process": device.process} if device.process else {}
+    terms = process | holding.fixed
+    for kind, size in phase.terms(rows).items():
+        terms[kind] = terms.get(kind, 0) + size
+    return terms
+
+
+def _peak(holding: Holding, device: Device) -> tuple[int, str, dict[str, int]]:
+    """(bytes, phase, bytes by kind) of the phase that takes most."""
+    idle = Phase("", None, 0, 0, lambda rows: {})
+    found = [(phase.name, _bytes(holding, phase, phase.rows, device)) for phase in holding.phases or [idle]]
+    name, terms = max(found, key=lambda each: sum(each[1].values()))
+    return sum(terms.values()), name, terms
+
+
+def _largest(holding: Holding, phase: Phase, device: Device) -> int:
+    """The most rows that fit, micro-batches evened out over as many pieces; 0 where not even one does."""
+    fits = lambda rows: sum(_bytes(holding, phase, rows, device).values()) <= device.room
+    low, high = 0, phase.most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return -(-phase.most // -(-phase.most // low)) if low and phase.key in AUTO else low
+
+
+def _proposals(holding: Holding, device: Device) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for phase in holding.phases:
+        if phase.key is not None:
+            found[phase.key] = min(_largest(holding, phase, device), found.get(phase.key, phase.most))
+    return found
+
+
+def _change(recipe: Recipe, name: str, holding: Holding, device: Device, stages_of: StagesOf) -> str:
+    """What to do about a stage that does not fit: smaller batches, then recomputing, then a smaller problem."""
+    wanted, most = [], _proposals(holding, device)
+    for phase in holding.phases:
+        if phase.key and sum(_bytes(holding, phase, phase.rows, device).values()) > device.room:
+            if most[phase.key] == 0:
+                return _smaller(recipe, name, phase.key, device, stages_of)
+            where = recipe.where(phase.key)
+            wanted.append(f"`{phase.key}` ({where}) is {phase.rows}; set it to {most[phase.key]}")
+    alone = f"what it holds all the time is too much: take a smaller `model.base` ({recipe.where('model.base')})"
+    return "; ".join(dict.fromkeys(wanted)) or alone
+
+
+def _smaller(recipe: Recipe, name: str, size: str, device: Device, stages_of: StagesOf) -> str:
+    """Not even one row fits at the key `size`."""
+    key = "model.gradient_checkpointing"
+    if not recipe.model.gradient_checkpointing and size in AUTO:
+        most = _proposals(stages_of(with_key(recipe, key, True))[name], device)[size]
+        if most > 0:
+            return f"set `{key}: true` ({recipe.where(key)}), and `{size}` to {most} at most"
+    if recipe.model.quantization == "none":
+        return f"set `model.quantization: nf4` ({recipe.where('model.quantization')})"
+    return (
+        f"not even one row fits at `{size}`: keep fewer video tokens (`features.prune`, "
+        f"{recipe.where('features.prune')}), shorten the answers, or take a smaller base"
+    )
+
+
+def with_key(recipe: Recipe, key: str, value: Any) -> Recipe:
+    """The recipe with another value at a dotted key."""
+
+    def put(section, names: list[str]):
+        name, *rest = names
+        return section.model_copy(update={name: put(getattr(section, name), rest) if rest else value})
+
+    return put(recipe, key.split("."))
+
+
+def get_key(recipe: Recipe, key: str) -> Any:
+    """The value at a dotted key; None below a section that the recipe leaves out."""
+    value: Any = recipe
+    for name in key.split("."):
+        value = None if value is None else getattr(value, name)
+    return value
+
+
+def _with_numbers(recipe: Recipe, device: Device, stages_of: StagesOf) -> Recipe:
+    """`micro_batch: auto` becomes the largest that fits; where none does, 1, and the plan says so."""
+    keys = [key for key in AUTO if get_key(recipe, key) == "auto"]
+    for key in keys:
+        recipe = with_key(recipe, key, 1)
+    most: dict[str, int] = {}
+    for holding in stages_of(recipe).values() if keys else ():
+        most |= _proposals(holding, device)
+    for key in keys:
+        recipe = with_key(recipe, key, max(1, most.get(key, 1)))
+    return recipe
+
+
+def settle(recipe: Recipe, folder: Path) -> Recipe:
+    """`auto` as the run in `folder` settled it when it began, so that it goes on with the same bits."""
+    keys = [key for key in AUTO if get_key(recipe, key) == "auto"]
+    before = load_recipe(folder / "recipe.yaml") if keys and (folder / "recipe.yaml").exists() else None
+    for key in keys:
+        if before is not None and isinstance(found := get_key(before, key), int):
+            whole = get_key(recipe, key.replace("micro_batch", "minibatch" if key.startswith("ppo") else "batch_size"))
+            recipe = with_key(recipe, key, min(found, whole))
+    return recipe
+
+
+def refuse(plan: Plan, until: str | None = None) -> None:
+    """Raise StageError, naming the lines to change, where a stage up to `until` cannot fit."""
+    names = list(plan.stages)
+    names = names[: names.index(until) + 1] if until in names else names
+    gib = lambda count: f"{count / 2**30:.1f} GiB"
+    lines = []
+    for name in names:
+        stage = plan.stages[name]
+        if not stage.fits:
+            largest = sorted(stage.terms.items(), key=lambda term: -term[1])[:3]
+            held = ", ".join(f"{kind} {gib(size)}" for kind, size in largest)
+            lines.append(f"  {name} takes {gib(stage.peak)} ({held}): {stage.change}.")
+    if lines:
+        have = f"{plan.device.name} has {gib(plan.device.memory)}, of which {gib(plan.device.reserve)} are kept free"
+        raise StageError(f"This will not fit: {have}.\n" + "\n".join(lines) + "\nTo try all the same, add --force.")
+
+
+def _disk(recipe: Recipe, shapes: Shapes, judge: Shapes | None, lengths: Lengths) -> dict[str, int | None]:
+    """Bytes that stages leave behind: the world's videos, the feature cache, adapters and, while training, two
+    checkpoints."""
+    splits, world, features, adapter = lengths.splits, recipe.data.world, recipe.features, ADAPTER * shapes.lora
+    names = {"sft_easy": "sft", "sft_hard": "sft", "policy_init": "rl"}  # of the world: the same videos
+    videos = {names.get(name, name) if world else name: texts.videos for name, texts in splits.items()}
+    cache = 0
+    for base in [shapes] + ([judge] if judge else []):
+        tokens = sum(videos.values()) * video_tokens(base, features, features.frames)
+        narrated = videos.get("preference", 0) + videos.get("rl", 0) * recipe.reward.context
+        tokens += narrated * features.clips * video_tokens(base, features, features.clip_frames)
+        cache += tokens * base.width * base.dtype.itemsize * (1 + base.deepstack)
+    trained = 1 + (recipe.ppo.value == "adapter")
+    return {
+        "data": WORLD_VIDEO * (world.sft + world.preference + world.rl + world.test) if world else 0,
+        "features": cache if all(texts.known for texts in splits.values()) else None,
+        "sft": 2 * adapter + 2 * 3 * adapter,
+        "reward": 7 * ADAPTER * (judge or shapes).lora,
+        "ppo": trained * 7 * adapter,
+    }

@@ -1,0 +1,42 @@
+"""How long stages take, from rates that were measured; what was not measured is not known.
+
+The one table there is: the embedded base on two cores of an AMD EPYC (docs/results/tiny.md), mean of its runs.
+"""
+
+from ..recipe import Recipe
+from ..training.fit import steps_of
+from .lengths import Lengths
+
+BASIS = "docs/results/tiny.md: the embedded base on two cores of an AMD EPYC"
+UNKNOWN = "not measured for this base and device"
+# Seconds for each: video made, video encoded, record trained on, clip captioned, answer sampled and judged, pair
+# trained on, answer of PPO, answer of the evaluation.
+RATES = {"data": 0.0098, "features": 0.0154, "sft": 0.0129, "context": 0.0041, "preference": 0.0199, "reward": 0.0189,
+         "ppo": 0.055, "evaluate": 0.0058}  # fmt: skip
+
+
+def seconds(recipe: Recipe, lengths: Lengths, on_gpu: bool) -> dict[str, tuple[float | None, str]]:
+    """{stage: (seconds, where that comes from)}"""
+    if recipe.model.base != "embedded" or on_gpu or recipe.data.world is None:
+        return {stage: (None, UNKNOWN) for stage in RATES}
+    world, splits, phases = recipe.data.world, lengths.splits, recipe.sft
+    records = {name: texts.records for name, texts in splits.items()}
+    trained = [(phases.easy, "sft_easy"), (phases.hard, "sft_hard"), (phases.policy_init, "policy_init")]
+    answers = records.get("preference", 0) * recipe.preference.samples
+    evaluated = len(recipe.evaluate.roles) * (1 + recipe.evaluate.samples) + (
+        len(recipe.evaluate.temperatures) * recipe.evaluate.samples if "sft" in recipe.evaluate.roles else 0
+    )
+    videos = world.sft + world.preference + world.rl + world.test
+    counts = {
+        "data": videos,
+        "features": videos,
+        "sft": sum(
+            steps_of(s, records.get(split, 0), s.batch_size) * s.batch_size for s, split in trained if s is not None
+        ),
+        "context": records.get("preference", 0) * recipe.features.clips,
+        "preference": answers,
+        "reward": steps_of(recipe.reward, answers // 2, recipe.reward.batch_size) * recipe.reward.batch_size,
+        "ppo": recipe.ppo.steps * recipe.ppo.rollouts,
+        "evaluate": records.get("test", 0) * evaluated,
+    }
+    return {stage: (rate * counts[stage], BASIS) for stage, rate in RATES.items()}

@@ -1,0 +1,105 @@
+"""What a base weighs and how wide it is, from its config files alone: the architecture is built without any memory.
+
+Shapes: T frames, P tokens per frame.
+"""
+
+from math import floor
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, PretrainedConfig
+
+from ..model.base import QUANT_BLOCK, read_config, resolve_base, torch_dtype
+from ..model.families import Family, family_of
+from ..model.pixels import ImageSpec, image_spec
+from ..recipe import Features, Model
+
+# NF4 with double quantisation: 4 bits, one byte per block of 64, one float32 per 256 of those bytes.
+NF4_BITS = 4 + 8 / QUANT_BLOCK + 32 / (256 * QUANT_BLOCK)
+FRAME = (360, 640)  # pixels, height and width assumed of a video for towers that keep a frame's shape
+
+
+class Shapes(NamedTuple):
+    """The numbers that memory follows from."""
+
+    config: PretrainedConfig
+    text: PretrainedConfig  # of the decoder
+    family: Family
+    images: ImageSpec
+    dtype: torch.dtype  # of what is not quantised
+    width: int  # H
+    ffn: int  # I
+    query: int  # heads x width of a head
+    layers: int
+    vocabulary: int
+    linear: int  # parameters of the decoder's linears: in 4 bits, where the recipe says so
+    largest: int  # of the largest of them
+    rest: int  # embeddings, norms, head: never quantised
+    tower: int  # vision tower and projector
+    lora: int  # parameters of one adapter
+    frame_tokens: int  # P of towers of one size, before pruning; 0 where it depends on the video
+    deepstack: int  # feature tensors per token beyond the first
+
+    def base_bytes(self, section: Model, tower: bool) -> int:
+        bits = NF4_BITS if section.quantization == "nf4" else 8 * self.dtype.itemsize
+        return int(self.linear * bits / 8) + self.dtype.itemsize * (self.rest + tower * self.tower)
+
+
+def shapes_of(section: Model, device: torch.device) -> Shapes:
+    """Raises ModelError for a base that is not one of the families, or cannot be read."""
+    config = read_config(section)
+    family = family_of(config)
+    path = resolve_base(section.base)
+    images = image_spec(path, section.revision, any_size=family.any_size, of_video=family.of_video)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    decoder, text = model.get_decoder(), config.get_text_config()
+    linears = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.Linear)}
+    parts = [getattr(model.base_model, name, None) for name in family.tower]
+    linear = sum(layer.weight.numel() for layer in linears.values())
+    tower = sum(p.numel() for part in parts if part is not None for p in part.parameters())
+    adapted = [m for name, m in linears.items() if name.rpartition(".")[2] in section.lora.targets]
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Shapes(
+        config, text, family, images, torch_dtype(section, device),
+        width=text.hidden_size, ffn=text.intermediate_size, query=text.num_attention_heads * head_width,
+        layers=text.num_hidden_layers, vocabulary=model.get_output_embeddings().weight.shape[0],
+        linear=linear, largest=max(layer.weight.numel() for layer in linears.values()),
+        rest=sum(p.numel() for p in model.parameters()) - linear - tower, tower=tower,
+        lora=sum(section.lora.rank * (m.in_features + m.out_features) for m in adapted),
+        frame_tokens=0 if family.any_size else _frame_tokens(model, family, images),
+        deepstack=len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ()),
+    )  # fmt: skip
+
+
+def _frame_tokens(model: nn.Module, family: Family, images: ImageSpec) -> int:
+    try:
+        pixels_1CHW = torch.empty(1, 3, images.size.height, images.size.width, device="meta")
+        return family.encode(model, pixels_1CHW, images).features_LGPD.shape[2]
+    except (NotImplementedError, RuntimeError):  # SmolVLM looks at the pixels, of which there are none
+        vision = model.config.vision_config
+        return (vision.image_size // vision.patch_size // model.config.scale_factor) ** 2
+
+
+def frame_size(shapes: Shapes, section: Features, frames: int) -> tuple[int, int]:
+    """(height, width) in pixels of a frame as the tower takes it, when so many make up a view."""
+    if not shapes.images.patch:
+        return shapes.images.size.height, shapes.images.size.width
+    return shapes.images.size._replace(limit=section.max_pixels).of(frames)(*FRAME)
+
+
+def video_tokens(shapes: Shapes, section: Features, frames: int) -> int:
+    """Tokens of a view of so many frames, pruned as the recipe says."""
+    groups, tokens = frames, shapes.frame_tokens
+    if patch := shapes.images.patch:
+        groups = -(-frames // patch.frames)
+        height, width = frame_size(shapes, section, frames)
+        tokens = (height // (patch.side * patch.merge)) * (width // (patch.side * patch.merge))
+    for step in section.prune:
+        tokens = step.pool**2 if step.pool else tokens
+        if step.st_mean:
+            return groups + tokens
+        if step.evs:
+            return max(tokens, floor(step.evs * groups * tokens + 1e-9))
+    return groups * tokens

@@ -1,0 +1,219 @@
+"""What every stage holds, phase by phase: weights and adapters all the time, and beside them what one phase needs.
+
+Sizes of batches stand in the recipe; a phase says which key shrinks it, so that the plan can propose a value that fits.
+"""
+
+from typing import Callable, NamedTuple
+
+from ..recipe import Recipe
+from . import memory
+from .lengths import Lengths, Texts
+from .memory import ADAPTER
+from .shapes import Shapes, video_tokens
+
+RECORD = 2000  # bytes of a record in memory; measured on the world's
+LOADING = 25 << 20  # what loading a base leaves on a CPU's heap beside its weights; measured
+MOST = 512  # answers at a time that the plan proposes at most
+NOTHING = Texts(0, 0, 0, 0, 0, True)
+
+
+class Phase(NamedTuple):
+    """A part of a stage, and what it holds when `rows` go through at once."""
+
+    name: str
+    key: str | None  # recipe key that says how many rows; None: nothing does
+    rows: int
+    most: int  # rows that it may have at all
+    terms: Callable[[int], dict[str, int]]  # rows -> bytes by kind
+
+
+class Holding(NamedTuple):
+    """One stage."""
+
+    fixed: dict[str, int]  # bytes by kind, all the time
+    phases: list[Phase]
+
+
+class Inventory:
+    """The stages of one recipe on one device; `judge` is the reward role's own base, where it has one, and `on_gpu`
+    decides how logits are cut and what a heap does."""
+
+    def __init__(self, recipe: Recipe, shapes: Shapes, judge: Shapes | None, lengths: Lengths, on_gpu: bool):
+        self.recipe, self.shapes, self.judge, self.lengths, self.on_gpu = recipe, shapes, judge, lengths, on_gpu
+        self.video = video_tokens(shapes, recipe.features, recipe.features.frames)
+        self.clip = video_tokens(shapes, recipe.features, recipe.features.clip_frames)
+        self.template = lengths.template
+
+    def stages(self) -> dict[str, Holding]:
+        held = {
+            "data": Holding({}, []),
+            "features": self.features(),
+            "sft": self.sft(),
+            "context": self.context(),
+            "preference": self.preference(),
+            "reward": self.reward(),
+            "ppo": self.ppo(),
+            "evaluate": self.evaluate(),
+        }
+        if self.on_gpu:
+            return held
+        records = RECORD * sum(texts.records for texts in self.lengths.splits.values())
+        return {
+            name: Holding(
+                stage.fixed | {"records": records} | ({"workspace": LOADING} if stage.fixed else {}), stage.phases
+            )
+            for name, stage in held.items()
+        }
+
+    # ---- the stages
+
+    def features(self) -> Holding:
+        model, section = self.recipe.model, self.recipe.features
+        held = {"weights": self.shapes.base_bytes(model, tower=True)}
+        encode = lambda rows: {"activations": memory.tower(self.shapes, section)}
+        phases = [Phase("encode", None, 1, 1, encode)]
+        if (judge := self.judge) is not None:  # its tower comes when the base's own was dropped
+            more = judge.base_bytes(model.for_reward(), tower=True) - self.shapes.tower * self.shapes.dtype.itemsize
+            again = lambda rows: {"weights": more, "activations": memory.tower(judge, section)}
+            phases.append(Phase("encode for the reward role", None, 1, 1, again))
+        return Holding(held, phases)
+
+    def sft(self) -> Holding:
+        sft, phases = self.recipe.sft, []
+        for name, section in (("easy", sft.easy), ("hard", sft.hard), ("policy_init", sft.policy_init)):
+            split = name if name == "policy_init" else f"sft_{name}"
+            if section is not None and split in self.lengths.splits:
+                texts = self.texts(split)
+                if sft.replay and name != "easy":  # records of the easy phase come in between
+                    texts = max(texts, self.texts("sft_easy"), key=lambda t: t.both)
+                phases.append(self.training(f"sft.{name}", section, self.video + texts.both, texts.answer))
+        return Holding(self.holds(2, trained=1), phases)
+
+    def context(self) -> Holding:
+        section = self.recipe.context
+        prompt = self.clip + self.template + self.lengths.count(section.prompt)
+        sampling = self.sampling("context.batch_size", section.batch_size, MOST, prompt, section.max_new_tokens)
+        return Holding(self.holds(1), [sampling])
+
+    def preference(self) -> Holding:
+        section, count = self.recipe.preference, self.lengths.count
+        prompt, answer = self.texts("preference").prompt, section.max_new_tokens
+        narrative = self.narrative() * (section.context or section.compare_context)
+        asked = self.video + narrative + prompt
+        lengths = {
+            "claims": asked + count(section.claims.prompt) + answer * (1 if section.claims.mode == "inline" else 2),
+            "pairwise": asked + count(section.pairwise.prompt) + 2 * answer,
+        }
+        judges = [section.judge] if not section.compare_pairs else list(lengths)
+        key, size = "preference.batch_size", section.batch_size
+        reading = [self.reading(f"judge, {judge}", key, size, lengths[judge]) for judge in judges]
+        return Holding(self.holds(1), [self.sampling(key, size, MOST, self.video + prompt, answer), *reading])
+
+    def reward(self) -> Holding:
+        section, per_pair = self.recipe.reward, 2
+        if self.judge is None:
+            return Holding(self.holds(2, trained=1), [self.training("reward", section, self.scored(), 0, per_pair)])
+        own = self.of_judge()
+        fixed = own.holds(1, trained=1)
+        fixed["weights"] += self.shapes.base_bytes(self.recipe.model, tower=False)  # it was loaded before
+        return Holding(fixed, [own.training("reward", section, own.scored(), 0, per_pair)])
+
+    def ppo(self) -> Holding:
+        section, model, new = self.recipe.ppo, self.recipe.model, self.recipe.ppo.max_new_tokens
+        prompt = self.video + self.texts("rl").prompt
+        judged = self.scored() - self.recipe.preference.max_new_tokens  # what the reward and value roles read first
+        length = max(prompt, judged) + new
+        critic = section.value == "adapter"
+        fixed = self.holds(2 + critic + (self.judge is None), trained=1 + critic)
+        if not self.on_gpu:  # what an update that runs out of memory is undone with
+            fixed["adapters"] += 3 * ADAPTER * self.shapes.lora * (1 + critic)
+        micro = int(section.micro_batch or section.minibatch)
+
+        def update(rows: int) -> dict[str, int]:
+            kept = memory.training(self.shapes, model, rows, length)
+            logits = memory.logits(self.shapes, rows * new, self.on_gpu)
+            return self.activations(kept, rows * length) | {"logits": logits}
+
+        answers = self.sampling("ppo.slots", section.slots or section.rollouts, section.rollouts, prompt, new)
+        phases = [answers, Phase("update", "ppo.micro_batch", micro, section.minibatch, update)]
+        if self.judge is not None:
+            own = self.of_judge()
+            for kind, size in own.holds(1).items():
+                fixed[kind] += size
+            judged = own.scored() - self.recipe.preference.max_new_tokens + new
+            phases.append(own.reading("reward scores", "ppo.micro_batch", micro, judged, section.minibatch))
+        return Holding(fixed, phases)
+
+    def evaluate(self) -> Holding:
+        section = self.recipe.evaluate
+        if not section.roles:
+            return Holding({}, [])
+        prompt = self.video + self.texts("test").prompt
+        sampling = self.sampling("evaluate.batch_size", section.batch_size, MOST, prompt, section.max_new_tokens)
+        return Holding(self.holds(1), [sampling])
+
+    # ---- what they are made of
+
+    def of_judge(self) -> "Inventory":
+        """The same, on the reward role's own base."""
+        recipe = self.recipe.model_copy(update={"model": self.recipe.model.for_reward()})
+        return Inventory(recipe, self.judge, None, self.lengths, self.on_gpu)
+
+    def scored(self) -> int:
+        """Tokens of an answer with what the reward role reads before it."""
+        template, prompt = self.recipe.reward.prompt, self.texts("preference").prompt
+        if template is not None:
+            question = prompt - self.template if "{question}" in template else 0
+            prompt = self.template + question + self.lengths.count(template)
+            prompt += self.narrative() * self.recipe.reward.context
+        return self.video + prompt + self.recipe.preference.max_new_tokens
+
+    def narrative(self) -> int:
+        """Tokens of all captions with the words that head them."""
+        heading = 1 if self.recipe.context.markers else 12
+        return self.recipe.features.clips * (self.recipe.context.max_new_tokens + heading)
+
+    def texts(self, split: str) -> Texts:
+        return self.lengths.splits.get(split, NOTHING)
+
+    def holds(self, roles: int, trained: int = 0) -> dict[str, int]:
+        """Base and adapters; of the trained ones also Adam's moments, and the gradients of one at a time."""
+        size = ADAPTER * self.shapes.lora
+        out = {"weights": self.shapes.base_bytes(self.recipe.model, tower=False), "adapters": roles * size}
+        return out | ({"optimizer": 2 * trained * size, "gradients": size} if trained else {})
+
+    def activations(self, kept: int, tokens: int) -> dict[str, int]:
+        if self.on_gpu:
+            return {"activations": kept, "workspace": memory.CUBLAS}
+        return {"activations": memory.on_heap(self.shapes, tokens, kept)}
+
+    def training(self, key: str, section, length: int, scored: int, per_row: int = 1) -> Phase:
+        """A supervised phase: records of `length` tokens, `scored` of them against the vocabulary."""
+
+        def terms(rows: int) -> dict[str, int]:
+            rows = rows * per_row
+            kept = memory.training(self.shapes, self.recipe.model, rows, length)
+            head = {"logits": memory.logits(self.shapes, rows * scored, self.on_gpu)} if scored else {}
+            return self.activations(kept, rows * length) | head
+
+        return Phase(
+            key, f"{key}.micro_batch", int(section.micro_batch or section.batch_size), section.batch_size, terms
+        )
+
+    def sampling(self, key: str, rows: int, most: int, prompt: int, new: int) -> Phase:
+        """Answers in flight, `most` of them at all."""
+
+        def terms(rows: int) -> dict[str, int]:
+            held = {"kv_slots": memory.slots(self.shapes, rows, prompt, new)}
+            dense = self.recipe.model.dense_rollouts
+            if dense or (dense is None and not self.on_gpu):  # a copy of the linears
+                held["workspace"] = self.shapes.linear * self.shapes.dtype.itemsize
+            found = self.activations(memory.sampling(self.shapes, rows, prompt), rows)
+            return {kind: found.get(kind, 0) + held.get(kind, 0) for kind in found | held}
+
+        return Phase("sampling", key, rows, max(rows, most), terms)
+
+    def reading(self, name: str, key: str, rows: int, length: int, most: int = MOST) -> Phase:
+        """Rows that are read without gradients."""
+        terms = lambda rows: self.activations(memory.forward(self.shapes, rows, length), rows * length)
+        return Phase(name, key, rows, max(rows, most), terms)

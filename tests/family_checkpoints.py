@@ -22,6 +22,7 @@ VICUNA = (  # images or the video first, then the text
     "{{ part.text + ' ' }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 CORPUS = ["Frame from 00:01: Time 1.0s: Frame1: <0.5 seconds> user assistant what happens in the video ?\n\n"] * 3
+CORPUS += ["yes", "no", "A", "B", " yes", " no", " A", " B"] * 4  # a judge's words are one token
 
 
 class Tiny(NamedTuple):
@@ -33,6 +34,8 @@ class Tiny(NamedTuple):
     template: str | None
     eos: str = "<|im_end|>"
     bos: str | None = None
+    embeddings: float = 0.4  # deviation, large enough that the model does not repeat one token for ever
+    seed: int = 2
 
 
 QWEN_TOKENS = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
@@ -56,7 +59,7 @@ TINY = {
     ),
     "internvl": Tiny(
         hf.InternVLConfig, hf.InternVLForConditionalGeneration,
-        ["<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"], CHATML.replace("VIDEO", "<video>\n"),
+        ["<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"], CHATML.replace("VIDEO", "<video>\n"), embeddings=0.12, seed=4,
     ),
     "smolvlm": Tiny(
         hf.SmolVLMConfig, hf.SmolVLMForConditionalGeneration,
@@ -72,7 +75,8 @@ def build_tokenizer(tiny: Tiny) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token=tiny.bos, eos_token=tiny.eos, pad_token="<pad>",
@@ -92,7 +96,14 @@ def build_config(name: str, tokenizer: PreTrainedTokenizerFast):
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     vocabulary = len(tokenizer) + 8
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=FRAME, patch_size=PATCH)
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=FRAME,
+        patch_size=PATCH,
+    )
     if name in ("llava", "llava_next_video", "video_llava", "llava_onevision"):
         tower = "siglip_vision_model" if name == "llava_onevision" else "clip_vision_model"
         text = _text("qwen2" if name == "llava_onevision" else "llama", vocabulary, **ends)
@@ -144,7 +155,12 @@ def build_config(name: str, tokenizer: PreTrainedTokenizerFast):
 
 def processor_files(name: str) -> dict[str, dict]:
     """The settings by file name, spelled as the family's published checkpoints spell them."""
-    common = {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28], "do_normalize": True, "do_rescale": True}
+    common = {
+        "image_mean": [0.48, 0.46, 0.41],
+        "image_std": [0.27, 0.26, 0.28],
+        "do_normalize": True,
+        "do_rescale": True,
+    }
     patches = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
     crop = {"size": {"shortest_edge": FRAME}, "crop_size": {"height": FRAME, "width": FRAME}, "do_center_crop": True}
     exact = {"size": {"height": FRAME, "width": FRAME}}
@@ -162,7 +178,10 @@ def processor_files(name: str) -> dict[str, dict]:
     if name in ("llava", "video_llava", "llava_next_video"):
         return {"preprocessor_config.json": common | crop}
     if name == "smolvlm":
-        return {"preprocessor_config.json": common | {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": FRAME}}}
+        return {
+            "preprocessor_config.json": common
+            | {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": FRAME}}
+        }
     return {"preprocessor_config.json": common | exact, "video_preprocessor_config.json": common | exact}
 
 
@@ -170,11 +189,11 @@ def write(name: str, folder: Path) -> Path:
     """A checkpoint of family `name` in `folder`, with weights large enough for every part to show in the logits."""
     tiny = TINY[name]
     tokenizer = build_tokenizer(tiny)
-    torch.manual_seed(2)
+    torch.manual_seed(tiny.seed)
     model = tiny.model(build_config(name, tokenizer)).eval()
     for key, weight in model.named_parameters():
         if weight.dim() > 1 or key.endswith(("image_newline", "class_embedding")):
-            torch.nn.init.normal_(weight.data, std=0.12)
+            torch.nn.init.normal_(weight.data, std=tiny.embeddings if "embed_tokens" in key else 0.12)
     model.save_pretrained(folder, max_shard_size="200KB")
     tokenizer.save_pretrained(folder)
     for file, settings in processor_files(name).items():

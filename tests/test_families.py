@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from core import small_recipe
 from family_checkpoints import FRAME, PATCH, TINY, write
 from PIL import Image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.video_utils import VideoMetadata
 
 import transformers
+from rlaif_lite import pipeline
 from rlaif_lite.data.records import Message
 from rlaif_lite.errors import ModelError, RecipeError
 from rlaif_lite.model.base import Base, load_base
@@ -47,7 +49,11 @@ class Case:
         time_T = np.arange(FRAMES) * STEP / FPS
         self.frames = Frames(rgb_THWC=rgb_THWC, time_T=time_T, duration=SECONDS, source="decord", reason="", timed=True)
         self.pixels_TCHW = to_pixels(rgb_THWC, self.base.images)
-        self.grid = (FRAMES // (self.base.images.patch.frames if self.base.images.patch else 1), height // PATCH, width // PATCH)
+        self.grid = (
+            FRAMES // (self.base.images.patch.frames if self.base.images.patch else 1),
+            height // PATCH,
+            width // PATCH,
+        )
 
     def record(self, chain: list[dict]):
         return encode(self.base, {"v": self.frames}, chain)["v"]
@@ -131,26 +137,43 @@ def own_text(case: Case) -> str:
     if case.name == "smolvlm":
         from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE as template
     text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=True)
-    metadata = VideoMetadata(total_num_frames=int(SECONDS * FPS), fps=FPS, duration=SECONDS, frames_indices=[STEP * i for i in range(count)])
+    metadata = VideoMetadata(
+        total_num_frames=int(SECONDS * FPS), fps=FPS, duration=SECONDS, frames_indices=[STEP * i for i in range(count)]
+    )
     grid_13 = torch.tensor([case.grid])
     inputs = {"video_metadata": [metadata], "video_grid_thw": grid_13, "pixel_values_videos": case.pixels_TCHW[None].numpy(),
               "pixel_values": case.pixels_TCHW if case.name == "llava" else case.pixels_TCHW[None]}  # fmt: skip
     processor = processor_type.__new__(processor_type)
     processor.tokenizer, processor.image_token, processor.video_token = tokenizer, "<image>", "<video>"
     processor.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
-    processor.patch_size, processor.num_additional_image_tokens, processor.vision_feature_select_strategy = PATCH, 1, "default"
+    processor.patch_size, processor.num_additional_image_tokens, processor.vision_feature_select_strategy = (
+        PATCH,
+        1,
+        "default",
+    )
     if case.name.startswith("qwen"):
         processor.video_token = "<|video_pad|>"
         processor.vision_start_token, processor.vision_end_token = "<|vision_start|>", "<|vision_end|>"
     if case.name == "llava_onevision":
         processor.num_image_tokens = (FRAME // PATCH) ** 2
     if case.name == "video_llama_3":
-        inputs |= {"video_merge_sizes": torch.tensor([2]), "video_compression_mask": torch.ones(int(grid_13.prod()) // 4, dtype=torch.bool)}
+        inputs |= {
+            "video_merge_sizes": torch.tensor([2]),
+            "video_compression_mask": torch.ones(int(grid_13.prod()) // 4, dtype=torch.bool),
+        }
     if case.name == "internvl":
-        processor.start_image_token, processor.end_image_token, processor.image_token = "<img>", "</img>", "<IMG_CONTEXT>"
+        processor.start_image_token, processor.end_image_token, processor.image_token = (
+            "<img>",
+            "</img>",
+            "<IMG_CONTEXT>",
+        )
         processor.image_seq_length = 4
     if case.name == "smolvlm":
-        processor.image_seq_len, processor.fake_image_token, processor.global_image_token = 4, "<fake_token_around_image>", "<global-img>"
+        processor.image_seq_len, processor.fake_image_token, processor.global_image_token = (
+            4,
+            "<fake_token_around_image>",
+            "<global-img>",
+        )
     if case.name == "llava":
         first, *rest = text.split("<image>")
         return first + "".join(processor.replace_image_token(inputs, i) + part for i, part in enumerate(rest))
@@ -196,7 +219,9 @@ def test_adapters_reach_the_decoder_and_nothing_else(case, tmp_path):
     roles = Roles(base, Lora(rank=4, alpha=8.0))
     roles.add("policy")
     names = [name for name, _ in base.model.named_parameters() if "lora_A" in name]
-    assert len(names) == 2 * 7 and not [name for name in names if "vision" in name or "visual" in name or "tower" in name]
+    assert len(names) == 2 * 7 and not [
+        name for name in names if "vision" in name or "visual" in name or "tower" in name
+    ]
     quantised = [name for name, p in base.model.named_parameters() if p.dtype == torch.uint8]
     assert len(quantised) == 2 * 7
     assert not base.has_tower
@@ -247,8 +272,16 @@ def test_pooling_makes_a_smaller_layout(tmp_path):
     """2 x 3 tokens a frame pooled to 2 x 2, deepstack alike; the one that is kept of a pooled frame stays where it was."""
     case = Case("qwen3_vl", write("qwen3_vl", tmp_path))
     full, pooled = case.record([]), case.record([{"pool": 2}])
-    assert pooled.layout_tokens == 18 and pooled.features_KD.shape == (12, 64) and pooled.deepstack_LKD.shape == (2, 12, 64)
-    assert pooled.kept_R.tolist() == [4, 4, 4] and pooled.span_R.tolist() == [2, 2, 2] and full.span_R.tolist() == [3, 3, 3]
+    assert (
+        pooled.layout_tokens == 18
+        and pooled.features_KD.shape == (12, 64)
+        and pooled.deepstack_LKD.shape == (2, 12, 64)
+    )
+    assert (
+        pooled.kept_R.tolist() == [4, 4, 4]
+        and pooled.span_R.tolist() == [2, 2, 2]
+        and full.span_R.tolist() == [3, 3, 3]
+    )
     assert pooled.position_CK[:, :4].tolist() == [[0] * 4, [0, 0, 1, 1], [0, 1, 0, 1]]
     # rows 0-1 and 1-2 of 3 are averaged, columns stay
     want_D = (full.deepstack_LKD[1, 0] + full.deepstack_LKD[1, 2]) / 2
@@ -265,11 +298,16 @@ def test_means_of_a_video_are_one_run(tmp_path):
     record, row = case.record([{"st_mean": True}]), case.row([{"st_mean": True}])
     assert record.kept_R.tolist() == record.span_R.tolist() == [22]
     start = row.ids_S.index(case.base.placeholder_id)
-    assert row.ids_S[start : start + 22] == [case.base.placeholder_id] * 22 and row.ids_S.count(case.base.placeholder_id) == 22
+    assert (
+        row.ids_S[start : start + 22] == [case.base.placeholder_id] * 22
+        and row.ids_S.count(case.base.placeholder_id) == 22
+    )
     assert row.position_CS[0].tolist() == list(range(len(row.ids_S)))
     case = Case("llava_onevision", write("llava_onevision", tmp_path / "ov"))
     record = case.record([{"st_mean": True}])
-    assert record.kept_R.tolist() == [6 + 4 + 1] and torch.equal(record.features_KD[-1], case.base.model.model.image_newline)
+    assert record.kept_R.tolist() == [6 + 4 + 1] and torch.equal(
+        record.features_KD[-1], case.base.model.model.image_newline
+    )
     for name in ("qwen2_vl", "smolvlm"):
         with pytest.raises(RecipeError, match=f"st_mean makes tokens of no time .*`{name}`"):
             check_chain(FAMILIES[name], name, [{"st_mean": True}])
@@ -300,7 +338,9 @@ def test_pixels_are_those_of_the_familys_image_processor(tmp_path, name):
     height, width = spec.size.of(1)(40, 48)
     rgb_THWC = np.random.default_rng(1).integers(0, 256, (3, height, width, 3), dtype=np.uint8)
     kind = {"llava": "LlavaImageProcessorPil", "qwen2_vl": "Qwen2VLImageProcessorPil"}[name]
-    own = getattr(transformers, kind).from_pretrained(folder)([Image.fromarray(rgb) for rgb in rgb_THWC], return_tensors="pt")
+    own = getattr(transformers, kind).from_pretrained(folder)(
+        [Image.fromarray(rgb) for rgb in rgb_THWC], return_tensors="pt"
+    )
     if name == "llava":
         assert (height, width) == (32, 38)  # the shorter side is 32, 3 columns go on either side
         got = to_pixels(rgb_THWC, spec)
@@ -341,7 +381,11 @@ def test_frames_are_decoded_to_the_size_that_fits_them(tmp_path):
     for i in range(3):
         Image.fromarray(np.full((60, 90, 3), 40 * i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
         paths.append(str(tmp_path / f"{i}.png"))
-    for size, shape in ((FrameSize(0, 0, 0, 16, 256, 1600), (32, 48)), (FrameSize(32, 32, 32), (32, 48)), (FrameSize(32, 40), (32, 40))):
+    for size, shape in (
+        (FrameSize(0, 0, 0, 16, 256, 1600), (32, 48)),
+        (FrameSize(32, 32, 32), (32, 48)),
+        (FrameSize(32, 40), (32, 40)),
+    ):
         assert decode_views(paths, {"v": View(3)}, size=size)["v"].rgb_THWC.shape == (3, *shape, 3)
 
 
@@ -353,7 +397,26 @@ def test_numbers_in_words():
 
 def test_a_system_message_replaces_vicunas_own(tmp_path):
     base = Case("video_llava", write("video_llava", tmp_path)).base  # this checkpoint has no template of its own
-    text = base.tokenizer.decode(encode_prompt(base, [Message("system", "be short"), Message("user", "what ?")], None).ids_S)
+    text = base.tokenizer.decode(
+        encode_prompt(base, [Message("system", "be short"), Message("user", "what ?")], None).ids_S
+    )
     assert text == "<s>be short USER: what ? ASSISTANT:"
     text = base.tokenizer.decode(encode_prompt(base, [Message("user", "what ?")], None).ids_S)
     assert text.startswith("<s>A chat between a curious user") and text.endswith(" questions. USER: what ? ASSISTANT:")
+
+
+@pytest.mark.parametrize(
+    "name, chain", [("llava", "[{st_mean: true}]"), ("llava_onevision", "[{evs: 0.5}]"), ("qwen3_vl", "[{pool: 2}, {evs: 0.5}]"),
+                    ("smolvlm", "[{evs: 0.5}]")]
+)  # fmt: skip
+def test_every_stage_runs_on_it(tmp_path, name, chain):
+    """From mp4 to PPO in 4 bits, with gradients recomputed: positions, features and deepstack all the way."""
+    checkpoint = write(name, tmp_path / "base")
+    recipe = small_recipe(
+        checkpoint, tmp_path, f"features.prune={chain}", "model.gradient_checkpointing=true", "reward.pool=last",
+        "reward.pool_tokens=['.']", "preference.max_new_tokens=6", "ppo.max_new_tokens=6", "ppo.steps=2", "evaluate.temperatures=[]",
+    )  # fmt: skip
+    summary = pipeline.run(recipe)
+    assert summary["finished"] and summary["ppo"]["kl_start"] == 0 and np.isfinite(summary["ppo"]["kl_end"])
+    kept = {"llava": 6 + 16, "llava_onevision": 12 + 1, "qwen3_vl": 6, "smolvlm": 12}[name]
+    assert (summary["features"]["frames"], summary["features"]["tokens_after"]) == (6, kept)

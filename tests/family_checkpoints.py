@@ -96,14 +96,14 @@ def build_config(name: str, tokenizer: PreTrainedTokenizerFast):
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.all_special_tokens}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     vocabulary = len(tokenizer) + 8
-    vision = dict(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=FRAME,
-        patch_size=PATCH,
-    )
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": FRAME,
+        "patch_size": PATCH,
+    }
     if name in ("llava", "llava_next_video", "video_llava", "llava_onevision"):
         tower = "siglip_vision_model" if name == "llava_onevision" else "clip_vision_model"
         text = _text("qwen2" if name == "llava_onevision" else "llama", vocabulary, **ends)
@@ -120,7 +120,7 @@ def build_config(name: str, tokenizer: PreTrainedTokenizerFast):
     if name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
         marks = {f"{key}_token_id": ids[f"<|{key}|>"] for key in ("vision_start", "vision_end")}
         marks |= {"image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"]}
-        patches = dict(patch_size=PATCH, spatial_merge_size=2, temporal_patch_size=2)
+        patches = {"patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2}
         if name == "qwen2_vl":
             vision = dict(embed_dim=32, hidden_size=WIDTH, depth=2, num_heads=2, mlp_ratio=2, **patches)
         elif name == "qwen2_5_vl":

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from core import small_recipe
 from family_checkpoints import FRAME, PATCH, TINY, write
 from PIL import Image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.video_utils import VideoMetadata
 
-import transformers
 from rlaif_lite import pipeline
 from rlaif_lite.data.records import Message
 from rlaif_lite.errors import ModelError, RecipeError

@@ -15,6 +15,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from ..model.roles import ActiveRole
+from ..phases import phase
 
 
 @contextlib.contextmanager
@@ -22,8 +23,9 @@ def dense_copy(role: ActiveRole) -> Iterator[None]:
     """Inside, the decoder computes with merged dense weights; after, with its own layers again."""
     held = list(_linears(role.roles.base.decoder))
     try:
-        for parent, name, layer in held:
-            setattr(parent, name, _merged(layer, role.name))
+        with phase("dense copy"):
+            for parent, name, layer in held:
+                setattr(parent, name, _merged(layer, role.name))
         yield
     finally:
         for parent, name, layer in held:

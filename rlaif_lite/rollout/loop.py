@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache
 
 from ..model.inputs import Sequence, collate, decode
 from ..model.roles import ActiveRole
+from ..phases import phase
 from .dense import dense_copy
 from .sampling import Sampling, Trajectory, uniforms
 from .slots import SlotCache, slot_length
@@ -106,7 +107,8 @@ class Rollout:
     def run(self) -> list[Trajectory]:
         while self._refill():
             busy = [row for row, answer in enumerate(self.owner) if answer is not None]
-            found = self.step.run(busy[-1] + 1, max(self._length(row) for row in busy))
+            with phase("decode", len(busy)):
+                found = self.step.run(busy[-1] + 1, max(self._length(row) for row in busy))
             for row in busy:
                 self._append(row, found[row])
         out = []
@@ -133,9 +135,10 @@ class Rollout:
         rows = free[: len(answers)]
         prompts = [answer // self.per_prompt for answer in answers]
         source = [prompt - ready.first for prompt in prompts]
-        self.step.cache.fill(rows, ready.cache, source, [len(self.prompts[prompt].ids_S) for prompt in prompts])
         uniform_RT = self.uniform_AT[answers.start : answers.stop]
-        found = self.step.start(rows, ready.hidden_PD[source], ready.next_position_CP[:, source], uniform_RT)
+        with phase("fill slots", len(rows)):
+            self.step.cache.fill(rows, ready.cache, source, [len(self.prompts[prompt].ids_S) for prompt in prompts])
+            found = self.step.start(rows, ready.hidden_PD[source], ready.next_position_CP[:, source], uniform_RT)
         for row, answer, pair in zip(rows, answers, found, strict=True):
             self.owner[row] = answer
             self._append(row, pair)
@@ -154,7 +157,8 @@ class Rollout:
         rows = self.prompts[first:end]
         cache = DynamicCache()
         batch = collate(self.base, rows)
-        hidden_PSD = decode(self.base, batch, cache)
+        with phase("prefill", batch.ids_BS.numel()):
+            hidden_PSD = decode(self.base, batch, cache)
         last_P = batch.mask_BS.sum(1) - 1
         next_position_CP = torch.stack([row.next_position_C for row in rows], 1).to(self.base.device)
         hidden_PD = hidden_PSD[torch.arange(len(rows), device=last_P.device), last_P]

@@ -17,6 +17,7 @@ from ..errors import DataError, VideoError
 from ..model.base import Base
 from ..model.layout import check_chain, lay_out, merged_times
 from ..model.pixels import to_pixels
+from ..phases import phase
 from ..progress import progress, say
 from ..video.cache import FeatureRecord, feature_key, video_digest, write_index
 from ..video.decode import Frames, View
@@ -61,7 +62,9 @@ def fill(work: Workspace, wanted: dict) -> tuple[dict[str, str], dict[str, str]]
             if found[WHOLE].reason:
                 by_pyav[name] = found[WHOLE].reason
             try:
-                work.store.put(keys[name], finite(encode(base, found, chain)), {"video": name})
+                with phase("tower", sum(len(view.time_T) for view in found.values())):
+                    views = finite(encode(base, found, chain))
+                work.store.put(keys[name], views, {"video": name})
                 tower_works = True
             except torch.AcceleratorError:  # the GPU's state is lost: it would refuse every later video too
                 raise

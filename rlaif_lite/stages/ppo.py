@@ -33,6 +33,8 @@ from ..data.world_text import score as truth_score
 from ..errors import StageError
 from ..model.inputs import IGNORE, decode_answer, encode_prompt
 from ..model.roles import ActiveRole
+from ..phases import phase
+from ..phases import step as step_begins
 from ..progress import progress
 from ..rl.advantages import rloo, whiten
 from ..rl.losses import explained_variance, repetition, value_loss
@@ -88,6 +90,7 @@ def run(work: Workspace) -> dict:
     with progress(section.steps, "ppo", unit="step") as bar:
         bar.advance(start)
         for step in range(start, section.steps):
+            step_begins()
             began = time.perf_counter()
             torch.manual_seed(derive_seed(recipe.seed, "ppo", step))
             for role, lr in trained.items():
@@ -96,7 +99,8 @@ def run(work: Workspace) -> dict:
             chosen = [records[i] for i in prompts_of_step[step] for _ in range(section.group_size)]
             answers = rollout(work, chosen, step)
             sampled = time.perf_counter() - began
-            before = remember(roles, optimizers)
+            with phase("copy to undo"):
+                before = remember(roles, optimizers)
 
             def attempt(size: int):
                 micros = cut(work, layout, chosen, answers, step, size)
@@ -161,23 +165,25 @@ def score(
     rm_B = torch.zeros(len(answers), device=device)
     for micro in (m for minibatch in minibatches for m in minibatch):
         rows = micro.index_b
-        with roles.use("policy") as policy:
+        tokens = micro.batch.ids_BS.numel()
+        with roles.use("policy") as policy, phase("score policy", tokens):
             logp_N, entropy_N = token_logp(work, policy, micro)
         place(logp_BT, rows, mask_BT, logp_N)
         place(entropy_BT, rows, mask_BT, entropy_N)
-        with roles.use("reference") as reference:
+        with roles.use("reference") as reference, phase("score reference", tokens):
             place(ref_logp_BT, rows, mask_BT, token_logp(work, reference, micro)[0])
-        with layout.work.roles.use("reward") as reward:
+        with layout.work.roles.use("reward") as reward, phase("score reward", tokens):
             rm_B[rows] = (layout.score(reward, micro.reward_prompts, micro.reward_answers) - mean) / std
         if section.value == "adapter":
-            with roles.use("value") as value:
+            with roles.use("value") as value, phase("score value", micro.value_batch.ids_BS.numel()):
                 place(value_BT, rows, mask_BT, token_value(value, micro))
     stopped_B = torch.tensor([a.stopped for a in answers], device=device)
     score_B = sequence_score(
         rm_B, stopped_B, length_B, section.max_new_tokens, section.stop_penalty, section.length_penalty
     )
-    kl_BT = kl_penalty(logp_BT, ref_logp_BT, section.kl_estimator) * mask_BT
-    advantage_BT, return_BT = advantages(work, score_B, kl_BT, value_BT, mask_BT, kl_coef)
+    with phase("advantages", mask_BT.numel()):
+        kl_BT = kl_penalty(logp_BT, ref_logp_BT, section.kl_estimator) * mask_BT
+        advantage_BT, return_BT = advantages(work, score_B, kl_BT, value_BT, mask_BT, kl_coef)
     return Experience(mask_BT, logp_BT, entropy_BT, kl_BT, value_BT, rm_B, score_B, advantage_BT, return_BT)
 
 
@@ -240,13 +246,16 @@ def policy_backward(
     section, base = work.recipe.ppo, work.base()
     scored_bS = micro.target_bS != IGNORE
     mask_bT = experience.mask_BT[micro.index_b]
-    hidden_ND = policy.hidden(micro.batch)[scored_bS]
-    loss, stats = ppo_policy_loss(
-        hidden_ND, base.head_weight_VD, micro.target_bS[scored_bS],
-        experience.logp_BT[micro.index_b][mask_bT], experience.advantage_BT[micro.index_b][mask_bT], mask_bT[mask_bT],
-        clip=section.clip, entropy_coef=section.entropy_coef, denominator=real, bias_V=base.ban_bias_V, temperature=section.temperature,
-    )  # fmt: skip
-    loss.backward()
+    with phase("update policy forward", micro.batch.ids_BS.numel()):
+        hidden_ND = policy.hidden(micro.batch)[scored_bS]
+        loss, stats = ppo_policy_loss(
+            hidden_ND, base.head_weight_VD, micro.target_bS[scored_bS],
+            experience.logp_BT[micro.index_b][mask_bT], experience.advantage_BT[micro.index_b][mask_bT],
+            mask_bT[mask_bT], clip=section.clip, entropy_coef=section.entropy_coef, denominator=real,
+            bias_V=base.ban_bias_V, temperature=section.temperature,
+        )  # fmt: skip
+    with phase("update policy backward", micro.batch.ids_BS.numel()):
+        loss.backward()
     return stats
 
 
@@ -256,11 +265,13 @@ def value_backward(
     """Forward and backward of the value loss on one micro-batch -> (loss, clip fraction)."""
     section = work.recipe.ppo
     mask_bT = experience.mask_BT[micro.index_b]
-    value_1N = token_value(value, micro)[None]
+    with phase("update value forward", micro.value_batch.ids_BS.numel()):
+        value_1N = token_value(value, micro)[None]
     old_1N, return_1N = (x[micro.index_b][mask_bT][None] for x in (experience.value_BT, experience.return_BT))
     ones_1N = torch.ones_like(old_1N, dtype=torch.bool)
     loss, stats = value_loss(value_1N, old_1N, return_1N, ones_1N, section.value_clip, real)
-    (section.value_coef * loss).backward()
+    with phase("update value backward", micro.value_batch.ids_BS.numel()):
+        (section.value_coef * loss).backward()
     return loss.detach(), stats.clipfrac
 
 
@@ -277,9 +288,10 @@ def merge(parts: list[PpoStats]) -> dict[str, Tensor]:
 
 
 def clip_and_step(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-    torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    with phase("optimiser"):
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def lr_share(section, step: int) -> float:

@@ -17,6 +17,7 @@ from ..data.world_text import score as truth_score
 from ..judge.claims import Item, judge_claims
 from ..judge.pairwise import Pair, judge_pairs
 from ..model.inputs import VIDEO_MARK, decode_answer, encode_prompt
+from ..phases import phase
 from ..progress import progress
 from ..rollout import Sampling, sample
 from ..workspace import Workspace, by_batches, chunks, question_of, read_jsonl, write_json, write_jsonl
@@ -106,7 +107,7 @@ def judge_all(work: Workspace, judge: str, pairs: list, narratives: dict[str, st
         return narratives[work.name_of(record)] if narratives is not None and record.video is not None else None
 
     def decide(batch: list) -> list[list]:
-        with work.roles.use("sft") as role:
+        with work.roles.use("sft") as role, phase("judge"):
             if judge == "pairwise":
                 asked = [Pair(work.features(r), question_of(r), a, b, context_of(r)) for r, a, b in batch]
                 return [list(choice) for choice in judge_pairs(role, asked, section.pairwise, section.batch_size)]

@@ -21,6 +21,7 @@ from ..errors import StageError
 from ..model.base import Base
 from ..model.inputs import VIDEO_MARK, Sequence, collate, decode_answer, encode_answer, encode_prompt, encode_text
 from ..model.roles import ActiveRole
+from ..phases import phase
 from ..recipe import Recipe
 from ..rl.losses import pairwise_loss
 from ..training.fit import fit, steps_of
@@ -110,9 +111,11 @@ def run(work: Workspace) -> dict:
         totals = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
         for part in split_micro(chosen, micro):
             share = len(part) / len(chosen)
-            score_B2 = score_pairs(layout, active, part)
-            loss, stats = pairwise_loss(score_B2[:, 0], score_B2[:, 1], section.centering)
-            (loss * share).backward()
+            with phase("forward"):
+                score_B2 = score_pairs(layout, active, part)
+                loss, stats = pairwise_loss(score_B2[:, 0], score_B2[:, 1], section.centering)
+            with phase("backward"):
+                (loss * share).backward()
             for name, value in (("loss", loss), ("accuracy", stats.accuracy), ("margin", stats.margin)):
                 totals[name] += value.item() * share
         return totals

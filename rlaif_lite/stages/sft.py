@@ -26,6 +26,7 @@ from ..judge.claims import single_token
 from ..model.base import Base
 from ..model.inputs import IGNORE, Sequence, collate, encode_answer, encode_prompt, encode_text
 from ..model.roles import ActiveRole
+from ..phases import phase
 from ..recipe import Training
 from ..training.fit import fit, steps_of
 from ..training.loop import batches, split_micro
@@ -118,17 +119,18 @@ def backward(active: ActiveRole, examples: list[Example], total: float) -> float
         [e.targets_S + [IGNORE] * (length - len(e.targets_S)) for e in examples], device=base.device
     )
     weight_BS = torch.tensor([[e.weight] for e in examples], device=base.device).expand_as(target_BS)
-    hidden_BSD = active.hidden(batch)
     scored_BS = target_BS != IGNORE
-    loss, _ = sft_loss(
-        hidden_BSD[scored_BS],
-        base.head_weight_VD,
-        target_BS[scored_BS],
-        weight_BS[scored_BS],
-        bias_V=base.ban_bias_V,
-        denominator=total,
-    )
-    loss.backward()
+    with phase("forward", batch.ids_BS.numel()):
+        loss, _ = sft_loss(
+            active.hidden(batch)[scored_BS],
+            base.head_weight_VD,
+            target_BS[scored_BS],
+            weight_BS[scored_BS],
+            bias_V=base.ban_bias_V,
+            denominator=total,
+        )
+    with phase("backward", batch.ids_BS.numel()):
+        loss.backward()
     return loss.item()
 
 

@@ -12,6 +12,8 @@ from typing import Callable
 import torch
 
 from ..model.roles import ActiveRole, Roles
+from ..phases import phase
+from ..phases import step as step_begins
 from ..progress import progress
 from ..recipe import Training
 from .checkpoint import load, restore_optimizer, save
@@ -61,14 +63,16 @@ def fit(
     with progress(steps, label, unit="step") as bar:
         bar.advance(start)
         for step in range(start, steps):
+            step_begins()
             began = time.perf_counter()
             lr = lr_at(step, steps, section.lr, section.schedule, section.warmup_ratio, section.lr_end)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             stats = backoff.run(step, attempt, undo=lambda: optimizer.zero_grad(set_to_none=True))
-            norm = torch.nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            with phase("optimiser"):
+                norm = torch.nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             log.append(
                 label, step, {**stats, "lr": lr, "grad_norm": norm.item()}, {"seconds": time.perf_counter() - began}
             )

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 
 from ..errors import VideoError
+from ..phases import phase
 from .decode import Frames, View, decode_views
 
 LIMIT_S = 1800.0  # for one video. Hours of film read in order take minutes
@@ -34,7 +35,10 @@ def decode_all(
     """
     todo = deque((name, *job, size) for name, job in wanted.items())
     if workers == 0:
-        yield from ((job[0], _decode(*job)) for job in todo)
+        for name, video, views, size in todo:
+            with phase("decode video", sum(view.count for view in views.values())):
+                found = _decode(name, video, views, size)
+            yield name, found
         return
     staff = [_Worker() for _ in range(min(workers, len(todo)))]
     try:

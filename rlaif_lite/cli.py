@@ -200,6 +200,47 @@ def import_(
 
 
 @app.command()
+def profile(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped name.")] = None,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each phase, after one to warm up.")] = 2,
+    stage: Annotated[list[str] | None, typer.Option(help="Only this stage; may be given again.")] = None,
+    memory_cap: Annotated[str | None, typer.Option(help="Bound the GPU memory, such as 24GB.")] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Write a Chrome trace and a picture of the memory.")] = False,
+    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")] = None,
+    compare: Annotated[tuple[Path, Path] | None, typer.Option(metavar="A B", help="Show two such files.")] = None,
+) -> None:
+    """Run each stage for a few steps on made-up inputs of the recipe's sizes; say what each phase costs."""
+    if compare is not None:
+        from .profiler.tables import compare as beside
+        from .profiler.tables import read
+
+        typer.echo(beside(*map(read, compare)))
+        return
+    if recipe is None:
+        raise RlaifError("Give a recipe to profile, or two profiles to --compare.")
+    from .recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    from .model.unsloth_loader import import_first
+
+    import_first(loaded.model)
+    from . import profiler
+    from .planner.plan import size_in_bytes
+    from .profiler.tables import as_text
+
+    cap = None if memory_cap is None else size_in_bytes(memory_cap)
+    stem = out or Path(f"{loaded.name}.profile.json")
+    traces = profiler.Traces(stem.with_suffix(".trace.json"), stem.with_suffix(".memory.png")) if trace else None
+    found = profiler.profile(loaded, steps, tuple(stage or profiler.PROFILED), cap, traces)
+    typer.echo(as_text(found))
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if traces is not None:
+        typer.echo(f"{traces.chrome}\n{traces.memory}")
+
+
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
     """Say what this machine can do. Exit code 1 where something that every run needs does not work."""
     from . import doctor as doctor_module

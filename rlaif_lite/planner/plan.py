@@ -86,7 +86,7 @@ def size_in_bytes(text: str) -> int:
     """ "24GB" -> 24e9, "24GiB" -> 24 * 2**30. Raises RecipeError for what is no size."""
     found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]?I?)B?\s*", text.upper())
     if not found:
-        raise RecipeError(f"--gpu {text} is no size. Write it as 24GB (10^9 bytes) or 24GiB (2^30).")
+        raise RecipeError(f"{text} is no size of memory. Write it as 24GB (10^9 bytes) or 24GiB (2^30).")
     return int(float(found[1]) * UNITS[found[2]])
 
 

@@ -43,10 +43,9 @@ class Meter:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
         else:
             _give_back()
-            _reset_peak_rss()
+        reset_peak(self.device)
         self._started = time.perf_counter()
         return self
 
@@ -66,11 +65,24 @@ class Meter:
     def peak_memory_bytes(self) -> int:
         if self._peak is not None:
             return self._peak
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _peak_rss()
+        return peak_bytes(self.device)
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let the peak begin at what is held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        _reset_peak_rss()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The peak since it was last reset."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_rss()
 
 
 def describe_machine() -> dict[str, str | int]:

@@ -4,6 +4,7 @@ The frames are sampled once a second from a video of 2 frames a second, so that 
 Shapes: T frames, S positions, K tokens kept, D width.
 """
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -351,10 +352,33 @@ def test_pixels_are_those_of_the_familys_image_processor(tmp_path, name):
     assert got.shape == own["pixel_values"].shape and (got - own["pixel_values"]).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("shape", [(24, 48), (48, 24), (32, 32), (31, 48)])
+def test_llava_frames_are_filled_up_to_a_square_of_the_mean_colour(tmp_path, shape):
+    """As the release does (`image_aspect_ratio: pad`): in the middle transformers' own pixels, around it the mean."""
+    folder = write("llava", tmp_path)
+    path = folder / "preprocessor_config.json"
+    own_settings = {"do_pad": True, "image_processor_type": "LlavaImageProcessor"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own_settings))
+    spec = image_spec(folder)
+    rgb_THWC = np.full((2, *shape, 3), (200, 30, 90), dtype=np.uint8)
+    own = transformers.LlavaImageProcessorPil.from_pretrained(folder)(
+        [Image.fromarray(rgb) for rgb in rgb_THWC], return_tensors="pt"
+    )["pixel_values"]
+    height, width = spec.size.of(1)(*shape)
+    assert max(height, width) == 32
+    got = to_pixels(np.full((2, height, width, 3), (200, 30, 90), dtype=np.uint8), spec)
+    assert got.shape == own.shape == (2, 3, 32, 32)
+    # the edge between frame and filling is blurred by their resize, some lines on either side
+    differs_HW = ((got - own).abs() > 0.02).any(1).any(0)
+    assert differs_HW.sum() <= 32 * 8 and (shape != (32, 32) or not differs_HW.any())
+    filled_HW = (got == 0).all(1).all(0)
+    assert filled_HW.sum() == 32 * 32 - height * width
+
+
 def test_frame_sizes_are_those_of_the_processors():
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-    size = FrameSize(0, 0, 0, 28, 128 * 784, 768 * 784)
+    size = FrameSize(multiple=28, min_pixels=128 * 784, max_pixels=768 * 784)
     for height, width in ((360, 640), (1080, 1920), (64, 64), (480, 100), (720, 1280), (1234, 77)):
         assert size.of(8)(height, width) == smart_resize(height, width, 28, 128 * 784, 768 * 784)
         shared = size._replace(max_of_video=True).of(4)
@@ -382,7 +406,7 @@ def test_frames_are_decoded_to_the_size_that_fits_them(tmp_path):
         Image.fromarray(np.full((60, 90, 3), 40 * i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
         paths.append(str(tmp_path / f"{i}.png"))
     for size, shape in (
-        (FrameSize(0, 0, 0, 16, 256, 1600), (32, 48)),
+        (FrameSize(multiple=16, min_pixels=256, max_pixels=1600), (32, 48)),
         (FrameSize(32, 32, 32), (32, 48)),
         (FrameSize(32, 40), (32, 40)),
     ):

@@ -95,7 +95,10 @@ def _any_size(settings: dict, patch: Patch, of_video: tuple[bool, bool]) -> Fram
     bounds = settings.get("size") or {}
     least = settings["min_pixels"] if "min_pixels" in settings else bounds["shortest_edge"]
     most = settings["max_pixels"] if "max_pixels" in settings else bounds["longest_edge"]
-    return FrameSize(0, 0, 0, patch.side * patch.merge, least, most, *of_video)
+    return FrameSize(
+        multiple=patch.side * patch.merge, min_pixels=least, max_pixels=most,
+        min_of_video=of_video[0], max_of_video=of_video[1],
+    )  # fmt: skip
 
 
 def _one_size(settings: dict) -> FrameSize:
@@ -105,17 +108,27 @@ def _one_size(settings: dict) -> FrameSize:
         size = {"height": size, "width": size}
     side = size.get("shortest_edge", size.get("longest_edge"))
     height, width = size.get("height", side), size.get("width", side)
+    if settings.get("do_pad") and settings.get("image_processor_type", "").startswith("LlavaImageProcessor"):
+        return FrameSize(height, width, longer=height)  # other processors mean something else by `do_pad`
     resized = settings["size"] if crop else {}
     return FrameSize(height, width, resized.get("shortest_edge", 0) if isinstance(resized, dict) else resized)
 
 
 def to_pixels(rgb_THWC: np.ndarray, spec: ImageSpec) -> Tensor:
-    """uint8 frames, resized as `spec.size` says -> normalised float32 pixels_TCHW, the middle where it crops."""
+    """uint8 frames, resized as `spec.size` says -> normalised float32 pixels_TCHW.
+
+    Where frames are larger than the tower takes, the middle is cut out; where smaller, they stand in the middle of the
+    mean colour. LLaVA fills up before it resizes, and rounds the colour down: we differ by that at the edge.
+    """
     if spec.size.shorter:
         top, left = (rgb_THWC.shape[1] - spec.size.height) // 2, (rgb_THWC.shape[2] - spec.size.width) // 2
         rgb_THWC = rgb_THWC[:, top : top + spec.size.height, left : left + spec.size.width]
     pixels_THWC = torch.from_numpy(np.ascontiguousarray(rgb_THWC)).float() / 255.0
     pixels_THWC = (pixels_THWC - torch.tensor(spec.mean)) / torch.tensor(spec.std)
+    if spec.size.longer:
+        down, right = spec.size.height - rgb_THWC.shape[1], spec.size.width - rgb_THWC.shape[2]
+        around = (0, 0, right // 2, right - right // 2, down // 2, down - down // 2)
+        pixels_THWC = torch.nn.functional.pad(pixels_THWC, around)  # 0 is the mean colour now
     return pixels_THWC.permute(0, 3, 1, 2).contiguous()
 
 

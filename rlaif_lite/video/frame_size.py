@@ -1,7 +1,7 @@
 """What size frames are given to a vision tower, from the size of the video; decoding resizes to it.
 
-Towers of one size either squash a frame or fit its shorter side and cut out the middle. Towers of any size keep the
-frame's shape: sides are rounded to a multiple, and the area is kept within bounds.
+Towers of one size squash a frame, fit its shorter side and cut out the middle, or fit its longer side and fill the
+rest up. Towers of any size keep the frame's shape: sides are rounded to a multiple, and the area is kept within bounds.
 """
 
 import math
@@ -13,7 +13,8 @@ class FrameSize(NamedTuple):
 
     height: int = 0  # pixels that a tower of one size takes; 0: a tower of any size
     width: int = 0
-    shorter: int = 0  # pixels of the shorter side before the middle is cut out; 0: squash
+    shorter: int = 0  # pixels of the shorter side before the middle is cut out; 0: nothing is cut
+    longer: int = 0  # pixels of the longer side before the rest is filled with the mean colour; 0: nothing is filled
     multiple: int = 0  # of a tower of any size: sides are multiples of this
     min_pixels: float = 0  # of a frame, or of a video where the next fields say so
     max_pixels: float = 0
@@ -24,7 +25,7 @@ class FrameSize(NamedTuple):
     @property
     def needs_shape(self) -> bool:
         """Whether the answer depends on the video."""
-        return bool(self.shorter or self.multiple)
+        return bool(self.shorter or self.longer or self.multiple)
 
     def of(self, frames: int) -> "FrameSize":
         """For a video of so many frames."""
@@ -38,6 +39,9 @@ class FrameSize(NamedTuple):
         if self.shorter:
             side = min(height, width)  # the longer side is cut down to the whole pixel, as torchvision and PIL do
             return self.shorter * height // side, self.shorter * width // side
+        if self.longer:
+            side = max(height, width)
+            return max(1, round(self.longer * height / side)), max(1, round(self.longer * width / side))
         if not self.multiple:
             return self.height, self.width
         rows, columns = round(height / self.multiple), round(width / self.multiple)

@@ -205,6 +205,8 @@ def profile(
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each phase, after one to warm up.")] = 2,
     stage: Annotated[list[str] | None, typer.Option(help="Only this stage; may be given again.")] = None,
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="Draw the base, download none.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="Random weights of two narrow layers, to rehearse.")] = False,
     memory_cap: Annotated[str | None, typer.Option(help="Bound the GPU memory, such as 24GB.")] = None,
     trace: Annotated[bool, typer.Option("--trace", help="Write a Chrome trace and a picture of the memory.")] = False,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")] = None,
@@ -232,7 +234,8 @@ def profile(
     cap = None if memory_cap is None else size_in_bytes(memory_cap)
     stem = out or Path(f"{loaded.name}.profile.json")
     traces = profiler.Traces(stem.with_suffix(".trace.json"), stem.with_suffix(".memory.png")) if trace else None
-    found = profiler.profile(loaded, steps, tuple(stage or profiler.PROFILED), cap, traces)
+    random = profiler.Random(small) if random_weights else None
+    found = profiler.profile(loaded, steps, tuple(stage or profiler.PROFILED), cap, traces, random)
     typer.echo(as_text(found))
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -41,9 +41,10 @@ class Split(NamedTuple):
 class Workspace:
     """One run."""
 
-    def __init__(self, recipe: Recipe, index: str = "index.json"):
-        """`index`: the file that lists the base's features (see `for_reward`)."""
+    def __init__(self, recipe: Recipe, index: str = "index.json", load: Callable[..., Base] = load_base):
+        """`index`: the file that lists the base's features (see `for_reward`); `load` gives the base."""
         self.recipe = recipe
+        self._load_model = load
         self.folder = Path(recipe.output)
         self.device = torch.device(pick_device(recipe.device))
         self.log = MetricsLog(self.folder / "metrics.jsonl")
@@ -66,7 +67,7 @@ class Workspace:
         if self._for_reward is None:
             self._load()
             recipe = self.recipe.model_copy(update={"model": self.recipe.model.for_reward()})
-            self._for_reward = Workspace(recipe, "index_reward.json")
+            self._for_reward = Workspace(recipe, "index_reward.json", self._load_model)
             self._for_reward._records = self._records
         return self._for_reward
 
@@ -99,7 +100,7 @@ class Workspace:
             ("sft_easy", data.sft_easy),
             ("sft_hard", data.sft_hard),
             ("policy_init", data.policy_init),
-            ("preference", data.preference),
+            ("preference", data.pairs or data.preference),
             ("rl", data.rl),
             ("test", data.test),
         ]
@@ -143,13 +144,19 @@ class Workspace:
                 f"data.{split.name}: {len(missing)} records have a video that is not there, among them:\n  {shown}\n"
                 "Set `data.video_root` to their folder, or `data.on_missing: skip` to go on without them."
             )
+        if split.name == "preference" and self.recipe.data.pairs:
+            if alone := [r.source for r in records if r.chosen is None]:
+                raise DataError(
+                    f"data.pairs: {len(alone)} records hold no pair, the first {alone[0]}. Each needs `chosen` and `rejected`, "
+                    "or the release's `output_1`, `output_2` and `preference`. Prompts alone go to `data.preference`."
+                )
         self.missing_videos |= {video_name(r.video) for r in missing}
         return records
 
     def own_files(self) -> list[str]:
         """The data files that are the user's, not the world's. Raises DataError for one that is not there."""
         data = self.recipe.data
-        named = (data.sft, data.sft_easy, data.sft_hard, data.policy_init, data.preference, data.rl, data.test)
+        named = (data.sft, data.sft_easy, data.sft_hard, data.policy_init, data.preference, data.pairs, data.rl, data.test)
         files = [self._path(path) for paths in named for path in paths if not path.startswith(WORLD)]
         if missing := [path for path in files if not Path(path).is_file()]:
             raise DataError(f"There is no data file {', '.join(missing)}. Paths start at {Path.cwd()}.")
@@ -209,7 +216,9 @@ class Workspace:
     @property
     def narrated_splits(self) -> tuple[str, ...]:
         """The splits whose videos the context stage describes: where somebody reads the narrative."""
-        return ("preference", "rl") if self.recipe.reward.context else ("preference",)
+        data, in_reward = self.recipe.data, self.recipe.reward.context  # given pairs need no judge
+        pairs = ("preference",) if data.preference or (data.pairs and in_reward) else ()
+        return (*pairs, "rl") if in_reward else pairs
 
     def narratives(self) -> dict[str, str]:
         """{video: narrative}, as the context stage wrote them."""
@@ -223,7 +232,7 @@ class Workspace:
         """The frozen base, loaded once; loaded again when a tower is asked for and was dropped."""
         if self._base is None or (tower and not self._base.has_tower):
             self._roles = None
-            self._base = load_base(self.recipe.model, self.device, tower=tower)
+            self._base = self._load_model(self.recipe.model, self.device, tower=tower)
         return self._base
 
     @property

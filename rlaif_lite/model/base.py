@@ -157,7 +157,7 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
     dtype = torch_dtype(section, device)
     quantization = None
     if section.quantization == "nf4":
-        _check_widths(config, section.base)
+        check_widths(config, section.base)
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -177,6 +177,12 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
             quantization_config=quantization,
             attn_implementation="sdpa",
         )
+    return finish(model, section, device, tower)
+
+
+def finish(model: nn.Module, section: Model, device: torch.device, tower: bool) -> Base:
+    """A model whose weights are there -> the frozen base, with its tokenizer and its image processor's settings."""
+    path, family = resolve_base(section.base), family_of(model.config)
     if section.quantization == "nf4" and device.type == "cpu":
         _disable_packed_cpu_path(model)
     model.requires_grad_(False)
@@ -229,7 +235,8 @@ def chat_template(path: str, revision: str | None, tokenizer, family: Family) ->
     return template
 
 
-def _check_widths(config, name: str) -> None:
+def check_widths(config, name: str) -> None:
+    """Raises ModelError for a base that 4 bits cannot hold."""
     text = config.get_text_config()
     heads = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     for what, width in (

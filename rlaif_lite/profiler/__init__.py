@@ -5,22 +5,24 @@ tell a recorder what they are at (`phases.py`, `recorder.py`).
 """
 
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterator, NamedTuple
 
 import torch
 from transformers import AutoTokenizer
 
 from ..errors import StageError
-from ..model.base import Base, resolve_base, torch_dtype
+from ..model.base import Base, load_base, resolve_base, torch_dtype
+from ..model.random_base import load_random
 from ..phases import listen
 from ..pipeline import STAGES
-from ..planner import make_plan
+from ..planner import Plan, make_plan
 from ..progress import say
 from ..recipe import Recipe, recipe_hash
 from ..training.meter import describe_machine, versions
 from ..workspace import Workspace, pick_device
-from .inputs import reduced, stand_ins, write_inputs
+from .inputs import made_up, reduced, stand_ins, write_inputs
 from .recorder import FLOPS, Recorder, matmul_rate
 from .tables import SCHEMA, draw_memory
 
@@ -34,16 +36,23 @@ class Traces(NamedTuple):
     memory: Path  # a picture
 
 
+class Random(NamedTuple):
+    """`--random-weights`."""
+
+    small: bool  # shrink the base to two narrow layers: a rehearsal, whose figures mean nothing
+
+
 def profile(
     recipe: Recipe,
     steps: int = 2,
     stages: tuple[str, ...] = PROFILED,
     memory_cap: int | None = None,
     traces: Traces | None = None,
+    random: Random | None = None,
 ) -> dict:
     """Run `stages` and return what they cost, as JSON has it (see docs/profiling.md).
 
-    memory_cap: bytes that the CUDA allocator may hold. Raises StageError for an unknown stage, and for a cap without a
+    memory_cap: bytes that the CUDA allocator may hold. random: made-up weights. Raises StageError for an unknown stage, and for a cap without a
     GPU; torch.OutOfMemoryError or StageError where the cap is too small. Memory is planned for the same inputs.
     """
     if unknown := [name for name in stages if name not in PROFILED]:
@@ -51,15 +60,9 @@ def profile(
     device = torch.device(pick_device(recipe.device))
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
     cap(memory_cap, device)
-    with tempfile.TemporaryDirectory(prefix="rlaif-profile-") as name:
-        folder = Path(name)
-        small = reduced(recipe, folder, steps)
-        model = small.model
-        write_inputs(small, folder, AutoTokenizer.from_pretrained(resolve_base(model.base), revision=model.revision))
-        plan = make_plan(small, None if memory_cap is None else f"{memory_cap}B")
-        work = Workspace(plan.recipe)
+    with opened(recipe, steps, memory_cap, random) as (work, plan):
         found, moments = {}, {}
-        rate = matmul_rate(device, torch_dtype(model, device))
+        rate = matmul_rate(device, torch_dtype(recipe.model, device))
         chosen = [stage for stage in PROFILED if stage in stages]
         with_steps = [stage for stage in chosen if stage in ("sft", "reward", "ppo")]
         for stage in ["features", *(stage for stage in chosen if stage != "features")]:
@@ -83,7 +86,7 @@ def profile(
         "schema": SCHEMA,
         "recipe": recipe.name,
         "recipe_hash": recipe_hash(recipe),
-        "random_weights": False,
+        "random_weights": random is not None,
         "steps": steps,
         "memory_cap_bytes": memory_cap,
         "matmul_flops": rate,
@@ -91,6 +94,20 @@ def profile(
         "versions": versions(),
         "stages": found,
     }
+
+
+@contextmanager
+def opened(
+    recipe: Recipe, steps: int, memory_cap: int | None, random: Random | None
+) -> Iterator[tuple[Workspace, Plan]]:
+    """The recipe reduced to a few steps, on made-up inputs in a temporary folder, and what is planned for that."""
+    with tempfile.TemporaryDirectory(prefix="rlaif-profile-") as name:
+        folder = Path(name)
+        small = reduced(recipe if random is None else made_up(recipe, folder, random.small), folder, steps)
+        model = small.model
+        write_inputs(small, folder, AutoTokenizer.from_pretrained(resolve_base(model.base), revision=model.revision))
+        plan = make_plan(small, None if memory_cap is None else f"{memory_cap}B")
+        yield Workspace(plan.recipe, load=load_base if random is None else load_random), plan
 
 
 def describe(recorder: Recorder, base: Base, rate: float, planned: int) -> dict:

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..data.world import encode
+from ..model.random_base import checkpoint_of
 from ..recipe import Recipe
 from ..workspace import Workspace, write_json, write_jsonl
 
@@ -36,6 +37,17 @@ def reduced(recipe: Recipe, folder: Path, steps: int) -> Recipe:
     plain["ppo"] |= {"steps": steps + 1, "normalize_reward": False, "checkpoint_every": steps + 1}
     plain["evaluate"] |= {"bootstrap": 1, "examples": 0}
     return Recipe.model_validate(plain)
+
+
+def made_up(recipe: Recipe, folder: Path, small: bool) -> Recipe:
+    """The recipe on bases without weights (see `model.random_base`), in `folder`."""
+    judge = recipe.preference
+    single = (judge.claims.yes, judge.claims.no, *judge.pairwise.choices, *recipe.reward.pool_tokens)
+    bases = [recipe.model] if recipe.model.reward_base is None else [recipe.model, recipe.model.reward_base]
+    paths = [checkpoint_of(each.base, folder / f"base{i}", single, small) for i, each in enumerate(bases)]
+    own = None if len(paths) == 1 else recipe.model.reward_base.model_copy(update={"base": paths[1], "revision": None})
+    model = recipe.model.model_copy(update={"base": paths[0], "reward_base": own})
+    return recipe.model_copy(update={"model": model})
 
 
 def write_inputs(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -100,7 +100,7 @@ class Workspace:
             ("sft_easy", data.sft_easy),
             ("sft_hard", data.sft_hard),
             ("policy_init", data.policy_init),
-            ("preference", data.pairs or data.preference),
+            ("preference", data.preference),
             ("rl", data.rl),
             ("test", data.test),
         ]
@@ -144,19 +144,13 @@ class Workspace:
                 f"data.{split.name}: {len(missing)} records have a video that is not there, among them:\n  {shown}\n"
                 "Set `data.video_root` to their folder, or `data.on_missing: skip` to go on without them."
             )
-        if split.name == "preference" and self.recipe.data.pairs:
-            if alone := [r.source for r in records if r.chosen is None]:
-                raise DataError(
-                    f"data.pairs: {len(alone)} records hold no pair, the first {alone[0]}. Each needs `chosen` and `rejected`, "
-                    "or the release's `output_1`, `output_2` and `preference`. Prompts alone go to `data.preference`."
-                )
         self.missing_videos |= {video_name(r.video) for r in missing}
         return records
 
     def own_files(self) -> list[str]:
         """The data files that are the user's, not the world's. Raises DataError for one that is not there."""
         data = self.recipe.data
-        named = (data.sft, data.sft_easy, data.sft_hard, data.policy_init, data.preference, data.pairs, data.rl, data.test)
+        named = (data.sft, data.sft_easy, data.sft_hard, data.policy_init, data.preference, data.rl, data.test)
         files = [self._path(path) for paths in named for path in paths if not path.startswith(WORLD)]
         if missing := [path for path in files if not Path(path).is_file()]:
             raise DataError(f"There is no data file {', '.join(missing)}. Paths start at {Path.cwd()}.")
@@ -216,9 +210,7 @@ class Workspace:
     @property
     def narrated_splits(self) -> tuple[str, ...]:
         """The splits whose videos the context stage describes: where somebody reads the narrative."""
-        data, in_reward = self.recipe.data, self.recipe.reward.context  # given pairs need no judge
-        pairs = ("preference",) if data.preference or (data.pairs and in_reward) else ()
-        return (*pairs, "rl") if in_reward else pairs
+        return ("preference", "rl") if self.recipe.reward.context else ("preference",)
 
     def narratives(self) -> dict[str, str]:
         """{video: narrative}, as the context stage wrote them."""

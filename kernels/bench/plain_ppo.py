@@ -1,0 +1,268 @@
+"""One PPO step of ours beside a plain implementation of the same step, in the same process, on the same weights.
+
+    python kernels/bench/plain_ppo.py RECIPE [KEY=VALUE ...] [--random-weights] [--small] [--rounds 2] [--out FILE]
+
+Plain is what TRL's and LLaMA-Factory's trainers do: `generate` of transformers, the vision tower in every forward,
+logits of every position materialised, one forward per role after switching the adapter. All else is as ours, so that
+only these differ: the 4-bit base and LoRA, gradient checkpointing, prompts, video tokens after pruning, answers of the
+same length, micro-batches, four roles, losses and optimisers. Where the two frameworks differ, plain gets the cheaper:
+frames are decoded once and held; a forward encodes all its videos in one pass; log-softmax runs on the answers' rows
+only, in float32; no entropy; no logits for the value and the reward role.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.nn.utils.rnn import pad_sequence
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from rlaif_lite import profiler
+from rlaif_lite.data.records import Record
+from rlaif_lite.model.inputs import IGNORE, Batch, Sequence, collate, encode_prompt, rope_positions
+from rlaif_lite.planner.plan import size_in_bytes
+from rlaif_lite.profiler.inputs import stand_ins
+from rlaif_lite.recipe import load_recipe
+from rlaif_lite.rl.losses import value_loss
+from rlaif_lite.rollout import Trajectory
+from rlaif_lite.stages import features, ppo
+from rlaif_lite.stages.experience import Experience, Micro, cut, place, token_value
+from rlaif_lite.stages.reward import RewardInput
+from rlaif_lite.training.meter import Meter, describe_machine, versions
+from rlaif_lite.video.decode import Frames, View, decode_views
+from rlaif_lite.workspace import WHOLE, Workspace, chunks
+
+
+class Step(NamedTuple):
+    """What both implementations are given."""
+
+    work: Workspace
+    layout: RewardInput
+    records: list[Record]  # one per answer
+    frames: dict[str, Frames]  # by video
+    optimizers: dict[str, torch.optim.Optimizer]
+
+
+def ours(given: Step, number: int) -> None:
+    work, layout, records, _, optimizers = given
+    answers = ppo.rollout(work, records, number)
+    micros = cut(work, layout, records, answers, number, micro_size(work))
+    experience = ppo.score(work, layout, micros, answers, work.recipe.ppo.kl_coef, 0.0, 1.0)
+    ppo.update(work, micros, experience, optimizers, number)
+
+
+def plain(given: Step, number: int) -> None:
+    work, layout, records, _, _ = given
+    torch.manual_seed(number)
+    answers = plain_rollout(given)
+    micros = cut(work, layout, records, answers, number, micro_size(work))
+    plain_update(given, micros, plain_score(given, micros, answers))
+
+
+def micro_size(work: Workspace) -> int:
+    return work.recipe.ppo.micro_batch or work.recipe.ppo.minibatch
+
+
+def through_tower(given: Step, records: list[Record]) -> list[Tensor]:
+    """features_KD of each record's video, from its frames."""
+    work = given.work
+    chain = [step.model_dump() for step in work.recipe.features.prune]
+    views = features.encode(work.base(), {str(i): given.frames[r.video] for i, r in enumerate(records)}, chain)
+    return [view.features_KD for view in views.values()]
+
+
+def refreshed(given: Step, batch: Batch, index_b: Tensor) -> Batch:
+    """The batch with its videos encoded anew."""
+    return batch._replace(features=through_tower(given, [given.records[i] for i in index_b.tolist()]))
+
+
+@torch.no_grad()
+def plain_rollout(given: Step) -> list[Trajectory]:
+    """`generate`, as many answers at a time as ours has in flight; prompts padded on the left."""
+    work, section, base = given.work, given.work.recipe.ppo, given.work.base()
+    out: list[Trajectory] = []
+    for part in chunks(given.records, section.slots or section.rollouts):
+        rows = [encode_prompt(base, r.prompt, work.features(r)) for r in part]
+        rows = [row._replace(features_KD=new) for row, new in zip(rows, through_tower(given, part), strict=True)]
+        with work.roles.use("policy"):
+            found = base.model.generate(
+                inputs_embeds=left([collate(base, [row]).embed(base)[0] for row in rows]),
+                attention_mask=left([torch.ones(len(row.ids_S), dtype=torch.long, device=base.device) for row in rows]),
+                position_ids=left_positions(rows).to(base.device),
+                do_sample=True, temperature=section.temperature, top_p=section.top_p, top_k=section.top_k,
+                max_new_tokens=section.max_new_tokens, eos_token_id=base.eos_id,
+                suppress_tokens=base.ban_bias_V.nonzero()[:, 0].tolist(),
+                pad_token_id=base.eos_id if base.tokenizer.pad_token_id is None else base.tokenizer.pad_token_id,
+            ).tolist()  # fmt: skip
+        for ids in found:
+            stopped = base.eos_id in ids
+            out.append(Trajectory(len(out), ids[: ids.index(base.eos_id) + 1] if stopped else ids, stopped, []))
+    return out
+
+
+def left(rows: list[Tensor]) -> Tensor:
+    return pad_sequence([row.flip(0) for row in rows], batch_first=True).flip(1)
+
+
+def left_positions(rows: list[Sequence]) -> Tensor:
+    """As `generate` takes them: (B,S), or (C,B,S) where the rope has several channels."""
+    position_BSC = left([row.position_CS.T for row in rows])
+    return rope_positions(position_BSC.permute(2, 0, 1))
+
+
+def plain_logp(given: Step, role, micro: Micro) -> Tensor:
+    """logp_N of the answers, through logits of every position."""
+    base = given.work.base()
+    logits_bSV = linear(role.hidden(refreshed(given, micro.batch, micro.index_b)), base.head_weight_VD)
+    scored_bS = micro.target_bS != IGNORE
+    logits_NV = (logits_bSV[scored_bS].float() + base.ban_bias_V) / given.work.recipe.ppo.temperature
+    return logits_NV.log_softmax(-1).gather(1, micro.target_bS[scored_bS][:, None])[:, 0]
+
+
+@torch.no_grad()
+def plain_score(given: Step, minibatches: list[list[Micro]], answers: list[Trajectory]) -> Experience:
+    """One forward per role and micro-batch; then the same rewards and advantages as ours."""
+    work, layout, section = given.work, given.layout, given.work.recipe.ppo
+    length_B = torch.tensor([len(a.ids) for a in answers], device=work.device)
+    mask_BT = torch.arange(int(length_B.max()), device=work.device)[None] < length_B[:, None]
+    logp_BT, ref_BT, value_BT = (torch.zeros(mask_BT.shape, device=work.device) for _ in range(3))
+    rm_B = torch.zeros(len(answers), device=work.device)
+    for micro in (m for minibatch in minibatches for m in minibatch):
+        rows = micro.index_b
+        with work.roles.use("policy") as policy:
+            place(logp_BT, rows, mask_BT, plain_logp(given, policy, micro))
+        with work.roles.use("reference") as reference:
+            place(ref_BT, rows, mask_BT, plain_logp(given, reference, micro))
+        with layout.work.roles.use("reward") as reward:
+            new = through_tower(given, [given.records[i] for i in rows.tolist()])
+            prompts = [p._replace(features_KD=f) for p, f in zip(micro.reward_prompts, new, strict=True)]
+            rm_B[rows] = layout.score(reward, prompts, micro.reward_answers)
+        with work.roles.use("value") as value:
+            fresh = micro._replace(value_batch=refreshed(given, micro.value_batch, rows))
+            place(value_BT, rows, mask_BT, token_value(value, fresh))
+    stopped_B = torch.tensor([a.stopped for a in answers], device=work.device)
+    score_B = ppo.sequence_score(
+        rm_B, stopped_B, length_B, section.max_new_tokens, section.stop_penalty, section.length_penalty
+    )
+    kl_BT = ppo.kl_penalty(logp_BT, ref_BT, section.kl_estimator) * mask_BT
+    advantage_BT, return_BT = ppo.advantages(work, score_B, kl_BT, value_BT, mask_BT, section.kl_coef)
+    none_BT = torch.zeros_like(logp_BT)
+    return Experience(mask_BT, logp_BT, none_BT, kl_BT, value_BT, rm_B, score_B, advantage_BT, return_BT)
+
+
+def plain_update(given: Step, minibatches: list[list[Micro]], e: Experience) -> None:
+    """Clipped policy loss and value loss by autograd through the logits."""
+    section, roles = given.work.recipe.ppo, given.work.roles
+    for minibatch in minibatches * section.epochs:
+        real = torch.cat([e.mask_BT[micro.index_b].sum()[None] for micro in minibatch]).sum()
+        with roles.use("policy") as policy:
+            for micro in minibatch:
+                mask_bT = e.mask_BT[micro.index_b]
+                ratio_N = (plain_logp(given, policy, micro) - e.logp_BT[micro.index_b][mask_bT]).exp()
+                gain_N = e.advantage_BT[micro.index_b][mask_bT]
+                clipped_N = ratio_N.clamp(1 - section.clip, 1 + section.clip)
+                (-torch.minimum(ratio_N * gain_N, clipped_N * gain_N).sum() / real).backward()
+        ppo.clip_and_step(roles.parameters("policy"), given.optimizers["policy"], section.max_grad_norm)
+        with roles.use("value") as value:
+            for micro in minibatch:
+                mask_bT = e.mask_BT[micro.index_b]
+                fresh = micro._replace(value_batch=refreshed(given, micro.value_batch, micro.index_b))
+                value_1N = token_value(value, fresh)[None]
+                old_1N, return_1N = (x[micro.index_b][mask_bT][None] for x in (e.value_BT, e.return_BT))
+                loss, _ = value_loss(
+                    value_1N, old_1N, return_1N, torch.ones_like(old_1N, dtype=torch.bool), section.value_clip, real
+                )
+                (section.value_coef * loss).backward()
+        ppo.clip_and_step(roles.parameters("value", head=True), given.optimizers["value"], section.max_grad_norm)
+
+
+def prepare(work: Workspace) -> Step:
+    """All four roles on a base that keeps its tower, the frames decoded, the features cached."""
+    features.run(work)
+    base = work.base(tower=True)
+    base.limit_pixels(work.recipe.features.max_pixels)
+    stand_ins(work)
+    for name in ("reference", "reward"):
+        work.load_role(name)
+    work.roles.add("policy", copy_of="reference")
+    work.roles.add("value", copy_of="reward")
+    work.roles.add_head("value", zero=True)
+    optimizers = {}
+    for role in ("policy", "value"):
+        work.roles.trainable(role)
+        parameters = work.roles.parameters(role, head=role in work.roles.heads)
+        optimizers[role] = torch.optim.AdamW(parameters, lr=work.recipe.ppo.lr, betas=ppo.BETAS, fused=True)
+    records = [r for r in work.records("rl") for _ in range(work.recipe.ppo.group_size)]
+    count = work.recipe.features.frames
+    size = base.images.size.of(count)
+    videos = {r.video for r in records}
+    frames = {video: decode_views(video, {WHOLE: View(count)}, size=size)[WHOLE] for video in videos}
+    return Step(work, RewardInput(work), records, frames, optimizers)
+
+
+def logp_gap(given: Step) -> float:
+    """Largest difference between the log-probs that the two give the same answers, in nats."""
+    work, layout, records = given.work, given.layout, given.records
+    answers = ppo.rollout(work, records, 0)
+    micros = cut(work, layout, records, answers, 0, micro_size(work))
+    a = ppo.score(work, layout, micros, answers, work.recipe.ppo.kl_coef, 0.0, 1.0)
+    return float((a.logp_BT - plain_score(given, micros, answers).logp_BT).abs().max())
+
+
+def measure(given: Step, rounds: int) -> dict:
+    """Seconds (median) and peak memory of each, in turns after a warm-up."""
+    gap = logp_gap(given)
+    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+    peaks = {"ours": 0, "plain": 0}
+    for number in range(rounds + 1):
+        for name, step in (("ours", ours), ("plain", plain)):
+            with Meter(given.work.device) as meter:
+                step(given, number)
+            if number:  # the first warms up
+                seconds[name].append(meter.seconds)
+                peaks[name] = max(peaks[name], meter.peak_memory_bytes)
+    middle = {name: statistics.median(found) for name, found in seconds.items()}
+    return {
+        "seconds": middle,
+        "times_faster": middle["plain"] / middle["ours"],
+        "peak_memory_bytes": peaks,
+        "largest_logp_gap": gap,
+        "rounds": rounds,
+    }
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("recipe")
+    ask.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    ask.add_argument("--random-weights", action="store_true")
+    ask.add_argument("--small", action="store_true", help="two narrow layers, to rehearse: such figures mean nothing")
+    ask.add_argument("--memory-cap", type=size_in_bytes)
+    ask.add_argument("--rounds", type=int, default=2)
+    ask.add_argument("--out", type=Path)
+    options = ask.parse_args(arguments)
+    recipe = load_recipe(options.recipe, options.overrides)
+    if recipe.model.reward_base is not None or recipe.ppo.value != "adapter":
+        ask.error("the comparison is of four roles on one base: leave out model.reward_base, set ppo.value: adapter")
+    random = profiler.Random(options.small) if options.random_weights else None
+    with profiler.opened(recipe, 1, options.memory_cap, random) as (work, _):
+        profiler.cap(options.memory_cap, work.device)
+        found = measure(prepare(work), options.rounds)
+    found |= {"recipe": recipe.name, "small": options.small, "machine": describe_machine(), "versions": versions()}
+    print(f"{recipe.name}: ours {found['seconds']['ours']:.2f} s, plain {found['seconds']['plain']:.2f} s a step: "
+          f"{found['times_faster']:.2f} x; log-probs differ by {found['largest_logp_gap']:.1e} at most")  # fmt: skip
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+if __name__ == "__main__":
+    main()

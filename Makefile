@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 # What is to be installed beside the package, such as an older version of something that it needs.
 WITH ?=
 
-.PHONY: demo test test-oldest test-gpu clean
+.PHONY: demo test test-oldest test-gpu gpu clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/rlaif-lite run recipes/tiny.yaml
@@ -22,6 +22,10 @@ test-oldest:
 
 test-gpu: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -m gpu
+
+# Ten minutes on a machine with a CUDA GPU and the Python packages; without either it says so, and rehearses on the CPU.
+gpu:
+	@if [ -x $(VENV)/bin/python ]; then $(VENV)/bin/python kernels/bench/gpu.py; else $(PYTHON) kernels/bench/gpu.py; fi
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,185 @@
+"""`make gpu`: what only a GPU can show, in one command, under ten minutes, without a network.
+
+The tests marked `gpu`, a short bench of the kernels, PPO of three shipped recipes on random weights with the CUDA
+allocator capped at 24 GB and all four roles live, and one PPO step beside a plain implementation of it. Each part is a
+process with a time limit of its own: one that lacks a package, fails or takes too long is named, and the rest goes on.
+Writes docs/results/gpu.json and gpu.md. Without a GPU it rehearses: the same parts on the CPU with bases of two narrow
+layers, into ./gpu_rehearsal; those figures mean nothing.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+SECONDS = 580.0  # for all parts together
+CAP = "24GB"
+MODEL = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "av", "triton")
+# The published layout (50 temporal + 576 spatial tokens), and one round of answers in flight in each step.
+LLAVA = ("features.frames=50", "features.prune=[{st_mean: true}]", "ppo.rollouts=12", "ppo.minibatch=12",
+         "ppo.epochs=1")  # fmt: skip
+SMALL = ("device=cpu", "threads=1", "ppo.rollouts=4", "ppo.minibatch=4", "ppo.micro_batch=2", "ppo.max_new_tokens=6",
+         "ppo.epochs=1", "features.frames=4", "features.clip_frames=2", "preference.batch_size=4",
+         "context.batch_size=2")  # fmt: skip
+
+
+class Part(NamedTuple):
+    name: str
+    needs: tuple[str, ...]  # packages
+    limit: float  # seconds
+    command: Callable[[Path], list[str]]  # the file for its figures -> what is run
+
+
+class Target(NamedTuple):
+    part: str
+    what: str
+    bound: float
+    value: Callable[[dict], float]  # of the part's figures
+    at_most: bool
+
+
+def ppo_gb(figures: dict) -> float:
+    return figures["stages"]["ppo"]["peak_memory_bytes"] / 1e9
+
+
+TARGETS = (
+    Target("ppo vlm_rlaif_7b_24gb", "peak of PPO, GB", 20, ppo_gb, True),
+    Target("ppo qwen2_5_vl_7b_24gb", "peak of PPO, GB", 16, ppo_gb, True),
+    Target("ppo qwen2_5_vl_3b_24gb", "peak of PPO, GB", 10, ppo_gb, True),
+    Target("ppo vlm_rlaif_7b_rm13b_48gb", "peak of PPO, GB", 40, ppo_gb, True),
+    Target("plain step", "times faster than plain", 3, lambda figures: figures["times_faster"], False),
+)
+
+
+def parts(rehearsal: bool) -> list[Part]:
+    def bounds(cap: str) -> list[str]:
+        return ["--random-weights", *(["--small"] if rehearsal else ["--memory-cap", cap])]
+
+    def profiled(recipe: str, *keys: str, cap: str = CAP) -> Callable[[Path], list[str]]:
+        keys = SMALL if rehearsal else keys
+        return lambda out: [
+            "-m", "rlaif_lite.cli", "profile", f"recipes/{recipe}.yaml", *keys, *bounds(cap), "--steps", "1",
+            "--stage", "features", "--stage", "ppo", "--json", str(out),
+        ]  # fmt: skip
+
+    bench = ["--rounds", "1"] if rehearsal else ["--rounds", "10", "--shapes", "8192x3584x152064"]
+    collect = ["--collect-only"] if rehearsal else []
+    return [
+        Part("tests", ("torch", "pytest"), 120, lambda out: ["-m", "pytest", "-q", "-m", "gpu", *collect, "tests"]),
+        Part("kernels", ("torch", "triton"), 90, lambda out: [
+            "kernels/bench/run.py", *bench, "--out", str(out.parent)
+        ]),
+        Part("ppo vlm_rlaif_7b_24gb", MODEL, 120, profiled("vlm_rlaif_7b_24gb", *LLAVA)),
+        Part("ppo qwen2_5_vl_3b_24gb", MODEL, 120, profiled("qwen2_5_vl_3b_24gb", "ppo.epochs=1")),
+        Part("ppo qwen2_5_vl_7b_24gb", MODEL, 120, profiled("qwen2_5_vl_7b_24gb", "ppo.epochs=1")),
+        Part("plain step", MODEL, 150, lambda out: [
+            "kernels/bench/plain_ppo.py", "recipes/vlm_rlaif_7b_24gb.yaml", *(SMALL if rehearsal else LLAVA),
+            *bounds(CAP), "--rounds", "1", "--out", str(out),
+        ]),
+        Part("ppo vlm_rlaif_7b_rm13b_48gb", MODEL, 120, profiled("vlm_rlaif_7b_rm13b_48gb", *LLAVA, cap="40GB")),
+    ]  # fmt: skip
+
+
+def run(part: Part, folder: Path, left: float) -> dict:
+    """One part in a process of its own -> status, seconds, and its figures or why there are none."""
+    if missing := [name for name in part.needs if find_spec(name) is None]:
+        return {"status": "skipped", "seconds": 0.0, "why": f"needs the package {', '.join(missing)}"}
+    if left < 20:
+        return {"status": "skipped", "seconds": 0.0, "why": "no time was left"}
+    out = folder / f"{part.name.replace(' ', '_')}.json"
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    limit, began = min(part.limit, left), time.monotonic()
+    with open(folder / "log", "w+b") as log:
+        process = subprocess.Popen(
+            [sys.executable, *part.command(out)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True, env=os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = None
+        log.seek(0)
+        said = log.read().decode(errors="replace").strip().splitlines()
+    found = {"seconds": time.monotonic() - began, "said": said[-3:]}
+    if code != 0:
+        why = f"stopped after {limit:.0f} s" if code is None else f"exit code {code}"
+        return found | {"status": "failed", "why": f"{why}: {' / '.join(said[-3:])[-500:]}"}
+    figures = json.loads(out.read_text()) if out.exists() else None
+    return found | {"status": "ok", "figures": figures}
+
+
+def as_markdown(result: dict) -> str:
+    lines = ["# GPU proof", "", "Written by `make gpu`."]
+    if result["rehearsal"]:
+        lines += ["", "**A rehearsal on a CPU with bases of two narrow layers: no figure below means anything.**"]
+    lines += ["", f"Commit {result['commit']}, {result['machine'].get('device', 'unknown')}; "
+              + ", ".join(f"{name} {number}" for name, number in result["versions"].items()) + "."]  # fmt: skip
+    lines += ["", "| target | wanted | measured |", "|---|---|---|"]
+    for part, what, bound, value, at_most in TARGETS:
+        figures = result["parts"][part].get("figures")
+        got = "not measured" if figures is None else f"{value(figures):.2f}"
+        lines.append(f"| {part}: {what} | {'at most' if at_most else 'at least'} {bound} | {got} |")
+    lines += ["", "| part | status | seconds | |", "|---|---|---|---|"]
+    for name, found in result["parts"].items():
+        why = found.get("why", "").replace("|", "/").replace("\n", " ")
+        lines.append(f"| {name} | {found['status']} | {found['seconds']:.0f} | {why} |")
+    lines += ["", "| recipe | stage | peak, GB | planned, GB | phase | ms a step | tokens a second | of matmul |",
+              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for name, found in result["parts"].items():
+        stages = (found.get("figures") or {}).get("stages", {}) if name.startswith("ppo ") else {}
+        for stage, cost in stages.items():
+            peak, planned = cost["peak_memory_bytes"] / 1e9, cost["planned_memory_bytes"] / 1e9
+            head = f"| {name[4:]} | {stage} | {peak:.2f} | {planned:.2f}"
+            for phase, spent in cost["phases"].items():
+                rate = "" if spent["per_second"] is None else f"{spent['per_second']:.0f}"
+                share = "" if spent["of_matmul"] is None else f"{spent['of_matmul']:.1%}"
+                taken = 1e3 * spent["seconds"] / max(1, cost["steps"])
+                lines.append(f"{head} | {phase} | {taken:.1f} | {rate} | {share} |")
+                head = "| | | | "
+    return "\n".join(lines) + "\n"
+
+
+def describe() -> tuple[bool, dict, dict]:
+    """(whether there is a GPU, the machine, the versions), where torch is there to say it."""
+    if find_spec("torch") is None:
+        return False, {}, {}
+    import torch
+
+    from rlaif_lite.training.meter import describe_machine, versions
+
+    return torch.cuda.is_available(), describe_machine(), versions()
+
+
+def main(only: list[Part] | None = None, out: Path | None = None) -> dict:
+    began = time.monotonic()
+    on_gpu, machine, found_versions = describe()
+    out = out or (ROOT / "docs" / "results" if on_gpu else Path("gpu_rehearsal"))
+    out.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    result = {"schema": 1, "rehearsal": not on_gpu, "commit": commit or "unknown", "machine": machine,
+              "versions": found_versions, "parts": {}}  # fmt: skip
+    chosen = parts(rehearsal=not on_gpu) if only is None else only
+    result["parts"] = {target.part: {"status": "skipped", "seconds": 0.0, "why": "not run"} for target in TARGETS}
+    with tempfile.TemporaryDirectory() as folder:
+        for part in chosen:
+            found = run(part, Path(folder), SECONDS - (time.monotonic() - began))
+            print(f"{part.name}: {found['status']} in {found['seconds']:.0f} s {found.get('why', '')}", flush=True)
+            result["parts"][part.name] = found
+            (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")  # so that a kill loses one part at most
+            (out / "gpu.md").write_text(as_markdown(result))
+    print(f"-> {out / 'gpu.md'}")
+    return result
+
+
+if __name__ == "__main__":
+    main()

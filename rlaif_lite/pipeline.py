@@ -114,6 +114,9 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
         found["files of model.base"] = base_digest(work.recipe.model)
     if "model.reward_base.base" in found:
         found["files of model.reward_base"] = base_digest(work.recipe.model.for_reward())
+    for key in ("sft.adapter", "reward.adapter"):
+        if found.get(key) is not None:
+            found[f"files of {key}"] = folder_digest(Path(found[key]).expanduser())
     if name == "data":
         for path in work.own_files():
             found[f"file {path}"] = file_digest(path)
@@ -123,6 +126,14 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
 def file_digest(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def folder_digest(folder: Path) -> str:
+    """Of an adapter that the run starts from. Raises StageError where it is gone: what was made from it is not stale."""
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".safetensors"))
+    if not files:
+        raise StageError(f"There is no adapter in {folder}. Paths start at {Path.cwd()}.")
+    return hashlib.sha256(json.dumps([(path.name, file_digest(str(path))) for path in files]).encode()).hexdigest()[:16]
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:

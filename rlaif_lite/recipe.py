@@ -66,6 +66,7 @@ class Data(Section):
     max_easy_words: Count = Field(20, description="`sft` answers up to this many words are easy")
     policy_init: Words = Field((), description="instruction files of the RL domain, for policy initialisation")
     preference: Words = Field((), description="prompts that the model answers twice and judges")
+    pairs: Words = Field((), description="preference pairs that are there, instead of `preference`: nothing is judged")
     rl: Words = Field((), description="prompts of PPO")
     test: Words = Field((), description="prompts of the evaluation, on videos used nowhere else")
     folder: str | None = Field(None, description="where the world is written; null: inside the run folder")
@@ -158,6 +159,7 @@ class Training(Section):
 class Sft(Section):
     """Supervised training in two stages, short answers then long ones, then on the RL domain."""
 
+    adapter: str | None = Field(None, description="folder of an adapter that training goes on from; null: a fresh one")
     easy: Training | None = Field(Training(), description="short answers; null leaves the phase out")
     hard: Training | None = Field(Training(), description="long answers; null leaves the phase out")
     policy_init: Training | None = Field(Training(), description="RL domain, seeds the policy; null leaves it out")
@@ -222,6 +224,7 @@ class Preference(Section):
 class Reward(Training):
     """The reward model: an adapter and a scalar head, trained on the pairs (published: constant rate, norm 0.3)."""
 
+    adapter: str | None = Field(None, description="folder of a trained reward role, used as it is; null: train one")
     lr: Positive = Field(2e-5, description="highest learning rate")
     batch_size: Count = Field(16, description="pairs per optimiser step")
     micro_batch: Rows | None = Field(None, description="pairs per forward; auto: most that fit; null: the whole batch")
@@ -236,6 +239,9 @@ class Reward(Training):
     heldout: float = Field(0.15, gt=0, lt=1, description="share of prompts whose pairs are held out")
     floor: Share = Field(0.6, description="held-out accuracy below which PPO does not start")
     pairs: Count | None = Field(None, description="use at most so many pairs")
+    stumbles: Share = Field(
+        0.0, description="share of extra pairs: the chosen answer against itself with words doubled, dropped or misplaced"
+    )
 
 
 class Ppo(Section):

@@ -5,6 +5,7 @@ Each check yields (key, message); `recipe.raise_all` adds where the key was writ
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Iterator
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 WORLD_SETS = ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")  # what `world:...` may name
 DATA_KEYS = ("sft", *WORLD_SETS)
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -68,6 +70,8 @@ def _data_checks(data: Data) -> Iterator[tuple[str, str]]:
                 yield f"data.{name}[{i}]", f"names `{entry}`, but data.world is null. Set `data.world: {{seed: 0}}`."
     if data.sft and (data.sft_easy or data.sft_hard):
         yield "data.sft", "stands beside data.sft_easy or data.sft_hard. Give `sft` (split by length) or the two."
+    if data.pairs and data.preference:
+        yield "data.pairs", "stands beside data.preference. Give pairs, or prompts that are answered and judged anew."
 
 
 def _template_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -98,11 +102,47 @@ def _braced(names: set[str]) -> str:
     return ", ".join(f"{{{name}}}" for name in sorted(names))
 
 
+def _adapter_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The adapters to start from: are they there, safe from this run, and of the shape that every role has?"""
+    lora = recipe.model.lora
+    wanted = {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}
+    for key, name, files in (
+        ("sft.adapter", recipe.sft.adapter, ADAPTER),
+        ("reward.adapter", recipe.reward.adapter, (*ADAPTER, "head.safetensors")),
+    ):
+        if name is None:
+            continue
+        folder = Path(name).expanduser()
+        if missing := [file for file in files if not (folder / file).is_file()]:
+            yield key, f"names {name}, which lacks {', '.join(missing)}. `rlaif-lite import` and runs write such folders."
+        elif folder.resolve().is_relative_to(Path(recipe.output).resolve()):
+            yield key, f"names {name}, inside this run's own folder, where it may be replaced. Set another `output`."
+        else:
+            try:
+                shape = _shape_of_adapter(folder)
+            except (KeyError, ValueError, OverflowError) as error:
+                yield key, f"names {name}, which is no LoRA adapter that can be read ({error!r})."
+                continue
+            for what, found in shape.items():
+                if found != wanted[what]:
+                    here = f"`model.lora.{what}` ({recipe.where(f'model.lora.{what}')}) is {wanted[what]}"
+                    yield key, f"names {name}, whose {what} is {found}, but {here}. All roles have one shape: set it so."
+
+
+def _shape_of_adapter(folder: Path) -> dict:
+    """Rank, alpha and targets; the targets from the names of the tensors, as a configuration may hold a pattern."""
+    settings = json.loads((folder / ADAPTER[0]).read_text(encoding="utf-8"))
+    with open(folder / ADAPTER[1], "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    targets = {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in header if ".lora_" in key}
+    return {"rank": settings["r"], "alpha": settings["lora_alpha"], "targets": sorted(targets)}
+
+
 def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     data, sft = recipe.data, recipe.sft
-    for name in DATA_KEYS:
+    for name in (*DATA_KEYS, "pairs"):
         for i, entry in enumerate(getattr(data, name)):
-            if not entry.startswith("world:") and not Path(entry).expanduser().is_file():
+            if (name == "pairs" or not entry.startswith("world:")) and not Path(entry).expanduser().is_file():
                 yield f"data.{name}[{i}]", f"names {entry}, which is not a file. {files_near(Path(entry).expanduser())}"
     if data.video_root is not None and not Path(data.video_root).expanduser().is_dir():
         yield "data.video_root", f"names {data.video_root}, which is not a folder. Paths start at {Path.cwd()}."
@@ -110,15 +150,19 @@ def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key, base in (("model.base", recipe.model.base), ("model.reward_base.base", own.base if own else "embedded")):
         if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
             yield key, f"names {base}, which is not a folder. Paths start at {Path.cwd()}."
+    yield from _adapter_checks(recipe)
 
+    unmeasured = recipe.reward.adapter is not None  # and so it may go without pairs, where it says so
     needs = (  # set, is it given, who asks for it, how to do without
         ("sft_easy", data.sft or data.sft_easy, sft.easy, "sft.easy trains on it", "set `sft.easy: null`"),
         ("sft_hard", data.sft or data.sft_hard, sft.hard, "sft.hard trains on it", "set `sft.hard: null`"),
         ("policy_init", data.policy_init, sft.policy_init, "its phase needs it", "set `sft.policy_init: null`"),
-        ("preference", data.preference, True, "the preference stage asks its questions", None),
+        ("preference", data.preference or data.pairs, not unmeasured or recipe.reward.floor > 0,
+         "the preference stage asks its questions",
+         "give `data.pairs`" + ", or set `reward.floor: 0` to use reward.adapter unmeasured" * unmeasured),
         ("rl", data.rl, True, "PPO takes its prompts from it", None),
         ("test", data.test, recipe.evaluate.roles, "the evaluation asks its questions", "set `evaluate.roles: []`"),
-    )
+    )  # fmt: skip
     for name, given, asked, why, without in needs:
         if asked and not given:
             world = f" (or [world:{name}])" if data.world else ""

@@ -100,7 +100,7 @@ class Workspace:
             ("sft_easy", data.sft_easy),
             ("sft_hard", data.sft_hard),
             ("policy_init", data.policy_init),
-            ("preference", data.preference),
+            ("preference", data.pairs or data.preference),
             ("rl", data.rl),
             ("test", data.test),
         ]
@@ -138,11 +138,18 @@ class Workspace:
             say(f"{path}: {len(read.records)} records, {read.format}")
             records += read.records
         records, missing = with_videos(records)
+        pairs = split.name == "preference" and self.recipe.data.pairs
+        key = "data.pairs" if pairs else f"data.{split.name}"
         if missing and self.recipe.data.on_missing == "error":
             shown = "\n  ".join(sorted({video_name(r.video) for r in missing})[:20])
             raise DataError(
-                f"data.{split.name}: {len(missing)} records have a video that is not there, among them:\n  {shown}\n"
+                f"{key}: {len(missing)} records have a video that is not there, among them:\n  {shown}\n"
                 "Set `data.video_root` to their folder, or `data.on_missing: skip` to go on without them."
+            )
+        if pairs and (alone := [r.source for r in records if r.chosen is None]):
+            raise DataError(
+                f"{key}: {len(alone)} records hold no pair, the first {alone[0]}. Each needs `chosen` and `rejected`, or "
+                "the release's `output_1`, `output_2` and `preference`. Prompts alone go to `data.preference`."
             )
         self.missing_videos |= {video_name(r.video) for r in missing}
         return records
@@ -150,7 +157,7 @@ class Workspace:
     def own_files(self) -> list[str]:
         """The data files that are the user's, not the world's. Raises DataError for one that is not there."""
         data = self.recipe.data
-        named = (data.sft, data.sft_easy, data.sft_hard, data.policy_init, data.preference, data.rl, data.test)
+        named = (data.sft, data.sft_easy, data.sft_hard, data.policy_init, data.preference, data.pairs, data.rl, data.test)
         files = [self._path(path) for paths in named for path in paths if not path.startswith(WORLD)]
         if missing := [path for path in files if not Path(path).is_file()]:
             raise DataError(f"There is no data file {', '.join(missing)}. Paths start at {Path.cwd()}.")
@@ -210,7 +217,9 @@ class Workspace:
     @property
     def narrated_splits(self) -> tuple[str, ...]:
         """The splits whose videos the context stage describes: where somebody reads the narrative."""
-        return ("preference", "rl") if self.recipe.reward.context else ("preference",)
+        data, in_reward = self.recipe.data, self.recipe.reward.context  # given pairs need no judge
+        pairs = ("preference",) if data.preference or (data.pairs and in_reward) else ()
+        return (*pairs, "rl") if in_reward else pairs
 
     def narratives(self) -> dict[str, str]:
         """{video: narrative}, as the context stage wrote them."""

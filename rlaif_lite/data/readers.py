@@ -12,8 +12,8 @@ Formats, told apart by the keys of the first record; every other record must the
     trl-preference        `prompt`, `chosen`, `rejected`, as texts or as lists of messages
     trl-prompt            `prompt` alone or with `completion`
 
-Turns may be spelled {from, value} or {role, content} or any mix of the two, with "human" and "gpt" or "user" and
-"assistant": the release documents one spelling and reads the other. `<image>` marks a video where `images` holds it,
+Turns may be spelled {from, value} or {role, content} or any mix of the two, with "human" and "gpt" (or "llm") or "user"
+and "assistant": the release documents one spelling and reads the other. `<image>` marks a video where `images` holds it,
 and is put before the text of its turn wherever it stood, as the release does.
 
 Departure from the release: an index never joins two lists. Each Record carries its prompt, its video and its source.
@@ -34,7 +34,8 @@ from .records import VIDEO, Message, Record, check, from_json
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
-SPELLINGS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+SPELLINGS = {"human": "user", "user": "user", "gpt": "assistant", "llm": "assistant", "assistant": "assistant",
+             "system": "system"}  # fmt: skip
 
 
 class Read(NamedTuple):

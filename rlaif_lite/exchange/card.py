@@ -85,6 +85,10 @@ def provenance(work: Workspace) -> str:
         ("adapter", f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"),
         ("recipe", f"`{recipe.name}`, hash `{recipe_hash(recipe)}`, seed {recipe.seed}"),
     ]
+    for what, given in (("sft", recipe.sft.adapter), ("reward", recipe.reward.adapter)):
+        if given is not None:
+            digest = file_digest(Path(given).expanduser() / "adapter_model.safetensors")
+            rows.append((f"{what} started from", f"{Path(given).name}, sha256 `{digest}`"))
     for split in work.splits():
         for path in split.paths:
             rows.append((f"data: {split.name}", f"{Path(path).name}, sha256 `{file_digest(Path(path))}`"))
@@ -103,6 +107,8 @@ def measured(summary: dict, role: str) -> str:
     """The run's own evaluation of the base, of SFT and of this role; for a reward model its held-out accuracy."""
     if role == "reward" and summary.get("reward"):
         accuracy, floor = summary["reward"]["heldout_accuracy"], summary["reward"]["floor"]
+        if accuracy is None:
+            return "## Measured\n\nThis reward model was given to the run, which had no pairs to measure it on."
         return f"## Measured\n\nAccuracy on held-out pairs {accuracy:.3f}; PPO would not have begun below {floor:g}."
     evaluation = summary.get("evaluation", {})
     roles = [name for name in dict.fromkeys(("base", "sft", role)) if name in evaluation]

@@ -57,7 +57,7 @@ def lengths_of(recipe: Recipe) -> Lengths:
         "sft_easy": data.sft_easy or data.sft,
         "sft_hard": data.sft_hard or data.sft,
         "policy_init": data.policy_init,
-        "preference": data.preference,
+        "preference": data.pairs or data.preference,
         "rl": data.rl,
         "test": data.test,
     }
@@ -78,12 +78,19 @@ def _texts(recipe: Recipe, files: Iterable[str], count: Callable[[str], int], te
             records, share, known = [], 1.0, False
         found += records
         total += round(len(records) / share)
-    sizes = [(sum(count(m.content.replace(VIDEO_MARK, "")) for m in r.prompt), count(r.answer or "")) for r in found]
+    sizes = [
+        (sum(count(m.content.replace(VIDEO_MARK, "")) for m in r.prompt), max(map(count, _answers(r)))) for r in found
+    ]
     if not sizes:
         return Texts(0, 0, PROMPT + template, ANSWER, PROMPT + template + ANSWER, False)
     videos = len({r.video for r in found}) * total // len(found)
     prompt, answer = (max(column) for column in zip(*sizes))
     return Texts(total, videos, prompt + template, answer + 1, max(map(sum, sizes)) + template + 1, known)
+
+
+def _answers(record: Record) -> tuple[str, ...]:
+    """What a record says in answer: nothing, one answer, or a pair."""
+    return (record.answer or "",) if record.chosen is None else (record.chosen, record.rejected)
 
 
 def _of_world(recipe: Recipe, name: str) -> tuple[list[Record], float]:

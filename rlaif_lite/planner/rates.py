@@ -22,7 +22,9 @@ def seconds(recipe: Recipe, lengths: Lengths, on_gpu: bool) -> dict[str, tuple[f
     world, splits, phases = recipe.data.world, lengths.splits, recipe.sft
     records = {name: texts.records for name, texts in splits.items()}
     trained = [(phases.easy, "sft_easy"), (phases.hard, "sft_hard"), (phases.policy_init, "policy_init")]
-    answers = records.get("preference", 0) * recipe.preference.samples
+    asked = records.get("preference", 0) * bool(recipe.data.preference)  # not where pairs are given
+    answers = asked * recipe.preference.samples
+    pairs = answers // 2 or records.get("preference", 0)
     evaluated = len(recipe.evaluate.roles) * (1 + recipe.evaluate.samples) + (
         len(recipe.evaluate.temperatures) * recipe.evaluate.samples if "sft" in recipe.evaluate.roles else 0
     )
@@ -33,9 +35,9 @@ def seconds(recipe: Recipe, lengths: Lengths, on_gpu: bool) -> dict[str, tuple[f
         "sft": sum(
             steps_of(s, records.get(split, 0), s.batch_size) * s.batch_size for s, split in trained if s is not None
         ),
-        "context": records.get("preference", 0) * recipe.features.clips,
+        "context": asked * recipe.features.clips,
         "preference": answers,
-        "reward": steps_of(recipe.reward, answers // 2, recipe.reward.batch_size) * recipe.reward.batch_size,
+        "reward": steps_of(recipe.reward, pairs, recipe.reward.batch_size) * recipe.reward.batch_size,
         "ppo": recipe.ppo.steps * recipe.ppo.rollouts,
         "evaluate": records.get("test", 0) * evaluated,
     }

@@ -87,16 +87,20 @@ class Inventory:
                 if sft.replay and name != "easy":  # records of the easy phase come in between
                     texts = max(texts, self.texts("sft_easy"), key=lambda t: t.both)
                 phases.append(self.training(f"sft.{name}", section, self.video + texts.both, texts.answer))
-        return Holding(self.holds(2, trained=1), phases)
+        return Holding(self.holds(2, trained=min(1, len(phases))), phases)
 
     def context(self) -> Holding:
         section = self.recipe.context
+        if not self.recipe.data.preference and not self.recipe.reward.context:
+            return Holding({}, [])
         prompt = self.clip + self.template + self.lengths.count(section.prompt)
         sampling = self.sampling("context.batch_size", section.batch_size, MOST, prompt, section.max_new_tokens)
         return Holding(self.holds(1), [sampling])
 
     def preference(self) -> Holding:
         section, count = self.recipe.preference, self.lengths.count
+        if not self.recipe.data.preference:  # pairs are given, or there are none
+            return Holding({}, [])
         prompt, answer = self.texts("preference").prompt, section.max_new_tokens
         narrative = self.narrative() * (section.context or section.compare_context)
         asked = self.video + narrative + prompt
@@ -111,17 +115,20 @@ class Inventory:
 
     def reward(self) -> Holding:
         section, per_pair = self.recipe.reward, 2
-        if self.judge is None:
-            return Holding(self.holds(2, trained=1), [self.training("reward", section, self.scored(), 0, per_pair)])
-        own = self.of_judge()
-        fixed = own.holds(1, trained=1)
-        fixed["weights"] += self.shapes.base_bytes(self.recipe.model, tower=False)  # it was loaded before
-        return Holding(fixed, [own.training("reward", section, own.scored(), 0, per_pair)])
+        own, trained = self if self.judge is None else self.of_judge(), section.adapter is None
+        fixed = own.holds(1 + (trained and self.judge is None), trained=int(trained))
+        if self.judge is not None:
+            fixed["weights"] += self.shapes.base_bytes(self.recipe.model, tower=False)  # it was loaded before
+        if trained:
+            return Holding(fixed, [own.training("reward", section, own.scored(), 0, per_pair)])
+        rows = int(section.micro_batch or section.batch_size)
+        read = own.reading("measure", "reward.micro_batch", rows, own.scored())
+        return Holding(fixed, [read._replace(most=section.batch_size, terms=lambda rows: read.terms(per_pair * rows))])
 
     def ppo(self) -> Holding:
         section, model, new = self.recipe.ppo, self.recipe.model, self.recipe.ppo.max_new_tokens
         prompt = self.video + self.texts("rl").prompt
-        judged = self.scored() - self.recipe.preference.max_new_tokens  # what the reward and value roles read first
+        judged = self.scored() - self.pair_answer  # what the reward and value roles read first
         length = max(prompt, judged) + new
         critic = section.value == "adapter"
         fixed = self.holds(2 + critic + (self.judge is None), trained=1 + critic)
@@ -140,7 +147,7 @@ class Inventory:
             own = self.of_judge()
             for kind, size in own.holds(1).items():
                 fixed[kind] += size
-            judged = own.scored() - self.recipe.preference.max_new_tokens + new
+            judged = own.scored() - self.pair_answer + new
             phases.append(own.reading("reward scores", "ppo.micro_batch", micro, judged, section.minibatch))
         return Holding(fixed, phases)
 
@@ -161,12 +168,18 @@ class Inventory:
 
     def scored(self) -> int:
         """Tokens of an answer with what the reward role reads before it."""
-        template, prompt = self.recipe.reward.prompt, self.texts("preference").prompt
+        template = self.recipe.reward.prompt
+        prompt = self.texts("preference" if "preference" in self.lengths.splits else "rl").prompt
         if template is not None:
             question = prompt - self.template if "{question}" in template else 0
             prompt = self.template + question + self.lengths.count(template)
             prompt += self.narrative() * self.recipe.reward.context
-        return self.video + prompt + self.recipe.preference.max_new_tokens
+        return self.video + prompt + self.pair_answer
+
+    @property
+    def pair_answer(self) -> int:
+        """Tokens of the longest answer of a pair: as it is given, or as it may be sampled."""
+        return self.texts("preference").answer if self.recipe.data.pairs else self.recipe.preference.max_new_tokens
 
     def narrative(self) -> int:
         """Tokens of all captions with the words that head them."""

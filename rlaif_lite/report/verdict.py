@@ -70,6 +70,8 @@ def cautions(run: Run) -> list[str]:
     accuracy = reward.get("heldout_accuracy_truth", reward.get("heldout_accuracy"))
     if accuracy is not None and accuracy < 0.65:
         found.append(f"The reward model decides only {percent(accuracy)} of held-out pairs rightly (chance: 50 %).")
+    if reward and reward["heldout_accuracy"] is None:
+        found.append("The reward model was given and not measured: there were no pairs.")
     agreement = preference.get("judge_agreement_with_truth")
     if agreement is not None and agreement < 0.7:
         found.append(f"The judge agrees with the truth on only {percent(agreement)} of pairs.")

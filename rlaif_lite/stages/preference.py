@@ -8,6 +8,8 @@ beside them.
 
 Where the truth is known (the synthetic world), the judge's agreement with it is reported, with and without the
 narrative; everywhere, how often the longer answer wins.
+
+Pairs that the recipe gives (`data.pairs`) are used as they are instead: nothing is sampled or judged.
 """
 
 from typing import NamedTuple
@@ -18,12 +20,13 @@ from ..judge.claims import Item, judge_claims
 from ..judge.pairwise import Pair, judge_pairs
 from ..model.inputs import VIDEO_MARK, decode_answer, encode_prompt
 from ..phases import phase
-from ..progress import progress
+from ..progress import progress, say
 from ..rollout import Sampling, sample
 from ..workspace import Workspace, by_batches, chunks, question_of, read_jsonl, write_json, write_jsonl
 
-READS = ("seed", "preference", "data.preference")
+READS = ("seed", "preference", "data.preference", "data.pairs")
 NEEDS = ("features", "sft", "context")
+SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}  # as the release spells them
 
 
 class Judged(NamedTuple):
@@ -39,6 +42,8 @@ class Judged(NamedTuple):
 def run(work: Workspace) -> dict:
     """Write `preference/pairs.json` and `preference/judgements.json`; returns the figures of the summary."""
     section = work.recipe.preference
+    if not work.recipe.data.preference:
+        return write_given(work)
     work.load_role("sft")
     records = {r.id: r for r in work.records("preference")}
     pairs = make_pairs(records, sample_answers(work))
@@ -150,8 +155,36 @@ def write_pairs(work: Workspace, kept: list[Judged]) -> None:
     write_jsonl(work.stage("preference") / "pairs.jsonl", own)
 
 
+def write_given(work: Workspace) -> dict:
+    """`pairs.json` from the pairs that the recipe gives, in the same shape but for the score, which they have not."""
+    given, pairs = work.records("preference") if work.recipe.data.pairs else [], given_pairs(work)
+    released = [
+        {
+            "id": record.id,
+            "video": record.video,
+            "conversations": [{"from": SPEAKERS[turn.role], "value": turn.content} for turn in record.prompt],
+            "output_1": {"from": "llm", "value": chosen},
+            "output_2": {"from": "llm", "value": rejected},
+            "preference": 1,
+        }
+        for record, chosen, rejected in pairs
+    ]
+    write_json(work.stage("preference") / "pairs.json", released)
+    source = "given" if given else "none"
+    say(f"preference: {len(pairs)} pairs, {source}; nothing is judged")
+    return {"source": source, "pairs": len(pairs), "dropped": len(given) - len(pairs), "judges": []}
+
+
+def given_pairs(work: Workspace) -> list[tuple[Record, str, str]]:
+    """The pairs of `data.pairs` whose answers differ. Taken from the records: their ids need not be unique."""
+    given = work.records("preference") if work.recipe.data.pairs else []
+    return [(r, r.chosen, r.rejected) for r in given if r.chosen != r.rejected]
+
+
 def read_pairs(work: Workspace) -> list[tuple[Record, str, str]]:
     """(record, chosen, rejected) as this stage left them."""
+    if not work.recipe.data.preference:
+        return given_pairs(work)
     records = {r.id: r for r in work.records("preference")}
     return [
         (records[row["id"]], row["chosen"], row["rejected"])
@@ -198,6 +231,7 @@ def summary(section, figures: list[dict], pairs: int, judged: int) -> dict:
     by_key = {(f["judge"], f["context"]): f for f in figures}
     own = by_key[section.judge, section.context]
     out = {
+        "source": "judged",
         "judge": section.judge, "context": section.context, "pairs": pairs, "pairs_judged": judged, "dropped": judged - pairs,
         "judge_agreement_with_truth": own.get("agreement"), "length_bias": own["length_bias"],
         "truth_length_bias": own.get("truth_length_bias"), "judges": figures,

@@ -10,6 +10,8 @@ Shapes: B answers, S positions, D width.
 """
 
 import math
+import random
+from pathlib import Path
 from typing import Callable, Sequence as Seq
 
 import torch
@@ -22,6 +24,7 @@ from ..model.base import Base
 from ..model.inputs import VIDEO_MARK, Sequence, collate, decode_answer, encode_answer, encode_prompt, encode_text
 from ..model.roles import ActiveRole
 from ..phases import phase
+from ..progress import say
 from ..recipe import Recipe
 from ..rl.losses import pairwise_loss
 from ..training.fit import fit, steps_of
@@ -88,6 +91,8 @@ def run(work: Workspace) -> dict:
     (`model.reward_base`) the adapter is a fresh one, as published: that base is an SFT model already."""
     section = work.recipe.reward
     shared, work = work, work.for_reward
+    if section.adapter is not None:
+        return use_given(work, Path(section.adapter).expanduser())
     if work is shared:
         work.load_role("sft")
         work.roles.add("reward", copy_of="sft")
@@ -102,6 +107,7 @@ def run(work: Workspace) -> dict:
             f"The reward model has {len(train)} pairs to train on and {len(held)} held out. "
             "More prompts, more `preference.samples`, or another `reward.heldout` would give both."
         )
+    train += stumbling(train, section.stumbles, work.seed("reward", "stumbles"))
     layout = RewardInput(work)
     steps = steps_of(section, len(train), section.batch_size)
     order = batches(len(train), section.batch_size, steps, work.recipe.seed, "reward")
@@ -138,11 +144,48 @@ def run(work: Workspace) -> dict:
     return result
 
 
+def use_given(work: Workspace, folder: Path) -> dict:
+    """A trained reward role used as it is (`reward.adapter`), measured on all pairs, as this run trained on none. Where
+    there are none, `heldout_accuracy` is None: not measured."""
+    work.roles.load("reward", folder)
+    if "reward" not in work.roles.heads:
+        raise StageError(f"`reward.adapter`: {folder} has no head.safetensors, so it is no reward role.")
+    work.roles.save("reward", work.adapter("reward"))
+    pairs = read_pairs(work)
+    result = measure(work, RewardInput(work), pairs) if pairs else {"heldout_accuracy": None}
+    if not pairs:
+        say("reward: there are no pairs, so the given role was not measured and `reward.floor` cannot be checked")
+    result |= {"train_pairs": 0, "heldout_pairs": len(pairs), "steps": 0}
+    write_json(work.stage("reward") / "heldout.json", result)
+    return result
+
+
 def score_pairs(layout: RewardInput, active: ActiveRole, pairs: Seq[tuple[Record, str, str]]) -> Tensor:
     """score_B2 of (chosen, rejected), both in one forward."""
     prompts = [layout.prompt(record) for record, _, _ in pairs]
     answers = [encode_answer(layout.base, text) for _, chosen, rejected in pairs for text in (chosen, rejected)]
     return layout.score(active, [p for p in prompts for _ in range(2)], answers).view(-1, 2)
+
+
+def stumbling(pairs: list[tuple[Record, str, str]], share: float, seed: int) -> list[tuple[Record, str, str]]:
+    """As many extra pairs as `share` of `pairs`: a chosen answer against itself with one to three words doubled, dropped
+    or put elsewhere. Answers that stumble are too rare among a model's samples for the reward model to learn what they
+    are worth, and PPO drifts to where it is not told."""
+    rng = random.Random(seed)
+    extra = []
+    for record, chosen, _ in rng.sample(pairs, round(share * len(pairs))):
+        words = chosen.split()
+        start = rng.randrange(len(words))
+        run = words[start : start + rng.randint(1, 3)]
+        rest = words[start + len(run) :]
+        elsewhere = rng.randrange(len(words) + 1)
+        worse = rng.choice((
+            words[:start] + run + run + rest,
+            words[:start] + rest,
+            words[:elsewhere] + run + words[elsewhere:],
+        ))  # fmt: skip
+        extra.append((record, chosen, " ".join(worse)))
+    return extra
 
 
 def split_by_video(
@@ -186,9 +229,15 @@ def calibration(gaps: Seq[float]) -> list[dict]:
     ]  # fmt: skip
 
 
-def check_floor(recipe: Recipe, accuracy: float) -> None:
-    """Raises StageError when the reward model is too weak for PPO."""
-    if accuracy < recipe.reward.floor:
+def check_floor(recipe: Recipe, accuracy: float | None) -> None:
+    """Raises StageError when the reward model is too weak for PPO, or a floor is asked for and nothing was measured."""
+    if accuracy is None:
+        if recipe.reward.floor > 0:
+            raise StageError(
+                f"`reward.floor: {recipe.reward.floor}` cannot be checked: there are no pairs to measure `reward.adapter` on. "
+                "Give some in `data.pairs`, or set the floor to 0 to go on with a reward model that was not measured."
+            )
+    elif accuracy < recipe.reward.floor:
         raise StageError(
             f"The reward model decides {accuracy:.3f} of held-out pairs as labelled, below `reward.floor: {recipe.reward.floor}`: "
             "PPO would optimise noise. More or cleaner pairs help (`preference.samples`, `preference.min_margin`); to go on "

@@ -7,6 +7,8 @@ section 3.1).
              initialisation). It seeds the policy and, frozen, is what the KL is measured against. Without
              `sft.policy_init` it is a copy of `sft`.
 
+With `sft.adapter` training goes on from that adapter; with no phase at all it simply is what both roles are.
+
 The loss is on answers only. A record with verdicts (process supervision) is trained on the verdict at each marked
 word instead: that keeps the judge's skill in the adapter. Departures from the release: it starts a fresh adapter on
 merged weights for the initialisation, here the same adapter goes on; a share of easy records can be replayed in the
@@ -15,6 +17,7 @@ later phases (`sft.replay`), and `sft.loss_per: record` weighs every record alik
 Shapes: B records, S positions, N answer tokens.
 """
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -57,7 +60,10 @@ class Example(NamedTuple):
 def run(work: Workspace) -> dict:
     """Train `sft` and `reference`; returns records and steps of each phase."""
     recipe = work.recipe
-    work.roles.add("sft", seed=work.seed("sft", "init"))
+    if recipe.sft.adapter is None:
+        work.roles.add("sft", seed=work.seed("sft", "init"))
+    else:
+        work.roles.load("sft", Path(recipe.sft.adapter).expanduser())
     easy = work.records("sft_easy") if "sft_easy" in work.split_names() else []
     result = {}
     if recipe.sft.easy is not None:

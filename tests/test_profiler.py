@@ -148,6 +148,27 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         tables.read(tmp_path / "none.json")
 
 
+def test_a_cap_is_a_fraction_of_the_card(monkeypatch):
+    """24 of 80 GB; the device is left to torch, whose function refuses `cuda` without a number."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: asked.append(given))
+    profiler.cap(24 * 10**9, torch.device("cuda"))
+    profiler.cap(None, torch.device("cuda"))
+    assert asked == [(0.3,)]
+
+
+@pytest.mark.gpu
+def test_a_cap_holds_on_a_gpu():
+    profiler.cap(2**29, torch.device("cuda"))
+    try:
+        torch.empty(2**27, dtype=torch.uint8, device="cuda")
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def test_a_cap_needs_a_gpu_and_a_stage_a_name(recipe):
     with pytest.raises(StageError, match="bounds the CUDA allocator"):
         profiler.profile(recipe(), memory_cap=10**9)

@@ -52,8 +52,9 @@ def profile(
 ) -> dict:
     """Run `stages` and return what they cost, as JSON has it (see docs/profiling.md).
 
-    memory_cap: bytes that the CUDA allocator may hold. random: made-up weights. Raises StageError for an unknown stage, and for a cap without a
-    GPU; torch.OutOfMemoryError or StageError where the cap is too small. Memory is planned for the same inputs.
+    memory_cap: bytes that the CUDA allocator may hold; random: made-up weights. Memory is planned for the same inputs.
+    Raises StageError for an unknown stage, and for a cap without a GPU; torch.OutOfMemoryError or StageError where the
+    cap is too small.
     """
     if unknown := [name for name in stages if name not in PROFILED]:
         raise StageError(f"There is no stage `{unknown[0]}` to profile; there are {', '.join(PROFILED)}.")
@@ -156,4 +157,4 @@ def cap(memory: int | None, device: torch.device) -> None:
             "that way. Leave it out, or bound the whole process from outside: `ulimit -v`."
         )
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, memory / total))  # it takes no device without a number

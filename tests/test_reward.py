@@ -13,7 +13,7 @@ from rlaif_lite.errors import StageError
 from rlaif_lite.model.inputs import encode_answer
 from rlaif_lite.stages import reward
 from rlaif_lite.stages.features import views_of
-from rlaif_lite.stages.reward import RewardInput, calibration, check_floor, split_by_video
+from rlaif_lite.stages.reward import RewardInput, calibration, check_floor, split_by_video, stumbling
 from rlaif_lite.workspace import Workspace, read_jsonl
 
 ANSWERS = ["first a red circle left . also a red star .", "red", "", "a blue cross . green"]
@@ -136,6 +136,24 @@ def test_no_video_is_on_both_sides():
     frames = [(record("q<video>", video=["a.jpg", "b.jpg"]), "x", "y"), (record("text", video=None), "x", "y")]
     train, held = split_by_video(frames, 0.5, seed=0)
     assert len(train) == len(held) == 1
+
+
+def test_stumbles_are_worse_forms_of_the_chosen_answer():
+    """A share of the pairs; nothing but words doubled, dropped or put elsewhere; the same again for the same seed."""
+    pairs = [(record(f"<video> v{i}"), f"a{i} b{i} c{i} d{i} e{i} .", "anything") for i in range(40)]
+    extra = stumbling(pairs, 0.5, seed=3)
+    assert len(extra) == 20 and extra == stumbling(pairs, 0.5, seed=3) != stumbling(pairs, 0.5, seed=4)
+    assert stumbling(pairs, 0.0, seed=3) == []
+    lengths = set()
+    for given, chosen, worse in extra:
+        assert (given, chosen, "anything") in pairs
+        words, own = worse.split(), chosen.split()
+        assert words != own and set(words) <= set(own) and 3 <= len(words) <= 9
+        lengths.add(len(words) > len(own))
+        if len(words) < len(own):  # dropped: one run is missing, the rest stands in order
+            cut = len(own) - len(words)
+            assert any(own[:i] + own[i + cut :] == words for i in range(len(own)))
+    assert lengths == {True, False}
 
 
 def test_calibration_by_hand():

@@ -240,7 +240,7 @@ class Reward(Training):
     floor: Share = Field(0.6, description="held-out accuracy below which PPO does not start")
     pairs: Count | None = Field(None, description="use at most so many pairs")
     stumbles: Share = Field(
-        0.0, description="share of extra pairs: the chosen answer against itself with words doubled, dropped or misplaced"
+        0.0, description="share of extra pairs, the chosen answer against itself with words doubled, dropped or misplaced"
     )
 
 

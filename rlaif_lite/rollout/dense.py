@@ -9,7 +9,6 @@ adapters stay as they are, and scoring and training never see the copy.
 import contextlib
 from typing import Iterator
 
-import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn

@@ -106,7 +106,9 @@ class Model(Section):
         None, description="sample with a dense copy of the decoder, adapter merged in; null: on a CPU only"
     )
     lora: Lora = Lora()
-    reward_base: RewardBase | None = Field(None, description="the reward role's own base; null: shared (published: 13B)")
+    reward_base: RewardBase | None = Field(
+        None, description="the reward role's own base; null: shared (published: 13B)"
+    )
 
     def for_reward(self) -> Model:
         """The base that the reward role sits on."""
@@ -148,7 +150,9 @@ class Training(Section):
     epochs: Positive = Field(1.0, description="passes over the data, when `steps` is null")
     lr: Positive = Field(1e-4, description="highest learning rate")
     batch_size: Count = Field(32, description="records per optimiser step (published 128)")
-    micro_batch: Rows | None = Field(None, description="records per forward; auto: most that fit; null: the whole batch")
+    micro_batch: Rows | None = Field(
+        None, description="records per forward; auto: most that fit; null: the whole batch"
+    )
     warmup_ratio: Share = Field(0.03, description="share of the steps in which the rate rises")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="the rate after the warm-up")
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
@@ -240,7 +244,8 @@ class Reward(Training):
     floor: Share = Field(0.6, description="held-out accuracy below which PPO does not start")
     pairs: Count | None = Field(None, description="use at most so many pairs")
     stumbles: Share = Field(
-        0.0, description="share of extra pairs, the chosen answer against itself with words doubled, dropped or misplaced"
+        0.0,
+        description="share of extra pairs, the chosen answer against itself with words doubled, dropped or misplaced",
     )
 
 

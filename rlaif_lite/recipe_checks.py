@@ -114,7 +114,10 @@ def _adapter_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
             continue
         folder = Path(name).expanduser()
         if missing := [file for file in files if not (folder / file).is_file()]:
-            yield key, f"names {name}, which lacks {', '.join(missing)}. `rlaif-lite import` and runs write such folders."
+            yield (
+                key,
+                f"names {name}, which lacks {', '.join(missing)}. `rlaif-lite import` and runs write such folders.",
+            )
         elif folder.resolve().is_relative_to(Path(recipe.output).resolve()):
             yield key, f"names {name}, inside this run's own folder, where it may be replaced. Set another `output`."
         else:
@@ -126,7 +129,10 @@ def _adapter_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
             for what, found in shape.items():
                 if found != wanted[what]:
                     here = f"`model.lora.{what}` ({recipe.where(f'model.lora.{what}')}) is {wanted[what]}"
-                    yield key, f"names {name}, whose {what} is {found}, but {here}. All roles have one shape: set it so."
+                    yield (
+                        key,
+                        f"names {name}, whose {what} is {found}, but {here}. All roles have one shape: set it so.",
+                    )
 
 
 def _shape_of_adapter(folder: Path) -> dict:

@@ -157,7 +157,16 @@ class Workspace:
     def own_files(self) -> list[str]:
         """The data files that are the user's, not the world's. Raises DataError for one that is not there."""
         data = self.recipe.data
-        named = (data.sft, data.sft_easy, data.sft_hard, data.policy_init, data.preference, data.pairs, data.rl, data.test)
+        named = (
+            data.sft,
+            data.sft_easy,
+            data.sft_hard,
+            data.policy_init,
+            data.preference,
+            data.pairs,
+            data.rl,
+            data.test,
+        )
         files = [self._path(path) for paths in named for path in paths if not path.startswith(WORLD)]
         if missing := [path for path in files if not Path(path).is_file()]:
             raise DataError(f"There is no data file {', '.join(missing)}. Paths start at {Path.cwd()}.")

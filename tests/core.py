@@ -69,7 +69,9 @@ def load(checkpoint):
     """load(quantization="nf4", tower=False, **keys of `model`) -> a fresh Base on the CPU."""
 
     def make(quantization: str = "nf4", tower: bool = False, **keys) -> Base:
-        return load_base(Model(base=str(checkpoint), quantization=quantization, **keys), torch.device("cpu"), tower=tower)
+        return load_base(
+            Model(base=str(checkpoint), quantization=quantization, **keys), torch.device("cpu"), tower=tower
+        )
 
     return make
 
@@ -133,7 +135,9 @@ def shake(roles: Roles, name: str, seed: int = 0, size: float = 0.05) -> None:
         parameter.data += size * torch.randn(parameter.shape, generator=generator)
 
 
-def video_of(base: Base, tokens: int = 8, layout: int | None = None, keep: list[int] | None = None, seed: int = 0) -> FeatureRecord:
+def video_of(
+    base: Base, tokens: int = 8, layout: int | None = None, keep: list[int] | None = None, seed: int = 0
+) -> FeatureRecord:
     """Made-up features of a video: `tokens` of a layout (all of it unless `keep` lists the ones that pruning left)."""
     layout = layout or tokens
     keep = list(range(layout)) if keep is None else keep

@@ -182,5 +182,7 @@ def test_pixels_are_what_the_processor_makes(base, checkpoint):
      ({"size": {"shortest_edge": 30}, "crop_size": {"height": 24, "width": 26}}, (24, 26)), ({"size": 40}, (40, 40))],
 )  # fmt: skip
 def test_every_spelling_of_the_frame_size(tmp_path, size, expected):
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 1], **size}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 1], **size})
+    )
     assert image_spec(tmp_path).size[:2] == expected

@@ -96,7 +96,9 @@ def test_pruned_rows_are_the_full_row_with_keys_masked(base):
     cases = [(24, [0, 1, 2, 3, 7, 8, 15, 22, 23], 1), (12, [5, 11], 2)]
     for layout, keep, seed in cases:
         full = encode_prompt(base, user("what <video> describe the video"), video_of(base, layout=layout, seed=seed))
-        pruned = encode_prompt(base, user("what <video> describe the video"), video_of(base, layout=layout, keep=keep, seed=seed))
+        pruned = encode_prompt(
+            base, user("what <video> describe the video"), video_of(base, layout=layout, keep=keep, seed=seed)
+        )
         start = full.ids_S.index(base.placeholder_id)
         kept_S = torch.ones(len(full.ids_S), dtype=torch.bool)
         kept_S[start : start + layout] = False
@@ -149,7 +151,11 @@ def test_each_row_gets_its_own_video(base):
 
 def branched(base) -> tuple[Sequence, list[list[int]], list[int]]:
     prefix = encode_prompt(base, user("<video> what is true ?"), video_of(base, layout=12, keep=[0, 4, 5, 11]))
-    return prefix, [ids(base, text) for text in ("first a red circle left", "star", "then a blue cross")], ids(base, "better ?")
+    return (
+        prefix,
+        [ids(base, text) for text in ("first a red circle left", "star", "then a blue cross")],
+        ids(base, "better ?"),
+    )
 
 
 def test_each_branch_is_as_if_it_stood_alone(base):
@@ -228,13 +234,17 @@ def test_the_chat_template(base):
 
 def test_a_template_that_ends_in_a_newline_keeps_it(base):
     """ChatML opens the answer with a newline; without it a model is off its template, and nothing says so."""
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["<unk>", *"abcdef", "user", "assistant", "hi", "\n"])}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")])
+    core = Tokenizer(
+        models.WordLevel(
+            {w: i for i, w in enumerate(["<unk>", *"abcdef", "user", "assistant", "hi", "\n"])}, unk_token="<unk>"
+        )
+    )
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
     chatml = copy.copy(base)
     chatml.tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
-    chatml.tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}\n{{ m.content[0].text }}\n{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
-    )
+    chatml.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}\n{{ m.content[0].text }}\n{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
     assert words(chatml, encode_prompt(chatml, user("hi"), None).ids_S) == ["user", "\n", "hi", "\n", "assistant", "\n"]
     _, tail = split_prompt(chatml, "hi<|>", None)
     assert words(chatml, tail)[-2:] == ["assistant", "\n"]
@@ -253,7 +263,9 @@ def test_marks_and_features_must_agree(base, text, given, says):
 
 
 @pytest.mark.parametrize(
-    "text", ["<video> what <|> a <video> <|> b <|> better ?", "<video> what <|> a <|> b <|> <video> better ?"], ids=["branch", "closing"]
+    "text",
+    ["<video> what <|> a <video> <|> b <|> better ?", "<video> what <|> a <|> b <|> <video> better ?"],
+    ids=["branch", "closing"],
 )
 def test_a_second_mark_in_a_branch_is_refused(base, text):
     with pytest.raises(ModelError, match="marks 2 videos"):

@@ -16,12 +16,17 @@ from rlaif_lite.model.inputs import collate, encode_prompt
 from rlaif_lite.model.roles import Roles
 from rlaif_lite.recipe import Claims, Pairwise
 
-ASK = Claims(mode="ask", prompt="<video> {context} claim : {claim} question {question} ?", context_prefix="context : {context}")
+ASK = Claims(
+    mode="ask", prompt="<video> {context} claim : {claim} question {question} ?", context_prefix="context : {context}"
+)
 INLINE = Claims(mode="inline", prompt="<video> {context} response :", context_prefix="context : {context}")
 BESIDE = Pairwise(
-    prompt="<video> {context} <|> response A : {a} <|> response B : {b} <|> {question} better ?", context_prefix="context : {context}"
+    prompt="<video> {context} <|> response A : {a} <|> response B : {b} <|> {question} better ?",
+    context_prefix="context : {context}",
 )
-PLAIN = Pairwise(prompt="<video> {context} response A : {a} response B : {b} better ?", context_prefix="context : {context}")
+PLAIN = Pairwise(
+    prompt="<video> {context} response A : {a} response B : {b} better ?", context_prefix="context : {context}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +149,9 @@ def test_swapped_answers_get_the_opposite_margin(judge, section):
 
 def test_answers_side_by_side_have_no_order(judge):
     """With the same label the two branches cannot be told apart, whatever the model: the margin is 0. In a plain sequence it is not."""
-    beside = Pairwise(prompt="<video> {context} <|> response : {a} <|> response : {b} <|> better ?", context_prefix="{context}")
+    beside = Pairwise(
+        prompt="<video> {context} <|> response : {a} <|> response : {b} <|> better ?", context_prefix="{context}"
+    )
     plain = Pairwise(prompt="<video> {context} response : {a} response : {b} better ?", context_prefix="{context}")
     with judge.use("sft") as role:
         none = judge_pairs(role, pairs(judge.base), beside, batch_size=8)
@@ -158,7 +165,10 @@ def test_the_default_prompts_carry_the_video(judge):
     base = judge.base
     claims = Claims(mode="ask")
     words = Claims(mode="ask", prompt=f"<video>\n{claims.prompt}", context_prefix=claims.context_prefix)
-    given = [Item(video_of(base), "what", "first a red circle left .", "a blue cross"), Item(None, "what", "star", None)]
+    given = [
+        Item(video_of(base), "what", "first a red circle left .", "a blue cross"),
+        Item(None, "what", "star", None),
+    ]
     with judge.use("sft") as role:
         default, marked = judge_claims(role, given, claims, 8), judge_claims(role, given[:1], words, 8)
         assert default[0].score == pytest.approx(marked[0].score, abs=1e-6) and len(default[1].values) == 1
@@ -167,9 +177,9 @@ def test_the_default_prompts_carry_the_video(judge):
 
 
 def test_user_messages():
-    assert user_message("<video> {context}say {claim}", "seen: {context} | ", "x {y}", True, claim="c", question="q").content == (
-        "<video> seen: x {y} | say c"
-    )  # braces in a narrative are text
+    assert user_message(
+        "<video> {context}say {claim}", "seen: {context} | ", "x {y}", True, claim="c", question="q"
+    ).content == ("<video> seen: x {y} | say c")  # braces in a narrative are text
     assert user_message("{context}say {claim}", "seen: {context}", None, False, claim="c {d}").content == "say c {d}"
     assert user_message("say {claim}", "", None, True, claim="c").content == "<video>\nsay c"
 

@@ -67,7 +67,9 @@ def test_imports_point_down(path):
         if name.split(".")[0] != "rlaif_lite":
             continue
         other = unit(name)
-        assert other == own or FLOOR[other] > FLOOR[own], f"{own} (floor {FLOOR[own]}) imports {name} (floor {FLOOR[other]})"
+        assert other == own or FLOOR[other] > FLOOR[own], (
+            f"{own} (floor {FLOOR[own]}) imports {name} (floor {FLOOR[other]})"
+        )
 
 
 def test_an_upward_import_is_seen(tmp_path, monkeypatch):
@@ -80,7 +82,9 @@ def test_an_upward_import_is_seen(tmp_path, monkeypatch):
         "if TYPE_CHECKING:\n    from ..workspace import Workspace\ndef f():\n    from ..model.base import Base\n"
     )
     found = imports(path)
-    assert {"rlaif_lite.stages.ppo", "rlaif_lite.cli", "rlaif_lite.rl.shaping", "rlaif_lite.model.base.Base"} <= set(found)
+    assert {"rlaif_lite.stages.ppo", "rlaif_lite.cli", "rlaif_lite.rl.shaping", "rlaif_lite.model.base.Base"} <= set(
+        found
+    )
     assert not any("workspace" in name for name in found)
     assert (unit("rlaif_lite.stages.ppo"), unit("rlaif_lite.__version__")) == ("stages", "__init__")
 
@@ -91,7 +95,9 @@ def test_the_report_reads_run_folders_only():
     for path in (PACKAGE / "report").glob("*.py"):
         for name in imports(path):
             first = name.split(".")[0]
-            assert first in allowed or name.startswith(("rlaif_lite.report", "rlaif_lite.errors", "rlaif_lite.__version__")), (path, name)
+            assert first in allowed or name.startswith(
+                ("rlaif_lite.report", "rlaif_lite.errors", "rlaif_lite.__version__")
+            ), (path, name)
 
 
 def test_the_embedded_base_is_made_from_the_world_alone():
@@ -110,6 +116,8 @@ def test_the_kernels_stand_alone():
 
 
 def test_the_command_line_starts_without_torch():
-    code = "import rlaif_lite.cli, sys; print([m for m in ('torch', 'transformers', 'peft', 'numpy') if m in sys.modules])"
+    code = (
+        "import rlaif_lite.cli, sys; print([m for m in ('torch', 'transformers', 'peft', 'numpy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -75,7 +75,14 @@ def write_base(folder: Path, text, dtype: torch.dtype = torch.float32) -> Path:
 def with_bias(tmp_path_factory) -> Path:
     """Qwen2 as the language model: its q, k and v projections have biases."""
     keys = architecture.build_config().text_config.to_dict()
-    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "eos_token_id")
+    kept = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "eos_token_id",
+    )
     text = Qwen2Config(num_hidden_layers=2, tie_word_embeddings=True, **{key: keys[key] for key in kept})
     return write_base(tmp_path_factory.mktemp("qwen"), text)
 
@@ -134,5 +141,7 @@ def test_gradients_through_layers_with_a_bias(with_bias):
 
 def test_an_unquantised_base_keeps_the_recipes_dtype(with_bias):
     base = load_base(Model(base=str(with_bias), quantization="none", dtype="bfloat16"), CPU)
-    assert {parameter.dtype for parameter in base.model.parameters()} == {torch.bfloat16} and base.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in base.model.parameters()} == {
+        torch.bfloat16
+    } and base.dtype == torch.bfloat16
     assert base.bytes()["quantised"] == 0

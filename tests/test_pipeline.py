@@ -39,7 +39,9 @@ def test_the_summary_keeps_the_contract(finished):
     for role in ("base", "sft", "reference", "ppo"):
         table = summary["evaluation"][role]
         for mode in ("greedy", "sample"):
-            assert {f"{mode}_{name}" for name in ("precision", "recall", "f1", "hallucination", "length")} <= table.keys()
+            assert {
+                f"{mode}_{name}" for name in ("precision", "recall", "f1", "hallucination", "length")
+            } <= table.keys()
     assert "sample_f1" in summary["evaluation"]["sft@0.5"]  # sharpening alone, beside it
     assert {"delta", "low", "high"} <= summary["evaluation_intervals"]["ppo-sft"]["greedy_hallucination"].keys()
     preference = summary["preference"]
@@ -48,7 +50,9 @@ def test_the_summary_keeps_the_contract(finished):
     assert 0 <= summary["reward"]["heldout_accuracy"] <= 1
     assert summary["ppo"]["kl_start"] == 0 and {"kl_end", "reward_start", "reward_end"} <= summary["ppo"].keys()
     sizes = summary["ppo"]["roles"]
-    assert set(sizes) == {"policy", "reference", "reward", "value"} and all(size["bytes"] > 0 for size in sizes.values())
+    assert set(sizes) == {"policy", "reference", "reward", "value"} and all(
+        size["bytes"] > 0 for size in sizes.values()
+    )
 
 
 def test_the_base_is_the_same_before_and_after(finished, load):
@@ -74,7 +78,11 @@ def test_the_folder(finished):
     assert (folder / "report.html").stat().st_size > 1000
     stages = {line["stage"] for line in read_jsonl(folder / "metrics.jsonl")}
     assert stages == {"sft.easy", "sft.hard", "sft.policy_init", "reward", "ppo"}
-    left = [path for path in folder.rglob("*") if path.name == "checkpoint" or ".tmp" in path.name or path.suffix in (".pt", ".pkl", ".bin")]
+    left = [
+        path
+        for path in folder.rglob("*")
+        if path.name == "checkpoint" or ".tmp" in path.name or path.suffix in (".pt", ".pkl", ".bin")
+    ]
     assert not left  # and never a pickle
     narratives = json.loads((folder / "context" / "narratives.json").read_text())
     assert len(narratives) == VIDEOS and all("first" in text and "finally" in text for text in narratives.values())
@@ -84,7 +92,9 @@ def test_the_folder(finished):
     for theirs, ours in zip(released, own, strict=True):
         assert theirs["id"] == ours["id"] and theirs["conversations"][0]["value"] == "<video>\ndescribe the video"
         assert theirs[f"output_{theirs['preference']}"]["value"] == ours["chosen"] != ours["rejected"]
-        assert (theirs["score_gap"] > 0) == (theirs["preference"] == 1) and ours["margin"] == abs(theirs["score_gap"]) > 0
+        assert (theirs["score_gap"] > 0) == (theirs["preference"] == 1) and ours["margin"] == abs(
+            theirs["score_gap"]
+        ) > 0
 
 
 def test_evaluation_answers_every_video_once_per_role(finished):
@@ -92,7 +102,9 @@ def test_evaluation_answers_every_video_once_per_role(finished):
     ids = [f"test/{i:05d}" for i in range(VIDEOS)]
     for role in ("base", "sft", "reference", "ppo"):
         assert [row["id"] for row in read_jsonl(folder / f"{role}.greedy.jsonl")] == ids
-        assert [row["id"] for row in read_jsonl(folder / f"{role}.sample@1.jsonl")] == [i for i in ids for _ in range(2)]
+        assert [row["id"] for row in read_jsonl(folder / f"{role}.sample@1.jsonl")] == [
+            i for i in ids for _ in range(2)
+        ]
     assert (folder / "sft.sample@0.5.jsonl").exists()
     assert [e["id"] for e in json.loads((folder / "examples" / "index.json").read_text())] == ids[:2]
 
@@ -103,7 +115,10 @@ def test_runs_with_the_same_seed_are_the_same_run(finished, checkpoint, tmp_path
     pipeline.run(recipe, until="ppo")
     for role in ("sft", "reference", "reward", "policy", "value"):
         for file in (Path(finished.output) / "adapters" / role).glob("*.safetensors"):
-            assert file.read_bytes() == (tmp_path / "run" / "adapters" / role / file.name).read_bytes(), (role, file.name)
+            assert file.read_bytes() == (tmp_path / "run" / "adapters" / role / file.name).read_bytes(), (
+                role,
+                file.name,
+            )
 
 
 # ---- what is done, what is stale
@@ -195,7 +210,9 @@ def test_a_stale_stage_starts_from_nothing(rerun, monkeypatch):
         assert sorted(p.name for p in (folder / "sft").iterdir()) == ["begun.json"]
         assert not (folder / "adapters" / "sft").exists() and not (folder / "adapters" / "reference").exists()
         assert (folder / "adapters" / "policy").exists()  # its turn has not come
-        assert summary_of(folder)["ppo"] == {} and not summary_of(folder)["finished"]  # what it once found is not this recipe's
+        assert (
+            summary_of(folder)["ppo"] == {} and not summary_of(folder)["finished"]
+        )  # what it once found is not this recipe's
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline.STAGES["sft"], "run", look)
@@ -318,7 +335,9 @@ def test_unreadable_videos_stop_the_run_every_time(broken):
     """Also the second time: what was found bad once is not silently left out."""
     recipe = broken()
     for _ in range(2):
-        with pytest.raises(DataError, match=r"(?s)1 of 32 videos cannot be decoded.*rl/00002.mp4.*data.on_missing: skip"):
+        with pytest.raises(
+            DataError, match=r"(?s)1 of 32 videos cannot be decoded.*rl/00002.mp4.*data.on_missing: skip"
+        ):
             pipeline.run(recipe, until="features")
 
 
@@ -331,7 +350,11 @@ def test_bad_videos_can_be_skipped_and_are_counted(broken):
     """No record of theirs reaches a stage, and every other keeps its own video."""
     recipe = broken("data.on_missing=skip", gone=True)
     summary = pipeline.run(recipe, until="features")
-    assert (summary["features"]["videos"], summary["features"]["unreadable"], summary["features"]["missing"]) == (30, 1, 1)
+    assert (summary["features"]["videos"], summary["features"]["unreadable"], summary["features"]["missing"]) == (
+        30,
+        1,
+        1,
+    )
     work = Workspace(recipe)
     kept = [r.id for r in work.records("rl")]
     assert kept == [f"rl/{i:05d}" for i in (0, 1, 4, 5, 6, 7)]
@@ -411,4 +434,7 @@ def test_answers_with_strange_line_ends_survive(tmp_path):
 
 def test_the_finished_base_is_a_plain_one(finished):
     """Nothing of a run is left on the base's folder."""
-    assert load_base(finished.model, torch.device("cpu"), tower=False).fingerprint() == summary_of(finished.output)["ppo"]["base_fingerprint"]
+    assert (
+        load_base(finished.model, torch.device("cpu"), tower=False).fingerprint()
+        == summary_of(finished.output)["ppo"]["base_fingerprint"]
+    )

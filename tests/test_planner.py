@@ -30,7 +30,12 @@ def llava(tmp_path_factory) -> str:
     """The config files of LLaVA-1.5-7B, with the numbers of its published config.json; no weights."""
     folder = tmp_path_factory.mktemp("llava")
     vision = CLIPVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
     )
     LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=32064)).save_pretrained(folder)
     side = {"crop_size": {"height": 336, "width": 336}, "size": {"shortest_edge": 336}}
@@ -86,7 +91,9 @@ class Step:
         self.roles = Roles(self.base, Lora(rank=16))
         self.roles.add("sft")
         self.roles.trainable("sft")
-        self.rows = [Sequence([10] * n, torch.arange(n)[None], None, torch.tensor([n])) for n in range(64, 64 - rows, -1)]
+        self.rows = [
+            Sequence([10] * n, torch.arange(n)[None], None, torch.tensor([n])) for n in range(64, 64 - rows, -1)
+        ]
 
     def hidden(self) -> torch.Tensor:
         with self.roles.use("sft") as role:

@@ -44,7 +44,9 @@ class Step:
         """By plain gradient descent, so that a step is the gradient itself."""
         for role in roles:
             self.work.roles.trainable(role)
-        optimizers = {role: torch.optim.SGD(self.work.roles.parameters(role, head=role == "value"), lr=lr) for role in roles}
+        optimizers = {
+            role: torch.optim.SGD(self.work.roles.parameters(role, head=role == "value"), lr=lr) for role in roles
+        }
         return ppo.update(self.work, self.minibatches, experience, optimizers, 0)
 
     def reward_scores(self, answers: list[Trajectory]) -> list[float]:
@@ -136,7 +138,9 @@ def test_every_answer_is_cut_once_and_aligned(finished, micro_batch):
             ):
                 assert batch.ids_BS[row][batch.mask_BS[row]].tolist()[start:] == ids
                 assert target_bS[row][target_bS[row] != IGNORE].tolist() == ids
-                assert (target_bS[row] != IGNORE).nonzero()[:, 0].tolist() == list(range(start - 1, start - 1 + len(ids)))
+                assert (target_bS[row] != IGNORE).nonzero()[:, 0].tolist() == list(
+                    range(start - 1, start - 1 + len(ids))
+                )
 
 
 def test_log_probs_are_of_the_answers_tokens(finished):
@@ -152,7 +156,9 @@ def test_log_probs_are_of_the_answers_tokens(finished):
             row = encode_prompt(base, record.prompt, step.work.features(record)).extend(answer.ids)
             with torch.no_grad(), step.work.roles.use(role) as active:
                 hidden_SD = active.hidden(collate(base, [row]))[0].double()
-            logp_SV = torch.log_softmax((hidden_SD @ base.head_weight_VD.T.double() + base.ban_bias_V.double()) / 0.7, -1)
+            logp_SV = torch.log_softmax(
+                (hidden_SD @ base.head_weight_VD.T.double() + base.ban_bias_V.double()) / 0.7, -1
+            )
             start = len(row.ids_S) - len(answer.ids)
             logp_T = torch.stack([logp_SV[start - 1 + t, token] for t, token in enumerate(answer.ids)])
             assert (want_BT[i, : len(answer.ids)] - logp_T).abs().max() <= 1e-4
@@ -163,7 +169,14 @@ def test_log_probs_are_of_the_answers_tokens(finished):
 # ---- rewards and advantages, through `score`
 
 
-PLAIN = {"gamma": 1.0, "lam": 1.0, "whiten_advantages": False, "whiten_rewards": False, "stop_penalty": 0.0, "length_penalty": 0.0}
+PLAIN = {
+    "gamma": 1.0,
+    "lam": 1.0,
+    "whiten_advantages": False,
+    "whiten_rewards": False,
+    "stop_penalty": 0.0,
+    "length_penalty": 0.0,
+}
 
 
 def test_the_score_stands_on_the_last_real_token(finished):
@@ -181,7 +194,9 @@ def test_the_score_stands_on_the_last_real_token(finished):
     assert torch.allclose(experience.advantage_BT, experience.return_BT)
     _, myopic = Step.score(_with(step, lam=0.0), answers, mean=0.25, std=2.0)
     for i, length in enumerate(RAGGED):
-        assert myopic.advantage_BT[i].tolist() == pytest.approx([0.0] * (length - 1) + [want_B[i]] + [0.0] * (8 - length), abs=1e-4)
+        assert myopic.advantage_BT[i].tolist() == pytest.approx(
+            [0.0] * (length - 1) + [want_B[i]] + [0.0] * (8 - length), abs=1e-4
+        )
 
 
 def _with(step: Step, **keys) -> Step:
@@ -255,12 +270,25 @@ def test_micro_batches_update_as_the_whole_minibatch(rerun, value_clip):
     recipe = rerun()
     found = {}
     for micro_batch in (None, 2):
-        step = Step(recipe, micro_batch=micro_batch, minibatch=8, epochs=1, value_clip=value_clip, max_grad_norm=1e9, value_coef=0.7)
+        step = Step(
+            recipe,
+            micro_batch=micro_batch,
+            minibatch=8,
+            epochs=1,
+            value_clip=value_clip,
+            max_grad_norm=1e9,
+            value_coef=0.7,
+        )
         shake(step.work.roles, "value")
         answers = ragged(step)
         _, experience = step.score(answers)
-        old_BT = experience.logp_BT - 0.3 * torch.randn(experience.logp_BT.shape, generator=torch.Generator().manual_seed(0))
-        before = {role: [p.clone() for p in step.work.roles.parameters(role, head=role == "value")] for role in ("policy", "value")}
+        old_BT = experience.logp_BT - 0.3 * torch.randn(
+            experience.logp_BT.shape, generator=torch.Generator().manual_seed(0)
+        )
+        before = {
+            role: [p.clone() for p in step.work.roles.parameters(role, head=role == "value")]
+            for role in ("policy", "value")
+        }
         history = step.update(experience._replace(logp_BT=old_BT * experience.mask_BT))
         moves = {role: [now - then for now, then in zip(step.work.roles.parameters(role, head=role == "value"), before[role])]
                  for role in before}  # fmt: skip

@@ -48,9 +48,11 @@ def test_a_random_base_serves_as_a_loaded_one(name, tmp_path):
     roles = Roles(base, Lora(rank=2, alpha=4.0))
     roles.add("policy")
     roles.trainable("policy")
-    rows = [encode_prompt(base, [Message("user", "<video> what")], video_of(base, 8))] if name == LLAVA else [
-        encode_prompt(base, [Message("user", "what")], None)
-    ]
+    rows = (
+        [encode_prompt(base, [Message("user", "<video> what")], video_of(base, 8))]
+        if name == LLAVA
+        else [encode_prompt(base, [Message("user", "what")], None)]
+    )
     with roles.use("policy") as policy:
         hidden_BSD = policy.hidden(collate(base, rows))
         hidden_BSD.square().sum().backward()

@@ -114,7 +114,9 @@ class Runner:
 
 
 def metrics(folder: Path) -> list[dict]:
-    return [{key: value for key, value in line.items() if key != "time"} for line in read_jsonl(folder / "metrics.jsonl")]
+    return [
+        {key: value for key, value in line.items() if key != "time"} for line in read_jsonl(folder / "metrics.jsonl")
+    ]
 
 
 def test_a_run_killed_in_every_stage_ends_the_same(finished, checkpoint, tmp_path):
@@ -131,14 +133,28 @@ def test_a_run_killed_in_every_stage_ends_the_same(finished, checkpoint, tmp_pat
 
     want, got = Path(finished.output), Path(recipe.output)
     files = sorted(path.relative_to(want) for path in (want / "adapters").rglob("*.safetensors"))
-    assert files == sorted(path.relative_to(got) for path in (got / "adapters").rglob("*.safetensors")) and len(files) == 7
+    assert (
+        files == sorted(path.relative_to(got) for path in (got / "adapters").rglob("*.safetensors")) and len(files) == 7
+    )
     for file in files:
         assert (want / file).read_bytes() == (got / file).read_bytes(), (file, hit)
     assert metrics(want) == metrics(got)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (want, got)]
-    for block in ("evaluation", "evaluation_intervals", "preference", "reward", "ppo", "features", "recipe_hash", "finished"):
+    for block in (
+        "evaluation",
+        "evaluation_intervals",
+        "preference",
+        "reward",
+        "ppo",
+        "features",
+        "recipe_hash",
+        "finished",
+    ):
         assert summaries[0][block] == summaries[1][block], block
-    for file in sorted((want / "evaluate").glob("*.jsonl")) + [want / "preference" / "answers.jsonl", want / "context" / "captions.jsonl"]:
+    for file in sorted((want / "evaluate").glob("*.jsonl")) + [
+        want / "preference" / "answers.jsonl",
+        want / "context" / "captions.jsonl",
+    ]:
         other = got / file.relative_to(want)
         assert file.read_text().replace(str(want), "") == other.read_text().replace(str(got), ""), file
     left = [p for p in got.rglob("*") if p.name.endswith((".tmp", ".old", ".part")) or p.name == "checkpoint"]

@@ -72,7 +72,10 @@ def test_the_prompt_of_the_reward_model(work):
         return work.base().tokenizer.decode(configured(work, **keys).prompt(given).ids_S).replace("<video> " * 23, "")
 
     assert text(prompt=None) == "<s> <video> what is the colour first ? <ans>"
-    assert text(prompt="question {question} response :") == "<s> <video> question what is the colour first ? response : <ans>"
+    assert (
+        text(prompt="question {question} response :")
+        == "<s> <video> question what is the colour first ? response : <ans>"
+    )
     assert text(prompt="response :") == "<s> <video> response : <ans>"
 
 
@@ -161,9 +164,15 @@ def test_calibration_by_hand():
     logit = lambda p: math.log(p / (1 - p))  # noqa: E731
     gaps = [logit(0.55), -logit(0.57), logit(0.75), logit(0.77), -logit(0.72), logit(0.99), 50.0, 0.0]
     table = calibration(gaps)
-    assert [(round(b["low"], 6), round(b["high"], 6), b["count"]) for b in table] == [(0.5, 0.6, 3), (0.7, 0.8, 3), (0.9, 1.0, 2)]
+    assert [(round(b["low"], 6), round(b["high"], 6), b["count"]) for b in table] == [
+        (0.5, 0.6, 3),
+        (0.7, 0.8, 3),
+        (0.9, 1.0, 2),
+    ]
     assert [b["observed"] for b in table] == pytest.approx([1 / 3, 2 / 3, 1.0])
-    assert [b["predicted"] for b in table] == pytest.approx([(0.55 + 0.57 + 0.5) / 3, (0.75 + 0.77 + 0.72) / 3, (0.99 + 1) / 2])
+    assert [b["predicted"] for b in table] == pytest.approx(
+        [(0.55 + 0.57 + 0.5) / 3, (0.75 + 0.77 + 0.72) / 3, (0.99 + 1) / 2]
+    )
 
 
 def test_the_floor(recipe):

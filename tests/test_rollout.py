@@ -41,7 +41,9 @@ def policy(roles) -> Roles:
     return roles
 
 
-@pytest.mark.parametrize("slots, dense, graph", [(64, False, False), (64, True, True), (2, True, False), (2, False, True)])
+@pytest.mark.parametrize(
+    "slots, dense, graph", [(64, False, False), (64, True, True), (2, True, False), (2, False, True)]
+)
 def test_greedy_is_transformers_generate(policy, slots, dense, graph):
     """Token for token, from the same embeddings; `generate` pads on the left. On a CPU `graph` is the step that a GPU
     captures, over all slots, run eagerly."""
@@ -51,7 +53,13 @@ def test_greedy_is_transformers_generate(policy, slots, dense, graph):
     banned = base.ban_bias_V.nonzero()[:, 0].tolist()
     with policy.use("policy") as role:
         got = sample(
-            role, prompts, Sampling(12, temperature=0.0), seeds=[0] * len(prompts), batch_size=slots, dense=dense, graph=graph
+            role,
+            prompts,
+            Sampling(12, temperature=0.0),
+            seeds=[0] * len(prompts),
+            batch_size=slots,
+            dense=dense,
+            graph=graph,
         )
         with torch.no_grad():
             want = base.model.generate(
@@ -64,7 +72,9 @@ def test_greedy_is_transformers_generate(policy, slots, dense, graph):
     for trajectory, row in zip(got, want.tolist(), strict=True):
         end = row.index(base.eos_id) + 1 if base.eos_id in row else len(row)
         assert trajectory.ids == row[:end]
-    assert len({tuple(t.ids) for t in got}) == len(prompts) and len({i for t in got for i in t.ids}) > 5  # a real comparison
+    assert (
+        len({tuple(t.ids) for t in got}) == len(prompts) and len({i for t in got for i in t.ids}) > 5
+    )  # a real comparison
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -94,7 +104,9 @@ def test_a_sample_does_not_depend_on_its_batch(load, checkpointing):
         assert [t.ids for t in together] == [t.ids for t in other]
         logps = [torch.tensor([x for t in found for x in t.logp]) for found in (together, other)]
         assert (logps[0] - logps[1]).abs().max() < 1e-4
-    assert [t.prompt for t in together] == [t.prompt for t in split] == [i for i in range(len(prompts)) for _ in range(3)]
+    assert (
+        [t.prompt for t in together] == [t.prompt for t in split] == [i for i in range(len(prompts)) for _ in range(3)]
+    )
     assert len({tuple(t.ids) for t in together[:3]}) == 3  # seeds tell answers to one prompt apart
 
 
@@ -108,7 +120,9 @@ def chi_square(counts: Counter, prob_V: torch.Tensor, drawn: int) -> tuple[float
     return sum((found - expected) ** 2 / expected for found, expected in cells), len(cells) - 1
 
 
-@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 8), (1.5, 0.8, 20)])
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k", [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 8), (1.5, 0.8, 20)]
+)
 def test_tokens_follow_the_exact_distribution(policy, temperature, top_p, top_k):
     """Chi-square of 6,000 first tokens against the softmax in float64. The bound lies 5 standard deviations above the mean."""
     base, drawn = policy.base, 6000
@@ -137,7 +151,9 @@ def one_hot_draw(prob: list[float], uniform: list[float], sampling: Sampling) ->
     """`draw` on logits log(prob): the head is the identity."""
     logits_ND = torch.tensor(prob).log().expand(len(uniform), -1)
     eye_VD = torch.eye(len(prob))
-    return draw(eye_VD, torch.zeros(len(prob)), logits_ND, torch.tensor(uniform, dtype=torch.float64), sampling)[0].tolist()
+    return draw(eye_VD, torch.zeros(len(prob)), logits_ND, torch.tensor(uniform, dtype=torch.float64), sampling)[
+        0
+    ].tolist()
 
 
 def test_draw_by_hand():
@@ -150,7 +166,10 @@ def test_draw_by_hand():
     # the smallest set that reaches .85 is {.7, .2}; drawn among them by 2 : 7 in the order of ids
     assert one_hot_draw([0.1, 0.2, 0.7], [0.0, 0.22, 0.23], Sampling(1, top_p=0.85)) == [1, 1, 2]
     assert one_hot_draw([0.1, 0.2, 0.7], [0.0, 0.99], Sampling(1, top_p=0.01)) == [2, 2]  # the most likely always stays
-    assert one_hot_draw([0.25, 0.25, 0.25, 0.25], [0.0, 0.51], Sampling(1, top_p=0.3)) == [0, 1]  # of equals, the first ones
+    assert one_hot_draw([0.25, 0.25, 0.25, 0.25], [0.0, 0.51], Sampling(1, top_p=0.3)) == [
+        0,
+        1,
+    ]  # of equals, the first ones
     # the two most likely are {.7, .2}; of them, .77 of the probability is in {.7} alone
     assert one_hot_draw([0.1, 0.2, 0.7], [0.0, 0.22, 0.23], Sampling(1, top_k=2)) == [1, 1, 2]
     assert one_hot_draw([0.1, 0.2, 0.7], [0.0, 0.22], Sampling(1, top_p=0.75, top_k=2)) == [2, 2]
@@ -162,7 +181,12 @@ def test_draw_by_hand():
 def test_logp_is_of_the_sampling_distribution():
     logits_ND = torch.tensor([[0.1, 0.2, 0.7]]).log()
     uniform_N = torch.tensor([0.5], dtype=torch.float64)
-    for sampling, want in ((Sampling(1), 0.7), (Sampling(1, 0.5), 0.49 / 0.54), (Sampling(1, 1.0, 0.5), 0.7), (Sampling(1, 0.0), 0.7)):
+    for sampling, want in (
+        (Sampling(1), 0.7),
+        (Sampling(1, 0.5), 0.49 / 0.54),
+        (Sampling(1, 1.0, 0.5), 0.7),
+        (Sampling(1, 0.0), 0.7),
+    ):
         _, logp_N = draw(torch.eye(3), torch.zeros(3), logits_ND, uniform_N, sampling)
         assert logp_N.item() == pytest.approx(math.log(want), abs=1e-6)
 
@@ -252,7 +276,9 @@ def test_a_captured_step_runs_over_all_slots(policy, monkeypatch):
 
     def forward(*args, **kwargs):
         if (cache := kwargs["past_key_values"]) is not None and isinstance(cache, SlotCache):
-            seen.append((tuple(kwargs["inputs_embeds"].shape), tuple(kwargs["attention_mask"].shape), cache.keys.data_ptr()))
+            seen.append(
+                (tuple(kwargs["inputs_embeds"].shape), tuple(kwargs["attention_mask"].shape), cache.keys.data_ptr())
+            )
         return real(*args, **kwargs)
 
     monkeypatch.setattr(policy.base.decoder, "forward", forward)
@@ -314,7 +340,9 @@ def test_bytes_of_a_slot(base):
     assert held == 3 * slot_bytes(config, 32, torch.float32)
 
 
-@pytest.mark.parametrize("key, copies", [({}, True), ({"dense_rollouts": False}, False), ({"dense_rollouts": True}, True)])
+@pytest.mark.parametrize(
+    "key, copies", [({}, True), ({"dense_rollouts": False}, False), ({"dense_rollouts": True}, True)]
+)
 def test_the_recipe_says_whether_to_copy(load, key, copies):
     base = load(**key)
     seen = []

@@ -28,19 +28,28 @@ def examples(base, loss_per: str) -> list[sft.Example]:
     """A short and a long answer about videos, and one with verdicts."""
     return [
         sft.example(base, record("<video> what is the colour first ?", "red ."), video_of(base, 8), loss_per),
-        sft.example(base, record("<video> describe the video", HARD), video_of(base, layout=12, keep=[0, 5, 9]), loss_per),
-        sft.example(base, record("response :", "a red star .", video=None, verdicts=[[5, "yes"], [10, "no"]]), None, loss_per),
+        sft.example(
+            base, record("<video> describe the video", HARD), video_of(base, layout=12, keep=[0, 5, 9]), loss_per
+        ),
+        sft.example(
+            base, record("response :", "a red star .", video=None, verdicts=[[5, "yes"], [10, "no"]]), None, loss_per
+        ),
     ]
 
 
 def test_targets_are_the_answer_and_its_end(base):
-    row, targets_S, weight = sft.example(base, record("<video> describe", "red star ."), video_of(base, 2, layout=4, keep=[0, 1]), "token")
+    row, targets_S, weight = sft.example(
+        base, record("<video> describe", "red star ."), video_of(base, 2, layout=4, keep=[0, 1]), "token"
+    )
     assert words(base, row.ids_S) == ["<s>", "<video>", "<video>", "describe", "<ans>", "red", "star", ".", "</s>"]
     assert words(base, targets_S) == ["-", "-", "-", "-", "red", "star", ".", "</s>", "-"] and weight == 1
 
 
 def test_only_the_last_answer_is_learnt(base):
-    turns = [{"role": r, "content": c} for r, c in (("user", "what ?"), ("assistant", "red ."), ("user", "shape ?"), ("assistant", "cross ."))]
+    turns = [
+        {"role": r, "content": c}
+        for r, c in (("user", "what ?"), ("assistant", "red ."), ("user", "shape ?"), ("assistant", "cross ."))
+    ]
     from rlaif_lite.data.records import from_json
 
     row, targets_S, _ = sft.example(base, from_json({"id": "x", "messages": turns}, "made up"), None, "token")
@@ -50,7 +59,9 @@ def test_only_the_last_answer_is_learnt(base):
 
 def test_verdicts_stand_at_the_words_they_judge(base):
     """Read AT the word: the target of the token that ends where the verdict's span ends."""
-    given = record("response :", "a red circle left .", video=None, verdicts=[[1, "-"], [5, "yes"], [12, "no"], [17, "yes"]])
+    given = record(
+        "response :", "a red circle left .", video=None, verdicts=[[1, "-"], [5, "yes"], [12, "no"], [17, "yes"]]
+    )
     row, targets_S, weight = sft.example(base, given, None, "record")
     assert words(base, row.ids_S) == ["<s>", "response", ":", "<ans>", "a", "red", "circle", "left", "."]
     assert targets_S[:4] == [IGNORE] * 4 and targets_S[-1] == IGNORE
@@ -168,8 +179,18 @@ def test_fit_learns_and_goes_on_where_it_was(roles, load, tmp_path):
                 raise KeyboardInterrupt
             return {"loss": sft.backward(active, given, 3.0) + 0 * torch.rand(()).item()}
 
-        fit(roles, "sft", section, 6, step_loss, label="x", folder=folder / "checkpoint", log=MetricsLog(folder / "metrics.jsonl"),
-            seed=1, checkpoint_every=2)
+        fit(
+            roles,
+            "sft",
+            section,
+            6,
+            step_loss,
+            label="x",
+            folder=folder / "checkpoint",
+            log=MetricsLog(folder / "metrics.jsonl"),
+            seed=1,
+            checkpoint_every=2,
+        )
         return [p.detach().clone() for p in roles.parameters("sft")], [
             {k: v for k, v in line.items() if k != "time"} for line in read_jsonl(folder / "metrics.jsonl")]  # fmt: skip
 
@@ -229,7 +250,9 @@ def test_phases_replay_and_what_they_train(rerun, monkeypatch):
 
 def test_phases_can_be_left_out(rerun):
     """null leaves a phase out, and its data is not asked for; without policy_init the reference is the SFT adapter itself."""
-    recipe = rerun("sft.easy=null", "sft.policy_init=null", "data.sft_easy=[]", "data.policy_init=[]", "sft.replay=0.34")
+    recipe = rerun(
+        "sft.easy=null", "sft.policy_init=null", "data.sft_easy=[]", "data.policy_init=[]", "sft.replay=0.34"
+    )
     work = Workspace(recipe)
     result = sft.run(work)
     assert set(result) == {"hard"}
@@ -242,7 +265,12 @@ def test_sft_files_are_split_by_the_length_of_the_answer(finished, tmp_path):
     lines = [json.dumps({"id": str(i), "messages": [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "red " * n}]})
              for i, n in enumerate((1, 5, 6, 40))]  # fmt: skip
     (tmp_path / "own.jsonl").write_text("\n".join(lines) + "\n")
-    data = finished.data.model_copy(update={"sft": (str(tmp_path / "own.jsonl"),), "sft_easy": (), "sft_hard": (), "max_easy_words": 5})
+    data = finished.data.model_copy(
+        update={"sft": (str(tmp_path / "own.jsonl"),), "sft_easy": (), "sft_hard": (), "max_easy_words": 5}
+    )
     work = Workspace(finished.model_copy(update={"data": data}))
-    assert [r.id for r in work.records("sft_easy")] == ["0", "1"] and [r.id for r in work.records("sft_hard")] == ["2", "3"]
+    assert [r.id for r in work.records("sft_easy")] == ["0", "1"] and [r.id for r in work.records("sft_hard")] == [
+        "2",
+        "3",
+    ]
     assert "sft" not in work.split_names()

@@ -25,7 +25,7 @@ from rlaif_lite.recipe import Lora, Model
 ROOT = Path(__file__).parent.parent
 GPU = torch.device("cuda")  # asked for, never touched: the stand-in loads on the CPU
 
-STAND_IN = '''
+STAND_IN = """
 CALLS = []
 
 class FastVisionModel:
@@ -42,7 +42,7 @@ class FastVisionModel:
     @staticmethod
     def get_peft_model(model, r=16, target_modules=None, lora_alpha=16, finetune_vision_layers=True, **kwargs):
         raise AssertionError("adapters are ours")
-'''
+"""
 
 
 def install(folder: Path, source: str, needs: str = "transformers>=5.17") -> Path:
@@ -98,7 +98,9 @@ def test_it_is_asked_for_the_recipes_base_and_the_rest_is_ours(stand_in, checkpo
 
 @pytest.mark.parametrize("command", ["run", "eval"])
 def test_the_command_line_imports_it_before_transformers(tmp_path, command):
-    source = "import sys\nprint([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])\nraise SystemExit(7)\n"
+    source = (
+        "import sys\nprint([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])\nraise SystemExit(7)\n"
+    )
     site = install(tmp_path / "site", source)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE | {"model": {"loader": "unsloth"}, "output": str(tmp_path / "run")}))
@@ -118,7 +120,9 @@ def test_imported_after_transformers_it_is_refused(tmp_path, monkeypatch):
 
 def test_a_transformers_that_it_does_not_take_is_refused(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(install(tmp_path, STAND_IN, needs="transformers<=5.16.0"))
-    with pytest.raises(ModelError, match=r"unsloth 2026.10.9 takes transformers <=5.16.0, and 5\S+ is installed.*loader: transformers"):
+    with pytest.raises(
+        ModelError, match=r"unsloth 2026.10.9 takes transformers <=5.16.0, and 5\S+ is installed.*loader: transformers"
+    ):
         unsloth_loader.import_first(Model(loader="unsloth"))
 
 

@@ -355,7 +355,9 @@ def views(seed: int = 0, tokens: int = 6) -> dict[str, FeatureRecord]:
         features_KD = torch.randn(tokens, 8, generator=random).bfloat16()
         time_T = torch.arange(frames, dtype=torch.float64) / 3
         place_CK, frame_K = torch.arange(tokens)[None] * 2, torch.arange(tokens) // 2
-        out[name] = FeatureRecord(features_KD, place_CK, frame_K, time_T, torch.tensor([tokens]), torch.tensor([12]), 12, frames, 1.5)
+        out[name] = FeatureRecord(
+            features_KD, place_CK, frame_K, time_T, torch.tensor([tokens]), torch.tensor([12]), 12, frames, 1.5
+        )
     out["clip0"] = out["clip0"]._replace(deepstack_LKD=torch.randn(2, tokens, 8, generator=random).bfloat16())
     return out
 
@@ -365,7 +367,9 @@ def assert_same(found, expected):
     for name in expected:
         assert found[name].tensors().keys() == expected[name].tensors().keys()
         for part, tensor in expected[name].tensors().items():
-            assert torch.equal(found[name].tensors()[part], tensor) and found[name].tensors()[part].dtype == tensor.dtype
+            assert (
+                torch.equal(found[name].tensors()[part], tensor) and found[name].tensors()[part].dtype == tensor.dtype
+            )
         assert found[name][6:9] == expected[name][6:9]  # the numbers
 
 

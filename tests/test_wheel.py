@@ -16,7 +16,9 @@ def wheel(tmp_path_factory) -> Path:
     """Built from a copy: a build leaves folders behind."""
     pytest.importorskip("setuptools")
     folder = tmp_path_factory.mktemp("package")
-    leave = shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".pytest_cache", ".hypothesis")
+    leave = shutil.ignore_patterns(
+        ".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".pytest_cache", ".hypothesis"
+    )
     shutil.copytree(ROOT, folder / "source", ignore=leave)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet",
                "--wheel-dir", str(folder), str(folder / "source")]  # fmt: skip
@@ -42,7 +44,9 @@ def test_the_wheel_holds_what_it_needs(wheel):
     } <= set(names)  # fmt: skip
     assert any(name.endswith(".data/data/share/rlaif-lite/recipes/tiny.yaml") for name in names)
     own = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rlaif_lite").rglob("*.py")}
-    own |= {path.relative_to(ROOT / "kernels").as_posix() for path in (ROOT / "kernels" / "rlaif_kernels").rglob("*.py")}
+    own |= {
+        path.relative_to(ROOT / "kernels").as_posix() for path in (ROOT / "kernels" / "rlaif_kernels").rglob("*.py")
+    }
     assert own <= set(names)
     assert not any(name.endswith((".pyc", ".pt", ".bin", ".pkl")) or "test" in name.split("/")[-1] for name in names)
     assert "Requires-Dist: torch" in requires and "License-Expression: Apache-2.0" in requires
@@ -62,7 +66,9 @@ def test_the_wheel_works_away_from_the_repository(wheel, tmp_path):
     (tmp_path / "away").mkdir()
 
     def python(*arguments: str) -> str:
-        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path / "away", env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path / "away", env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 

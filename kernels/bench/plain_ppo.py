@@ -51,12 +51,14 @@ class Step(NamedTuple):
     optimizers: dict[str, torch.optim.Optimizer]
 
 
-def ours(given: Step, number: int) -> None:
+def ours(given: Step, number: int) -> int:
+    """One step -> tokens of its answers."""
     work, layout, records, _, optimizers = given
     answers = ppo.rollout(work, records, number)
     micros = cut(work, layout, records, answers, number, micro_size(work))
     experience = ppo.score(work, layout, micros, answers, work.recipe.ppo.kl_coef, 0.0, 1.0)
     ppo.update(work, micros, experience, optimizers, number)
+    return sum(len(answer.ids) for answer in answers)
 
 
 def plain(given: Step, number: int) -> None:
@@ -190,10 +192,10 @@ def prepare(work: Workspace) -> Step:
     base = work.base(tower=True)
     base.limit_pixels(work.recipe.features.max_pixels)
     stand_ins(work)
-    for name in ("reference", "reward"):
-        work.load_role(name)
+    work.load_role("reference")
+    work.for_reward.load_role("reward")
     work.roles.add("policy", copy_of="reference")
-    work.roles.add("value", copy_of="reward")
+    work.roles.add("value", copy_of="reward" if work.for_reward is work else "reference")
     work.roles.add_head("value", zero=True)
     optimizers = {}
     for role in ("policy", "value"):
@@ -205,7 +207,7 @@ def prepare(work: Workspace) -> Step:
     size = base.images.size.of(count)
     videos = {r.video for r in records}
     frames = {video: decode_views(video, {WHOLE: View(count)}, size=size)[WHOLE] for video in videos}
-    return Step(work, RewardInput(work), records, frames, optimizers)
+    return Step(work, RewardInput(work.for_reward), records, frames, optimizers)
 
 
 def logp_gap(given: Step) -> float:

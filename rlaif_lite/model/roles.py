@@ -114,7 +114,9 @@ class Roles:
                 )
             parameter.data.copy_(saved[key])
         if extra := saved.keys() - self._named_parameters(name).keys():
-            raise ModelError(f"{path}: `{min(extra)}` has no place on this base: it was trained on another architecture.")
+            raise ModelError(
+                f"{path}: `{min(extra)}` has no place on this base: it was trained on another architecture."
+            )
         if (folder / "head.safetensors").exists():
             self.add_head(name, zero=True)
             self.heads[name].load_state_dict(load_file(folder / "head.safetensors"))

@@ -72,8 +72,7 @@ def cut(
 
     minibatches = chunks(order, section.minibatch)
     return [
-        [micro(sorted(part, key=lambda i: len(answers[i].ids))) for part in split_micro(m, size)]
-        for m in minibatches
+        [micro(sorted(part, key=lambda i: len(answers[i].ids))) for part in split_micro(m, size)] for m in minibatches
     ]
 
 

@@ -18,7 +18,9 @@ def test_dry_run(tmp_path):
     run.main(["--shapes", "16x8x40", "--tasks", "train", "kl", "--rounds", "1", "--out", str(tmp_path)])
 
     rows = list(csv.DictReader((tmp_path / "kernels_bench.csv").open()))
-    assert [(row["task"], row["provider"]) for row in rows] == [(task, name) for task in ("train", "kl") for name in run.PROVIDERS]
+    assert [(row["task"], row["provider"]) for row in rows] == [
+        (task, name) for task in ("train", "kl") for name in run.PROVIDERS
+    ]
     assert all((row["ms"] == "") != (row["note"] == "") for row in rows), "a number or a reason"
     measured = {(row["task"], row["provider"]): row for row in rows if row["ms"]}
     for name in ("rlaif_kernels", "rlaif_kernels (torch path)", "Hugging Face eager", "matmuls alone"):

@@ -1,0 +1,201 @@
+"""What each technique is worth: one PPO step with one of them switched off at a time -> peak memory and tokens/s.
+
+    python kernels/bench/techniques.py RECIPE [KEY=VALUE ...] [--random-weights] [--small] [--only NAME ...] [--out F]
+
+Every line is the project's own step (`plain_ppo.ours`) with a recipe key changed or one function replaced by what
+stands there without the technique. Answers to the same prompt come in groups of four, so that a shared prefill shows.
+Peak memory is that of the step less what the process held before the base was loaded. Writes F.md and F.json,
+docs/results/techniques by default; on a CPU the page says so.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+from pathlib import Path
+from typing import Callable, Iterator, NamedTuple
+from unittest.mock import patch
+
+import plain_ppo
+import torch
+from plain_ppo import ROOT, Step
+from rlaif_kernels import PpoStats
+from torch import Tensor
+from torch.nn.functional import linear
+
+from rlaif_lite import profiler
+from rlaif_lite.model import roles
+from rlaif_lite.model.inputs import IGNORE, decode
+from rlaif_lite.recipe import Recipe, load_recipe
+from rlaif_lite.rollout import loop, sample
+from rlaif_lite.stages import features, ppo
+from rlaif_lite.training.meter import Meter, describe_machine, peak_bytes, versions
+from rlaif_lite.workspace import WHOLE
+
+Without = Callable[[Step], contextlib.AbstractContextManager]
+
+
+class Technique(NamedTuple):
+    name: str
+    instead: str  # what stands there without it
+    keys: tuple[str, ...] = ()  # of the recipe
+    without: Without | None = None  # a replaced function
+
+
+@contextlib.contextmanager
+def tower_in_every_forward(given: Step) -> Iterator[None]:
+    frames = next(iter(given.frames.values()))
+    chain = [step.model_dump() for step in given.work.recipe.features.prune]
+
+    def with_tower(base, batch, cache=None):
+        if batch.features:
+            features.encode(base, {f"{WHOLE}{i}": frames for i in range(len(batch.features))}, chain)
+        return decode(base, batch, cache)
+
+    with patch.object(roles, "decode", with_tower), patch.object(loop, "decode", with_tower):
+        yield
+
+
+def log_softmax(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor, temperature: float) -> Tensor:
+    return ((linear(hidden, weight_VD).float() + bias_V) / temperature).log_softmax(-1)
+
+
+@contextlib.contextmanager
+def whole_logits(given: Step) -> Iterator[None]:
+    """Logits of every position of a scoring forward, and of the answers in the loss, kept for autograd."""
+
+    def token_logp(work, role, micro):
+        base, scored_bS = work.base(), micro.target_bS != IGNORE
+        hidden_bSD = role.hidden(micro.batch)
+        logp_bSV = log_softmax(hidden_bSD, base.head_weight_VD, base.ban_bias_V, work.recipe.ppo.temperature)
+        logp_NV = logp_bSV[scored_bS]
+        logp_N = logp_NV.gather(1, micro.target_bS[scored_bS][:, None])[:, 0]
+        return logp_N, -(logp_NV.exp() * logp_NV).sum(1)
+
+    def loss(hidden_ND, weight_VD, target_N, old_N, advantage_N, mask_N, *, clip, entropy_coef, denominator, bias_V,
+             temperature):  # fmt: skip
+        logp_NV = log_softmax(hidden_ND, weight_VD, bias_V, temperature)
+        ratio_N = (logp_NV.gather(1, target_N[:, None])[:, 0] - old_N).exp()
+        clipped_N = ratio_N.clamp(1 - clip, 1 + clip)
+        value = -torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N).sum() / denominator
+        told = value.detach()
+        return value, PpoStats(told, told, told, told, told, ratio_N.min().detach(), ratio_N.max().detach(), told, told)
+
+    with patch.object(ppo, "token_logp", token_logp), patch.object(ppo, "ppo_policy_loss", loss):
+        yield
+
+
+@contextlib.contextmanager
+def one_prefill_an_answer(given: Step) -> Iterator[None]:
+    def apart(role, prompts, sampling, *, seeds, per_prompt, batch_size):
+        prompts = [p for p in prompts for _ in range(per_prompt)]
+        return sample(role, prompts, sampling, seeds=seeds, batch_size=batch_size)
+
+    with patch.object(ppo, "sample", apart):
+        yield
+
+
+@contextlib.contextmanager
+def eager_decode(given: Step) -> Iterator[None]:
+    def eager(*arguments, **more):
+        return sample(*arguments, graph=False, **more)
+
+    with patch.object(ppo, "sample", eager):
+        yield
+
+
+TECHNIQUES = (
+    Technique("all of them", ""),
+    Technique("shared base", "the reward role on a base of its own", ("model.reward_base={base: BASE}",)),
+    Technique("4-bit base", "its weights in full", ("model.quantization=none",)),
+    Technique("cached features", "the tower in every forward", without=tower_in_every_forward),
+    Technique("pruned tokens", "every token of the tower", ("features.prune=[]",)),
+    Technique("logits-free loss", "logits of every position, kept for autograd", without=whole_logits),
+    Technique("checkpointing", "all activations kept", ("model.gradient_checkpointing=false",)),
+    Technique("shared prefill", "a prefill for every answer", without=one_prefill_an_answer),
+    Technique("graph decode", "launched kernel by kernel", without=eager_decode),
+)
+
+
+def switched_off(technique: Technique, given: Step) -> contextlib.AbstractContextManager:
+    return technique.without(given) if technique.without else contextlib.nullcontext()
+
+
+def measure(recipe: Recipe, technique: Technique, random: profiler.Random | None, rounds: int) -> dict:
+    """Peak memory, and tokens of answers per second of whole steps, after one to warm up."""
+    device = torch.device("cuda" if torch.cuda.is_available() and recipe.device != "cpu" else "cpu")
+    gc.collect()
+    with Meter(device):
+        before = peak_bytes(device)
+    with profiler.opened(recipe, 1, None, random) as (work, _):
+        given = plain_ppo.prepare(work)
+        keeps_tower = technique.without is tower_in_every_forward
+        if not keeps_tower:
+            work.base().drop_tower()
+        with switched_off(technique, given):
+            plain_ppo.ours(given, 0)
+            with Meter(device) as meter:
+                for number in range(1, rounds + 1):
+                    meter.tokens += plain_ppo.ours(given, number)
+    return {
+        "peak_memory_bytes": meter.peak_memory_bytes - before,
+        "tokens_per_second": meter.tokens_per_second,
+        "seconds": meter.seconds,
+    }
+
+
+def as_markdown(result: dict) -> str:
+    full = result["techniques"].get("all of them", {})  # what the ratios are to
+    where = result["machine"]["device"]
+    lines = ["# What each technique is worth", "", f"`{result['recipe']}`, PPO step, one technique off at a time. "
+             f"Device: {where}. Written by `python kernels/bench/techniques.py`."]  # fmt: skip
+    if where == "cpu":
+        made = "a base of two narrow layers" if result["small"] else "the base"
+        lines += ["", f"**CPU figures of {made}: they show that the script runs, not what a GPU gains.** There is no "
+                  "graph to decode with on a CPU, and the peak is the process's."]  # fmt: skip
+    columns = ("switched off", "instead", "peak, MiB", "ratio", "answer tokens/s", "ratio")
+    lines += ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for name, found in result["techniques"].items():
+        if "why" in found:
+            lines.append(f"| {name} | {found['instead']} | {found['why']} | | | |")
+            continue
+        cells = []
+        for key, unit in (("peak_memory_bytes", 2**20), ("tokens_per_second", 1)):
+            cells += [f"{found[key] / unit:.1f}", f"{found[key] / full[key]:.2f}" if key in full else ""]
+        lines.append(f"| {'none' if found is full else name} | {found['instead']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("recipe")
+    ask.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    ask.add_argument("--random-weights", action="store_true")
+    ask.add_argument("--small", action="store_true")
+    ask.add_argument("--only", nargs="*", default=[technique.name for technique in TECHNIQUES])
+    ask.add_argument("--rounds", type=int, default=1)
+    ask.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "techniques")
+    options = ask.parse_args(arguments)
+    random = profiler.Random(options.small) if options.random_weights else None
+    groups = ["ppo.group_size=4", "model.gradient_checkpointing=true"]
+    result: dict = {"schema": 1, "small": options.small, "machine": describe_machine(), "versions": versions()}
+    result |= {"techniques": {}}
+    for technique in (each for each in TECHNIQUES if each.name in options.only):
+        base = load_recipe(options.recipe).model.base
+        keys = [key.replace("BASE", base) for key in technique.keys]
+        recipe = load_recipe(options.recipe, [*groups, *options.overrides, *keys])
+        result["recipe"] = recipe.name
+        try:
+            found = measure(recipe, technique, random, options.rounds)
+        except torch.OutOfMemoryError:  # that it does not fit without the technique is the finding
+            found = {"why": "out of memory"}
+        result["techniques"][technique.name] = found | {"instead": technique.instead}
+        print(technique.name, found, flush=True)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(as_markdown(result))
+    return result
+
+
+if __name__ == "__main__":
+    main()

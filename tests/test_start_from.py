@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from core import VIDEOS, shake, small_recipe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rlaif_lite import pipeline
 from rlaif_lite.data.readers import read_records
-from rlaif_lite.errors import DataError, RecipeError, StageError
+from rlaif_lite.errors import DataError, ModelError, RecipeError, StageError
 from rlaif_lite.model.roles import Roles
 from rlaif_lite.planner import make_plan
 from rlaif_lite.recipe import Lora, check_files
@@ -141,6 +141,27 @@ def test_a_floor_that_was_not_measured_is_not_passed(given, start):
     assert "The reward model was given and not measured" in (Path(recipe.output) / "report.html").read_text()
 
 
+def test_given_pairs_have_narratives_where_the_reward_role_reads_them(given, start, world, tmp_path):
+    """And a pair whose video cannot be read is left out with it, as everywhere."""
+    shutil.copytree(world / "videos", tmp_path / "world" / "videos")
+    (tmp_path / "world" / "videos" / "preference" / "00001.mp4").write_bytes(b"")
+    told = ("reward.context=true", "reward.prompt='{context} response :'", "data.on_missing=skip")
+    recipe = given(f"sft.adapter={start / 'sft'}", *told, *NO_PHASES)
+    pairs = json.loads((tmp_path / "pairs.json").read_text())
+    for row in pairs:
+        row["video"] = row["video"].replace(str(world), str(tmp_path / "world"))
+    pairs[2]["video"] += ".gone"
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+    summary = pipeline.run(recipe, until="preference")
+    assert (summary["features"]["unreadable"], summary["features"]["missing"]) == (1, 1)
+    assert summary["preference"]["pairs"] == VIDEOS - 3  # and one is no choice
+    assert done(recipe, "context")["videos"] == 2 * VIDEOS - 2  # of the pairs, and of PPO
+    with pytest.raises(DataError, match="(?s)data.pairs: 1 records have a video that is not there.*00002.mp4.gone"):
+        pipeline.run(small_recipe(Path(recipe.model.base), tmp_path, "data.world=null", "output=" + str(tmp_path / "other"), *(
+            f"data.{name}=[]" for name in ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")
+        ), f"data.pairs=[{tmp_path / 'pairs.json'}]"), until="data")  # fmt: skip
+
+
 # ---- what is refused
 
 
@@ -167,6 +188,15 @@ def test_a_file_that_is_no_adapter_is_refused(given, start, tmp_path):
     (tmp_path / "pointer" / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(RecipeError, match="is no LoRA adapter that can be read"):
         check_files(given(f"sft.adapter={tmp_path / 'pointer'}"))
+
+
+def test_an_adapter_with_layers_that_the_base_has_not(roles, start, tmp_path):
+    shutil.copytree(start / "sft", tmp_path / "deeper")
+    tensors = weights(start / "sft")
+    key = next(key for key in tensors if ".layers.0." in key)
+    save_file({**tensors, key.replace(".layers.0.", ".layers.9."): tensors[key].clone()}, tmp_path / "deeper" / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"layers\.9\..*has no place on this base"):
+        roles.load("sft", tmp_path / "deeper")
 
 
 def test_pairs_and_prompts_are_not_both_given_and_pairs_are_pairs(given, world):

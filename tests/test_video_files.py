@@ -182,7 +182,7 @@ def test_a_crash_costs_one_video(clip, stuck):
 
 
 def test_what_no_reader_thought_of_is_the_videos_error():
-    ((_, found),) = decode_all({"bad": ("a.mp4", {"v": View("3")})}, workers=0, size=None)
+    ((_, found),) = decode_all({"bad": ("a.mp4", {"v": View(3, 0, "2")})}, workers=0, size=None)
     assert isinstance(found, VideoError) and "bad: it cannot be decoded (TypeError: " in str(found)
 
 

@@ -1,9 +1,13 @@
-"""The recipes that ship: each is read, says what it needs and what was measured, and is named as its file."""
+"""The recipes that ship: each is read, says what it needs and what was measured, is named as its file, and is planned."""
 
+import json
 from pathlib import Path
 
 import pytest
+import transformers
 
+from rlaif_lite.model.random_base import FACTS, checkpoint_of
+from rlaif_lite.planner.plan import make_plan
 from rlaif_lite.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -30,3 +34,46 @@ def test_the_published_recipe_has_the_published_numbers():
     assert (recipe.model.lora.rank, recipe.model.lora.alpha) == (64, 16)
     assert (recipe.features.frames, recipe.features.clips, recipe.features.clip_frames) == (50, 3, 20)
     assert 386 * ppo.rollouts == pytest.approx(99_000, rel=0.01)  # one pass over the prompts
+
+
+# ---- each card recipe fits its card by plan; the bases' config files with their published sizes, no weights
+
+
+def config_of(name: str, folder: Path) -> str:
+    if name in FACTS:
+        return checkpoint_of(name, folder, ("yes", "no", "A", "B"))
+    if name == "llava-hf/llava-onevision-qwen2-7b-ov-hf":
+        text = dict(model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                    num_attention_heads=28, num_key_value_heads=4, vocab_size=152000)  # fmt: skip
+        vision = dict(model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304, num_hidden_layers=26,
+                      num_attention_heads=16, image_size=384, patch_size=14)  # fmt: skip
+        config = transformers.LlavaOnevisionConfig(text_config=text, vision_config=vision)
+        frames = {"size": {"height": 384, "width": 384}}
+    else:
+        assert name == "Qwen/Qwen3-VL-8B-Instruct"
+        text = dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+                    num_key_value_heads=8, head_dim=128, vocab_size=151936,
+                    rope_parameters={"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]})  # fmt: skip
+        vision = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, patch_size=16,
+                      out_hidden_size=4096, deepstack_visual_indexes=[8, 16, 24])  # fmt: skip
+        config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision)
+        frames = {"size": {"shortest_edge": 4096, "longest_edge": 25165824}, "patch_size": 16, "merge_size": 2,
+                  "temporal_patch_size": 2}  # fmt: skip
+    config.save_pretrained(folder)
+    frames |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(frames))
+    return str(folder)
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem.endswith("gb")], ids=lambda path: path.stem)
+def test_a_card_recipe_fits_its_card_by_plan(path, tmp_path):
+    recipe, card = load_recipe(path), path.stem.rsplit("_", 1)[1].upper()
+    overrides = [f"model.base={config_of(recipe.model.base, tmp_path / 'base')}"]
+    if recipe.model.reward_base is not None:
+        overrides += [f"model.reward_base.base={config_of(recipe.model.reward_base.base, tmp_path / 'reward_base')}"]
+    plan = make_plan(load_recipe(path, overrides), card)
+    assert {"features", "sft", "context", "preference", "reward", "ppo"} <= set(plan.stages)
+    for name, stage in plan.stages.items():
+        assert stage.fits, (name, stage)
+    weights = plan.stages["ppo"].terms["weights"]
+    assert 1.8 * 2**30 < weights < 12 * 2**30 and plan.stages["ppo"].peak > weights

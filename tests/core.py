@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib.util  # noqa: E402
 import shutil  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -11,9 +12,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
-from rlaif_lite.data.records import Record, from_json  # noqa: E402
+from rlaif_lite.data.records import Message, Record, from_json  # noqa: E402
 from rlaif_lite.data.world import WorldSplits, write_world  # noqa: E402
 from rlaif_lite.model.base import Base, load_base  # noqa: E402
+from rlaif_lite.model.inputs import collate, encode_prompt  # noqa: E402
 from rlaif_lite.model.roles import Roles  # noqa: E402
 from rlaif_lite.recipe import Lora, Model, Recipe, load_recipe  # noqa: E402
 from rlaif_lite.tiny import architecture  # noqa: E402
@@ -157,3 +159,28 @@ def record_of(features_ND: torch.Tensor, layout: int, keep: list[int], per_frame
 def record(prompt: str, answer: str | None = None, video: str | None = "v.mp4", **more) -> Record:
     messages = [{"role": "user", "content": prompt}] + ([{"role": "assistant", "content": answer}] if answer else [])
     return from_json({"id": prompt, "video": video, "messages": messages, **more}, "made up")
+
+
+def gradients(base: Base) -> list[torch.Tensor]:
+    """Of a fixed LoRA role, after a pass in evaluation mode without gradients: that pass is what sets the trap."""
+    roles = Roles(base, Lora(rank=4, alpha=8.0))
+    roles.add("policy", seed=1)
+    shake(roles, "policy")
+    roles.trainable("policy")
+    batch = collate(base, [encode_prompt(base, [Message("user", "<video> describe the video")], video_of(base))])
+    with torch.no_grad(), roles.use("policy") as role:
+        before_BSD = role.hidden(batch)
+    with roles.use("policy") as role:
+        hidden_BSD = role.hidden(batch)
+        hidden_BSD.pow(2).mean().backward()
+    assert (hidden_BSD - before_BSD).abs().max() <= 1e-5  # evaluation and training are one function
+    return [parameter.grad for parameter in roles.parameters("policy")]
+
+
+def bench_module(name: str):
+    """A script of kernels/bench, which is no package."""
+    path = Path(__file__).parent.parent / "kernels" / "bench" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

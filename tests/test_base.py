@@ -10,7 +10,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from core import shake, video_of
+from core import gradients
 from safetensors.torch import load_file
 
 from rlaif_lite.data.records import Message
@@ -85,22 +85,6 @@ def test_missing_processor_settings_are_named(checkpoint, tmp_path):
         (tmp_path / "base" / name).unlink()
     with pytest.raises(ModelError, match="preprocessor_config.json is missing"):
         load_base(Model(base=str(tmp_path / "base")), CPU)
-
-
-def gradients(base) -> list[torch.Tensor]:
-    """Of a fixed LoRA role, after a pass in evaluation mode without gradients: that pass is what sets the trap."""
-    roles = Roles(base, Lora(rank=4, alpha=8.0))
-    roles.add("policy", seed=1)
-    shake(roles, "policy")
-    roles.trainable("policy")
-    batch = collate(base, [encode_prompt(base, [Message("user", "<video> describe the video")], video_of(base))])
-    with torch.no_grad(), roles.use("policy") as role:
-        before_BSD = role.hidden(batch)
-    with roles.use("policy") as role:
-        hidden_BSD = role.hidden(batch)
-        hidden_BSD.pow(2).mean().backward()
-    assert (hidden_BSD - before_BSD).abs().max() <= 1e-5  # evaluation and training are one function
-    return [parameter.grad for parameter in roles.parameters("policy")]
 
 
 def test_gradients_after_an_evaluation_pass_are_right(load):

@@ -27,6 +27,7 @@ from rlaif_lite.model.inputs import Sequence, collate, decode, encode_answer, en
 from rlaif_lite.model.layout import check_chain, merged_times
 from rlaif_lite.model.pixels import image_spec, to_patches, to_pixels
 from rlaif_lite.model.roles import Roles
+from rlaif_lite.planner.shapes import shapes_of
 from rlaif_lite.recipe import Lora, Model
 from rlaif_lite.rollout import Sampling, sample
 from rlaif_lite.stages.features import encode
@@ -90,6 +91,12 @@ def case(request, tmp_path_factory) -> Case:
 def hidden(base: Base, row: Sequence, mask_S: torch.Tensor | None = None) -> torch.Tensor:
     batch = collate(base, [row])
     return decode(base, batch if mask_S is None else batch._replace(attention=mask_S[None]))[0]
+
+
+def test_the_planner_counts_a_frames_tokens_as_the_tower_makes_them(case):
+    """From the config alone, for towers of one size; of the others the number depends on the video."""
+    counted = shapes_of(Model(base=str(case.folder), quantization="none"), torch.device("cpu")).frame_tokens
+    assert counted == (0 if case.base.family.any_size else case.base.encode(case.pixels_TCHW).features_LGPD.shape[2])
 
 
 def test_every_family_has_a_checkpoint():

@@ -1,20 +1,15 @@
 """`make gpu` degrades part by part: a missing package, a failure and a part that takes too long are named."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from core import bench_module
 
-PATH = Path(__file__).parent.parent / "kernels" / "bench" / "gpu.py"
 
 
 @pytest.fixture(scope="module")
 def gpu():
-    spec = importlib.util.spec_from_file_location("gpu_proof", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return bench_module("gpu")
 
 
 def test_one_bad_part_does_not_stop_the_others(gpu, tmp_path, monkeypatch):

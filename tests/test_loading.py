@@ -13,14 +13,11 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from core import shake, video_of
+from core import gradients
 from transformers import LlavaNextVideoForConditionalGeneration, Qwen2Config
 
-from rlaif_lite.data.records import Message
-from rlaif_lite.model.base import Base, load_base
-from rlaif_lite.model.inputs import collate, encode_prompt
-from rlaif_lite.model.roles import Roles
-from rlaif_lite.recipe import Lora, Model
+from rlaif_lite.model.base import load_base
+from rlaif_lite.recipe import Model
 from rlaif_lite.tiny import architecture
 
 CPU = torch.device("cpu")
@@ -105,22 +102,6 @@ def test_four_bits_need_one_shard_beyond_themselves(checkpoint, tmp_path):
     size = memory["quantised"] + memory["other"]
     assert size < 0.35 * sum(shards)
     assert memory["rise"] - size <= max(shards) + 16e6, memory
-
-
-def gradients(base: Base) -> list[torch.Tensor]:
-    """Of a fixed LoRA role, after a pass in evaluation mode without gradients."""
-    roles = Roles(base, Lora(rank=4, alpha=8.0))
-    roles.add("policy", seed=1)
-    shake(roles, "policy")
-    roles.trainable("policy")
-    batch = collate(base, [encode_prompt(base, [Message("user", "<video> describe the video")], video_of(base))])
-    with torch.no_grad(), roles.use("policy") as role:
-        before_BSD = role.hidden(batch)
-    with roles.use("policy") as role:
-        hidden_BSD = role.hidden(batch)
-        hidden_BSD.pow(2).mean().backward()
-    assert (hidden_BSD - before_BSD).abs().max() <= 1e-5
-    return [parameter.grad for parameter in roles.parameters("policy")]
 
 
 def test_gradients_through_layers_with_a_bias(with_bias):

@@ -1,10 +1,8 @@
 """The plain step that ours is measured beside: it computes the same, so what differs is how."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from core import bench_module
 
 from rlaif_lite import profiler
 from rlaif_lite.model.base import Base
@@ -13,17 +11,13 @@ from rlaif_lite.recipe import load_recipe
 from rlaif_lite.stages import ppo
 from rlaif_lite.stages.experience import cut
 
-PATH = Path(__file__).parent.parent / "kernels" / "bench" / "plain_ppo.py"
 KEYS = ["ppo.rollouts=4", "ppo.minibatch=2", "ppo.micro_batch=2", "ppo.max_new_tokens=5", "ppo.epochs=1", "device=cpu",
         "threads=1", "features.frames=4", "features.clip_frames=2", "preference.batch_size=4"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def plain():
-    spec = importlib.util.spec_from_file_location("plain_ppo", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return bench_module("plain_ppo")
 
 
 @pytest.mark.parametrize("recipe", ("vlm_rlaif_7b_24gb", "qwen2_5_vl_3b_24gb"))

@@ -213,9 +213,8 @@ def _cce(p: Problem, task: str, options: dict) -> Step:
         raise CannotRun("its kernels need a GPU")
     try:
         function(p.hidden_ND[:1], p.weight_VD, p.target_N[:1], **options)
-    except (
-        NotImplementedError
-    ):  # the release on PyPI (25.1) has a filter threshold where the repository has `cce_exact`
+    except NotImplementedError:
+        # what the release on PyPI (25.1) says to the name `cce_exact`; it has a filter threshold instead
         options = {"impl": "cce", "filter_eps": None}
     return _nll(
         p, task, lambda reduction: function(p.hidden_ND, p.weight_VD, p.target_N, reduction=reduction, **options)

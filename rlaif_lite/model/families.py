@@ -46,6 +46,8 @@ class Family(NamedTuple):
     of_video: tuple[bool, bool] = (False, False)  # the smallest and largest area are those of a video, not of a frame
     template: Callable[[], str] | None = None  # the processor's own chat template for prompts with a video
     fallback_template: str | None = None  # where the checkpoint has none
+    # config -> tokens of a frame, for a tower that looks at the pixels and so cannot be traced without any
+    frame_tokens: Callable[[object], int] | None = None
 
 
 # ---- frames to features
@@ -70,6 +72,10 @@ def _encode_images(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
 def _encode_smolvlm(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
     output = model.base_model.get_image_features(pixels_TCHW[None], return_dict=True)
     return _square(output.pooler_output, len(pixels_TCHW))
+
+
+def _smolvlm_tokens(config) -> int:
+    return (config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor) ** 2
 
 
 def _encode_video(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
@@ -215,7 +221,7 @@ FAMILIES = {  # by config.model_type of transformers
     "internvl": Family("image", _encode_images, LLAVA_TOWER, per_frame=True, mark="<video>", write=_write_internvl),
     "smolvlm": Family(
         "image", _encode_smolvlm, ("vision_model", "connector"), per_frame=True, mark="<video>", write=_write_smolvlm,
-        template=_smolvlm_template,
+        template=_smolvlm_template, frame_tokens=_smolvlm_tokens,
     ),
 }  # fmt: skip
 

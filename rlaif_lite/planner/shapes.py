@@ -74,12 +74,10 @@ def shapes_of(section: Model, device: torch.device) -> Shapes:
 
 
 def _frame_tokens(model: nn.Module, family: Family, images: ImageSpec) -> int:
-    try:
-        pixels_1CHW = torch.empty(1, 3, images.size.height, images.size.width, device="meta")
-        return family.encode(model, pixels_1CHW, images).features_LGPD.shape[2]
-    except (NotImplementedError, RuntimeError):  # SmolVLM looks at the pixels, of which there are none
-        vision = model.config.vision_config
-        return (vision.image_size // vision.patch_size // model.config.scale_factor) ** 2
+    if family.frame_tokens is not None:
+        return family.frame_tokens(model.config)
+    pixels_1CHW = torch.empty(1, 3, images.size.height, images.size.width, device="meta")
+    return family.encode(model, pixels_1CHW, images).features_LGPD.shape[2]
 
 
 def frame_size(shapes: Shapes, section: Features, frames: int) -> tuple[int, int]:

@@ -60,8 +60,8 @@ def _flat(found: Tensor | tuple | list) -> Tensor:
 
 def _square(found: Tensor | tuple | list, frames: int) -> Encoded:
     features_ND = _flat(found)
-    tokens = len(features_ND) // frames  # rounded down: a tail is no frame's
-    features_GPD = features_ND[: frames * tokens].unflatten(0, (frames, tokens))
+    features_GPD = features_ND.unflatten(0, (frames, -1))
+    tokens = features_GPD.shape[1]
     return Encoded(features_GPD[None], (isqrt(tokens), isqrt(tokens)))
 
 
@@ -86,7 +86,10 @@ def _encode_video(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
 
 def _encode_onevision(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
     # the newline that ends a video comes with the features or, in transformers 5.17, is added to them later
-    return _encode_video(model, pixels_TCHW, images)._replace(tail_D=model.base_model.image_newline)
+    found_ND = _flat(model.base_model.get_video_features(pixels_TCHW[None], return_dict=True).pooler_output)
+    frames = len(pixels_TCHW)
+    side = isqrt(len(found_ND) // frames)
+    return _square(found_ND[: frames * side**2], frames)._replace(tail_D=model.base_model.image_newline)
 
 
 def _encode_patches(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:

@@ -140,7 +140,7 @@ def across(
 def chat(
     run_dir: RunDir,
     video: Annotated[Path, typer.Argument(help="A video file, or a folder of frames.")],
-    role: Annotated[str, typer.Option(help="Who answers: base, sft, reference or ppo.")] = "ppo",
+    role: Annotated[str, typer.Option(help="Who answers: base, sft, reference or policy.")] = "policy",
     question: Annotated[str | None, typer.Option(help="One question; without it, questions are asked for.")] = None,
 ) -> None:
     """Ask about a video file."""
@@ -156,7 +156,7 @@ def chat(
 def export(
     run_dir: RunDir,
     out: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],
-    role: Annotated[str, typer.Option(help="ppo, sft, reference; reward or value (adapter and head).")] = "ppo",
+    role: Annotated[str, typer.Option(help="policy, sft, reference; reward or value (adapter and head).")] = "policy",
     push: Annotated[str | None, typer.Option(metavar="ID", help="A hub repository to upload the folder to.")] = None,
     check: Annotated[bool, typer.Option(help="Compare the merged model with the adapter on test prompts.")] = True,
 ) -> None:
@@ -257,7 +257,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs.")
 @recipes_app.command("list")
 def recipes_list() -> None:
     """The recipes at hand, each with the first line of its comment."""
-    from .recipe_file import recipe_folders
+    from .recipe.file import recipe_folders
 
     for folder in recipe_folders():
         for path in sorted(folder.glob("*.yaml")):

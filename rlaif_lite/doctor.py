@@ -19,7 +19,7 @@ from typing import Any, Callable, NamedTuple
 
 from packaging.requirements import Requirement
 
-from .recipe_file import recipe_folders
+from .recipe.file import recipe_folders
 
 GIB = 1024**3
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")

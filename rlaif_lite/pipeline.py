@@ -44,8 +44,8 @@ def run(recipe: Recipe, until: str | None = None, again: str | None = None, forc
     Memory is planned first; `force` starts what cannot fit. The report is written at the end, also of a run that a
     stage ended early. Raises StageError for an unknown stage and for a plan that does not fit, and whatever the stages
     raise; what was done before stays done."""
-    if until is not None and until not in STAGES:
-        raise StageError(f"There is no stage `{until}`; the stages are {', '.join(STAGES)}.")
+    if until is not None and until not in recipe.stages:
+        raise StageError(f"There is no stage `{until}`; the stages are {', '.join(recipe.stages)}.")
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
     plan = make_plan(settle(recipe, Path(recipe.output)))
     recipe = plan.recipe
@@ -59,8 +59,8 @@ def run(recipe: Recipe, until: str | None = None, again: str | None = None, forc
             empty(work, again)
         digests: dict[str, str] = {}
         try:
-            for name, stage in STAGES.items():
-                run_stage(work, name, stage, digests, plan)
+            for name in recipe.stages:
+                run_stage(work, name, STAGES[name], digests, plan)
                 write_summary(work, list(digests), finished=name == "evaluate")
                 if name == until:
                     break
@@ -80,7 +80,11 @@ def evaluate_again(run_dir: Path) -> dict:
 def run_stage(work: Workspace, name: str, stage: Any, digests: dict[str, str], plan: Plan) -> None:
     """Skip, resume or run one stage, and write its `done.json`; `digests` gains the stage's."""
     folder = work.stage(name)
-    reads = inputs(work, name, stage.READS) | {f"stage {need}": digests[need] for need in stage.NEEDS}
+    reads = inputs(work, name, stage.READS) | {
+        f"stage {need}": digests[need]
+        for need in stage.NEEDS
+        if need in digests  # a method has some of them
+    }
     digests[name] = hashlib.sha256(json.dumps([name, reads], sort_keys=True).encode()).hexdigest()[:16]
     done, begun = read(folder / "done.json"), read(folder / "begun.json")
     if done is not None and done["reads"] == reads:
@@ -114,6 +118,8 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
         found["files of model.base"] = base_digest(work.recipe.model)
     if "model.reward_base.base" in found:
         found["files of model.reward_base"] = base_digest(work.recipe.model.for_reward())
+    if name in ("features", "context"):
+        found["splits with a narrative"] = list(work.recipe.narrated)
     for key in ("sft.adapter", "reward.adapter"):
         if found.get(key) is not None:
             found[f"files of {key}"] = folder_digest(Path(found[key]).expanduser())
@@ -167,6 +173,7 @@ def write_summary(work: Workspace, stages: list[str], finished: bool) -> None:
     write_json(work.folder / "summary.json", {
         "recipe": recipe.name,
         "recipe_hash": recipe_hash(recipe),
+        "method": recipe.method,
         "seed": recipe.seed,
         "world_seed": recipe.data.world.seed if recipe.data.world else None,
         "device": torch.cuda.get_device_name(work.device) if work.device.type == "cuda" else "cpu",

@@ -223,13 +223,6 @@ class Workspace:
 
     # ---- narratives
 
-    @property
-    def narrated_splits(self) -> tuple[str, ...]:
-        """The splits whose videos the context stage describes: where somebody reads the narrative."""
-        data, in_reward = self.recipe.data, self.recipe.reward.context  # given pairs need no judge
-        pairs = ("preference",) if data.preference or (data.pairs and in_reward) else ()
-        return (*pairs, "rl") if in_reward else pairs
-
     def narratives(self) -> dict[str, str]:
         """{video: narrative}, as the context stage wrote them."""
         if not self._narratives:

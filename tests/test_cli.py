@@ -83,7 +83,7 @@ def test_the_other_commands_pass_on_their_arguments(calls):
     assert command("chat", "runs/a", "clip.mp4").exit_code == 0
     run, video = Path("runs/a"), "clip.mp4"
     assert calls == [
-        ("evaluate", run), ("report", run), ("chat", run, video, "sft", "what ?"), ("chat", run, video, "ppo", None),
+        ("evaluate", run), ("report", run), ("chat", run, video, "sft", "what ?"), ("chat", run, video, "policy", None),
     ]  # fmt: skip
 
 

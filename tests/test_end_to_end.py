@@ -23,7 +23,7 @@ SMALL = [
     "ppo.rollouts=64",
     "ppo.minibatch=32",
     "evaluate.temperatures=[0.5]",
-    "evaluate.roles=[sft, reference, ppo]",
+    "evaluate.roles=[sft, reference, policy]",
     "evaluate.bootstrap=500",
     "evaluate.examples=2",
 ]

@@ -23,9 +23,7 @@ FLOORS = [
     {"data"},
     {"report"},
     {"recipe"},
-    {"recipe_checks"},
-    {"recipe_file"},
-    {"marked_yaml", "progress", "phases"},
+    {"progress", "phases"},
     {"errors"},
     {"__init__"},
 ]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rlaif_lite import marked_yaml
+from rlaif_lite.recipe import marked_yaml
 from rlaif_lite.errors import RecipeError
 from rlaif_lite.recipe import (
     NOT_SCIENCE,
@@ -82,7 +82,7 @@ def test_unknown_key_suggestions(line, suggestion):
         ("ppo: null", "`ppo` is null", "a section"),
         ("data: {rl: prompts.json}", "`data.rl` is 'prompts.json' (text)", "a list"),
         ("data: {rl: [3]}", "`data.rl[0]` is 3 (x.yaml:2)", "a list, each text"),
-        ("evaluate: {roles: [sft, rl]}", "`evaluate.roles[1]` is 'rl'", "each one of base | sft | reference | ppo"),
+        ("evaluate: {roles: [sft, rl]}", "`evaluate.roles[1]` is 'rl'", "each one of base | sft | reference | policy"),
         ("preference: {pairwise: {choices: [A]}}", "`preference.pairwise.choices[1]` is missing", "a list of 2"),
         ("features: {prune: [{st_mean: false}]}", "`features.prune[0].st_mean` is false", "true or null"),
         ("model: {lora: {targets: []}}", "`model.lora.targets` is a list of 0", "a list, each text, not empty"),

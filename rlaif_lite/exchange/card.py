@@ -14,6 +14,7 @@ SAYS = {
     "sft": "after supervised training",
     "reference": "the frozen policy that PPO starts from",
     "ppo": "after PPO against a reward model trained on its own preferences",
+    "dpo": "after direct preference optimisation on its own preferences",
     "reward": "the reward model: a score for an answer to a question about a video",
     "value": "PPO's critic: the return expected from a prefix of an answer",
 }

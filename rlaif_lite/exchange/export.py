@@ -69,10 +69,11 @@ def export(run_dir: Path, role: str, out: Path, check: bool = True, push: str | 
     then not made."""
     recipe = load_recipe(run_dir / "recipe.yaml", [f"output={run_dir}"])
     work = Workspace(recipe)
+    role = recipe.method if role == "policy" else role
     adapter = work.adapter(ADAPTERS.get(role, role))
     if not (adapter / "adapter_config.json").is_file():
         there = ", ".join(sorted(path.name for path in adapter.parent.glob("*") if path.is_dir())) or "none"
-        raise ModelError(f"{run_dir} has no adapter of role `{role}`. Its adapters: {there} (`ppo` is policy).")
+        raise ModelError(f"{run_dir} has no adapter of role `{role}`. Its adapters: {there}.")
     compared = None
     with whole_folder(out) as folder:
         if role in SCALARS:

@@ -268,9 +268,7 @@ def _disk(recipe: Recipe, shapes: Shapes, judge: Shapes | None, lengths: Lengths
     cache = 0
     for base in [shapes] + ([judge] if judge else []):
         tokens = sum(videos.values()) * video_tokens(base, features, features.frames)
-        in_reward = recipe.reward.context
-        narrated = videos.get("preference", 0) * (bool(recipe.data.preference) or in_reward)
-        narrated += videos.get("rl", 0) * in_reward
+        narrated = sum(videos.get(split, 0) for split in recipe.narrated)
         tokens += narrated * features.clips * video_tokens(base, features, features.clip_frames)
         cache += tokens * base.width * base.dtype.itemsize * (1 + base.deepstack)
     trained = 1 + (recipe.ppo.value == "adapter")

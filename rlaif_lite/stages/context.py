@@ -13,7 +13,7 @@ from ..progress import progress
 from ..rollout import Sampling, sample
 from ..workspace import Workspace, by_batches, chunks, write_json
 
-READS = ("seed", "context", "features.clips", "features.clip_frames", "data.preference", "data.pairs", "reward.context")
+READS = ("seed", "context", "features.clips", "features.clip_frames", "data.preference", "data.pairs")
 NEEDS = ("data", "features", "sft")
 
 
@@ -22,11 +22,11 @@ def run(work: Workspace) -> dict:
     clip."""
     recipe = work.recipe
     section = recipe.context
-    if not work.narrated_splits:  # nothing is judged, and the reward role reads no narrative
+    if not work.recipe.narrated:  # nothing is judged, and the reward role reads no narrative
         write_json(work.stage("context") / "narratives.json", {})
         return {"videos": 0}
     work.load_role("sft")
-    narrated = [record for split in work.narrated_splits for record in work.records(split)]
+    narrated = [record for split in work.recipe.narrated for record in work.records(split)]
     records = {work.name_of(record): record for record in narrated if record.video is not None}
     base = work.base()
     message = Message("user", f"{VIDEO_MARK}\n{section.prompt}")

@@ -21,23 +21,24 @@ from ..rollout import Sampling, sample
 from ..video.decode import decode
 from ..workspace import Workspace, by_batches, chunks, question_of, write_json, write_jsonl
 
-READS = ("seed", "evaluate", "data.test")
-NEEDS = ("features", "sft", "ppo")
-ADAPTERS = {"sft": "sft", "reference": "reference", "ppo": "policy"}  # the role `base` has none
+READS = ("seed", "method", "evaluate", "data.test")
+NEEDS = ("features", "sft", "ppo", "dpo")
+ADAPTERS = {"sft": "sft", "reference": "reference", "ppo": "policy", "dpo": "policy"}  # the role `base` has none
 STRIP_FRAMES = 6
 STRIP_HEIGHT = 96  # pixels
 
 
 def run(work: Workspace) -> dict:
     """Write `evaluate/<role>.<mode>.jsonl`, the example strips, and return the tables of the summary."""
-    section = work.recipe.evaluate
+    section, method = work.recipe.evaluate, work.recipe.method
     records = work.records("test") if section.roles else []
+    roles = [method if role == "policy" else role for role in section.roles]
     jobs = [
         (role, mode, temperature)
-        for role in section.roles
+        for role in roles
         for mode, temperature in (("greedy", 0.0), ("sample", section.temperature))
     ]
-    if "sft" in section.roles:
+    if "sft" in roles:
         jobs += [("sft", "sample", t) for t in section.temperatures]
     rows = {}
     with progress(len(jobs) * len(records), "evaluate", unit="video") as bar:
@@ -50,9 +51,9 @@ def run(work: Workspace) -> dict:
         column = role if mode == "greedy" or temperature == section.temperature else f"{role}@{temperature:g}"
         evaluation.setdefault(column, {}).update({f"{mode}_{name}": value for name, value in metrics_of(found).items()})
     intervals = {
-        f"ppo-{before}": compare(work, rows, before, "ppo")
+        f"{method}-{before}": compare(work, rows, before, method)
         for before in ("sft", "reference")
-        if {before, "ppo"} <= set(section.roles)
+        if {before, method} <= set(roles)
     }
     return {"evaluation": evaluation, "evaluation_intervals": intervals, "videos": len(records)}
 

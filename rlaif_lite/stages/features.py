@@ -25,7 +25,7 @@ from ..video.workers import decode_all
 from ..workspace import WHOLE, Workspace, write_json
 
 READS = ("data", "features", "model.base", "model.revision", "model.dtype", "model.reward_base.base",
-         "model.reward_base.revision", "reward.context")  # fmt: skip
+         "model.reward_base.revision")  # fmt: skip
 NEEDS = ("data",)
 
 
@@ -137,7 +137,7 @@ def views_of(work: Workspace) -> dict[str, tuple[str | tuple[str, ...], dict[str
     for split in work.split_names():
         for record in work.records(split):
             if record.video is not None:
-                narrated = split in work.narrated_splits
+                narrated = split in work.recipe.narrated
                 clips = range(section.clips) if narrated else [] if record.clip is None else [record.clip]
                 want(record, clips)
     return {name: (video, dict(sorted(views.items()))) for name, (video, views) in wanted.items()}

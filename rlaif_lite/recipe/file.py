@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Iterable, NamedTuple
 
-from .errors import RecipeError
+from ..errors import RecipeError
 from .marked_yaml import Marked, dotted, dump, merge, parse, read
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Iterator
 
-from .recipe_file import did_you_mean, files_near
+from .file import did_you_mean, files_near
 
 if TYPE_CHECKING:
-    from .recipe import Data, Recipe
+    from . import Data, Recipe
 
 WORLD_SETS = ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")  # what `world:...` may name
 DATA_KEYS = ("sft", *WORLD_SETS)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import yaml
 
-from .errors import RecipeError
+from ..errors import RecipeError
 
 FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$")
 MAX_DEPTH = 20  # no recipe nests deeper; an alias that contains itself would nest for ever

@@ -1,0 +1,168 @@
+"""The recipe: one strict YAML file that says everything about a run.
+
+The sections stand in `sections.py`, `feedback.py`, `ppo.py` and `dpo.py`, what no single key can say about itself in `checks.py`. Here are
+the Recipe, the way from a file to a checked one (`load_recipe`), and views of it. Errors name file and line, or the
+override that they came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any, Iterable, Iterator, Literal
+
+from pydantic import Field, PrivateAttr, ValidationError
+
+from ..errors import RecipeError
+from . import file
+from .checks import cross_checks, file_checks
+from .dpo import Dpo
+from .feedback import Claims, Pairwise, Preference, Reward
+from .ppo import Ppo
+from .sections import (
+    Context,
+    Count,
+    Data,
+    Evaluate,
+    Features,
+    Lora,
+    Model,
+    Prune,
+    RewardBase,
+    Section,
+    Sft,
+    Training,
+    World,
+)
+
+__all__ = [
+    "Claims", "Context", "Data", "Dpo", "Evaluate", "Features", "Lora", "Model", "Pairwise", "Ppo", "Preference",
+    "Prune", "Recipe", "Reward", "RewardBase", "Section", "Sft", "Training", "World", "check_files", "dump_yaml",
+    "fields", "flatten", "json_schema", "load_recipe", "raise_all", "recipe_hash", "show_fields",
+]  # fmt: skip
+
+# Keys that say where and how fast, not what: two runs that differ only here have the same hash.
+# Batch sizes of sampling are not among them: they change which random numbers an answer is drawn with.
+NOT_SCIENCE = (
+    "name", "output", "device", "threads", "data.folder", "data.world.workers", "model.gradient_checkpointing",
+    "features.workers", "features.cache", "context.batch_size", "ppo.checkpoint_every",
+)  # fmt: skip
+
+
+class Recipe(Section):
+    """A recipe of rlaif-lite."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the recipe; names the run folder")
+    method: Literal["ppo", "dpo"] = Field("ppo", description="how the policy learns from preferences")
+    seed: int = Field(0, ge=0, description="seed of everything random but the world")
+    output: str = Field("runs/{name}", min_length=1, description="run folder; {name} and {seed} are filled in")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
+    threads: Count | None = Field(None, description="CPU threads; null: one per physical core")
+    data: Data = Data()
+    model: Model = Model()
+    features: Features = Features()
+    sft: Sft = Sft()
+    context: Context = Context()
+    preference: Preference = Preference()
+    reward: Reward = Reward()
+    ppo: Ppo = Ppo()
+    dpo: Dpo = Dpo()
+    evaluate: Evaluate = Evaluate()
+
+    _marks: dict[str, str] = PrivateAttr(default_factory=lambda: {"": "not from a file"})
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of a run, in their order."""
+        learn = {"ppo": ("preference", "reward", "ppo"), "dpo": ("dpo",)}[self.method]
+        return ("data", "features", "sft", "context", *learn, "evaluate")
+
+    @property
+    def narrated(self) -> tuple[str, ...]:
+        """The splits whose videos the context stage describes: where somebody reads the narrative."""
+        in_reward = self.method == "ppo" and self.reward.context  # given pairs need no judge
+        pairs = ("preference",) if self.data.preference or (self.data.pairs and in_reward) else ()
+        return (*pairs, "rl") if in_reward else pairs
+
+    def where(self, key: str) -> str:
+        """Where `key` was written ("recipes/x.yaml:41", "override `a.b=1`"), or the section that leaves it out."""
+        return file.nearest_mark(self._marks, key)
+
+
+# ------------------------------------------------------------------------------------------------- from file to Recipe
+
+
+def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Reads, merges (`base_recipe`, then `overrides` such as "ppo.kl_coef=0.05", values as YAML) and checks a recipe.
+
+    Raises RecipeError with every error found, each with file and line or the override that it came from.
+    """
+    marked = file.read_recipe(path, overrides)
+    marks = {file.dotted(key): mark for key, mark in marked.marks.items()}
+    try:
+        recipe = Recipe.model_validate(marked.data)
+    except ValidationError as errors:
+        lines = [file.explain(error, marks, fields()) for error in errors.errors()]
+        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+    recipe._marks = marks
+    raise_all(recipe, cross_checks(recipe))
+    return recipe.model_copy(update={"output": recipe.output.format(name=recipe.name, seed=recipe.seed)})
+
+
+def raise_all(recipe: Recipe, problems: Iterable[tuple[str, str]]) -> None:
+    """Raises RecipeError with one line per (key, message), or nothing where there are none."""
+    if lines := [f"`{key}` ({recipe.where(key)}) {message}" for key, message in problems]:
+        raise RecipeError("\n".join(lines))
+
+
+def check_files(recipe: Recipe) -> None:
+    """Looks whether the files that the recipe names are there, and whether every stage has data. Reads none of them."""
+    raise_all(recipe, file_checks(recipe))
+
+
+# --------------------------------------------------------------------------------------------------------- views of it
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Every key with dots, and its value as JSON has it: {"ppo.kl_coef": 0.1, "data.rl": ["world:rl"], ...}."""
+
+    def walk(value: dict, prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, item in value.items():
+            if isinstance(item, dict):
+                yield from walk(item, f"{prefix}{name}.")
+            else:
+                yield prefix + name, item
+
+    return dict(walk(recipe.model_dump(mode="json"), ""))
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Twelve hex digits of sha256 over the keys that can change a result (all but NOT_SCIENCE)."""
+    science = {key: value for key, value in flatten(recipe).items() if key not in NOT_SCIENCE}
+    return hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def dump_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, defaults included; `load_recipe` reads it back to the same values."""
+    return file.dump(recipe.model_dump(mode="json"))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema (draft 2020-12) of a recipe file, for editors that complete and check as one types."""
+    schema = Recipe.model_json_schema()
+    schema["properties"]["base_recipe"] = {"type": "string", "description": "another recipe that this one is laid over"}
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+@cache
+def fields() -> dict[str, file.FieldInfo]:
+    """Every key of the schema, in order, with type, default and help."""
+    return file.fields_of(Recipe.model_json_schema())
+
+
+def show_fields(prefix: str = "") -> str:
+    """The keys (those under `prefix`) with defaults and help, as text for a terminal."""
+    return file.fields_text(fields(), prefix)

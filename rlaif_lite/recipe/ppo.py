@@ -1,0 +1,47 @@
+"""The section of a recipe that says how PPO, and what shares its trajectories, learns."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from .sections import Count, Positive, Rows, Section, Share
+
+
+class Ppo(Section):
+    """Reinforcement learning against the reward model, held near the reference by the KL."""
+
+    steps: Count = Field(20, description="rounds of rollout and update")
+    rollouts: Count = Field(96, description="answers per step (published 256)")
+    slots: Count | None = Field(None, description="answers in flight while sampling; null: all `rollouts`")
+    group_size: Count = Field(1, description="answers per prompt; 2 or more for `value: none`")
+    epochs: Count = Field(2, description="passes over each step's answers")
+    minibatch: Count = Field(48, description="answers per optimiser step (published 128)")
+    micro_batch: Rows | None = Field(None, description="answers per forward; auto: most that fit; null: the minibatch")
+    lr: Positive = Field(3e-5, description="highest learning rate of the policy")
+    value_lr: Positive | None = Field(None, description="the value role's rate; null: as `lr`")
+    warmup_steps: int = Field(3, ge=0, description="steps in which the rate rises (published 5)")
+    lr_end: Share = Field(0.1, description="share of the rate that is left at the last step, falling linearly")
+    kl_coef: float = Field(0.1, ge=0, description="weight of the KL to the reference in the reward")
+    kl_target: Positive | None = Field(None, description="KL per answer aimed at by adapting the weight; null: fixed")
+    kl_horizon: Count = Field(10000, description="answers over which the adaptive weight moves")
+    kl_estimator: Literal["k1", "k3"] = Field("k1", description="log ratio, or Schulman's non-negative estimator")
+    clip: float = Field(0.2, gt=0, lt=1, description="range of the policy's probability ratio")
+    value_clip: Positive | None = Field(0.2, description="range of a value's change; null: not clipped")
+    value_coef: float = Field(0.1, ge=0, description="weight of the value loss")
+    entropy_coef: float = Field(0.0, ge=0, description="weight of an entropy bonus")
+    gamma: Share = Field(1.0, description="discount")
+    lam: Share = Field(0.95, description="GAE's lambda (published 1)")
+    whiten_rewards: bool = Field(False, description="scale rewards to unit variance before GAE")
+    whiten_advantages: bool = Field(True, description="scale advantages to mean 0, variance 1 over real tokens")
+    normalize_reward: bool = Field(True, description="standardise on the reference's answers (published: no)")
+    stop_penalty: float = Field(3.0, ge=0, description="taken off an answer without end (published 8)")
+    length_penalty: float = Field(0.0, ge=0, description="times length / max_new_tokens, taken off (published 10)")
+    temperature: Positive = Field(1.0, description="temperature of sampling")
+    top_p: float = Field(1.0, gt=0, le=1, description="nucleus of sampling")
+    top_k: int = Field(0, ge=0, description="sample among so many most likely tokens; 0: all")
+    max_new_tokens: Count = Field(64, description="longest answer (published 896)")
+    value: Literal["adapter", "none"] = Field("adapter", description="an adapter of its own, or none: leave-one-out")
+    max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
+    checkpoint_every: Count = Field(5, description="steps between checkpoints")

@@ -35,6 +35,8 @@ LEAVES = {"sft": ("sft", "reference"), "reward": ("reward",), "ppo": ("policy", 
 NEUTRAL = ("data.folder", "data.world.workers", "features.cache", "features.workers", "model.gradient_checkpointing",
            "ppo.checkpoint_every")  # fmt: skip
 GATES = {"reward": "reward.floor"}  # a key of the stage's section that only a later stage acts on
+# What makes a stage run again, but changes nothing that a later stage reads without asking for it by itself.
+INWARD = {"features": ("splits with a narrative", "features.clips", "features.clip_frames")}
 
 
 def run(recipe: Recipe, until: str | None = None, again: str | None = None, force: bool = False) -> dict:
@@ -85,7 +87,8 @@ def run_stage(work: Workspace, name: str, stage: Any, digests: dict[str, str], p
         for need in stage.NEEDS
         if need in digests  # a method has some of them
     }
-    digests[name] = hashlib.sha256(json.dumps([name, reads], sort_keys=True).encode()).hexdigest()[:16]
+    outward = {key: value for key, value in reads.items() if key not in INWARD.get(name, ())}
+    digests[name] = hashlib.sha256(json.dumps([name, outward], sort_keys=True).encode()).hexdigest()[:16]
     done, begun = read(folder / "done.json"), read(folder / "begun.json")
     if done is not None and done["reads"] == reads:
         say(f"{name}: done before, nothing it reads has changed")

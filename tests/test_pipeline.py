@@ -200,6 +200,12 @@ def test_a_changed_key_makes_stale_what_depends_on_it(rerun, monkeypatch, capsys
     assert ran.after(recipe) == []  # and then it is done again
 
 
+@pytest.mark.parametrize("override", ["features.clip_frames=4", "reward.context=true"])
+def test_more_views_of_a_video_leave_the_training_on_whole_videos_alone(rerun, monkeypatch, override):
+    ran = Ran(monkeypatch)
+    assert ran.after(rerun(override)) == ["features", *FROM["context"]]
+
+
 def test_a_stale_stage_starts_from_nothing(rerun, monkeypatch):
     """What an older recipe left, its adapters too, is gone before the stage runs; cached features stay."""
     recipe = rerun("sft.hard.lr=0.01")

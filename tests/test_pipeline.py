@@ -200,10 +200,12 @@ def test_a_changed_key_makes_stale_what_depends_on_it(rerun, monkeypatch, capsys
     assert ran.after(recipe) == []  # and then it is done again
 
 
-@pytest.mark.parametrize("override", ["features.clip_frames=4", "reward.context=true"])
-def test_more_views_of_a_video_leave_the_training_on_whole_videos_alone(rerun, monkeypatch, override):
+@pytest.mark.parametrize(
+    "overrides", [("features.clip_frames=4",), ("reward.context=true", "reward.prompt='{context} {question}'")]
+)
+def test_more_views_of_a_video_leave_the_training_on_whole_videos_alone(rerun, monkeypatch, overrides):
     ran = Ran(monkeypatch)
-    assert ran.after(rerun(override)) == ["features", *FROM["context"]]
+    assert ran.after(rerun(*overrides)) == ["features", *FROM["context"]]
 
 
 def test_a_stale_stage_starts_from_nothing(rerun, monkeypatch):

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "rlaif_lite"
 FLOORS = [
     {"cli"},
     {"profiler"},
-    {"pipeline", "chat", "doctor", "exchange"},
+    {"pipeline", "chat", "doctor", "exchange", "benchmarks"},
     {"stages", "planner"},
     {"workspace"},
     {"judge", "training"},

@@ -41,6 +41,7 @@ class Item(NamedTuple):
     question: str  # as the user asked it, without the video's mark
     answer: str
     context: str | None  # the narrative, or None to judge without it
+    ids: list[int] | None = None  # the answer's tokens as they were sampled, read `inline`; None: encoded anew
 
 
 class Verdict(NamedTuple):
@@ -49,6 +50,8 @@ class Verdict(NamedTuple):
     score: float  # sum of P(yes) - P(no): higher is better
     claims: list[str]  # the sentences asked about, or the words at which a verdict was read
     values: list[float]  # P(yes) - P(no) of each claim, in [-1, 1]
+    odds: list[float]  # log P(no) - log P(yes) of each claim: positive = more likely false
+    told: list[float]  # P(yes) + P(no) of each claim: near 0 where an inline judge sees no claim
 
 
 def split_claims(answer: str) -> list[str]:
@@ -85,7 +88,7 @@ def _inline(role: ActiveRole, items: Sequence[Item], section: Claims) -> list[Ve
         message = user_message(
             section.prompt, section.context_prefix, item.context, seen, question=item.question, claim=""
         )
-        answers.append(encode_text(base, item.answer))
+        answers.append(encode_text(base, item.answer) if item.ids is None else item.ids)
         rows.append(encode_prompt(base, [message], item.video).extend(answers[-1]))
     batch = collate(base, rows)
     hidden_BSD = role.hidden(batch)
@@ -96,26 +99,26 @@ def _inline(role: ActiveRole, items: Sequence[Item], section: Claims) -> list[Ve
         for t in range(len(answer))
     ]
     rows_N, places_N = torch.tensor(at, device=base.device).T if at else torch.zeros(2, 0, dtype=torch.long)
-    values = iter(_yes_minus_no(base, hidden_BSD[rows_N, places_N], section))
-    out = []
-    for answer in answers:
-        spread = [next(values) for _ in answer]
-        words = [base.tokenizer.decode([token]) for token in answer]
-        out.append(Verdict(sum(spread), words, spread))
-    return out
+    words = [[base.tokenizer.decode([token]) for token in answer] for answer in answers]
+    return _verdicts(base, hidden_BSD[rows_N, places_N], words, section)
 
 
 def _ask(role: ActiveRole, items: Sequence[Item], section: Claims) -> list[Verdict]:
+    return ask(role, items, [split_claims(item.answer) for item in items], section)
+
+
+@torch.no_grad()
+def ask(role: ActiveRole, items: Sequence[Item], claims: Sequence[Sequence[str]], section: Claims) -> list[Verdict]:
+    """Ask about `claims` of each item (its `answer` is not read), those of one item in one row; one forward for all."""
     base = role.roles.base
-    rows, ends, claims = [], [], []
-    for b, item in enumerate(items):
+    rows, ends = [], []
+    for b, (item, found) in enumerate(zip(items, claims, strict=True)):
         seen = item.video is not None
         message = user_message(
             section.prompt, section.context_prefix, item.context, seen, question=item.question, claim="\0"
         )
         lead, _, rest = message.content.partition("\0")
         prefix, tail = split_prompt(base, lead + BRANCH_MARK, item.video)
-        found = split_claims(item.answer)
         branches = [encode_text(base, claim + rest) + tail for claim in found]
         row = branch(prefix, branches)
         at = len(prefix.ids_S)
@@ -123,26 +126,26 @@ def _ask(role: ActiveRole, items: Sequence[Item], section: Claims) -> list[Verdi
             at += len(tokens)
             ends.append((b, at - 1))
         rows.append(row)
-        claims.append(found)
     hidden_BSD = role.hidden(collate(base, rows))
     rows_N, places_N = torch.tensor(ends, device=base.device).T if ends else torch.zeros(2, 0, dtype=torch.long)
-    values = iter(_yes_minus_no(base, hidden_BSD[rows_N, places_N], section))
-    out = []
-    for found in claims:
-        spread = [next(values) for _ in found]
-        out.append(Verdict(sum(spread), found, spread))
-    return out
+    return _verdicts(base, hidden_BSD[rows_N, places_N], claims, section)
 
 
-def _yes_minus_no(base: Base, hidden_ND: torch.Tensor, section: Claims) -> list[float]:
-    """P(yes) - P(no) of the next token at each position."""
-    yes, no = (single_token(base, word, "preference.claims") for word in (section.yes, section.no))
-    probability = []
-    for token in (yes, no):
+def _verdicts(base: Base, hidden_ND: torch.Tensor, claims: Sequence[Sequence[str]], section: Claims) -> list[Verdict]:
+    """What the next-token distribution at each claim says of it; hidden_ND stands in the order of the claims."""
+    logps = []
+    for word in (section.yes, section.no):
+        token = single_token(base, word, "preference.claims")
         target_N = torch.full((hidden_ND.shape[0],), token, device=hidden_ND.device)
-        scored = linear_logprob(hidden_ND, base.head_weight_VD, target_N, bias_V=base.ban_bias_V)
-        probability.append(scored.logp_N.exp())
-    return (probability[0] - probability[1]).tolist()
+        logps.append(linear_logprob(hidden_ND, base.head_weight_VD, target_N, bias_V=base.ban_bias_V).logp_N)
+    yes_N, no_N = logps
+    figures_3N = torch.stack([yes_N.exp() - no_N.exp(), no_N - yes_N, yes_N.exp() + no_N.exp()])
+    out, at = [], 0
+    for found in claims:
+        values, odds, told = figures_3N[:, at : at + len(found)].tolist()
+        out.append(Verdict(sum(values), list(found), values, odds, told))
+        at += len(found)
+    return out
 
 
 def single_token(base: Base, word: str, where: str) -> int:

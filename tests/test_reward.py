@@ -157,6 +157,8 @@ def test_stumbles_are_worse_forms_of_the_chosen_answer():
             cut = len(own) - len(words)
             assert any(own[:i] + own[i + cut :] == words for i in range(len(own)))
     assert lengths == {True, False}
+    silent = (record("<video> v40"), "", "anything")  # an answer of no words cannot stumble
+    assert len(stumbling([*pairs, silent], 1.0, seed=3)) == 40
 
 
 def test_calibration_by_hand():

@@ -173,7 +173,8 @@ def stumbling(pairs: list[tuple[Record, str, str]], share: float, seed: int) -> 
     are worth, and PPO drifts to where it is not told."""
     rng = random.Random(seed)
     extra = []
-    for record, chosen, _ in rng.sample(pairs, round(share * len(pairs))):
+    worded = [pair for pair in pairs if pair[1].split()]  # an answer of no words may be the better one
+    for record, chosen, _ in rng.sample(worded, round(share * len(worded))):
         words = chosen.split()
         start = rng.randrange(len(words))
         run = words[start : start + rng.randint(1, 3)]

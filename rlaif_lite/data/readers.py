@@ -58,7 +58,7 @@ def read_records(
     path = Path(path)
     look = _Videos([str(video_root)] if video_root else [], str(path.parent))
     records, format = [], ""
-    for index, found, share in _objects(path):
+    for index, found, share in objects_of(path):
         if index == limit:
             break
         source, place = f"{path.name}#{index}", f"{path}, record {index}"
@@ -135,7 +135,7 @@ def check_videos(records: list[Record]) -> list[Record]:
 # ---- the file
 
 
-def _objects(path: Path) -> Iterator[tuple[int, object, float]]:
+def objects_of(path: Path) -> Iterator[tuple[int, object, float]]:
     """(index, decoded object, share of the file read by then), one at a time: a released file of 700 MB is never held
     as a tree of Python objects."""
     try:

@@ -18,7 +18,7 @@ from pydantic import Field, PrivateAttr, ValidationError
 from ..errors import RecipeError
 from . import file
 from .checks import cross_checks, file_checks
-from .dpo import Dpo
+from .dpo import Describe, Divide, Dpo
 from .feedback import Claims, Pairwise, Preference, Reward
 from .ppo import Ppo
 from .sections import (
@@ -38,8 +38,8 @@ from .sections import (
 )
 
 __all__ = [
-    "Claims", "Context", "Data", "Dpo", "Evaluate", "Features", "Lora", "Model", "Pairwise", "Ppo", "Preference",
-    "Prune", "Recipe", "Reward", "RewardBase", "Section", "Sft", "Training", "World", "check_files", "dump_yaml",
+    "Claims", "Context", "Data", "Describe", "Divide", "Dpo", "Evaluate", "Features", "Lora", "Model", "Pairwise",
+    "Ppo", "Preference", "Prune", "Recipe", "Reward", "RewardBase", "Section", "Sft", "Training", "World", "check_files", "dump_yaml",
     "fields", "flatten", "json_schema", "load_recipe", "raise_all", "recipe_hash", "show_fields",
 ]  # fmt: skip
 
@@ -76,13 +76,16 @@ class Recipe(Section):
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages of a run, in their order."""
-        learn = {"ppo": ("preference", "reward", "ppo"), "dpo": ("dpo",)}[self.method]
+        rewarded = ("preference", "reward") if self.ppo.feedback == "reward_model" else ()
+        learn = {"ppo": (*rewarded, "ppo"), "dpo": ("dpo",)}[self.method]
         return ("data", "features", "sft", "context", *learn, "evaluate")
 
     @property
     def narrated(self) -> tuple[str, ...]:
         """The splits whose videos the context stage describes: where somebody reads the narrative."""
-        in_reward = self.method == "ppo" and self.reward.context  # given pairs need no judge
+        if self.method == "dpo":
+            return ("preference",) if self.preference.context and self.dpo.describe is None else ()
+        in_reward = self.reward.context  # given pairs need no judge
         pairs = ("preference",) if self.data.preference or (self.data.pairs and in_reward) else ()
         return (*pairs, "rl") if in_reward else pairs
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Iterator
 
+from .dpo import Describe, Divide
 from .file import did_you_mean, files_near
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from _data_checks(recipe.data)
     yield from _template_checks(recipe)
     features, preference, reward, ppo = recipe.features, recipe.preference, recipe.reward, recipe.ppo
+    if recipe.method == "dpo":
+        yield from _dpo_checks(recipe)
 
     selectors = [i for i, step in enumerate(features.prune) if step.pool is None]
     for i, step in enumerate(features.prune):
@@ -43,7 +46,8 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "reward.pool", "is tokens, but reward.pool_tokens is empty. List the words, or set `reward.pool: last`."
 
     sft = recipe.sft
-    phases = (("sft.easy", sft.easy), ("sft.hard", sft.hard), ("sft.policy_init", sft.policy_init), ("reward", reward))
+    phases = (("sft.easy", sft.easy), ("sft.hard", sft.hard), ("sft.policy_init", sft.policy_init), ("reward", reward),
+              ("dpo", recipe.dpo))  # fmt: skip
     for key, phase in phases:
         if phase is not None and isinstance(phase.micro_batch, int) and phase.micro_batch > phase.batch_size:
             yield f"{key}.micro_batch", f"is {phase.micro_batch}, above batch_size: {phase.batch_size}. Lower it."
@@ -55,6 +59,22 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "ppo.minibatch", f"is {ppo.minibatch}, above ppo.rollouts: {ppo.rollouts}. Lower it."
     if isinstance(ppo.micro_batch, int) and ppo.micro_batch > ppo.minibatch:
         yield "ppo.micro_batch", f"is {ppo.micro_batch}, above ppo.minibatch: {ppo.minibatch}. Lower it."
+
+
+def _dpo_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    dpo, preference = recipe.dpo, recipe.preference
+    if recipe.data.pairs:
+        yield "data.pairs", "is read by `method: ppo` only; rounds answer prompts anew. Give `data.preference` instead."
+    if dpo.describe is not None and not preference.context:
+        yield "dpo.describe", "makes the judge's context, but preference.context is false. Set that to true."
+    if dpo.divide is None:
+        return
+    if preference.claims.mode != "ask":
+        yield "preference.claims.mode", "is inline, but dpo.divide asks about claims. Set it to ask, with {claim}."
+    if dpo.divide.train is not None and recipe.data.world is None:
+        yield "dpo.divide.train", "learns from the synthetic world's texts, and data.world is null. Set it to null."
+    if dpo.divide.train is not None and dpo.divide.model is not None:
+        yield "dpo.divide.train", "trains an adapter of the run's base, but dpo.divide.model is another. Set one."
 
 
 def _data_checks(data: Data) -> Iterator[tuple[str, str]]:
@@ -78,6 +98,7 @@ def _template_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     claims, pairwise = recipe.preference.claims, recipe.preference.pairwise
     context = {"context"} if recipe.reward.context else set()
     in_claims = {"context", "claim", "question"} if claims.mode == "ask" else {"context", "question"}
+    divide, describe = recipe.dpo.divide or Divide(), recipe.dpo.describe or Describe()
     templates = (  # key, template, placeholders that must stand in it, placeholders that may
         ("output", recipe.output, set(), {"name", "seed"}),
         ("preference.claims.prompt", claims.prompt, {"context", "claim"} & in_claims, in_claims),
@@ -85,6 +106,9 @@ def _template_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         ("preference.pairwise.prompt", pairwise.prompt, {"context", "a", "b"}, {"context", "a", "b", "question"}),
         ("preference.pairwise.context_prefix", pairwise.context_prefix, {"context"}, {"context"}),
         ("reward.prompt", recipe.reward.prompt or "", context, {"question"} | context),
+        ("dpo.divide.split", divide.split or "{answer}", {"answer"}, {"answer", "question"}),
+        ("dpo.divide.ask", divide.ask or "{claims}", {"claims"}, {"claims"}),
+        ("dpo.describe.again", describe.again, {"context"}, {"context"}),
     )
     for key, template, must, may in templates:
         try:
@@ -159,15 +183,16 @@ def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield key, f"names {base}, which is not a folder. Paths start at {Path.cwd()}."
     yield from _adapter_checks(recipe)
 
-    unmeasured = recipe.reward.adapter is not None  # and so it may go without pairs, where it says so
+    dpo = recipe.method == "dpo"
+    unmeasured = not dpo and recipe.reward.adapter is not None  # and so it may go without pairs, where it says so
     needs = (  # set, is it given, who asks for it, how to do without
         ("sft_easy", data.sft or data.sft_easy, sft.easy, "sft.easy trains on it", "set `sft.easy: null`"),
         ("sft_hard", data.sft or data.sft_hard, sft.hard, "sft.hard trains on it", "set `sft.hard: null`"),
         ("policy_init", data.policy_init, sft.policy_init, "its phase needs it", "set `sft.policy_init: null`"),
-        ("preference", data.preference or data.pairs, not unmeasured or recipe.reward.floor > 0,
+        ("preference", data.preference or data.pairs, dpo or not unmeasured or recipe.reward.floor > 0,
          "the preference stage asks its questions",
          "give `data.pairs`" + ", or set `reward.floor: 0` to use reward.adapter unmeasured" * unmeasured),
-        ("rl", data.rl, True, "PPO takes its prompts from it", None),
+        ("rl", data.rl, not dpo, "PPO takes its prompts from it", None),
         ("test", data.test, recipe.evaluate.roles, "the evaluation asks its questions", "set `evaluate.roles: []`"),
     )  # fmt: skip
     for name, given, asked, why, without in needs:

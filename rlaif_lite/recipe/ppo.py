@@ -10,8 +10,12 @@ from .sections import Count, Positive, Rows, Section, Share
 
 
 class Ppo(Section):
-    """Reinforcement learning against the reward model, held near the reference by the KL."""
+    """Reinforcement learning against feedback, the reward model's by default, held near the reference by the KL."""
 
+    feedback: Literal["reward_model", "interventions", "ranking"] = Field(
+        "reward_model", description="who says what an answer is worth; without a reward model, the SFT role as judge"
+    )
+    judge_context: bool = Field(True, description="that judge reads the narrative of every RL video")
     steps: Count = Field(20, description="rounds of rollout and update")
     rollouts: Count = Field(96, description="answers per step (published 256)")
     slots: Count | None = Field(None, description="answers in flight while sampling; null: all `rollouts`")

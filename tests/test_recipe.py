@@ -342,7 +342,7 @@ def test_output_is_filled_in_and_where_survives():
 def test_flatten_has_every_key_that_is_written_or_default():
     flat = flatten(load_recipe(write("name: a\ndata: {rl: [x.json]}\n")))
     assert flat["ppo.kl_coef"] == 0.1 and flat["data.rl"] == ["x.json"] and flat["data.world"] is None
-    flat = flatten(load_recipe("x.yaml", ["data.world={}", "model.reward_base={base: b}"]))
+    flat = flatten(load_recipe("x.yaml", ["data.world={}", "model.reward_base={base: b}", "dpo.divide={train: {}}", "dpo.describe={}"]))
     assert set(flat) == {key for key, info in fields().items() if not info.section and "[]" not in key}
 
 

@@ -34,11 +34,12 @@ def test_the_same_step_by_other_means(plain, recipe, monkeypatch):
         monkeypatch.setattr(Base, "encode", lambda base, pixels: (calls.append(1), encode(base, pixels))[1])
         answers = plain.plain_rollout(given)
         assert [len(a.ids) for a in answers] == [5] * 4 and calls == [1]
-        micros = cut(work, given.layout, given.records, answers, 0, 2)
+        micros = cut(work, given.feedback.critic_prompt, given.records, answers, 0, 2)
         theirs = plain.plain_score(given, micros, answers)
         assert len(calls) == 1 + 4 * 2  # a pass of the tower for every role and micro-batch
-        own = ppo.score(work, given.layout, micros, answers, loaded.ppo.kl_coef, 0.0, 1.0)
-        for name in ("logp_BT", "kl_BT", "value_BT", "rm_B", "advantage_BT", "return_BT"):
+        taken = given.feedback.take(given.records, answers, 0)
+        own = ppo.score(work, given.feedback, micros, given.records, taken, loaded.ppo.kl_coef)
+        for name in ("logp_BT", "kl_BT", "value_BT", "raw_B", "advantage_BT", "return_BT"):
             torch.testing.assert_close(getattr(theirs, name), getattr(own, name), rtol=1e-4, atol=1e-4)
         before = [p.detach().clone() for p in work.roles.parameters("policy")]
         order = torch.arange(len(micros))

@@ -12,7 +12,8 @@ from rlaif_lite.model.inputs import IGNORE, encode_prompt
 from rlaif_lite.rollout import Trajectory
 from rlaif_lite.stages import ppo
 from rlaif_lite.stages.experience import cut, place
-from rlaif_lite.stages.reward import RewardInput
+from rlaif_lite.stages.feedback import Taken, feedback_of
+from rlaif_lite.stages.ppo_log import check_first_step
 from rlaif_lite.workspace import Workspace, read_jsonl
 
 
@@ -22,23 +23,23 @@ class Step:
     def __init__(self, recipe, **keys):
         self.work = work = Workspace(recipe.model_copy(update={"ppo": recipe.ppo.model_copy(update=keys)}))
         self.section = work.recipe.ppo
+        self.feedback = feedback_of(work)
         work.load_role("reference")
-        work.load_role("reward")
         work.roles.add("policy", copy_of="reference")
-        work.roles.add("value", copy_of="reward")
+        work.roles.add("value", copy_of=self.feedback.critic_from)
         work.roles.add_head("value", zero=True)
-        self.layout = RewardInput(work)
         records = work.records("rl")[: self.section.rollouts // self.section.group_size]
         self.records = [r for r in records for _ in range(self.section.group_size)]
 
     def answers(self) -> list[Trajectory]:
         return ppo.rollout(self.work, self.records, 0)
 
-    def score(self, answers: list[Trajectory], kl_coef: float = 0.1, mean: float = 0.0, std: float = 1.0):
+    def score(self, answers: list[Trajectory] | Taken, kl_coef: float = 0.1):
         """(minibatches, experience)"""
         size = self.section.micro_batch or self.section.minibatch
-        self.minibatches = cut(self.work, self.layout, self.records, answers, 0, size)
-        return self.minibatches, ppo.score(self.work, self.layout, self.minibatches, answers, kl_coef, mean, std)
+        taken = answers if isinstance(answers, Taken) else self.feedback.take(self.records, answers, 0)
+        self.minibatches = cut(self.work, self.feedback.critic_prompt, self.records, taken.answers, 0, size)
+        return self.minibatches, ppo.score(self.work, self.feedback, self.minibatches, self.records, taken, kl_coef)
 
     def update(self, experience, lr: float = 1.0, roles=("policy", "value")):
         """By plain gradient descent, so that a step is the gradient itself."""
@@ -52,8 +53,8 @@ class Step:
     def reward_scores(self, answers: list[Trajectory]) -> list[float]:
         out = []
         for record, answer in zip(self.records, answers):
-            with torch.no_grad(), self.work.roles.use("reward") as reward:
-                out.append(self.layout.score(reward, [self.layout.prompt(record)], [answer.ids]).item())
+            with torch.no_grad():
+                out.append(self.feedback.read([record], [answer]).item())
         return out
 
 
@@ -85,7 +86,7 @@ def test_the_first_step_starts_from_exactly_nothing(rerun, micro_batch, checkpoi
     assert experience.kl_BT.abs().max() == 0 and (experience.logp_BT[experience.mask_BT] < 0).all()
     assert history[0]["ratio_min"] == history[0]["ratio_max"] == 1
     assert history[-1]["ratio_max"] != 1  # after an update it is not
-    ppo.check_first_step(experience, history)
+    check_first_step(experience, history)
 
 
 def test_a_policy_that_is_not_the_reference_is_refused(finished):
@@ -95,7 +96,7 @@ def test_a_policy_that_is_not_the_reference_is_refused(finished):
     _, experience = step.score(step.answers())
     history = step.update(experience)
     with pytest.raises(StageError, match="At step 0 the largest .KL. of a token is"):
-        ppo.check_first_step(experience, history)
+        check_first_step(experience, history)
 
 
 def test_stale_log_probs_are_refused(finished):
@@ -103,7 +104,7 @@ def test_stale_log_probs_are_refused(finished):
     _, experience = step.score(step.answers())
     history = step.update(experience._replace(logp_BT=experience.logp_BT + 1e-6 * experience.mask_BT))
     with pytest.raises(StageError, match="the ratio lies in"):
-        ppo.check_first_step(experience, history)
+        check_first_step(experience, history)
 
 
 # ---- layout
@@ -122,7 +123,9 @@ def test_place_by_hand():
 def test_every_answer_is_cut_once_and_aligned(finished, micro_batch):
     step = Step(finished, micro_batch=micro_batch)
     answers, base = ragged(step), step.work.base()
-    minibatches = cut(step.work, step.layout, step.records, answers, 0, micro_batch or step.section.minibatch)
+    minibatches = cut(
+        step.work, step.feedback.critic_prompt, step.records, answers, 0, micro_batch or step.section.minibatch
+    )
     assert [sum(len(m.index_b) for m in minibatch) for minibatch in minibatches] == [4, 4]
     assert [len(minibatch) for minibatch in minibatches] == ([1, 1] if micro_batch is None else [2, 2])
     micros = [m for minibatch in minibatches for m in minibatch]
@@ -130,11 +133,10 @@ def test_every_answer_is_cut_once_and_aligned(finished, micro_batch):
     for micro in micros:
         for row, i in enumerate(micro.index_b.tolist()):
             ids = answers[i].ids
-            assert micro.reward_answers[row] == ids
             prompt = encode_prompt(base, step.records[i].prompt, step.work.features(step.records[i]))
             for batch, target_bS, start in (
                 (micro.batch, micro.target_bS, len(prompt.ids_S)),
-                (micro.value_batch, micro.value_target_bS, len(step.layout.prompt(step.records[i]).ids_S)),
+                (micro.value_batch, micro.value_target_bS, len(step.feedback.critic_prompt(step.records[i]).ids_S)),
             ):
                 assert batch.ids_BS[row][batch.mask_BS[row]].tolist()[start:] == ids
                 assert target_bS[row][target_bS[row] != IGNORE].tolist() == ids
@@ -183,7 +185,8 @@ def test_the_score_stands_on_the_last_real_token(finished):
     """No KL at the start and no discount: the return of every real token is the answer's score; after its end there is nothing."""
     step = Step(finished, **PLAIN)
     answers = ragged(step)
-    _, experience = step.score(answers, mean=0.25, std=2.0)
+    step.feedback.mean, step.feedback.std = 0.25, 2.0
+    _, experience = step.score(answers)
     want_B = [(score - 0.25) / 2.0 for score in step.reward_scores(answers)]
     assert experience.mask_BT.sum(1).tolist() == RAGGED
     assert experience.score_B.tolist() == pytest.approx(want_B, abs=1e-4)
@@ -192,7 +195,7 @@ def test_the_score_stands_on_the_last_real_token(finished):
         assert (experience.advantage_BT[i, length:] == 0).all()
     # a value of 0 everywhere (fresh head): the advantage is the return; without lambda only the last token has one
     assert torch.allclose(experience.advantage_BT, experience.return_BT)
-    _, myopic = Step.score(_with(step, lam=0.0), answers, mean=0.25, std=2.0)
+    _, myopic = Step.score(_with(step, lam=0.0), answers)
     for i, length in enumerate(RAGGED):
         assert myopic.advantage_BT[i].tolist() == pytest.approx(
             [0.0] * (length - 1) + [want_B[i]] + [0.0] * (8 - length), abs=1e-4
@@ -234,7 +237,7 @@ def test_values_are_of_the_state_before_each_token(finished):
     answers, base = ragged(step), step.work.base()
     _, experience = step.score(answers)
     for i, (record, answer) in enumerate(zip(step.records, answers)):
-        row = step.layout.prompt(record).extend(answer.ids)
+        row = step.feedback.critic_prompt(record).extend(answer.ids)
         with torch.no_grad(), step.work.roles.use("value") as value:
             value_S = value.scalar(value.hidden(collate(base, [row])))[0]
         start = len(row.ids_S) - len(answer.ids)
@@ -347,14 +350,14 @@ def test_the_share_of_the_rate_by_hand(recipe):
 def test_the_reward_is_standardised_on_the_references_answers(finished):
     """Mean and deviation of the reward model over the reference's samples to RL prompts; the policy plays no part."""
     step = Step(finished)
-    mean, std = ppo.reward_scale(step.work, step.layout)
+    mean, std = step.feedback.scale()
     shake(step.work.roles, "policy")
-    assert ppo.reward_scale(step.work, step.layout) == (mean, std)
+    assert step.feedback.scale() == (mean, std)
     assert std > 1e-6 and abs(mean) < 100
     step.work.roles.remove("reference")
     step.work.roles.add("reference", seed=8)
     shake(step.work.roles, "reference")
-    assert ppo.reward_scale(step.work, step.layout) != (mean, std)
+    assert step.feedback.scale() != (mean, std)
 
 
 # ---- the stage

@@ -17,7 +17,7 @@ from rlaif_lite.model.inputs import collate, encode_prompt
 from rlaif_lite.recipe import Model, RewardBase, check_files
 from rlaif_lite.stages import features, ppo, reward
 from rlaif_lite.stages.experience import cut
-from rlaif_lite.stages.reward import RewardInput
+from rlaif_lite.stages.feedback import RewardModelFeedback
 from rlaif_lite.tiny import architecture
 from rlaif_lite.video.cache import read_index
 from rlaif_lite.workspace import Workspace, read_jsonl
@@ -82,10 +82,10 @@ def test_scores_are_the_reward_bases_own_reading_of_the_text(work):
     side.roles.add("reward", seed=1)
     side.roles.add_head("reward", zero=False, seed=1)
     shake(side.roles, "reward")
-    layout, records = RewardInput(side), work.records("rl")[:8]
+    feedback, records = RewardModelFeedback(work), work.records("rl")[:8]
     answers = ppo.rollout(work, records, 0)
-    minibatches = cut(work, layout, records, answers, 0, work.recipe.ppo.minibatch)
-    found = ppo.score(work, layout, minibatches, answers, kl_coef=0.1, mean=0.0, std=1.0)
+    minibatches = cut(work, feedback.critic_prompt, records, answers, 0, work.recipe.ppo.minibatch)
+    found = ppo.score(work, feedback, minibatches, records, feedback.take(records, answers, 0), kl_coef=0.1)
 
     here, there = work.base(), side.base()
     assert {a.stopped for a in answers} == {True, False} or len({len(a.ids) for a in answers}) > 1
@@ -98,7 +98,7 @@ def test_scores_are_the_reward_bases_own_reading_of_the_text(work):
             value_S = role.scalar(role.hidden(collate(there, [prompt.extend(ids)])))[0]
         start = len(prompt.ids_S)
         read = [t for t, word in enumerate(words) if word in (".", "red") or t == len(words) - 1]
-        assert abs(found.rm_B[row].item() - sum(value_S[start + t].item() for t in read)) < 1e-4
+        assert abs(found.raw_B[row].item() - sum(value_S[start + t].item() for t in read)) < 1e-4
 
 
 def test_what_a_reward_base_makes_stale(work, larger):

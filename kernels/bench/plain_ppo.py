@@ -35,7 +35,7 @@ from rlaif_lite.rl.losses import value_loss
 from rlaif_lite.rollout import Trajectory
 from rlaif_lite.stages import features, ppo
 from rlaif_lite.stages.experience import Experience, Micro, cut, place, token_value
-from rlaif_lite.stages.reward import RewardInput
+from rlaif_lite.stages.feedback import RewardModelFeedback
 from rlaif_lite.training.meter import Meter, describe_machine, versions
 from rlaif_lite.video.decode import Frames, View, decode_views
 from rlaif_lite.workspace import WHOLE, Workspace, chunks
@@ -45,7 +45,7 @@ class Step(NamedTuple):
     """What both implementations are given."""
 
     work: Workspace
-    layout: RewardInput
+    feedback: RewardModelFeedback
     records: list[Record]  # one per answer
     frames: dict[str, Frames]  # by video
     optimizers: dict[str, torch.optim.Optimizer]
@@ -53,19 +53,20 @@ class Step(NamedTuple):
 
 def ours(given: Step, number: int) -> int:
     """One step -> tokens of its answers."""
-    work, layout, records, _, optimizers = given
+    work, feedback, records, _, optimizers = given
     answers = ppo.rollout(work, records, number)
-    micros = cut(work, layout, records, answers, number, micro_size(work))
-    experience = ppo.score(work, layout, micros, answers, work.recipe.ppo.kl_coef, 0.0, 1.0)
+    micros = cut(work, feedback.critic_prompt, records, answers, number, micro_size(work))
+    taken = feedback.take(records, answers, number)
+    experience = ppo.score(work, feedback, micros, records, taken, work.recipe.ppo.kl_coef)
     ppo.update(work, micros, experience, optimizers, number)
     return sum(len(answer.ids) for answer in answers)
 
 
 def plain(given: Step, number: int) -> None:
-    work, layout, records, _, _ = given
+    work, feedback, records, _, _ = given
     torch.manual_seed(number)
     answers = plain_rollout(given)
-    micros = cut(work, layout, records, answers, number, micro_size(work))
+    micros = cut(work, feedback.critic_prompt, records, answers, number, micro_size(work))
     plain_update(given, micros, plain_score(given, micros, answers))
 
 
@@ -132,7 +133,7 @@ def plain_logp(given: Step, role, micro: Micro) -> Tensor:
 @torch.no_grad()
 def plain_score(given: Step, minibatches: list[list[Micro]], answers: list[Trajectory]) -> Experience:
     """One forward per role and micro-batch; then the same rewards and advantages as ours."""
-    work, layout, section = given.work, given.layout, given.work.recipe.ppo
+    work, layout, section = given.work, given.feedback.layout, given.work.recipe.ppo
     length_B = torch.tensor([len(a.ids) for a in answers], device=work.device)
     mask_BT = torch.arange(int(length_B.max()), device=work.device)[None] < length_B[:, None]
     logp_BT, ref_BT, value_BT = (torch.zeros(mask_BT.shape, device=work.device) for _ in range(3))
@@ -144,9 +145,10 @@ def plain_score(given: Step, minibatches: list[list[Micro]], answers: list[Traje
         with work.roles.use("reference") as reference:
             place(ref_BT, rows, mask_BT, plain_logp(given, reference, micro))
         with layout.work.roles.use("reward") as reward:
-            new = through_tower(given, [given.records[i] for i in rows.tolist()])
-            prompts = [p._replace(features_KD=f) for p, f in zip(micro.reward_prompts, new, strict=True)]
-            rm_B[rows] = layout.score(reward, prompts, micro.reward_answers)
+            read = [given.records[i] for i in rows.tolist()]
+            prompts = [layout.prompt(r)._replace(features_KD=f) for r, f in zip(read, through_tower(given, read))]
+            ids = [layout.answer(answers[i].ids, work.base()) for i in rows.tolist()]
+            rm_B[rows] = layout.score(reward, prompts, ids)
         with work.roles.use("value") as value:
             fresh = micro._replace(value_batch=refreshed(given, micro.value_batch, rows))
             place(value_BT, rows, mask_BT, token_value(value, fresh))
@@ -155,9 +157,10 @@ def plain_score(given: Step, minibatches: list[list[Micro]], answers: list[Traje
         rm_B, stopped_B, length_B, section.max_new_tokens, section.stop_penalty, section.length_penalty
     )
     kl_BT = ppo.kl_penalty(logp_BT, ref_BT, section.kl_estimator) * mask_BT
-    advantage_BT, return_BT = ppo.advantages(work, score_B, kl_BT, value_BT, mask_BT, section.kl_coef)
+    reward_BT = ppo.shaped_reward(score_B, kl_BT, mask_BT, section.kl_coef)
+    advantage_BT, return_BT = ppo.advantages(section, reward_BT, value_BT, mask_BT, mask_BT)
     none_BT = torch.zeros_like(logp_BT)
-    return Experience(mask_BT, logp_BT, none_BT, kl_BT, value_BT, rm_B, score_B, advantage_BT, return_BT)
+    return Experience(mask_BT, mask_BT, logp_BT, none_BT, kl_BT, value_BT, rm_B, score_B, advantage_BT, return_BT)
 
 
 def plain_update(given: Step, minibatches: list[list[Micro]], e: Experience) -> None:
@@ -193,9 +196,9 @@ def prepare(work: Workspace) -> Step:
     base.limit_pixels(work.recipe.features.max_pixels)
     stand_ins(work)
     work.load_role("reference")
-    work.for_reward.load_role("reward")
+    feedback = RewardModelFeedback(work)
     work.roles.add("policy", copy_of="reference")
-    work.roles.add("value", copy_of="reward" if work.for_reward is work else "reference")
+    work.roles.add("value", copy_of=feedback.critic_from)
     work.roles.add_head("value", zero=True)
     optimizers = {}
     for role in ("policy", "value"):
@@ -207,15 +210,15 @@ def prepare(work: Workspace) -> Step:
     size = base.images.size.of(count)
     videos = {r.video for r in records}
     frames = {video: decode_views(video, {WHOLE: View(count)}, size=size)[WHOLE] for video in videos}
-    return Step(work, RewardInput(work.for_reward), records, frames, optimizers)
+    return Step(work, feedback, records, frames, optimizers)
 
 
 def logp_gap(given: Step) -> float:
     """Largest difference between the log-probs that the two give the same answers, in nats."""
-    work, layout, records = given.work, given.layout, given.records
+    work, feedback, records = given.work, given.feedback, given.records
     answers = ppo.rollout(work, records, 0)
-    micros = cut(work, layout, records, answers, 0, micro_size(work))
-    a = ppo.score(work, layout, micros, answers, work.recipe.ppo.kl_coef, 0.0, 1.0)
+    micros = cut(work, feedback.critic_prompt, records, answers, 0, micro_size(work))
+    a = ppo.score(work, feedback, micros, records, feedback.take(records, answers, 0), work.recipe.ppo.kl_coef)
     return float((a.logp_BT - plain_score(given, micros, answers).logp_BT).abs().max())
 
 

@@ -85,6 +85,8 @@ class Recipe(Section):
         """The splits whose videos the context stage describes: where somebody reads the narrative."""
         if self.method == "dpo":
             return ("preference",) if self.preference.context and self.dpo.describe is None else ()
+        if self.ppo.feedback != "reward_model":  # answers are judged as they come
+            return ("rl",) if self.ppo.judge_context else ()
         in_reward = self.reward.context  # given pairs need no judge
         pairs = ("preference",) if self.data.preference or (self.data.pairs and in_reward) else ()
         return (*pairs, "rl") if in_reward else pairs

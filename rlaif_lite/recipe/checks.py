@@ -184,12 +184,13 @@ def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from _adapter_checks(recipe)
 
     dpo = recipe.method == "dpo"
-    unmeasured = not dpo and recipe.reward.adapter is not None  # and so it may go without pairs, where it says so
+    rewarded = not dpo and recipe.ppo.feedback == "reward_model"
+    unmeasured = rewarded and recipe.reward.adapter is not None  # and so it may go without pairs, where it says so
     needs = (  # set, is it given, who asks for it, how to do without
         ("sft_easy", data.sft or data.sft_easy, sft.easy, "sft.easy trains on it", "set `sft.easy: null`"),
         ("sft_hard", data.sft or data.sft_hard, sft.hard, "sft.hard trains on it", "set `sft.hard: null`"),
         ("policy_init", data.policy_init, sft.policy_init, "its phase needs it", "set `sft.policy_init: null`"),
-        ("preference", data.preference or data.pairs, dpo or not unmeasured or recipe.reward.floor > 0,
+        ("preference", data.preference or data.pairs, dpo or rewarded and (not unmeasured or recipe.reward.floor > 0),
          "the preference stage asks its questions",
          "give `data.pairs`" + ", or set `reward.floor: 0` to use reward.adapter unmeasured" * unmeasured),
         ("rl", data.rl, not dpo, "PPO takes its prompts from it", None),

@@ -7,7 +7,7 @@ Shapes: B answers of a step, b of a micro-batch, S positions, T answer tokens (p
 tokens.
 """
 
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 from rlaif_kernels import linear_logprob
@@ -19,39 +19,43 @@ from ..model.roles import ActiveRole
 from ..rollout import Trajectory
 from ..training.loop import derive_seed, split_micro
 from ..workspace import Workspace, chunks
-from .reward import RewardInput, reward_prompt
 
 
 class Micro(NamedTuple):
-    """One micro-batch: some answers of the step, laid out for the policy, the value and the reward role."""
+    """One micro-batch: some answers of the step, laid out for the policy and for the value role."""
 
     index_b: Tensor  # which answers of the step
     batch: Batch  # prompt + answer, as the policy reads them
     target_bS: Tensor  # the answer token that each position predicts, IGNORE elsewhere
-    value_batch: Batch  # prompt of the reward model + answer, as the value role reads them
+    value_batch: Batch  # the critic's prompt + answer, as the value role reads them
     value_target_bS: Tensor
-    reward_prompts: list[Sequence]
-    reward_answers: list[list[int]]  # in the tokens of the reward role's base
 
 
 class Experience(NamedTuple):
     """What is known of a step's answers before the update; everything is 0 at pads."""
 
     mask_BT: Tensor  # bool, real answer tokens (EOS included)
+    own_BT: Tensor  # bool, those of them that the policy sampled: what the policy loss and the KL are over
     logp_BT: Tensor  # log-probs of the sampling policy, recomputed
     entropy_BT: Tensor
     kl_BT: Tensor  # per-token estimate of KL(policy || reference), nats
     value_BT: Tensor  # value of the state before each token; zeros without a critic
-    rm_B: Tensor  # reward model's score, standardised when the recipe says so
-    score_B: Tensor  # with stop and length penalties
+    raw_B: Tensor  # all that feedback gave an answer: its score and its tokens' rewards
+    score_B: Tensor  # the same with stop and length penalties
     advantage_BT: Tensor
     return_BT: Tensor
 
 
 def cut(
-    work: Workspace, layout: RewardInput, records: list[Record], answers: list[Trajectory], step: int, size: int
+    work: Workspace,
+    critic_prompt: Callable[[Record], Sequence],
+    records: list[Record],
+    answers: list[Trajectory],
+    step: int,
+    size: int,
 ) -> list[list[Micro]]:
-    """Shuffle the step's answers into minibatches, each a list of micro-batches of `size` answers."""
+    """Shuffle the step's answers into minibatches, each a list of micro-batches of `size` answers. `critic_prompt` is
+    what the value role reads before an answer."""
     base, section = work.base(), work.recipe.ppo
     generator = torch.Generator().manual_seed(derive_seed(work.recipe.seed, "ppo", "minibatches", step))
     order = torch.randperm(len(answers), generator=generator).tolist()
@@ -59,16 +63,13 @@ def cut(
     def micro(index: list[int]) -> Micro:
         ids = [answers[i].ids for i in index]
         rows = [encode_prompt(base, records[i].prompt, work.features(records[i])).extend(a) for i, a in zip(index, ids)]
-        value_rows = [reward_prompt(work, records[i]).extend(a) for i, a in zip(index, ids)]
+        value_rows = [critic_prompt(records[i]).extend(a) for i, a in zip(index, ids)]
         batch, value_batch = collate(base, rows), collate(base, value_rows)
         targets = [
             target_rows(r, ids, b.ids_BS.shape[1]).to(base.device)
             for r, b in ((rows, batch), (value_rows, value_batch))
         ]
-        return Micro(
-            torch.tensor(index, device=base.device), batch, targets[0], value_batch, targets[1],
-            [layout.prompt(records[i]) for i in index], [layout.answer(a, base) for a in ids],
-        )  # fmt: skip
+        return Micro(torch.tensor(index, device=base.device), batch, targets[0], value_batch, targets[1])
 
     minibatches = chunks(order, section.minibatch)
     return [
@@ -100,3 +101,10 @@ def place(out_BT: Tensor, rows: Tensor, mask_BT: Tensor, values_N: Tensor) -> No
     part_bT = torch.zeros_like(out_BT[rows])
     part_bT[mask_BT[rows]] = values_N
     out_BT[rows] = part_bT
+
+
+def spread(lists: list[list[float]], mask_BT: Tensor) -> Tensor:
+    """A number for every token of every answer -> a padded tensor, 0 at pads."""
+    out_BT = torch.zeros(mask_BT.shape, device=mask_BT.device)
+    out_BT[mask_BT] = torch.tensor([float(x) for row in lists for x in row], device=mask_BT.device)
+    return out_BT

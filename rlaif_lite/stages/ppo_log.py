@@ -1,0 +1,95 @@
+"""What is written down of PPO: the first step's check, the metrics of a step, the summary of a run."""
+
+import torch
+from torch import Tensor
+
+from ..data.records import Record
+from ..data.world_text import score as truth_score
+from ..errors import StageError
+from ..model.inputs import decode_answer
+from ..rl.losses import explained_variance, repetition
+from ..rollout import Trajectory
+from ..workspace import Workspace, read_jsonl, write_json
+from .experience import Experience
+
+
+def check_first_step(experience: Experience, history: list[dict[str, Tensor]]) -> None:
+    """Raises StageError unless the policy was exactly the reference and the first ratio exactly 1."""
+    kl = experience.kl_BT.abs().max().item()
+    low, high = history[0]["ratio_min"].item(), history[0]["ratio_max"].item()
+    if kl != 0.0 or low != 1.0 or high != 1.0:
+        raise StageError(
+            f"At step 0 the largest |KL| of a token is {kl:.3g} and the ratio lies in [{low:.9f}, {high:.9f}]; they must be exactly 0 "
+            "and 1. The policy is not a copy of the reference, or sampling and scoring disagree about the text. Delete the run's "
+            "`ppo` and `adapters/policy` folders and start again; if it stays, report it with the recipe."
+        )
+
+
+def describe(
+    work: Workspace,
+    records: list[Record],
+    answers: list[Trajectory],
+    experience: Experience,
+    history: list[dict[str, Tensor]],
+    kl_coef: float,
+) -> dict[str, float]:
+    """The step's metrics, under TRL's names; `rollout/oracle_score` only where the truth is known (it is never
+    trained on)."""
+    e, base = experience, work.base()
+    mean = {name: torch.stack([h[name] for h in history]).float().mean().item() for name in history[0]}
+    lengths = [len(a.ids) for a in answers]
+    kl_B = e.kl_BT.sum(1)
+    metrics = {
+        "objective/kl": kl_B.mean().item(),
+        "objective/kl_coef": kl_coef,
+        "objective/scores": e.raw_B.mean().item(),
+        "objective/rlhf_reward": (e.score_B - kl_coef * kl_B).mean().item(),
+        "objective/entropy": e.entropy_BT.sum(1).mean().item(),
+        "policy/approxkl_avg": mean["approxkl"],
+        "policy/clipfrac_avg": mean["clipfrac"],
+        "policy/entropy_avg": mean["entropy"],
+        "loss/policy_avg": mean["policy_loss"],
+        "val/ratio": mean["ratio_mean"],
+        "val/ratio_min": min(h["ratio_min"].item() for h in history),
+        "val/ratio_max": max(h["ratio_max"].item() for h in history),
+        "val/num_eos_tokens": sum(a.stopped for a in answers),
+        "rollout/length": sum(lengths) / len(lengths),
+        "rollout/stop_rate": sum(a.stopped for a in answers) / len(answers),
+        "rollout/repetition": sum(repetition(a.ids) for a in answers) / len(answers),
+    }
+    if "value_loss" in mean:
+        metrics["loss/value_avg"] = mean["value_loss"]
+        metrics["val/clipfrac_avg"] = mean["value_clipfrac"]
+        metrics["val/explained_variance"] = explained_variance(e.value_BT, e.return_BT, e.mask_BT)
+    truths = [
+        truth_score(decode_answer(base, a.ids), r.facts)
+        for r, a in zip(records, answers, strict=True)
+        if r.facts is not None
+    ]
+    if truths:
+        metrics["rollout/oracle_score"] = sum(truths) / len(truths)
+    return metrics
+
+
+def summary(work: Workspace, beside: Workspace) -> dict:
+    """The summary's `ppo` block, from the log and the roles on the base; `beside` is the run on the base of the judging
+    role."""
+    lines = [line for line in read_jsonl(work.log.path) if line["stage"] == "ppo"]
+    first, last = lines[0], lines[-1]
+    out = {
+        "steps": len(lines),
+        "kl_start": first["objective/kl"],
+        "kl_end": last["objective/kl"],
+        "reward_start": first["objective/scores"],
+        "reward_end": last["objective/scores"],
+    }
+    if "rollout/oracle_score" in first:
+        out |= {"oracle_start": first["rollout/oracle_score"], "oracle_end": last["rollout/oracle_score"]}
+    write_json(work.stage("ppo") / "result.json", out)
+    sizes = {role: on.roles.size(role)._asdict() for on in (work, beside) for role in on.roles.names}
+    own = {} if beside is work else {"reward_base_bytes": beside.base().bytes()}
+    return out | own | {
+        "roles": sizes,
+        "base_bytes": work.base().bytes(),
+        "base_fingerprint": work.base().fingerprint(),
+    }  # fmt: skip

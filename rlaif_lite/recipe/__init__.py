@@ -20,6 +20,7 @@ from . import file
 from .checks import cross_checks, file_checks
 from .dpo import Describe, Divide, Dpo
 from .feedback import Claims, Pairwise, Preference, Reward
+from .interventions import Checklist, Interventions
 from .ppo import Ppo
 from .sections import (
     Context,
@@ -38,9 +39,9 @@ from .sections import (
 )
 
 __all__ = [
-    "Claims", "Context", "Data", "Describe", "Divide", "Dpo", "Evaluate", "Features", "Lora", "Model", "Pairwise",
-    "Ppo", "Preference", "Prune", "Recipe", "Reward", "RewardBase", "Section", "Sft", "Training", "World", "check_files", "dump_yaml",
-    "fields", "flatten", "json_schema", "load_recipe", "raise_all", "recipe_hash", "show_fields",
+    "Checklist", "Claims", "Context", "Data", "Describe", "Divide", "Dpo", "Evaluate", "Features", "Interventions", "Lora",
+    "Model", "Pairwise", "Ppo", "Preference", "Prune", "Recipe", "Reward", "RewardBase", "Section", "Sft", "Training",
+    "World", "check_files", "dump_yaml", "fields", "flatten", "json_schema", "load_recipe", "raise_all", "recipe_hash", "show_fields",
 ]  # fmt: skip
 
 # Keys that say where and how fast, not what: two runs that differ only here have the same hash.
@@ -86,7 +87,8 @@ class Recipe(Section):
         if self.method == "dpo":
             return ("preference",) if self.preference.context and self.dpo.describe is None else ()
         if self.ppo.feedback != "reward_model":  # answers are judged as they come
-            return ("rl",) if self.ppo.judge_context else ()
+            listed = self.ppo.feedback == "interventions" and self.ppo.interventions.omission > 0
+            return ("rl",) if self.ppo.judge_context or listed else ()
         in_reward = self.reward.context  # given pairs need no judge
         pairs = ("preference",) if self.data.preference or (self.data.pairs and in_reward) else ()
         return (*pairs, "rl") if in_reward else pairs

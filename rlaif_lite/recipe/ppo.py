@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from .interventions import Interventions
 from .sections import Count, Positive, Rows, Section, Share
 
 
@@ -16,6 +17,7 @@ class Ppo(Section):
         "reward_model", description="who says what an answer is worth; without a reward model, the SFT role as judge"
     )
     judge_context: bool = Field(True, description="that judge reads the narrative of every RL video")
+    interventions: Interventions = Interventions()
     steps: Count = Field(20, description="rounds of rollout and update")
     rollouts: Count = Field(96, description="answers per step (published 256)")
     slots: Count | None = Field(None, description="answers in flight while sampling; null: all `rollouts`")

@@ -28,6 +28,7 @@ from .reward import RewardInput, check_floor, reward_prompt
 class Taken(NamedTuple):
     """A step's answers as they enter the update. The lists have an item per answer, the inner ones an item per token."""
 
+    records: list[Record]  # that each answers; more than were asked where an answer enters in several parts
     answers: list[Trajectory]  # perhaps shorter or other than they were sampled
     own: list[list[bool]]  # the policy sampled this token; False: put in by the judge, and not learnt from
     rewards: list[list[float]]  # that stand on tokens, in the scale of the scores
@@ -65,7 +66,8 @@ class Feedback:
 
     def take(self, records: list[Record], answers: list[Trajectory], step: int) -> Taken:
         """The answers that the step learns from; `records` has one for each, groups next to each other."""
-        return Taken(answers, [[True] * len(a.ids) for a in answers], [[0.0] * len(a.ids) for a in answers], {})
+        own, rewards = [[True] * len(a.ids) for a in answers], [[0.0] * len(a.ids) for a in answers]
+        return Taken(records, answers, own, rewards, {})
 
     def score(
         self, records: list[Record], taken: Taken, minibatches: list[list[Micro]], logp_BT: Tensor, mask_BT: Tensor
@@ -137,4 +139,6 @@ class RewardModelFeedback(Feedback):
 
 def feedback_of(work: Workspace) -> Feedback:
     """The feedback that `ppo.feedback` names, its roles loaded."""
-    return RewardModelFeedback(work)
+    from .interventions import InterventionFeedback  # which builds on this module
+
+    return InterventionFeedback(work) if work.recipe.ppo.feedback == "interventions" else RewardModelFeedback(work)

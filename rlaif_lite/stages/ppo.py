@@ -84,15 +84,15 @@ def run(work: Workspace) -> dict:
             torch.manual_seed(derive_seed(recipe.seed, "ppo", step))
             set_rates(section, optimizers, step)
             chosen = [records[i] for i in prompts_of_step[step] for _ in range(section.group_size)]
-            taken = feedback.take(chosen, rollout(work, chosen, step), step)
-            answers = taken.answers
+            answers = rollout(work, chosen, step)
+            taken = feedback.take(chosen, answers, step)
             sampled = time.perf_counter() - began
             with phase("copy to undo"):
                 before = remember(work.roles, optimizers)
 
             def attempt(size: int):
-                micros = cut(work, feedback.critic_prompt, chosen, answers, step, size)
-                experience = score(work, feedback, micros, chosen, taken, controller.kl_coef)
+                micros = cut(work, feedback.critic_prompt, taken.records, taken.answers, step, size)
+                experience = score(work, feedback, micros, taken.records, taken, controller.kl_coef)
                 return experience, update(work, micros, experience, optimizers, step)
 
             experience, stats = backoff.run(step, attempt, undo=lambda: put_back(work.roles, optimizers, before))

@@ -1,0 +1,240 @@
+"""A judge that intervenes on the policy's answers, as feedback to PPO (RLIF, arXiv 2311.12996, put on answers).
+
+The judge is the SFT role. It reads what the policy said claim by claim (`judge.intervene`) and decides which claims it
+takes over (`rl.interventions`); the policy's last token before a takeover gets -1. What then happens is the recipe's:
+
+    label     nothing: the answer stands as it was said, with a -1 at each such claim
+    stop      the answer, and the episode, end with the first such claim
+    replace   the first such claim is taken back: the reference writes it anew a few times, the judge's favourite is put
+              in its place, and the policy speaks on from there, until it is taken over again
+
+`replace` makes of one answer several rows for the update, one for each time the policy spoke. A row holds everything
+before as context that is not learnt from, and ends with the claim that was taken back or with the answer. So each token
+that the policy sampled is learnt from once, where it was sampled, and blame falls on the words that earned it, which
+the answer no longer holds.
+
+What an answer leaves out of the narrative is counted at its end, wherever that is: at its EOS, at the length limit, or
+where the judge stopped it, or stopping would be the cheap way out.
+
+Departures from RLIF: on-policy PPO instead of off-policy actor-critic with prior data; a judge's log-odds instead of a
+reference critic's values; a takeover lasts one claim instead of a fixed number of steps.
+"""
+
+from math import inf
+from typing import NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+from ..data.records import Record
+from ..judge.intervene import Claim, omissions, read_claims, spoken
+from ..model.inputs import decode_answer, encode_prompt
+from ..phases import phase
+from ..rl.interventions import end_reward, takeovers, token_rewards
+from ..rollout import Sampling, Trajectory, sample
+from ..rollout.sampling import uniforms
+from ..workspace import Workspace, question_of
+from .experience import Micro, spread
+from .feedback import Feedback, Scored, Taken
+
+
+class Speech(NamedTuple):
+    """An answer so far, with what the policy said last."""
+
+    answer: int  # number of the answer in the step
+    said: Trajectory
+    since: int  # tokens before this one are not the policy's, or have been learnt from: a row's context
+
+
+class Heard(NamedTuple):
+    """What the judge made of a speech."""
+
+    claims: list[Claim]  # those that end in what the policy said last
+    taken: list[int]  # numbers of those that are taken over
+
+    def taken_ends(self) -> list[int]:
+        return [self.claims[i].end for i in self.taken]
+
+
+class InterventionFeedback(Feedback):
+    """Rewards on tokens from the SFT role's reading of the answers; no score."""
+
+    def __init__(self, work: Workspace):
+        super().__init__(work)
+        work.load_role("sft")
+        self.section = work.recipe.ppo.interventions
+        self.narratives = work.narratives()
+
+    def take(self, records: list[Record], answers: list[Trajectory], step: int) -> Taken:
+        speeches = [Speech(i, said, 0) for i, said in enumerate(answers)]
+        heard = self.hear(records, speeches, step, 0)
+        omitted = self.omitted(records, speeches)
+        metrics = figures(heard, omitted, self.section.tau)
+        if self.section.takeover == "label":
+            rows = [self.row(s, h.taken_ends(), left) for s, h, left in zip(speeches, heard, omitted, strict=True)]
+        elif self.section.takeover == "stop":
+            cut = [cut_short(s, h) for s, h in zip(speeches, heard, strict=True)]
+            left_out = self.omitted(records, cut)
+            rows = [self.row(s, h.taken_ends()[:1], left) for s, h, left in zip(cut, heard, left_out, strict=True)]
+        else:
+            rows = self.replace(records, speeches, heard, step)
+        of_row = [records[speech.answer] for speech, _ in rows]
+        said = [speech.said for speech, _ in rows]
+        own = [[t >= speech.since for t in range(len(speech.said.ids))] for speech, _ in rows]
+        return Taken(of_row, said, own, [rewards for _, rewards in rows], metrics)
+
+    def score(
+        self, records: list[Record], taken: Taken, minibatches: list[list[Micro]], logp_BT: Tensor, mask_BT: Tensor
+    ) -> Scored:
+        return Scored(torch.zeros(len(records), device=mask_BT.device), spread(taken.rewards, mask_BT))
+
+    # ---- what the judge hears
+
+    def hear(self, records: list[Record], speeches: list[Speech], step: int, turn: int) -> list[Heard]:
+        """The claims of what the policy said last, and which of them are taken over: a function of (seed, step, answer,
+        turn)."""
+        work, section = self.work, self.section
+        claims = self.read(records, speeches)
+        seeds = [work.seed("ppo", "interventions", step, speech.answer, turn) for speech in speeches]
+        uniform_AT = uniforms(seeds, work.recipe.ppo.max_new_tokens).tolist() if seeds else []
+        heard = []
+        for speech, found, uniform_T in zip(speeches, claims, uniform_AT, strict=True):
+            new = [claim for claim in found if claim.end > speech.since]
+            odds, ends = [claim.odds for claim in new], [claim.end for claim in new]
+            heard.append(Heard(new, takeovers(odds, ends, uniform_T, section.tau, section.beta, section.spurious)))
+        return heard
+
+    def read(self, records: list[Record], speeches: list[Speech]) -> list[list[Claim]]:
+        work, judge = self.work, self.work.recipe.preference
+        items = []
+        for speech in speeches:
+            record = records[speech.answer]
+            context = self.narrative(record) if work.recipe.ppo.judge_context else None
+            items.append(spoken(work.base(), work.features(record), question_of(record), speech.said.ids, context))
+        with work.roles.use("sft") as role, phase("judge claims", sum(len(s.said.ids) for s in speeches)):
+            return read_claims(role, items, judge.claims, judge.batch_size)
+
+    def omitted(self, records: list[Record], speeches: list[Speech]) -> list[float]:
+        """How many statements of the narrative each speech leaves out."""
+        work, judge = self.work, self.work.recipe.preference
+        answers = [decode_answer(work.base(), speech.said.ids) for speech in speeches]
+        narratives = [self.narrative(records[speech.answer]) for speech in speeches]
+        with work.roles.use("sft") as role, phase("judge omissions"):
+            return omissions(role, answers, narratives, judge.claims, self.section.checklist, judge.batch_size)
+
+    def narrative(self, record: Record) -> str | None:
+        known = record.video is not None and "rl" in self.work.recipe.narrated
+        return self.narratives[self.work.name_of(record)] if known else None
+
+    # ---- what follows from it
+
+    def row(self, speech: Speech, ends: Sequence[int], omitted: float | None) -> tuple[Speech, list[float]]:
+        """A speech and the rewards on its tokens: for the claims that end at `ends`, and at the answer's end, which
+        this is where `omitted` is given."""
+        length = len(speech.said.ids)
+        rewards = token_rewards(length, ends)
+        if omitted is not None:
+            rewards[-1] += end_reward(omitted, length, self.section.omission, self.section.length_floor)
+        return speech, rewards
+
+    def replace(
+        self, records: list[Record], speeches: list[Speech], heard: list[Heard], step: int
+    ) -> list[tuple[Speech, list[float]]]:
+        """Take claims back and let the policy speak on, `takeovers` times at most; claims after that are marked."""
+        rows, ended = [], []
+        for turn in range(1, self.section.takeovers + 1):
+            ended += [(s, h) for s, h in zip(speeches, heard, strict=True) if not h.taken]
+            over = [(s, h) for s, h in zip(speeches, heard, strict=True) if h.taken]
+            if not over:
+                break
+            rows += [self.row(cut_short(s, h), h.taken_ends()[:1], None) for s, h in over]
+            kept = [Speech(s.answer, first(s.said, h.claims[h.taken[0]].start), s.since) for s, h in over]
+            speeches = self.speak_on(records, self.written(records, kept, step, turn), step, turn)
+            heard = self.hear(records, speeches, step, turn)
+        ended += [(s, h) for s, h in zip(speeches, heard, strict=True) if h.taken]
+        left = self.omitted(records, [s for s, _ in ended])
+        return rows + [self.row(s, h.taken_ends(), out) for (s, h), out in zip(ended, left, strict=True)]
+
+    def written(self, records: list[Record], kept: list[Speech], step: int, turn: int) -> list[Speech]:
+        """The next claim of each answer, or its end, as the reference writes it and the judge likes it best."""
+        section, eos = self.section, self.work.base().eos_id
+        found = self.sample(
+            "reference", records, kept, "candidates", step, turn, section.candidates, section.claim_tokens
+        )
+        best: dict[int, tuple[float, Speech]] = {}
+        for speech, claims in zip(found, self.read(records, found), strict=True):
+            new = next((claim for claim in claims if claim.end > speech.since), None)
+            if new is None:  # an end is neither true nor false; what neither ends nor claims is the last choice
+                odds, piece = (0.0 if speech.said.ids[-1] == eos else inf), speech
+            else:
+                odds, piece = new.odds, speech._replace(said=first(speech.said, new.end))
+            if speech.answer not in best or odds < best[speech.answer][0]:
+                best[speech.answer] = (odds, piece)
+        return [piece for _, piece in best.values()]
+
+    def speak_on(self, records: list[Record], written: list[Speech], step: int, turn: int) -> list[Speech]:
+        """The policy goes on after what was put in; answers that ended with it, or have no room left, are over."""
+        eos, longest = self.work.base().eos_id, self.work.recipe.ppo.max_new_tokens
+        open_ = [s for s in written if s.said.ids[-1] != eos and len(s.said.ids) < longest]
+        return self.sample("policy", records, open_, "resumed", step, turn, 1, longest)
+
+    def sample(
+        self,
+        role: str,
+        records: list[Record],
+        kept: list[Speech],
+        stream: str,
+        step: int,
+        turn: int,
+        count: int,
+        most: int,
+    ) -> list[Speech]:
+        """`count` continuations of each answer by `role`, of at most `most` tokens and within `ppo.max_new_tokens`."""
+        if not kept:
+            return []
+        work, section = self.work, self.work.recipe.ppo
+        room = [min(most, section.max_new_tokens - len(s.said.ids)) for s in kept]
+        prompts = [
+            encode_prompt(work.base(), records[s.answer].prompt, work.features(records[s.answer])).extend(s.said.ids)
+            for s in kept
+        ]
+        seeds = [work.seed("ppo", stream, step, s.answer, turn, j) for s in kept for j in range(count)]
+        sampling = Sampling(max(room), section.temperature, section.top_p, section.top_k)
+        with work.roles.use(role) as active:
+            slots = section.slots or section.rollouts
+            found = sample(active, prompts, sampling, seeds=seeds, per_prompt=count, batch_size=slots)
+        out = []
+        for more in found:
+            before, new = kept[more.prompt], first(more, room[more.prompt])
+            ids, logp = before.said.ids + new.ids, before.said.logp + new.logp
+            said = before.said._replace(ids=ids, logp=logp, stopped=new.stopped)
+            out.append(Speech(before.answer, said, len(before.said.ids)))
+        return out
+
+
+def first(said: Trajectory, count: int) -> Trajectory:
+    """The first `count` tokens; an answer cut short has not stopped."""
+    return said._replace(ids=said.ids[:count], logp=said.logp[:count], stopped=said.stopped and count >= len(said.ids))
+
+
+def cut_short(speech: Speech, heard: Heard) -> Speech:
+    """Up to the end of the first claim that was taken over. It counts as stopped: no fault of the policy's that there
+    is no EOS."""
+    if not heard.taken:
+        return speech
+    return speech._replace(said=first(speech.said, heard.taken_ends()[0])._replace(stopped=True))
+
+
+def figures(heard: list[Heard], omitted: list[float], tau: float) -> dict[str, float]:
+    """Of answers as they were sampled: how much they claim, how much of it is taken over, how much they leave out. None
+    of the three says anything without the others: who says nothing is never interrupted."""
+    claims = sum(len(h.claims) for h in heard)
+    taken = sum(len(h.taken) for h in heard)
+    unsupported = sum(claim.odds > tau for h in heard for claim in h.claims)
+    return {
+        "interventions/claims": claims / len(heard),
+        "interventions/rate": taken / max(1, claims),
+        "interventions/unsupported": unsupported / max(1, claims),
+        "interventions/answers": sum(bool(h.taken) for h in heard) / len(heard),
+        "interventions/omitted": sum(omitted) / len(omitted),
+    }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import tensor
 
-from rlaif_lite.rl.advantages import rloo, whiten
+from rlaif_lite.rl.advantages import group_relative, place_gain, rank_penalty, rloo, whiten
 from rlaif_lite.rl.losses import explained_variance, pairwise_loss, policy_loss, repetition, value_loss
 from rlaif_lite.rl.shaping import AdaptiveKL, FixedKL, kl_penalty, sequence_score, shaped_reward
 
@@ -90,6 +90,37 @@ def test_rloo_leaves_the_answer_itself_out():
     for group in (1, 4):
         with pytest.raises(ValueError, match="group_size"):
             rloo(torch.zeros(6), group)
+
+
+def test_group_relative_by_hand():
+    score_B = tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0], dtype=torch.float64)
+    assert group_relative(score_B, 3, scale=False).tolist() == [-2.0, -1.0, 3.0, 0.0, 0.0, 0.0]
+    std = math.sqrt((4 + 1 + 9) / 2)  # of 1, 2, 6 around 3
+    assert group_relative(score_B, 3, scale=True).tolist() == pytest.approx(
+        [x / (std + 1e-4) for x in (-2.0, -1.0, 3.0)] + [0.0] * 3
+    )
+    with pytest.raises(ValueError, match="6 answers in groups of 4"):
+        group_relative(score_B, 4, scale=True)
+
+
+DCG = [1.0, 1 / (2 * math.log2(3)), 1 / (3 * 2), 1 / (4 * math.log2(5))]  # of places 0, 1, 2, 3
+
+
+def test_the_gain_of_a_place_and_of_shared_places():
+    x_GK = tensor([[0.3, 9.0, -2.0, 1.0], [5.0, 5.00001, 7.0, 5.0], [2.0, 2.0, 2.0, 2.0]], dtype=torch.float64)
+    shared = sum(DCG[1:]) / 3
+    want = [[DCG[2], DCG[0], DCG[3], DCG[1]], [shared, shared, DCG[0], shared], [sum(DCG) / 4] * 4]
+    torch.testing.assert_close(place_gain(x_GK), tensor(want, dtype=torch.float64))
+
+
+def test_rank_penalty_by_hand():
+    """Two groups: the policy's order is the judge's but for two answers; then the same order, told by other numbers."""
+    judged_B = tensor([3.0, 2.0, 1.0, 10.0, 30.0, 20.0], dtype=torch.float64)
+    logp_B = tensor([-5.0, -1.0, -9.0, -7.0, -2.0, -3.0], dtype=torch.float64)
+    too_low, too_high = 1 - DCG[1] / DCG[0], 1 - DCG[0] / DCG[1]
+    delta_B = rank_penalty(judged_B, logp_B, 3)
+    torch.testing.assert_close(delta_B, tensor([too_low, too_high, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64))
+    assert 0 < too_low < 1 and too_high < -2
 
 
 def test_pairwise_loss_and_centring_by_hand():

@@ -1,8 +1,10 @@
-"""Advantages without a model: whitening over real tokens and the leave-one-out baseline (GAE is `rlaif_kernels.gae`).
+"""Advantages without a model: whitening over real tokens, and answers compared within their group (GAE, which without
+values gives the rewards to come, is `rlaif_kernels.gae`).
 
 Departure from the release: whitening there counts pads, about 86 % of all positions, so its statistics are the pads'.
 
-Shapes: B answers, T answer positions; `mask_BT` is True at real tokens.
+Shapes: B answers, T answer positions; `mask_BT` is True at real tokens; G groups of K answers to one prompt, which stand
+next to each other.
 """
 
 import torch
@@ -30,13 +32,53 @@ def whiten(x_BT: Tensor, mask_BT: Tensor, shift_mean: bool = True) -> Tensor:
 def rloo(score_B: Tensor, group_size: int) -> Tensor:
     """Each answer's score minus the mean score of its prompt's other answers (Ahmadian et al., arXiv 2402.14740).
 
-    The `group_size` answers to one prompt stand next to each other. Raises ValueError when groups cannot be formed.
+    Raises ValueError when groups cannot be formed.
     """
-    if group_size < 2 or score_B.numel() % group_size:
-        raise ValueError(
-            f"{score_B.numel()} scores in groups of {group_size}: leave-one-out needs whole groups of two or more; "
-            "set ppo.group_size >= 2 and ppo.rollouts to a multiple of it"
-        )
-    score_GK = score_B.view(-1, group_size)
+    score_GK = in_groups(score_B, group_size)
     others_GK = (score_GK.sum(dim=1, keepdim=True) - score_GK) / (group_size - 1)
     return (score_GK - others_GK).view(-1)
+
+
+def group_relative(score_B: Tensor, group_size: int, scale: bool) -> Tensor:
+    """Each answer's score minus the mean of its group, over the group's standard deviation (GRPO, arXiv 2402.03300).
+
+    Without `scale` it is not divided (Dr. GRPO, arXiv 2503.20783: the division lifts prompts whose answers hardly
+    differ). The deviation is Bessel-corrected and has 1e-4 added, as in TRL: a group of equal scores teaches nothing.
+    Raises ValueError when groups cannot be formed.
+    """
+    score_GK = in_groups(score_B, group_size)
+    gain_GK = score_GK - score_GK.mean(dim=1, keepdim=True)
+    return (gain_GK / (score_GK.std(dim=1, keepdim=True) + 1e-4) if scale else gain_GK).view(-1)
+
+
+def rank_penalty(judged_B: Tensor, logp_B: Tensor, group_size: int) -> Tensor:
+    """delta_B = 1 - DCG(place by `logp_B`) / DCG(place by `judged_B`), places within the group (Oracle-RLAIF, arXiv
+    2510.02561): 0 where the policy ranks an answer as the judge does, up to 1 where it ranks it too low, far below 0
+    where it ranks it too high.
+
+    Only the order of the numbers counts, the highest first. Raises ValueError when groups cannot be formed.
+    """
+    judged_GK, logp_GK = in_groups(judged_B, group_size), in_groups(logp_B, group_size)
+    return (1 - place_gain(logp_GK) / place_gain(judged_GK)).view(-1)
+
+
+def place_gain(x_GK: Tensor) -> Tensor:
+    """DCG(r) = 1 / ((1 + r) log2(2 + r)) of each number's place r in its row, the highest at 0. Numbers that are equal to
+    four decimals share their places' mean: the same answer twice is read in other batches, and rounds otherwise."""
+    x_GK = x_GK.round(decimals=4)
+    place_K = torch.arange(x_GK.shape[1], device=x_GK.device, dtype=x_GK.dtype)
+    gain_K = 1 / ((1 + place_K) * torch.log2(2 + place_K))
+    before_K1 = torch.cat([gain_K.new_zeros(1), gain_K.cumsum(0)])  # gain of all places before each
+    ahead_GK = (x_GK[:, None, :] > x_GK[:, :, None]).sum(2)
+    alike_GK = (x_GK[:, None, :] == x_GK[:, :, None]).sum(2)
+    return (before_K1[ahead_GK + alike_GK] - before_K1[ahead_GK]) / alike_GK
+
+
+def in_groups(x_B: Tensor, group_size: int) -> Tensor:
+    """x_GK, a row per prompt. Raises ValueError when groups cannot be formed."""
+    if group_size < 2 or x_B.numel() % group_size:
+        raise ValueError(
+            f"{x_B.numel()} answers in groups of {group_size}: comparing them needs whole groups of two or more; "
+            "set ppo.group_size >= 2 and ppo.rollouts to a multiple of it"
+        )
+    return x_B.view(-1, group_size)

@@ -181,6 +181,20 @@ def _sentence_verdicts(words: list[str], facts: Facts, said: set[str]) -> list[s
     return labels
 
 
+def claims_of(text: str) -> list[str]:
+    """The atomic claims of a description: each attribute of an event with its ordinal ("first red"), a star's sentence
+    whole. A sentence that is not of the grammar is one claim as it stands."""
+    claims = []
+    for words in sentences_of(text):
+        claims += [f"{words[0]} {word}" for word in words[2:]] if _is_event(words) else [" ".join(words)]
+    return claims
+
+
+def claim_question(text: str) -> str:
+    """A claim as it is asked about."""
+    return f"claim : {text} ?"
+
+
 def question(facts: Facts, rng: random.Random) -> tuple[str, str]:
     """A short question about one event, and its answer."""
     kind, event = rng.randrange(3), rng.randrange(3)

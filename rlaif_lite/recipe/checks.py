@@ -73,6 +73,8 @@ def _dpo_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "preference.claims.mode", "is inline, but dpo.divide asks about claims. Set it to ask, with {claim}."
     if dpo.divide.train is not None and recipe.data.world is None:
         yield "dpo.divide.train", "learns from the synthetic world's texts, and data.world is null. Set it to null."
+    if dpo.divide.train is not None and dpo.divide.train.steps is None:
+        yield "dpo.divide.train.steps", "is null, but its texts are drawn without end. Say how many steps."
     if dpo.divide.train is not None and dpo.divide.model is not None:
         yield "dpo.divide.train", "trains an adapter of the run's base, but dpo.divide.model is another. Set one."
 

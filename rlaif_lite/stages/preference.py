@@ -12,31 +12,16 @@ narrative; everywhere, how often the longer answer wins.
 Pairs that the recipe gives (`data.pairs`) are used as they are instead: nothing is sampled or judged.
 """
 
-from typing import NamedTuple
-
 from ..data.records import Record
-from ..data.world_text import score as truth_score
-from ..judge.claims import Item, judge_claims
-from ..judge.pairwise import Pair, judge_pairs
-from ..model.inputs import VIDEO_MARK, decode_answer, encode_prompt
-from ..phases import phase
-from ..progress import progress, say
-from ..rollout import Sampling, sample
-from ..workspace import Workspace, by_batches, chunks, question_of, read_jsonl, write_json, write_jsonl
+from ..model.inputs import VIDEO_MARK
+from ..progress import say
+from ..rollout import Sampling
+from ..workspace import Workspace, question_of, read_jsonl, write_json, write_jsonl
+from .judging import Answers, Judged, compare_pairs, figures_of, sample_answers
 
 READS = ("seed", "preference", "data.preference", "data.pairs")
 NEEDS = ("features", "sft", "context")
 SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}  # as the release spells them
-
-
-class Judged(NamedTuple):
-    """One pair of answers and what a judge said of it."""
-
-    record: Record
-    a: str
-    b: str
-    margin: float  # positive: a is better
-    consistent: bool  # both orders agreed (always true of the claims judge, which sees one answer at a time)
 
 
 def run(work: Workspace) -> dict:
@@ -45,12 +30,19 @@ def run(work: Workspace) -> dict:
     if not work.recipe.data.preference:
         return write_given(work)
     work.load_role("sft")
-    records = {r.id: r for r in work.records("preference")}
-    pairs = make_pairs(records, sample_answers(work))
+    sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
+    pairs = make_pairs(sample_answers(
+        work, "sft", work.records("preference"), sampling, section.samples,
+        lambda record, j: work.seed("preference", record.id, j),
+        work.stage("preference") / "answers.jsonl", "preference: answers",
+    ))  # fmt: skip
     narratives = work.narratives()
 
     def judged(judge: str, context: bool, count: int) -> list[Judged]:
-        return judge_all(work, judge, pairs[:count], narratives if context else None)
+        name = f"{judge}.{'context' if context else 'plain'}"
+        path = work.stage("preference") / "judged" / f"{name}.{len(pairs[:count])}.jsonl"
+        contexts = narratives if context else None
+        return compare_pairs(work, "sft", judge, pairs[:count], contexts, path, f"preference: {name}")
 
     label = judged(section.judge, section.context, len(pairs))
     table = {(section.judge, section.context): label}
@@ -71,59 +63,14 @@ def run(work: Workspace) -> dict:
     return summary(section, figures, pairs=len(kept), judged=len(label))
 
 
-def sample_answers(work: Workspace) -> list[dict]:
-    """`samples` answers to every preference prompt, from the SFT role -> rows {id, answers}."""
-    section, base = work.recipe.preference, work.base()
-    sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
-    records = work.records("preference")
-
-    def answer(batch: list[Record]) -> list[dict]:
-        prompts = [encode_prompt(base, r.prompt, work.features(r)) for r in batch]
-        seeds = [work.seed("preference", r.id, j) for r in batch for j in range(section.samples)]
-        with work.roles.use("sft") as role:
-            found = sample(
-                role, prompts, sampling, seeds=seeds, per_prompt=section.samples, batch_size=section.batch_size
-            )
-        texts = [decode_answer(base, t.ids) for t in found]
-        return [{"id": r.id, "answers": part} for r, part in zip(batch, chunks(texts, section.samples), strict=True)]
-
-    # several times what is in flight, so that slots are refilled
-    batches = chunks(records, max(1, 4 * section.batch_size // section.samples))
-    with progress(len(records), "preference: answers", unit="prompt") as bar:
-        return by_batches(work.stage("preference") / "answers.jsonl", batches, answer, bar.advance)
-
-
-def make_pairs(records: dict[str, Record], rows: list[dict]) -> list[tuple[Record, str, str]]:
+def make_pairs(answers: list[Answers]) -> list[tuple[Record, str, str]]:
     """Neighbouring answers of a prompt, where they differ."""
     return [
-        (records[row["id"]], a, b)
-        for row in rows
-        for a, b in zip(row["answers"][0::2], row["answers"][1::2], strict=True)
+        (found.record, a, b)
+        for found in answers
+        for a, b in zip(found.texts[0::2], found.texts[1::2], strict=True)
         if a != b
     ]
-
-
-def judge_all(work: Workspace, judge: str, pairs: list, narratives: dict[str, str] | None) -> list[Judged]:
-    """Decide `pairs` by one judge, with the narratives or without, resumable batch by batch."""
-    section = work.recipe.preference
-    name = f"{judge}.{'context' if narratives is not None else 'plain'}.{len(pairs)}"
-
-    def context_of(record: Record) -> str | None:
-        return narratives[work.name_of(record)] if narratives is not None and record.video is not None else None
-
-    def decide(batch: list) -> list[list]:
-        with work.roles.use("sft") as role, phase("judge"):
-            if judge == "pairwise":
-                asked = [Pair(work.features(r), question_of(r), a, b, context_of(r)) for r, a, b in batch]
-                return [list(choice) for choice in judge_pairs(role, asked, section.pairwise, section.batch_size)]
-            items = [Item(work.features(r), question_of(r), x, context_of(r)) for r, a, b in batch for x in (a, b)]
-            scores = [v.score for v in judge_claims(role, items, section.claims, section.batch_size)]
-        return [[a - b, True] for a, b in zip(scores[0::2], scores[1::2], strict=True)]
-
-    with progress(len(pairs), f"preference: {name.rsplit('.', 1)[0]}", unit="pair") as bar:
-        path = work.stage("preference") / "judged" / f"{name}.jsonl"
-        decisions = by_batches(path, chunks(pairs, 4 * section.batch_size), decide, bar.advance)
-    return [Judged(*pair, *decision) for pair, decision in zip(pairs, decisions, strict=True)]
 
 
 def write_pairs(work: Workspace, kept: list[Judged]) -> None:
@@ -190,40 +137,6 @@ def read_pairs(work: Workspace) -> list[tuple[Record, str, str]]:
         (records[row["id"]], row["chosen"], row["rejected"])
         for row in read_jsonl(work.folder / "preference" / "pairs.jsonl")
     ]
-
-
-def figures_of(judge: str, context: bool, judged: list[Judged]) -> dict:
-    """What can be said of a judge: consistency, length bias and, where the truth is known, agreement with it."""
-    longer = [j for j in judged if len(j.a.split()) != len(j.b.split())]
-    prefers_longer = sum((j.margin > 0) == (len(j.a.split()) > len(j.b.split())) for j in longer)
-    figures = {
-        "judge": judge,
-        "context": context,
-        "pairs": len(judged),
-        "length_bias": prefers_longer / len(longer) if longer else None,
-    }
-    known = [j for j in judged if j.record.facts is not None]
-    gaps = [truth_score(j.a, j.record.facts) - truth_score(j.b, j.record.facts) for j in known]
-    decided = [(j, gap) for j, gap in zip(known, gaps) if gap != 0]
-    if decided:
-        right = sum((j.margin > 0) == (gap > 0) for j, gap in decided)
-        figures |= {
-            "agreement": right / len(decided),
-            "decided_pairs": len(decided),
-            "truth_ties": len(known) - len(decided),
-            "truth_length_bias": _truth_length_bias(decided),
-        }
-    if judge == "pairwise":
-        figures["consistency"] = sum(j.consistent for j in judged) / max(1, len(judged))
-        if decided:
-            figures["consistency_decided"] = sum(j.consistent for j, _ in decided) / len(decided)
-    return figures
-
-
-def _truth_length_bias(decided: list[tuple[Judged, int]]) -> float | None:
-    longer = [(j, gap) for j, gap in decided if len(j.a.split()) != len(j.b.split())]
-    agrees = sum((gap > 0) == (len(j.a.split()) > len(j.b.split())) for j, gap in longer)
-    return agrees / len(longer) if longer else None
 
 
 def summary(section, figures: list[dict], pairs: int, judged: int) -> dict:

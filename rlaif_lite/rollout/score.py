@@ -1,0 +1,71 @@
+"""What whole answers are worth to a role: the log-probs of their tokens, summed; and the best of several by them.
+
+Shapes: B answers, S positions, N answer tokens.
+"""
+
+from typing import NamedTuple, Sequence as Seq
+
+import torch
+from rlaif_kernels import linear_logprob
+from torch import Tensor
+
+from ..model.inputs import IGNORE, Sequence, collate, target_rows
+from ..model.roles import ActiveRole, Roles
+from ..rl.dpo import implicit_reward
+from .loop import sample
+from .sampling import Sampling, Trajectory
+
+
+def answer_logps(role: ActiveRole, prompts: Seq[Sequence], answers: Seq[Seq[int]]) -> Tensor:
+    """logp_B float32 of answers (token ids, EOS included where the answer has one), summed over their tokens, at
+    temperature 1; differentiable. Logits are never held."""
+    base = role.roles.base
+    rows = [prompt.extend(ids) for prompt, ids in zip(prompts, answers, strict=True)]
+    batch = collate(base, rows)
+    target_BS = target_rows(rows, answers, batch.ids_BS.shape[1]).to(base.device)
+    scored_BS = target_BS != IGNORE
+    found = linear_logprob(
+        role.hidden(batch)[scored_BS], base.head_weight_VD, target_BS[scored_BS], bias_V=base.ban_bias_V
+    )
+    row_N = scored_BS.nonzero()[:, 0]
+    return torch.zeros(len(rows), device=base.device).index_add(0, row_N, found.logp_N)
+
+
+class Best(NamedTuple):
+    """The answer taken among several to one prompt."""
+
+    answer: Trajectory
+    reward: float  # beta * mean log-ratio per token
+
+
+@torch.no_grad()
+def best_of(
+    roles: Roles,
+    policy: str,
+    reference: str,
+    prompts: Seq[Sequence],
+    sampling: Sampling,
+    *,
+    count: int,
+    seeds: Seq[int],
+    beta: float,
+    batch_size: int,
+) -> list[Best]:
+    """Draw `count` answers to every prompt from role `policy` and take the one of the highest reward (beta / T) * sum
+    log(policy / reference), T its tokens (RLAIF-V's self-feedback at inference): needs no judge, only the role that
+    the policy was trained against. The first of equals is taken."""
+    with roles.use(policy) as role:
+        found = sample(role, prompts, sampling, seeds=seeds, per_prompt=count, batch_size=batch_size)
+    logps = []
+    for name in (policy, reference):
+        parts = []
+        with roles.use(name) as role:
+            for start in range(0, len(found), batch_size):
+                part = found[start : start + batch_size]
+                parts.append(answer_logps(role, [prompts[t.prompt] for t in part], [t.ids for t in part]))
+        logps.append(torch.cat(parts))
+    length_B = torch.tensor([len(t.ids) for t in found], device=logps[0].device)
+    reward_B = implicit_reward(*logps, length_B, beta, normalised=True).tolist()
+    groups = [range(start, start + count) for start in range(0, len(found), count)]
+    winners = [max(group, key=lambda i: reward_B[i]) for group in groups]
+    return [Best(found[i], reward_B[i]) for i in winners]

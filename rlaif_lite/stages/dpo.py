@@ -1,0 +1,373 @@
+"""Direct preference optimisation in rounds: no reward model, no critic, no sampling inside a step.
+
+Round t = 1, 2, ... starts from the policy that round t - 1 left (round 1: the adapter `reference`, which is where PPO
+starts, too) and goes
+
+    1  `sample_answers`  several answers to every prompt, same decoding, other seeds: pairs then differ in content alone
+    2  `judge_round`     a judge scores or compares them: `preference.judge`, or RLAIF-V's divided claims; its context
+                         is the narrative, or the policy's own description (i-SRT)
+    3  `choose`          pairs, at most `dpo.pairs` of a prompt, their lengths balanced
+    4  `reference_logps` of these pairs, once; no reference adapter is in memory while the policy is trained
+    5  `train`           DPO (`rl.dpo`)
+    6  `look`            the policy answers the held-out prompts greedily and is judged
+
+The judge of step 6 is the SFT adapter in every round, whoever judges in step 2, with contexts made once: only then can
+rounds be compared. Scores are means over answers; a judge of pairs compares with the answers that the run started
+from, and the score is the share won. Where the truth is known it stands beside the score, and chooses nothing.
+
+Every step goes on where a kill stopped it and a killed run ends with the same bits as one that was not.
+
+Departure from RLAIF-V: an answer keeps its tokens as they were sampled, so that no end is taught where it was cut.
+
+Shapes: B pairs.
+"""
+
+import json
+import math
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, Mapping, NamedTuple
+
+import torch
+
+from ..data.records import Record
+from ..data.world_text import score as truth_score
+from ..errors import StageError
+from ..model.inputs import encode_prompt
+from ..model.roles import ActiveRole
+from ..phases import phase
+from ..progress import progress, say
+from ..rl.dpo import DpoStats, Scored, balance_lengths, dpo_loss, draw_pairs, pairs_by_score
+from ..rollout import Sampling
+from ..rollout.score import answer_logps
+from ..training.fit import fit, steps_of
+from ..training.loop import batches, split_micro
+from ..workspace import Workspace, by_batches, chunks, read_jsonl, write_json, write_jsonl
+from .dpo_judges import describe_videos, prepare_divider, score_answers
+from .judging import Answers, Judged, compare_pairs, figures_of, sample_answers
+
+READS = ("seed", "model", "preference", "dpo", "data.preference")
+NEEDS = ("features", "sft", "context")
+START = "reference"  # the adapter that round 1 starts from; `sft` where the recipe asks whose answers or log-probs
+CHECKPOINT_EVERY = 20
+
+
+class Preferred(NamedTuple):
+    """A pair to be learnt."""
+
+    record: Record
+    chosen: str
+    rejected: str
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    margin: float  # by how much the judge prefers the chosen one
+
+
+class Choice(NamedTuple):
+    """A round's pairs, and how they came about."""
+
+    pairs: list[Preferred]
+    judged: list[Judged]  # all that the judge decided
+    dropped: dict[str, int]  # why answers and pairs are not among `pairs`
+
+
+def run(work: Workspace) -> dict:
+    """Train the `policy` role; writes `dpo/round<t>/` with answers, judgements, pairs, policy and held-out answers."""
+    section = work.recipe.dpo
+    records, held = split_by_video(work)
+    prompts = batches(len(records), section.prompts or len(records), section.rounds, work.recipe.seed, "dpo.prompts")
+    prepare_divider(work)
+    contexts = held_contexts(work, held)
+    policy, table = work.adapter(START), []
+    for number in range(section.rounds + 1):
+        folder = round_folder(work, number)
+        if not (folder / "round.json").exists():
+            row = {"round": number}
+            if number > 0:
+                learnt = one_round(work, number, policy, [records[i] for i in dict.fromkeys(prompts[number - 1])])
+                if learnt is None:
+                    break
+                row |= learnt
+            row |= look(work, number, folder / "policy" if number else policy, held, contexts)
+            write_json(folder / "round.json", row)
+        table.append(json.loads((folder / "round.json").read_text()))
+        policy = folder / "policy" if number else policy
+    start, *trained = table
+    best = max(trained, key=lambda row: row["heldout_score"]) if section.select == "best" else trained[-1]
+    with lent(work, "policy", round_folder(work, best["round"]) / "policy"):
+        work.roles.save("policy", work.adapter("policy"))
+    if best["heldout_score"] <= start["heldout_score"]:
+        say(f"dpo: round {best['round']} is taken, which the held-out judge finds no better than where it started")
+    return {
+        "judge": judge_name(work),
+        "rounds": [row | {"selected": row["round"] == best["round"]} for row in table],
+        "selected": best["round"],
+        "heldout_prompts": len(held),
+    }
+
+
+def one_round(work: Workspace, number: int, before: Path, records: list[Record]) -> dict | None:
+    """Steps 1 to 5 of round `number` from the policy in `before` -> the round's line of the table; None, in a later
+    round than the first, where the judge finds no two answers to differ. Raises StageError where it does so at once."""
+    section, folder = work.recipe.dpo, round_folder(work, number)
+    preference, start = work.recipe.preference, work.adapter(START)
+    sampling = Sampling(preference.max_new_tokens, preference.temperature, preference.top_p, preference.top_k)
+    with lent(work, "generator", before if section.generator == "policy" else start) as role:
+        answers = sample_answers(
+            work, role, records, sampling, preference.samples, lambda record, j: work.seed("dpo", number, record.id, j),
+            folder / "answers.jsonl", f"dpo {number}: answers",
+        )  # fmt: skip
+    contexts, told = work.narratives() if preference.context and section.describe is None else None, {}
+    if section.describe is not None:
+        with lent(work, "generator", before) as role:
+            last = round_folder(work, number - 1) / "descriptions.json"
+            contexts, told = describe_videos(work, role, records, last if number > 1 else None, folder)
+    with lent(work, "judge", before if section.judge_role == "policy" else work.adapter("sft")) as role:
+        choice = judge_round(work, role, number, answers, contexts, folder)
+    if not choice.pairs:
+        said = f"Round {number} of DPO has no pairs ({choice.dropped} left out of {len(records)} prompts)"
+        if number == 1:
+            raise StageError(f"{said}. More `preference.samples` or prompts, or a higher `preference.temperature` help.")
+        say(f"{said}: round {number - 1} was the last")
+        return None
+    write_jsonl(folder / "pairs.jsonl", [pair._replace(record=pair.record.id)._asdict() for pair in choice.pairs])
+    with lent(work, "reference", before if section.reference == "previous" else start) as role:
+        reference = reference_logps(work, role, choice.pairs, folder)
+    learnt = train(work, number, before, choice.pairs, reference)
+    texts = [text for found in answers for text in found.texts]
+    chosen, rejected = (mean_words([getattr(pair, which) for pair in choice.pairs]) for which in ("chosen", "rejected"))
+    figures = figures_of(judge_name(work), contexts is not None, choice.judged)
+    known = {key: figures[key] for key in ("agreement", "truth_length_bias", "consistency") if key in figures}
+    return {
+        "prompts": len(records), "answers": len(texts), "answer_words": mean_words(texts),
+        "pairs": len(choice.pairs), "dropped": choice.dropped, "chosen_words": chosen, "rejected_words": rejected,
+        "length_bias": figures["length_bias"], **known, **learnt, **told,
+    }  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------- who answers, who is asked
+
+
+def split_by_video(work: Workspace) -> tuple[list[Record], list[Record]]:
+    """(prompts of the rounds, prompts held out): a random `dpo.heldout` of the videos only chooses among rounds."""
+    records, share = work.records("preference"), work.recipe.dpo.heldout
+    videos = sorted({work.name_of(r) for r in records}, key=lambda name: work.seed("dpo.heldout", name))
+    held = set(videos[: max(1, round(share * len(videos)))])
+    if len(held) == len(videos):
+        raise StageError(f"`dpo.heldout: {share}` leaves none of the {len(videos)} videos to learn from. Give more.")
+    return [r for r in records if work.name_of(r) not in held], [r for r in records if work.name_of(r) in held]
+
+
+def round_folder(work: Workspace, number: int) -> Path:
+    folder = work.stage("dpo") / f"round{number}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def judge_name(work: Workspace) -> str:
+    return "divide" if work.recipe.dpo.divide is not None else work.recipe.preference.judge
+
+
+@contextmanager
+def lent(work: Workspace, name: str, folder: Path) -> Iterator[str]:
+    """The adapter in `folder` as role `name`, for as long as one step needs it: one adapter is in memory at a time."""
+    work.roles.load(name, folder)
+    try:
+        yield name
+    finally:
+        work.roles.remove(name)
+
+
+# ------------------------------------------------------------------------------------------------ from answers to pairs
+
+
+def judge_round(
+    work: Workspace,
+    role: str,
+    number: int,
+    answers: list[Answers],
+    contexts: Mapping[str, str] | None,
+    folder: Path,
+) -> Choice:
+    """Judge a round's answers and choose its pairs: all that differ by a judge's score, or neighbours it compares."""
+    section, least = work.recipe.dpo, work.recipe.preference.min_margin
+    dropped = dict.fromkeys(("mismatched", "claimless", "tied", "inconsistent", "surplus", "length"), 0)
+    label, pairs, judged = f"dpo {number}", [], []
+    if judge_name(work) == "pairwise":
+        found = judge_neighbours(work, role, answers, contexts, folder / "judged.jsonl", f"{label}: judge")
+        by_prompt = [[j for j in of if j.margin] for of in found]
+        candidates = [[j for j in of if abs(j.margin) > least] for of in by_prompt]
+        dropped["tied"] = sum(map(len, found)) - sum(map(len, candidates))
+        if work.recipe.preference.consistent_only:
+            dropped["inconsistent"] = sum(not j.consistent for of in candidates for j in of)
+            candidates = [[j for j in of if j.consistent] for of in candidates]
+    else:
+        scored = score_answers(work, role, answers, contexts, folder, label)
+        dropped |= scored.dropped
+        candidates = []
+        for of, scores in zip(answers, scored.scores, strict=True):
+            texts = [(text, score) for text, score in zip(of.texts, scores, strict=True) if score is not None]
+            better = pairs_by_score([score for _, score in texts], least)
+            dropped["tied"] += math.comb(len(texts), 2) - len(better)
+            candidates.append(
+                [Judged(of.record, texts[p.chosen][0], texts[p.rejected][0], p.margin, True) for p in better]
+            )
+        by_prompt = candidates
+    for of, found in zip(answers, candidates, strict=True):
+        ids = dict(zip(of.texts, of.ids, strict=True))
+        drawn = draw_pairs(found, section.pairs, work.seed("dpo.pairs", number, of.record.id))
+        dropped["surplus"] += len(found) - len(drawn)
+        for j in drawn:
+            chosen, rejected = (j.a, j.b) if j.margin > 0 else (j.b, j.a)
+            pairs.append(Preferred(of.record, chosen, rejected, ids[chosen], ids[rejected], abs(j.margin)))
+    if section.balance_lengths:
+        _, stay = balance_lengths([(len(p.chosen.split()), len(p.rejected.split())) for p in pairs])
+        dropped["length"] = stay.count(False)
+        pairs = [pair for pair, stays in zip(pairs, stay, strict=True) if stays]
+    return Choice(pairs, [j for of in by_prompt for j in of], dropped)
+
+
+def judge_neighbours(
+    work: Workspace, role: str, answers: list[Answers], contexts: Mapping[str, str] | None, path: Path, label: str
+) -> list[list[Judged]]:
+    """What the pairwise judge says of every two neighbouring answers that differ, prompt by prompt."""
+    asked = [
+        (place, (of.record, a, b))
+        for place, of in enumerate(answers)
+        for a, b in zip(of.texts[0::2], of.texts[1::2], strict=True)
+        if a != b
+    ]
+    found = compare_pairs(work, role, "pairwise", [pair for _, pair in asked], contexts, path, label)
+    by_prompt: list[list[Judged]] = [[] for _ in answers]
+    for (place, _), judged in zip(asked, found, strict=True):
+        by_prompt[place].append(judged)
+    return by_prompt
+
+
+# --------------------------------------------------------------------------------------------------------- the training
+
+
+def pair_logps(work: Workspace, role: ActiveRole, pairs: list[Preferred]) -> Scored:
+    """Log-probs of whole answers under a role, both answers of a pair in one forward."""
+    prompts = [encode_prompt(work.base(), p.record.prompt, work.features(p.record)) for p in pairs]
+    answers = [ids for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
+    logp_B2 = answer_logps(role, [p for p in prompts for _ in range(2)], answers).view(-1, 2)
+    return Scored(logp_B2[:, 0], logp_B2[:, 1])
+
+
+def reference_logps(work: Workspace, role: str, pairs: list[Preferred], folder: Path) -> list[tuple[float, float]]:
+    """(chosen, rejected) of every pair under the reference, kept in `reference.jsonl`."""
+    section = work.recipe.dpo
+
+    @torch.no_grad()
+    def read(batch: list[Preferred]) -> list[list[float]]:
+        with work.roles.use(role) as active, phase("score reference"):
+            return torch.stack(pair_logps(work, active, batch), 1).tolist()
+
+    with progress(len(pairs), "dpo: reference", unit="pair") as bar:
+        size = section.micro_batch or section.batch_size
+        return by_batches(folder / "reference.jsonl", chunks(pairs, size), read, bar.advance)
+
+
+def train(
+    work: Workspace, number: int, before: Path, pairs: list[Preferred], reference: list[tuple[float, float]]
+) -> dict:
+    """A round's training, from the policy in `before` into `round<t>/policy` -> what its last quarter of steps was."""
+    section, roles, label = work.recipe.dpo, work.roles, f"dpo.{number}"
+    folder = round_folder(work, number) / "policy"
+    steps = steps_of(section, len(pairs), section.batch_size)
+    order = batches(len(pairs), section.batch_size, steps, work.recipe.seed, label)
+
+    def step_loss(active: ActiveRole, step: int, micro: int) -> dict[str, float]:
+        batch = sorted(order[step], key=lambda i: len(pairs[i].chosen_ids) + len(pairs[i].rejected_ids))
+        totals = dict.fromkeys(("loss", *DpoStats._fields), 0.0)
+        for part in split_micro(batch, micro):
+            loss, stats = backward(work, active, [pairs[i] for i in part], [reference[i] for i in part], len(batch))
+            for name, value in (("loss", loss), *stats._asdict().items()):
+                totals[name] += value.item() * len(part) / len(batch)
+        return totals
+
+    if not folder.exists():
+        with lent(work, "policy", before):
+            fit(
+                roles, "policy", section, steps, step_loss,
+                label=label, folder=work.stage("dpo") / "checkpoint" / f"round{number}", log=work.log,
+                seed=work.recipe.seed, checkpoint_every=CHECKPOINT_EVERY,
+            )  # fmt: skip
+            roles.save("policy", folder)
+    lines = [line for line in read_jsonl(work.log.path) if line["stage"] == label]
+    late = lines[-math.ceil(len(lines) / 4) :]
+    names = ("loss", "accuracy", "margin", "chosen")
+    return {"steps": steps} | {name: sum(line[name] for line in late) / len(late) for name in names}
+
+
+def backward(
+    work: Workspace, active: ActiveRole, pairs: list[Preferred], reference: list[tuple[float, float]], total: int
+) -> tuple[torch.Tensor, DpoStats]:
+    """Forward and backward of a micro-batch of a batch of `total` pairs -> its own mean loss."""
+    section, device = work.recipe.dpo, work.device
+    with phase("forward"):
+        loss, stats = dpo_loss(
+            pair_logps(work, active, pairs),
+            Scored(*torch.tensor(reference, device=device).T),
+            Scored(*torch.tensor([(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs], device=device).T),
+            beta=section.beta, kind=section.loss, normalised=section.length_normalised, sft_weight=section.sft_weight,
+        )  # fmt: skip
+    with phase("backward"):
+        (loss * len(pairs) / total).backward()
+    return loss.detach(), stats
+
+
+# ----------------------------------------------------------------------------------------------------- held-out prompts
+
+
+def held_contexts(work: Workspace, held: list[Record]) -> Mapping[str, str] | None:
+    """What the judge of the held-out answers reads in every round: the narratives, or descriptions by the model that
+    the rounds start from."""
+    if work.recipe.dpo.describe is not None:
+        with lent(work, "generator", work.adapter(START)) as role:
+            return describe_videos(work, role, held, None, round_folder(work, 0))[0]
+    return work.narratives() if work.recipe.preference.context else None
+
+
+def look(
+    work: Workspace, number: int, policy: Path, held: list[Record], contexts: Mapping[str, str] | None
+) -> dict[str, float | None]:
+    """The held-out prompts answered greedily by `policy`, and judged by the SFT adapter."""
+    folder = round_folder(work, number) / "heldout"
+    sampling = Sampling(work.recipe.preference.max_new_tokens, temperature=0.0)
+
+    def greedy(role: str, path: Path) -> list[Answers]:
+        return sample_answers(work, role, held, sampling, 1, lambda *_: 0, path, f"dpo {number}: held out")
+
+    with lent(work, "generator", policy) as role:
+        answers = greedy(role, folder / "answers.jsonl")
+    with lent(work, "judge", work.adapter("sft")) as role:
+        if judge_name(work) == "pairwise":
+            first = read_answers(held, round_folder(work, 0) / "heldout" / "answers.jsonl")
+            both = [
+                Answers(new.record, [*new.texts, *old.texts], [*new.ids, *old.ids])
+                for new, old in zip(answers, first, strict=True)
+            ]
+            found = judge_neighbours(work, role, both, contexts, folder / "judged.jsonl", f"dpo {number}: judge")
+            scores = [0.5 if not of else float(of[0].margin > 0) for of in found]
+        else:
+            scored = score_answers(work, role, answers, contexts, folder, f"dpo {number}: held out")
+            scores = [score for of in scored.scores for score in of if score is not None]
+    if not scores:
+        raise StageError(f"Round {number} of DPO: none of the {len(held)} held-out answers could be judged ({folder}).")
+    truths = [truth_score(of.texts[0], of.record.facts) for of in answers if of.record.facts is not None]
+    return {
+        "heldout_score": sum(scores) / len(scores),
+        "heldout_truth": sum(truths) / len(truths) if truths else None,
+        "heldout_words": mean_words([of.texts[0] for of in answers]),
+    }
+
+
+def read_answers(records: list[Record], path: Path) -> list[Answers]:
+    rows = [row for line in read_jsonl(path) for row in line]
+    return [Answers(record, row["answers"], row["ids"]) for record, row in zip(records, rows, strict=True)]
+
+
+def mean_words(texts: list[str]) -> float:
+    return sum(len(text.split()) for text in texts) / len(texts)

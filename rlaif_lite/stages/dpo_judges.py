@@ -1,0 +1,186 @@
+"""Who judges the answers of a round of DPO: scores by claims or by divided claims (RLAIF-V), and the descriptions that
+i-SRT's judge reads."""
+
+import json
+import random
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, Mapping, NamedTuple
+
+from ..data.records import Message, Record
+from ..data.world import facts_of
+from ..data.world_text import claim_question, claims_of, garbled, sampled
+from ..data.world_text import score as truth_score
+from ..judge.claims import ask, judge_claims
+from ..judge.describe import describe
+from ..judge.divide import Divided, TextModel, Writer, divide, rejected, write_by_role
+from ..model.roles import BASE, ActiveRole
+from ..phases import phase
+from ..progress import progress
+from ..recipe import Divide
+from ..training.fit import fit
+from ..training.loop import split_micro
+from ..workspace import Workspace, by_batches, chunks, question_of, write_json
+from .judging import Answers, item_of
+from .sft import backward, example
+
+DIVIDER = "divider"  # the adapter that divides answers, where the recipe trains one
+GARBLED = 0.15  # share of the texts it learns from that stumble, as sampled answers do
+CHECKPOINT_EVERY = 20
+
+
+class Scores(NamedTuple):
+    """What a judge of single answers says of a round."""
+
+    scores: list[list[float | None]]  # of each prompt's answers; None: not to be judged
+    dropped: dict[str, int]  # answers not judged, by reason
+
+
+def score_answers(
+    work: Workspace, role: str, answers: list[Answers], contexts: Mapping[str, str] | None, folder: Path, label: str
+) -> Scores:
+    """A role scores all answers, those that a prompt has twice once; `judged.jsonl` keeps what was asked and said."""
+    preference = work.recipe.preference
+    asked = list(dict.fromkeys((place, text) for place, of in enumerate(answers) for text in of.texts))
+    divided: list[Divided | None] = [None] * len(asked)
+    if work.recipe.dpo.divide is not None:
+        divided = divide_answers(work, [(question_of(answers[p].record), t) for p, t in asked], folder, label)
+    todo = [(*key, found) for key, found in zip(asked, divided, strict=True) if found is None or found.judged]
+
+    def judge(batch: list[tuple[int, str, Divided | None]]) -> list[dict]:
+        items = [item_of(work, answers[place].record, text, contexts) for place, text, _ in batch]
+        with work.roles.use(role) as active, phase("judge"):
+            if work.recipe.dpo.divide is None:
+                verdicts = judge_claims(active, items, preference.claims, preference.batch_size)
+                scores = [verdict.score for verdict in verdicts]
+            else:
+                verdicts = ask(active, items, [found.questions for _, _, found in batch], preference.claims)
+                scores = [-rejected(verdict) for verdict in verdicts]
+        return [
+            {"answer": text, "claims": verdict.claims, "values": verdict.values, "score": score}
+            for (_, text, _), verdict, score in zip(batch, verdicts, scores, strict=True)
+        ]
+
+    with progress(len(todo), f"{label}: judge", unit="answer") as bar:
+        rows = by_batches(folder / "judged.jsonl", chunks(todo, preference.batch_size), judge, bar.advance)
+    score_of = {(place, text): row["score"] for (place, text, _), row in zip(todo, rows, strict=True)}
+    why = {key: "mismatched" if found.claims else "claimless"
+           for key, found in zip(asked, divided, strict=True) if found is not None and not found.judged}  # fmt: skip
+    lost = [why[place, text] for place, of in enumerate(answers) for text in of.texts if (place, text) in why]
+    scores = [[score_of.get((place, text)) for text in of.texts] for place, of in enumerate(answers)]
+    return Scores(scores, {reason: lost.count(reason) for reason in ("mismatched", "claimless")})
+
+
+# --------------------------------------------------------------------------------------------- RLAIF-V: answers divided
+
+
+def divide_answers(work: Workspace, answers: list[tuple[str, str]], folder: Path, label: str) -> list[Divided]:
+    """Divide (question, answer), each different one once, whatever its video; `claims.jsonl` keeps the lists."""
+    section = work.recipe.dpo.divide
+    different = list(dict.fromkeys(answers))
+    with writer(work) as write, progress(len(different), f"{label}: claims", unit="answer") as bar:
+
+        def work_on(batch: list[tuple[str, str]]) -> list[dict]:
+            return [found._asdict() for found in divide(write, batch, section)]
+
+        batches = chunks(different, 4 * section.batch_size)
+        rows = by_batches(folder / "claims.jsonl", batches, work_on, bar.advance)
+    found = dict(zip(different, (Divided(**row) for row in rows), strict=True))
+    return [found[answer] for answer in answers]
+
+
+@contextmanager
+def writer(work: Workspace) -> Iterator[Writer]:
+    """Who divides: a text model, the adapter `divider`, or the bare base."""
+    section = work.recipe.dpo.divide
+    if section.model is not None:
+        yield TextModel(section.model, work.device, section).write
+    elif section.train is None:
+        with work.roles.use(BASE) as role:
+            yield write_by_role(role, section)
+    else:
+        work.load_role(DIVIDER)
+        with work.roles.use(DIVIDER) as role:
+            yield write_by_role(role, section)
+        work.roles.remove(DIVIDER)
+
+
+def prepare_divider(work: Workspace) -> None:
+    """Train the adapter `divider` on answers that the synthetic world divides, where the recipe asks for it."""
+    divide_section, seed = work.recipe.dpo.divide, work.recipe.seed
+    section = None if divide_section is None else divide_section.train
+    if section is None or work.adapter(DIVIDER).exists():
+        return
+    base, roles = work.base(), work.roles
+
+    def step_loss(active: ActiveRole, step: int, micro: int) -> dict[str, float]:
+        rng = random.Random(work.seed("dpo.divide", step))
+        records = [lesson(divide_section, rng) for _ in range(section.batch_size)]
+        examples = sorted((example(base, r, None, "record") for r in records), key=lambda e: len(e.row.ids_S))
+        return {"loss": sum(backward(active, part, len(examples)) for part in split_micro(examples, micro))}
+
+    roles.add(DIVIDER, seed=work.seed("dpo.divide", "init"))
+    fit(
+        roles, DIVIDER, section, section.steps, step_loss,
+        label="dpo.divide", folder=work.stage("dpo") / "checkpoint" / "divide", log=work.log, seed=seed,
+        checkpoint_every=CHECKPOINT_EVERY,
+    )  # fmt: skip
+    roles.save(DIVIDER, work.adapter(DIVIDER))
+    roles.remove(DIVIDER)
+
+
+def lesson(section: Divide, rng: random.Random) -> Record:
+    """One text to learn from: an answer and its claims, or claims and their questions. What it tells of is drawn anew;
+    it is no video of the run."""
+    facts = facts_of(rng.getrandbits(48), "divide", 0)
+    answer = sampled(facts, rng)
+    answer = garbled(answer, rng) if rng.random() < GARBLED else answer
+    claims = claims_of(answer)
+    joined = section.separator.join(claims)
+    tasks = []
+    if section.split is not None:
+        tasks.append((section.split.format(question="describe the video", answer=answer), joined))
+    if section.ask is not None:
+        tasks.append((section.ask.format(claims=joined), section.separator.join(map(claim_question, claims))))
+    prompt, written = rng.choice(tasks)
+    return Record("lesson", None, (Message("user", prompt), Message("assistant", written)))
+
+
+# ----------------------------------------------------------------------------------------- i-SRT: videos described anew
+
+
+def describe_videos(
+    work: Workspace, role: str, records: list[Record], last: Path | None, folder: Path
+) -> tuple[dict[str, str], dict]:
+    """Describe the records' videos while reading their descriptions in `last` -> ({video: description}, what to say of
+    them). A video without one is described plainly first. `descriptions.json` holds the new ones and the old of others.
+    """
+    section = work.recipe.dpo.describe
+    known = {} if last is None else json.loads(last.read_text())
+    shown = {work.name_of(r): r for r in records if r.video is not None}
+
+    def written(names: list[str], before: Mapping[str, str], path: Path) -> dict[str, str]:
+        def write(batch: list[str]) -> list[str]:
+            with work.roles.use(role) as active:
+                videos = [work.features(shown[name]) for name in batch]
+                return describe(active, videos, [before.get(name) for name in batch], section)
+
+        with progress(len(names), f"dpo: {path.stem}", unit="video") as bar:
+            texts = by_batches(path, chunks(names, 4 * section.batch_size), write, bar.advance)
+        return dict(zip(names, texts, strict=True))
+
+    first = written([name for name in shown if name not in known], {}, folder / "described.jsonl")
+    read = known | first
+    now = written(list(shown), read, folder / "described_again.jsonl")
+    write_json(folder / "descriptions.json", known | now)
+    examples = [{"video": name, "read": read[name], "written": now[name]} for name in list(shown)[: section.examples]]
+    changed = sum(read[name] != now[name] for name in shown) / max(1, len(shown))
+    truths = [
+        [truth_score(texts[name], r.facts) for name, r in shown.items() if r.facts is not None] for texts in (read, now)
+    ]
+    told = {"descriptions": examples, "description_changed": changed,
+            "description_words": sum(len(text.split()) for text in now.values()) / max(1, len(now))}  # fmt: skip
+    if truths[0]:
+        means = [sum(of) / len(of) for of in truths]
+        told |= dict(zip(("description_truth_read", "description_truth"), means, strict=True))
+    return now, told

@@ -1,0 +1,131 @@
+"""What every stage that learns from judged answers does: a role answers prompts, a role judges the answers, and the
+judge is held against the truth where that is known. All of it goes on batch by batch after a kill."""
+
+from pathlib import Path
+from typing import Callable, Mapping, NamedTuple
+
+from ..data.records import Record
+from ..data.world_text import score as truth_score
+from ..judge.claims import Item, judge_claims
+from ..judge.pairwise import Pair, judge_pairs
+from ..model.inputs import decode_answer, encode_prompt
+from ..phases import phase
+from ..progress import progress
+from ..rollout import Sampling, sample
+from ..workspace import Workspace, by_batches, chunks, question_of
+
+
+class Judged(NamedTuple):
+    """One pair of answers and what a judge said of it."""
+
+    record: Record
+    a: str
+    b: str
+    margin: float  # positive: a is better
+    consistent: bool  # both orders agreed (always true of judges that see one answer at a time)
+
+
+class Answers(NamedTuple):
+    """The answers to one prompt."""
+
+    record: Record
+    texts: list[str]
+    ids: list[list[int]]  # their tokens as they were sampled, EOS included where there is one
+
+
+def sample_answers(
+    work: Workspace,
+    role: str,
+    records: list[Record],
+    sampling: Sampling,
+    samples: int,
+    seed_of: Callable[[Record, int], int],
+    path: Path,
+    label: str,
+) -> list[Answers]:
+    """`samples` answers of a role to every prompt, answer j drawn with seed_of(record, j); kept in `path`."""
+    base, in_flight = work.base(), work.recipe.preference.batch_size
+
+    def answer(batch: list[Record]) -> list[dict]:
+        prompts = [encode_prompt(base, r.prompt, work.features(r)) for r in batch]
+        seeds = [seed_of(r, j) for r in batch for j in range(samples)]
+        with work.roles.use(role) as active:
+            found = sample(active, prompts, sampling, seeds=seeds, per_prompt=samples, batch_size=in_flight)
+        return [
+            {"id": r.id, "answers": [decode_answer(base, t.ids) for t in part], "ids": [t.ids for t in part]}
+            for r, part in zip(batch, chunks(found, samples), strict=True)
+        ]
+
+    # several times what is in flight, so that slots are refilled
+    batches = chunks(records, max(1, 4 * in_flight // samples))
+    with progress(len(records), label, unit="prompt") as bar:
+        rows = by_batches(path, batches, answer, bar.advance)
+    return [Answers(record, row["answers"], row["ids"]) for record, row in zip(records, rows, strict=True)]
+
+
+def compare_pairs(
+    work: Workspace,
+    role: str,
+    judge: str,
+    pairs: list[tuple[Record, str, str]],
+    contexts: Mapping[str, str] | None,
+    path: Path,
+    label: str,
+) -> list[Judged]:
+    """A role decides `pairs` as judge "pairwise" or "claims", with the videos' contexts or without; kept in `path`."""
+    section = work.recipe.preference
+
+    def decide(batch: list) -> list[list]:
+        with work.roles.use(role) as active, phase("judge"):
+            if judge == "pairwise":
+                asked = [Pair(work.features(r), question_of(r), a, b, context_of(work, r, contexts)) for r, a, b in batch]
+                return [list(choice) for choice in judge_pairs(active, asked, section.pairwise, section.batch_size)]
+            items = [item_of(work, r, x, contexts) for r, a, b in batch for x in (a, b)]
+            scores = [v.score for v in judge_claims(active, items, section.claims, section.batch_size)]
+        return [[a - b, True] for a, b in zip(scores[0::2], scores[1::2], strict=True)]
+
+    with progress(len(pairs), label, unit="pair") as bar:
+        decisions = by_batches(path, chunks(pairs, 4 * section.batch_size), decide, bar.advance)
+    return [Judged(*pair, *decision) for pair, decision in zip(pairs, decisions, strict=True)]
+
+
+def context_of(work: Workspace, record: Record, contexts: Mapping[str, str] | None) -> str | None:
+    return contexts[work.name_of(record)] if contexts is not None and record.video is not None else None
+
+
+def item_of(work: Workspace, record: Record, answer: str, contexts: Mapping[str, str] | None) -> Item:
+    return Item(work.features(record), question_of(record), answer, context_of(work, record, contexts))
+
+
+def figures_of(judge: str, context: bool, judged: list[Judged]) -> dict:
+    """What can be said of a judge: consistency, length bias and, where the truth is known, agreement with it."""
+    longer = [j for j in judged if len(j.a.split()) != len(j.b.split())]
+    prefers_longer = sum((j.margin > 0) == (len(j.a.split()) > len(j.b.split())) for j in longer)
+    figures = {
+        "judge": judge,
+        "context": context,
+        "pairs": len(judged),
+        "length_bias": prefers_longer / len(longer) if longer else None,
+    }
+    known = [j for j in judged if j.record.facts is not None]
+    gaps = [truth_score(j.a, j.record.facts) - truth_score(j.b, j.record.facts) for j in known]
+    decided = [(j, gap) for j, gap in zip(known, gaps) if gap != 0]
+    if decided:
+        right = sum((j.margin > 0) == (gap > 0) for j, gap in decided)
+        figures |= {
+            "agreement": right / len(decided),
+            "decided_pairs": len(decided),
+            "truth_ties": len(known) - len(decided),
+            "truth_length_bias": _truth_length_bias(decided),
+        }
+    if judge == "pairwise":
+        figures["consistency"] = sum(j.consistent for j in judged) / max(1, len(judged))
+        if decided:
+            figures["consistency_decided"] = sum(j.consistent for j, _ in decided) / len(decided)
+    return figures
+
+
+def _truth_length_bias(decided: list[tuple[Judged, int]]) -> float | None:
+    longer = [(j, gap) for j, gap in decided if len(j.a.split()) != len(j.b.split())]
+    agrees = sum((gap > 0) == (len(j.a.split()) > len(j.b.split())) for j, gap in longer)
+    return agrees / len(longer) if longer else None

@@ -1,0 +1,238 @@
+"""Hallucination, most of it without a judge: POPE, AMBER, Object HalBench and MMHal-Bench, on videos or pictures.
+
+Files, as their authors ship them:
+
+    POPE              JSON lines {question_id, image or video, text, label}; label yes or no
+    AMBER             query_*.json [{id, image, query}] and annotations.json [{id, type, truth, hallu}], where `truth`
+                      is yes or no, or for generative items a list of objects; relation.json {object: [words]} and
+                      safe_words.txt where they are given
+    Object HalBench   JSON lines {image_id, question, image (base64) or image_path}; COCO's instances_*.json, or
+                      {image_id, objects}; a list of synonyms, a line per object, where it is given
+    MMHal-Bench       a list of {question_type, question, gt_answer, image_content, image_id, image_src}
+
+Departures from the authors' scripts, which make figures comparable among ours and not with published ones: objects
+are found by their words (and plurals), where AMBER tags nouns and takes near synonyms by word vectors (spaCy) and
+Object HalBench asks GPT-3.5 which objects an answer names; an answer that says neither yes nor no is neither, and its
+share is shown, where POPE takes it for a yes.
+"""
+
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from ..errors import DataError
+from .items import Item, Objects, Tally, entries, mentions, one_file, text, texts, unique, yes_or_no
+
+POPE = "POPE's JSON lines {question_id, image or video, text, label}"
+AMBER = "AMBER's query_*.json and annotations.json, and relation.json and safe_words.txt where you have them"
+OBJHAL = "Object HalBench's JSON lines {image_id, question, image}, instances_*.json, and synonyms where you have them"
+MMHAL = "MMHal-Bench's list of {question_type, question, gt_answer, image_content, image_id, image_src}"
+
+# ---- POPE
+
+
+def load_pope(paths: list[Path]) -> list[Item]:
+    """One file of polling questions."""
+    path = one_file(paths, POPE)
+    items = []
+    for index, entry in enumerate(entries(path, POPE, "question_id", "text", "label")):
+        place = f"{path}, entry {index}"
+        key = next((key for key in ("video", "image") if key in entry), None)
+        if key is None:
+            raise DataError(f"{place}: it names neither `image` nor `video`. Expected {POPE}.")
+        name, label = text(entry, "question_id", place), _label(entry, "label", place)
+        items.append(Item(name, text(entry, key, place), (text(entry, "text", place),), label))
+    return unique(items)
+
+
+def _label(entry: dict, key: str, place: str) -> str:
+    label = text(entry, key, place).lower()
+    if label not in ("yes", "no"):
+        raise DataError(f"{place}: `{key}` is {label!r}, expected yes or no.")
+    return label
+
+
+def tally_pope(item: Item, row: dict) -> Tally:
+    """Accuracy, and precision, recall and F1 of yes."""
+    return _polled(item, row, "yes") | _bias(row)
+
+
+def _polled(item: Item, row: dict, positive: str) -> Tally:
+    """Of the answer `positive`. F1 = 2 tp / (2 tp + fp + fn), a ratio of sums like the others."""
+    said, wanted = yes_or_no(row["answers"][0]), item.reference
+    is_said = said is not None and said == (positive == "yes")
+    hit = float(is_said and wanted == positive)
+    return {
+        "accuracy": (float(said is not None and said == (wanted == "yes")), 1.0),
+        "precision": (hit, float(is_said)),
+        "recall": (hit, float(wanted == positive)),
+        "f1": (2 * hit, float(is_said) + float(wanted == positive)),
+    }
+
+
+def _bias(row: dict) -> Tally:
+    said = yes_or_no(row["answers"][0])
+    return {"yes_share": (float(said is True), 1.0), "neither_share": (float(said is None), 1.0)}
+
+
+# ---- AMBER
+
+
+def load_amber(paths: list[Path]) -> list[Item]:
+    """Queries with their annotations, told apart by their keys; files in any order."""
+    queries, notes, relation, safe = [], {}, {}, frozenset()
+    for path in paths:
+        if path.suffix == ".txt":
+            safe = frozenset(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+            continue
+        found = entries(path, AMBER)
+        if "query" in found[0]:
+            queries += [(path, entry) for entry in entries(path, AMBER, "id", "image", "query")]
+        elif "truth" in found[0]:
+            notes |= {text(entry, "id", str(path)): entry for entry in entries(path, AMBER, "id", "type", "truth")}
+        elif len(found) == 1:
+            relation = {word: texts(found[0], word, str(path)) for word in found[0]}
+        else:
+            raise DataError(f"{path}: found the keys {', '.join(list(found[0])[:8])}. Expected {AMBER}.")
+    if not queries or not notes:
+        raise DataError(f"There are no {'annotations' if queries else 'queries'} in the files. Expected {AMBER}.")
+    named = [word for note in notes.values() for key in ("truth", "hallu") if isinstance(note.get(key), list)
+             for word in note[key]]  # fmt: skip
+    vocabulary = (
+        frozenset(relation) | frozenset(word for words in relation.values() for word in words) | frozenset(named)
+    )
+    items = []
+    for index, (path, entry) in enumerate(queries):
+        place, name = f"{path}, entry {index}", text(entry, "id", str(path))
+        if name not in notes:
+            raise DataError(f"{place}: query {name} has no annotation.")
+        note = notes[name]
+        asked = (text(entry, "query", place),)
+        video, kind = text(entry, "image", place), text(note, "type", f"annotation {name}")
+        if kind == "generative":
+            present, traps = ({word: each for each in texts(note, key, f"annotation {name}")
+                               for word in (*relation.get(each, []), each)} for key in ("truth", "hallu"))  # fmt: skip
+            objects = Objects(present, traps, vocabulary, safe)
+            items.append(Item(name, video, asked, "", kind, objects=objects))
+        else:
+            items.append(Item(name, video, asked, _label(note, "truth", f"annotation {name}"), kind))
+    return unique(items)
+
+
+def tally_amber(item: Item, row: dict) -> Tally:
+    """Generative: chair (invented of all objects named), cover (of those in the picture), hal (answers with an invented
+    one), cog (of the expected inventions). Discriminative: as POPE, of the answer no, which is what finds out an
+    invention."""
+    objects = item.objects
+    if objects is None:
+        return {f"disc_{name}": value for name, value in (_polled(item, row, "no") | _bias(row)).items()}
+    named = mentions(row["answers"][0], objects.vocabulary)
+    invented = [word for word in named if word not in objects.harmless and word not in objects.present]
+    all_present, all_traps = set(objects.present.values()), set(objects.traps.values())
+    covered = {objects.present[word] for word in named if word in objects.present}
+    expected = {objects.traps[word] for word in invented if word in objects.traps}
+    return {
+        "chair": (len(invented), len(named)),
+        "cover": (len(covered), len(all_present)),
+        "hal": (float(bool(invented)), 1.0),
+        "cog": (len(expected), len(all_traps)),
+    }
+
+
+# ---- Object HalBench
+
+
+def load_objhal(paths: list[Path]) -> list[Item]:
+    """Prompts, the objects of every picture, and synonyms."""
+    prompts, objects, synonyms = [], defaultdict(set), {}
+    for path in paths:
+        if path.suffix == ".txt":
+            for line in path.read_text(encoding="utf-8").splitlines():
+                names = [name.strip().lower() for name in line.split(",") if name.strip()]
+                synonyms |= {name: names[0] for name in names}
+            continue
+        found = entries(path, OBJHAL)
+        if "categories" in found[0]:
+            _read_coco(found[0], objects, str(path))
+        elif "objects" in found[0]:
+            for index, entry in enumerate(found):
+                place = f"{path}, entry {index}"
+                objects[_number(text(entry, "image_id", place))].update(texts(entry, "objects", place))
+        else:
+            prompts += [(f"{path}, entry {i}", e) for i, e in enumerate(entries(path, OBJHAL, "image_id", "question"))]
+    if not prompts or not objects:
+        raise DataError(f"There are no {'objects' if prompts else 'prompts'} in the files. Expected {OBJHAL}.")
+    for name in {name.lower() for names in objects.values() for name in names}:
+        synonyms.setdefault(name, name)
+    vocabulary, items = frozenset(synonyms), []
+    for place, entry in prompts:
+        name = _number(text(entry, "image_id", place))
+        if name not in objects:
+            raise DataError(f"{place}: picture {name} is in no list of objects; of another split, perhaps.")
+        here = {synonyms[each.lower()] for each in objects[name]}
+        present = {word: meant for word, meant in synonyms.items() if meant in here}
+        picture = entry.get("image") if "image_path" not in entry else None
+        video = text(entry, "image_path", place) if "image_path" in entry else name
+        question = text(entry, "question", place)
+        named = Objects(present, {}, vocabulary, frozenset())
+        items.append(Item(name, video, (question,), "", objects=named, picture=picture))
+    return unique(items)
+
+
+def _number(name: str) -> str:
+    """A picture's number without leading zeros, as COCO counts them; other names as they are."""
+    return str(int(name)) if name.isdecimal() else name
+
+
+def _read_coco(found: dict, objects: dict[str, set[str]], place: str) -> None:
+    """COCO's instances: which categories each picture has."""
+    try:
+        names = {category["id"]: category["name"] for category in found["categories"]}
+        for image in found.get("images", []):
+            objects[str(image["id"])]  # a picture may have none
+        for note in found["annotations"]:
+            objects[str(note["image_id"])].add(names[note["category_id"]])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{place}: its categories or annotations are not COCO's ({error!r}).") from None
+
+
+def tally_objhal(item: Item, row: dict) -> Tally:
+    """CHAIR by response (of the answers that name an object) and by mention (each object once per answer), and recall."""
+    objects = item.objects
+    named = list(dict.fromkeys(mentions(row["answers"][0], objects.vocabulary)))
+    invented = [word for word in named if word not in objects.present]
+    covered = {objects.present[word] for word in named if word in objects.present}
+    return {
+        "chair_response": (float(bool(invented)), float(bool(named))),
+        "chair_mention": (len(invented), len(named)),
+        "recall": (len(covered), len(set(objects.present.values()))),
+    }
+
+
+# ---- MMHal-Bench
+
+
+def load_mmhal(paths: list[Path]) -> list[Item]:
+    """Questions with the answer that people gave; the picture by the file name of its address, or by its id."""
+    path = one_file(paths, MMHAL)
+    items = []
+    for index, entry in enumerate(entries(path, MMHAL, "question_type", "question", "gt_answer", "image_id")):
+        place = f"{path}, entry {index}"
+        address = str(entry.get("image_src") or "")
+        video = os.path.basename(re.split(r"[?#]", address)[0]) or text(entry, "image_id", place)
+        content = ", ".join(texts(entry, "image_content", place)) if "image_content" in entry else None
+        kind, asked = text(entry, "question_type", place), text(entry, "question", place)
+        items.append(Item(str(index), video, (asked,), text(entry, "gt_answer", place), kind, content))
+    return items
+
+
+def tally_mmhal(item: Item, row: dict) -> Tally:
+    """Mean rating, and the share of answers rated below 3. (The published script counts what it cannot read as 0.)"""
+    verdict = row["verdicts"]["mmhal"]
+    known = verdict["problem"] is None
+    return {
+        "rating": (verdict["score"] or 0.0, float(known)),
+        "hallucination": (float(known and verdict["score"] < 3), float(known)),
+        "unparsable": (float(not known), 1.0),
+    }

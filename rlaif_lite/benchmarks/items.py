@@ -1,0 +1,201 @@
+"""What a benchmark asks: items read from the authors' files, and the videos or pictures that they are about.
+
+Every reader of this package goes through `entries`, so that a file in another shape is refused with what was found,
+where, and what was expected.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from ..data.readers import SUFFIXES, objects_of
+from ..errors import DataError
+from ..video.decode import IMAGES
+
+
+class Objects(NamedTuple):
+    """What may be named in the answer to one item."""
+
+    present: dict[str, str]
+    "word or words -> the object in the picture that they name"
+    traps: dict[str, str]
+    "... -> the object that is not in the picture and that people expect to be invented there"
+    vocabulary: frozenset[str]
+    "all that counts as an object; shared by the items of a benchmark"
+    harmless: frozenset[str]
+    "of the vocabulary, what is never held against an answer"
+
+
+class Item(NamedTuple):
+    """One thing that a benchmark asks."""
+
+    id: str
+    "unique within the benchmark"
+    video: str
+    "as the file names it, with or without folder and extension"
+    questions: tuple[str, ...]
+    "one; two wordings of it for consistency"
+    reference: str
+    "the right answer; a caption or class for rankings; empty where there is none"
+    group: str = ""
+    "results are also given for each group: a type of question, say"
+    context: str | None = None
+    "what the picture shows in words, for judges that may know it"
+    objects: Objects | None = None
+    among: tuple[str, ...] = ()
+    "the texts of which `reference` is the right one, where texts are ranked for the video"
+    picture: str | None = None
+    "the picture itself, base64, where the file holds it"
+
+
+Tally = dict[str, tuple[float, float]]
+"""What one answer adds to each metric: (part, whole). A metric is the sum of the parts over the sum of the wholes."""
+
+
+# ---- reading
+
+
+def entries(path: Path, format: str, *keys: str) -> list[dict]:
+    """The objects of a JSON list, of JSON lines or of one JSON object, each with all of `keys`.
+
+    Raises DataError naming the file, the entry (from 0), the keys found and the format expected."""
+    found = []
+    for index, entry, _ in objects_of(path):
+        if not isinstance(entry, dict):
+            raise DataError(f"{path}, entry {index}: found a {type(entry).__name__}, expected {format}.")
+        if missing := [key for key in keys if key not in entry]:
+            shown = ", ".join(map(str, list(entry)[:8]))
+            raise DataError(
+                f"{path}, entry {index}: found the keys {shown}; no {', '.join(missing)}. Expected {format}."
+            )
+        found.append(entry)
+    if not found:
+        raise DataError(f"{path}: it holds no entries. Expected {format}.")
+    return found
+
+
+def text(entry: dict, key: str, place: str) -> str:
+    """A text or a number as text. Raises DataError for anything else, and for an empty text."""
+    value = entry[key]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
+        raise DataError(f"{place}: `{key}` is {value!r}, expected a text.")
+    return str(value).strip()
+
+
+def texts(entry: dict, key: str, place: str) -> list[str]:
+    """A list of texts."""
+    value = entry[key]
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+        raise DataError(f"{place}: `{key}` is {value!r}, expected a list of texts.")
+    return value
+
+
+def one_file(paths: list[Path], format: str) -> Path:
+    """Raises DataError unless there is exactly one."""
+    if len(paths) != 1:
+        raise DataError(f"{len(paths)} files were given ({', '.join(map(str, paths))}), expected one: {format}.")
+    return paths[0]
+
+
+def unique(items: Iterable[Item]) -> list[Item]:
+    """The items, an id that came before made another: some files repeat theirs."""
+    seen: dict[str, int] = {}
+    out = []
+    for item in items:
+        seen[item.id] = count = seen.get(item.id, 0) + 1
+        out.append(item if count == 1 else item._replace(id=f"{item.id}#{count}"))
+    return out
+
+
+# ---- videos
+
+
+def find_videos(names: Iterable[str], root: Path) -> tuple[dict[str, str], list[str]]:
+    """({name: path}, names without a video) below `root`: a file of any extension, or a folder of frames.
+
+    A name is sought as a path below `root`, then by itself anywhere below it, with and without ActivityNet's `v_`.
+    Raises DataError for a root that is no folder, and where two files fit one name.
+    """
+    if not root.is_dir():
+        raise DataError(f"There is no folder {root} with videos. Paths start at {Path.cwd()}.")
+    places: dict[str, list[str]] = {}
+    for folder, inside, files in os.walk(root):
+        for name in inside:
+            places.setdefault(name, []).append(os.path.join(folder, name))
+        for name in files:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in (*SUFFIXES, *IMAGES):
+                places.setdefault(stem, []).append(os.path.join(folder, name))
+    found, missing = {}, []
+    for name in dict.fromkeys(names):
+        path = _find(name, root, places)
+        if path is None:
+            missing.append(name)
+        else:
+            found[name] = path
+    return found, missing
+
+
+def _find(name: str, root: Path, places: dict[str, list[str]]) -> str | None:
+    if (root / name).is_file():
+        return str(root / name)
+    stem, suffix = os.path.splitext(os.path.basename(name))
+    stem = stem if suffix.lower() in (*SUFFIXES, *IMAGES) else os.path.basename(name)
+    for spelling in (stem, f"v_{stem}", stem.removeprefix("v_")):
+        fitting = [path for path in places.get(spelling, []) if os.path.isfile(path) or _has_frames(path)]
+        if len(fitting) > 1:
+            raise DataError(
+                f"Two videos are called {name}: {fitting[0]} and {fitting[1]}. Give the folder that holds one of them."
+            )
+        if fitting:
+            return fitting[0]
+    return None
+
+
+def _has_frames(folder: str) -> bool:
+    with os.scandir(folder) as inside:
+        return any(entry.name.lower().endswith(IMAGES) for entry in inside)
+
+
+# ---- answers as words
+
+
+def words_of(answer: str) -> list[str]:
+    """Lower-case words without punctuation."""
+    return re.findall(r"[a-z0-9]+(?:['-][a-z0-9]+)*", answer.lower())
+
+
+def mentions(answer: str, vocabulary: frozenset[str]) -> list[str]:
+    """The words and runs of words of an answer that are in `vocabulary`, longest first, plurals as singulars."""
+    words, longest = words_of(answer), max((name.count(" ") + 1 for name in vocabulary), default=1)
+    found, at = [], 0
+    while at < len(words):
+        for length in range(min(longest, len(words) - at), 0, -1):
+            run = words[at : at + length]
+            name = next(
+                (n for n in (" ".join([*run[:-1], last]) for last in _singulars(run[-1])) if n in vocabulary), None
+            )
+            if name is not None:
+                found.append(name)
+                break
+        at += length
+    return found
+
+
+def _singulars(word: str) -> list[str]:
+    """The word, and what it may be the plural of."""
+    ends = (("ies", "y"), ("ves", "f"), ("es", ""), ("s", ""))
+    return [
+        word,
+        *(word.removesuffix(end) + new for end, new in ends if word.endswith(end) and len(word) > len(end) + 1),
+    ]
+
+
+def yes_or_no(answer: str) -> bool | None:
+    """Whether an answer says yes: by the first of its words that says yes or no, in any form; None: none does."""
+    for word in words_of(answer):
+        if word in ("yes", "no", "not") or word.endswith("n't"):
+            return word == "yes"
+    return None

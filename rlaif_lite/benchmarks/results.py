@@ -1,0 +1,99 @@
+"""From tallies to figures with intervals, and figures side by side.
+
+A metric is a ratio of sums over items, with a percentile bootstrap interval that resamples VIDEOS, all items about one
+video together: questions about the same video are no independent measurements. Results of different judges never stand
+in one table.
+
+Shapes: N videos, R resamples.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError
+from ..report.stats import paired_bootstrap
+from .items import Tally
+
+RESAMPLES = 2000
+
+
+def figures(tallies: list[tuple[str, Tally]], seed: int = 0) -> dict[str, dict]:
+    """(video, tally) of every item -> {metric: {value, low, high, items}}; null where nothing was counted."""
+    sums: dict[str, dict[str, np.ndarray]] = {}
+    counted: dict[str, int] = {}
+    for video, tally in tallies:
+        for metric, (part, whole) in tally.items():
+            of_video = sums.setdefault(metric, {})
+            of_video[video] = of_video.get(video, 0.0) + np.array([part, whole], dtype=np.float64)
+            counted[metric] = counted.get(metric, 0) + (whole > 0)
+    out = {}
+    for metric, of_video in sums.items():
+        counts_N2 = np.stack(list(of_video.values()))
+        out[metric] = {"value": None, "low": None, "high": None, "items": counted[metric]}
+        if counts_N2[:, 1].sum() > 0:
+            # the change from nothing at all is the figure itself: a ratio of nothing is 0 here
+            found = paired_bootstrap(np.zeros_like(counts_N2), counts_N2, _ratio, RESAMPLES, seed)
+            out[metric] |= {"value": found.delta, "low": found.low, "high": found.high}
+    return out
+
+
+def _ratio(sums_R2: np.ndarray) -> np.ndarray:
+    return sums_R2[..., 0] / np.where(sums_R2[..., 1] == 0, 1.0, sums_R2[..., 1])
+
+
+def table(results: list[dict]) -> str:
+    """Markdown: a row per benchmark and metric, a column per role that was examined.
+
+    Raises DataError where two judges, or two results for one cell, would meet."""
+    judges: dict[str, str] = {}
+    for result in results:
+        if result["judge"] is not None and result["kind"] != "claims":
+            judges.setdefault(result["judge"], f"{result['benchmark']} of {result['who']}")
+    if len(judges) > 1:
+        shown = "\n  ".join(f"{judge}  ({whose})" for judge, whose in judges.items())
+        raise DataError(
+            f"These results come from {len(judges)} judges:\n  {shown}\nFigures of different judges cannot be compared: "
+            "make one table per judge, or judge again with `rlaif-lite bench ... --judge`; the answers are kept."
+        )
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    columns = dict.fromkeys(result["who"] for result in results)
+    for result in results:
+        for metric, found in result["metrics"].items():
+            row = cells.setdefault((result["benchmark"], metric), {})
+            if result["who"] in row:
+                raise DataError(
+                    f"There are two results of {result['who']} for {result['benchmark']}; give one of them."
+                )
+            row[result["who"]] = _cell(found)
+    lines = [f"| benchmark | metric | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
+    for (benchmark, metric), row in cells.items():
+        lines.append(f"| {benchmark} | {metric} | {' | '.join(row.get(who, '') for who in columns)} |")
+    note = f"\nJudge: {next(iter(judges))}\n" if judges else "\n"
+    return "\n".join(lines) + "\n" + note
+
+
+def _cell(found: dict) -> str:
+    if found["value"] is None:
+        return "-"
+    return f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def as_text(result: dict, folder: Path) -> str:
+    """What one run of a benchmark found."""
+    lines = [f"{result['benchmark']}, {result['who']}: {result['items']} items about {result['videos']} videos"]
+    if result["judge"] is not None:
+        lines.append(f"judge: {result['judge']}")
+    width = max(map(len, result["metrics"]), default=0)
+    lines += [f"  {metric:<{width}}  {_cell(found)}" for metric, found in result["metrics"].items()]
+    for group, metrics in result["groups"].items():
+        shown = ", ".join(
+            f"{metric} {found['value']:.3f}" for metric, found in metrics.items() if found["value"] is not None
+        )
+        lines.append(f"  {group}: {shown}")
+    for what in ("missing", "broken"):
+        if result[what]:
+            names = list(result[what])
+            lines.append(f"{len(names)} videos {what}, {result[f'{what}_items']} items left out: {', '.join(names[:5])}"
+                         + (", ..." if len(names) > 5 else ""))  # fmt: skip
+    return "\n".join([*lines, f"{folder / 'results.json'}"])

@@ -1,0 +1,149 @@
+"""One benchmark, one role, one judge: from files to `results.json`.
+
+    OUT/settings.json   what the answers depend on; other settings are refused here
+    OUT/answers.jsonl   (scores.jsonl, claims.jsonl) as they are made
+    OUT/items.jsonl     one line per item, in the file's order: answer, length, stopped, verdicts, judge, counts
+    OUT/results.json    figures with intervals, who was examined, who judged, what was missing
+
+The answers do not depend on the judge: another judge reads the same ones.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import DataError
+from ..workspace import write_json, write_jsonl
+from .answer import Examinee, write_pictures
+from .audit import judge_id
+from .catalogue import BENCHMARKS, Benchmark
+from .items import Item, Tally, find_videos
+from .judges import Case, Judge
+from .results import figures
+
+
+def run(
+    examinee: Examinee,
+    name: str,
+    files: list[Path],
+    videos: Path,
+    make_judge: Callable[[], Judge],
+    out: Path,
+    limit: int | None = None,
+    prompt: str | None = None,
+    max_new_tokens: int | None = None,
+) -> dict:
+    """Put a role to benchmark `name` -> its `results.json`. `make_judge` is called where the benchmark needs a judge.
+
+    Raises DataError: files in another shape, no video at all, a folder that holds other answers."""
+    benchmark = BENCHMARKS[name]
+    items = benchmark.load(files)[:limit]
+    found, missing = _videos(items, videos, out)
+    settings = {
+        "benchmark": name, "files": {path.name: _digest(path.read_bytes()) for path in files},
+        "answers": examinee.digest(examinee.role), "prompt": prompt or benchmark.prompt,
+        "max_new_tokens": max_new_tokens or examinee.work.recipe.evaluate.max_new_tokens,
+        "features": examinee.work.recipe.features.model_dump(mode="json", exclude={"cache", "workers"}),
+    }  # fmt: skip
+    broken = examinee.look(found, out / "videos.json")
+    usable = [item for item in items if item.video in found and item.video not in broken]
+    if not usable:
+        raise DataError(f"None of the {len(found)} videos can be used; the first: {next(iter(broken.values()))}")
+    if benchmark.kind == "retrieval":
+        settings["texts"] = _digest("\n".join(item.reference for item in usable).encode())
+    _same_settings(out / "settings.json", settings)
+    rows, judge = _rows(examinee, benchmark, usable, out, settings, make_judge)
+    tallies = [benchmark.tally(item, row) | _manner(row) for item, row in zip(usable, rows, strict=True)]
+    write_jsonl(out / "items.jsonl", [
+        {"id": item.id, "video": item.video, "group": item.group, "question": item.questions, "reference": item.reference}
+        | row | {"judge": judge, "counts": tally} for item, row, tally in zip(usable, rows, tallies, strict=True)
+    ])  # fmt: skip
+    result = settings | {
+        "who": str(examinee), "kind": benchmark.kind, "judge": judge,
+        "items": len(usable), "videos": len({item.video for item in usable}),
+        "missing": missing, "missing_items": sum(item.video in missing for item in items),
+        "broken": broken, "broken_items": sum(item.video in broken for item in items),
+        "metrics": figures([(item.video, tally) for item, tally in zip(usable, tallies)]),
+        "groups": _groups(usable, tallies),
+    }  # fmt: skip
+    write_json(out / "results.json", result)
+    return result
+
+
+def _videos(items: list[Item], root: Path, out: Path) -> tuple[dict[str, str], list[str]]:
+    """({name: path}, names that are not there). Raises DataError where none is."""
+    inside = write_pictures(items, out / "pictures")
+    found, missing = find_videos([item.video for item in items if item.video not in inside], root)
+    if not found and not inside:
+        raise DataError(f"None of the {len(missing)} videos is under {root}, among them {', '.join(missing[:5])}.")
+    return found | inside, missing
+
+
+def _rows(
+    examinee: Examinee, benchmark: Benchmark, items: list[Item], out: Path, settings: dict,
+    make_judge: Callable[[], Judge],
+) -> tuple[list[dict], str | None]:  # fmt: skip
+    """(what was found for each item, the judge's id or None)."""
+    prompt = settings["prompt"]
+    if benchmark.kind in ("retrieval", "recognition"):
+        found = examinee.rankings(items, out / "scores.jsonl", prompt, benchmark.kind == "retrieval")
+        return [found[item.id] for item in items], None
+    answers = examinee.answers(items, out / "answers.jsonl", prompt, settings["max_new_tokens"])
+    rows = [{key: value for key, value in answers[item.id].items() if key != "id"} for item in items]
+    if benchmark.kind == "claims":
+        found = examinee.audits(items, answers, out / "claims.jsonl")
+        section, role = examinee.work.recipe.preference.claims, examinee.judge_role
+        judge = judge_id(examinee.work.recipe.model.base, f"{role} {examinee.digest(role)}", section)
+        return [row | {"claims": found[item.id]["claims"]} for item, row in zip(items, rows)], judge
+    if not benchmark.tasks:
+        return rows, None
+    examinee.work.release_roles()
+    judge = make_judge()
+    for row in rows:
+        row["verdicts"] = {}
+    for task in benchmark.tasks:
+        cases = [_case(item, row, task) for item, row in zip(items, rows)]
+        for row, verdict in zip(rows, judge.judge(cases), strict=True):
+            row["verdicts"][task] = {key: value for key, value in verdict._asdict().items() if key != "id"}
+    return rows, judge.id
+
+
+def _case(item: Item, row: dict, task: str) -> Case:
+    """Consistency takes both questions and answers, the other tasks have one."""
+    question, answer = tuple(item.questions), tuple(row["answers"])
+    if task != "consistency":
+        (question,), (answer,) = question, answer
+    return Case(item.id, task, question, item.reference, answer, item.context)
+
+
+def _manner(row: dict) -> Tally:
+    """Length in tokens, and whether the answer came to its end: beside every score, since both move judges."""
+    if "answers" not in row:
+        return {}
+    count = len(row["answers"])
+    return {"length": (float(sum(row["lengths"])), count), "stop_rate": (float(sum(row["stopped"])), count)}
+
+
+def _groups(items: list[Item], tallies: list[Tally]) -> dict[str, dict]:
+    """The figures of each group, where the benchmark has several."""
+    names = list(dict.fromkeys(item.group for item in items))
+    if len(names) < 2:
+        return {}
+    return {name: figures([(item.video, tally) for item, tally in zip(items, tallies) if item.group == name])
+            for name in names}  # fmt: skip
+
+
+def _same_settings(path: Path, settings: dict) -> None:
+    """Raises DataError where the folder holds answers that came about otherwise."""
+    if not path.exists():
+        write_json(path, settings)
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if changed := [key for key in settings if before.get(key) != settings[key]]:
+        told = "; ".join(f"{key} was {before.get(key)}, is {settings[key]}" for key in changed)
+        raise DataError(f"{path.parent} holds answers of other settings ({told}). Give another --out, or remove it.")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

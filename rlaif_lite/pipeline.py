@@ -23,14 +23,14 @@ from .planner import Plan, make_plan, refuse, settle
 from .progress import say
 from .recipe import Recipe, dump_yaml, flatten, load_recipe, recipe_hash
 from .report import page
-from .stages import context, data, evaluate, features, ppo, preference, reward, sft
+from .stages import context, data, dpo, evaluate, features, ppo, preference, reward, sft
 from .training.meter import Meter, describe_machine, versions
 from .workspace import Workspace, write_json
 
 STAGES = {"data": data, "features": features, "sft": sft, "context": context, "preference": preference, "reward": reward,
-          "ppo": ppo, "evaluate": evaluate}  # fmt: skip
+          "ppo": ppo, "dpo": dpo, "evaluate": evaluate}  # fmt: skip
 # Roles that each stage leaves behind; emptied with it when it is stale.
-LEAVES = {"sft": ("sft", "reference"), "reward": ("reward",), "ppo": ("policy", "value")}
+LEAVES = {"sft": ("sft", "reference"), "reward": ("reward",), "ppo": ("policy", "value"), "dpo": ("policy", "divider")}
 # Where and how fast, not what: a change of these makes nothing stale.
 NEUTRAL = ("data.folder", "data.world.workers", "features.cache", "features.workers", "model.gradient_checkpointing",
            "ppo.checkpoint_every")  # fmt: skip
@@ -189,7 +189,7 @@ def write_summary(work: Workspace, stages: list[str], finished: bool) -> None:
         "evaluation_intervals": evaluation.get("evaluation_intervals", {}),
         "preference": results.get("preference", {}),
         "reward": results["reward"] | {"floor": recipe.reward.floor} if "reward" in results else {},
-        "ppo": results.get("ppo", {}),
+        recipe.method: results.get(recipe.method, {}),
     })  # fmt: skip
 
 

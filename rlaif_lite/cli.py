@@ -31,8 +31,8 @@ class _Group(TyperGroup):
             typer.echo(f"{error}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as stop:
-            resumable = ctx.invoked_subcommand == "run"
-            how = "; the run folder can be resumed: run the same command again" if resumable else ""
+            resumable = ctx.invoked_subcommand in ("run", "sweep")
+            how = "; what is done is kept: run the same command again" if resumable else ""
             typer.echo(f"\nStopped{how}.", err=True)
             raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
 
@@ -121,7 +121,7 @@ def report(run_dir: RunDir) -> None:
 
 @app.command()
 def across(
-    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs of one recipe.")],
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Finished runs.")],
     out: Annotated[Path | None, typer.Option(help="Write OUT.md and OUT.json instead of printing.")] = None,
 ) -> None:
     """Several runs side by side: mean, spread, and each run's figures."""
@@ -134,6 +134,31 @@ def across(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".md").write_text(markdown, encoding="utf-8")
     out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+def sweep(
+    what: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE... KEY=VALUE...", help="Recipes, and keys to set in every point."),
+    ],
+    over: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=[VALUES]", help="A key and its values; `a,b=[...]` for keys that go together."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Its folder; runs/sweep-NAME without it.")] = None,
+) -> None:
+    """Run a grid of recipes and values, shared stages once; a table and plots with intervals.
+
+    Go on with the same command. Exit code 1 where a point failed; the others went on."""
+    from .sweep import sweep as run_grid
+
+    recipes = [word for word in what if "=" not in word]
+    if not recipes:
+        raise RlaifError("A sweep needs a recipe, such as `rlaif-lite sweep recipes/tiny.yaml --over 'seed=[0,1,2]'`.")
+    folder = out or Path("runs") / f"sweep-{'-'.join(Path(path).stem for path in recipes)}"
+    if not run_grid(recipes, over or [], [word for word in what if "=" in word], folder):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -3,12 +3,14 @@
 A stage is finished when its folder holds `done.json`: what it read (recipe keys, and the digests of the stages before
 it) and what it returned. When nothing of that changed it is skipped. When something did, its folder is emptied and it
 runs again, and so do the stages that need it. A stage that was killed has no `done.json` and goes on from its own
-checkpoint.
+checkpoint. What a stage read says all that decides what it finds, so a run may also take a stage from another run
+that read the same (`share`).
 """
 
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,7 @@ from .recipe import Recipe, dump_yaml, flatten, load_recipe, recipe_hash
 from .report import page
 from .stages import context, data, dpo, evaluate, features, ppo, preference, reward, sft
 from .training.meter import Meter, describe_machine, versions
+from .video.cache import read_index
 from .workspace import Workspace, write_json
 
 STAGES = {"data": data, "features": features, "sft": sft, "context": context, "preference": preference, "reward": reward,
@@ -39,9 +42,12 @@ GATES = {"reward": "reward.floor"}  # a key of the stage's section that only a l
 INWARD = {"features": ("splits with a narrative", "features.clips", "features.clip_frames")}
 
 
-def run(recipe: Recipe, until: str | None = None, again: str | None = None, force: bool = False) -> dict:
+def run(
+    recipe: Recipe, until: str | None = None, again: str | None = None, force: bool = False, share: Path | None = None
+) -> dict:
     """Run every stage that is not done, up to and including `until`; returns the summary, which also lies in the run
-    folder. The stage `again` runs whether it is done or not.
+    folder. The stage `again` runs whether it is done or not. A stage that a run folder in `share` has done from the
+    same inputs is taken from there.
 
     Memory is planned first; `force` starts what cannot fit. The report is written at the end, also of a run that a
     stage ended early. Raises StageError for an unknown stage and for a plan that does not fit, and whatever the stages
@@ -62,7 +68,7 @@ def run(recipe: Recipe, until: str | None = None, again: str | None = None, forc
         digests: dict[str, str] = {}
         try:
             for name in recipe.stages:
-                run_stage(work, name, STAGES[name], digests, plan)
+                run_stage(work, name, STAGES[name], digests, plan, share)
                 write_summary(work, list(digests), finished=name == "evaluate")
                 if name == until:
                     break
@@ -79,8 +85,10 @@ def evaluate_again(run_dir: Path) -> dict:
     return run(load_recipe(run_dir / "recipe.yaml", [f"output={run_dir}"]), again="evaluate", force=True)
 
 
-def run_stage(work: Workspace, name: str, stage: Any, digests: dict[str, str], plan: Plan) -> None:
-    """Skip, resume or run one stage, and write its `done.json`; `digests` gains the stage's."""
+def run_stage(
+    work: Workspace, name: str, stage: Any, digests: dict[str, str], plan: Plan, share: Path | None = None
+) -> None:
+    """Skip, take, resume or run one stage, and write its `done.json`; `digests` gains the stage's."""
     folder = work.stage(name)
     reads = inputs(work, name, stage.READS) | {
         f"stage {need}": digests[need]
@@ -93,6 +101,10 @@ def run_stage(work: Workspace, name: str, stage: Any, digests: dict[str, str], p
     if done is not None and done["reads"] == reads:
         say(f"{name}: done before, nothing it reads has changed")
         write_json(folder / "done.json", done | {"status": "skipped"})
+        return
+    if share is not None and (source := finished_beside(work, name, reads, share)) is not None:
+        say(f"{name}: taken from {source}, which read the same")
+        take(work, name, source)
         return
     before = (done or begun or {}).get("reads")
     if before is not None and before != reads:
@@ -110,6 +122,46 @@ def run_stage(work: Workspace, name: str, stage: Any, digests: dict[str, str], p
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     peak = f"{meter.peak_memory_bytes / 2**20:.0f} MiB, planned {planned / 2**20:.0f}"
     say(f"{name}: {meter.seconds:.1f} s, peak memory {peak}")
+
+
+def finished_beside(work: Workspace, name: str, reads: dict[str, Any], share: Path) -> Path | None:
+    """A run folder in `share` that has finished the stage from the same inputs, if what the stage leaves outside the
+    run folder (the world's files, cached features) is where this run looks for it."""
+    for path in sorted(share.glob(f"*/{name}/done.json")):
+        if read(path)["reads"] != reads:
+            continue
+        if name == "data" and work.recipe.data.world and not (work.data_folder / "world.json").exists():
+            continue
+        keys = [key for index in path.parent.glob("index*.json") for key in read_index(index).values()]
+        if all(work.store.path(key).exists() for key in keys):
+            return path.parents[1]
+    return None
+
+
+def take(work: Workspace, name: str, source: Path) -> None:
+    """Make the stage's folder, adapters and metrics those of the run in `source`. Weights are hard links: they are only
+    ever written anew, never into. A kill in the middle leaves the stage stale."""
+    empty(work, name)
+    write_json(work.stage(name) / "begun.json", {"reads": {"half taken from": str(source)}})
+    roles = [f"adapters/{role}" for role in LEAVES.get(name, ()) if (source / "adapters" / role).exists()]
+    left = shutil.ignore_patterns("begun.json", "done.json", "cache", "checkpoint")
+    for folder in (name, *roles):
+        shutil.copytree(source / folder, work.folder / folder, ignore=left, copy_function=link, dirs_exist_ok=True)
+    work.log.take(name, source / "metrics.jsonl")
+    done = {"shared_from": source.name} | read(source / name / "done.json") | {"status": "shared"}
+    write_json(work.stage(name) / "begun.json", {"reads": done["reads"]})
+    write_json(work.stage(name) / "done.json", done)
+
+
+def link(source: str, target: str) -> None:
+    """A hard link of weights where the file system has them; a copy otherwise, and of everything else."""
+    try:
+        if source.endswith(".safetensors"):
+            os.link(source, target)
+            return
+    except OSError:
+        pass
+    shutil.copy2(source, target)
 
 
 def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]:
@@ -183,7 +235,10 @@ def write_summary(work: Workspace, stages: list[str], finished: bool) -> None:
         "machine": describe_machine(),
         "versions": versions(),
         "finished": finished,
-        "stages": {name: done["cost"] | {"status": done["status"]} for name, done in found.items() if done is not None},
+        "stages": {
+            name: done["cost"] | {key: done[key] for key in ("status", "shared_from") if key in done}
+            for name, done in found.items() if done is not None
+        },
         "features": results.get("features"),
         "evaluation": evaluation.get("evaluation", {}),
         "evaluation_intervals": evaluation.get("evaluation_intervals", {}),

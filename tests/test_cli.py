@@ -124,7 +124,7 @@ def test_other_errors_keep_their_traceback(calls, monkeypatch):
 def test_only_run_promises_to_resume(calls, monkeypatch):
     result = ends_with(calls, monkeypatch, KeyboardInterrupt())
     assert result.exit_code == 130
-    assert result.stderr == "\nStopped; the run folder can be resumed: run the same command again.\n"
+    assert result.stderr == "\nStopped; what is done is kept: run the same command again.\n"
 
     def stop(run_dir):
         raise KeyboardInterrupt
@@ -169,7 +169,7 @@ def test_signals_clean_up_and_leave_a_resumable_run(sent, code):
     out, err = process.communicate(timeout=120)
     assert out == "cleaned up\n"
     # Nothing from the worker that the pool ended, too.
-    assert err == "\nStopped; the run folder can be resumed: run the same command again.\n"
+    assert err == "\nStopped; what is done is kept: run the same command again.\n"
     assert process.returncode == code
 
 

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "rlaif_lite"
 # From the top. A module imports from its own unit and from the floors below its own, not from its neighbours.
 FLOORS = [
     {"cli"},
-    {"profiler"},
+    {"profiler", "sweep"},
     {"pipeline", "chat", "doctor", "exchange", "benchmarks"},
     {"stages", "planner"},
     {"workspace"},

@@ -1,4 +1,4 @@
-"""Several runs of one recipe side by side: mean and spread of what matters, as Markdown and JSON.
+"""Several runs side by side: mean and spread of what matters, as Markdown and JSON.
 
     rlaif-lite across runs/seeds/*  --out docs/results/tiny
 
@@ -12,60 +12,71 @@ from typing import Any, NamedTuple
 
 from ..errors import StageError
 
+METHOD = "<method>"  # in a row's path: the trained policy's column, by the run's own method
+
 
 class Row(NamedTuple):
     """One figure of the table."""
 
     label: str
-    path: tuple[str, ...]  # where it stands in summary.json
+    path: tuple[str, ...]  # where it stands in `figures`
     minus: tuple[str, ...] | None = None  # subtracted from it, for a change
+    swept: bool = False  # one of the figures that a sweep sums up and draws
 
 
 def _change(metric: str, label: str) -> Row:
-    return Row(label, ("evaluation", "ppo", metric), ("evaluation", "sft", metric))
+    return Row(f"{label}, policy - SFT", ("evaluation", METHOD, metric), ("evaluation", "sft", metric), swept=True)
 
 
 ROWS = [
-    _change("greedy_hallucination", "hallucination, greedy, PPO - SFT"),
-    Row("... interval, low", ("evaluation_intervals", "ppo-sft", "greedy_hallucination", "low")),
-    Row("... interval, high", ("evaluation_intervals", "ppo-sft", "greedy_hallucination", "high")),
-    _change("sample_hallucination", "hallucination, sampled, PPO - SFT"),
-    Row("... interval, low", ("evaluation_intervals", "ppo-sft", "sample_hallucination", "low")),
-    Row("... interval, high", ("evaluation_intervals", "ppo-sft", "sample_hallucination", "high")),
-    _change("greedy_f1", "F1, greedy, PPO - SFT"),
-    _change("sample_f1", "F1, sampled, PPO - SFT"),
-    _change("greedy_precision", "precision, greedy, PPO - SFT"),
-    _change("greedy_recall", "recall, greedy, PPO - SFT"),
-    Row("hallucination, greedy, SFT", ("evaluation", "sft", "greedy_hallucination")),
-    Row("hallucination, greedy, PPO", ("evaluation", "ppo", "greedy_hallucination")),
+    _change("greedy_hallucination", "hallucination, greedy"),
+    Row("... interval, low", ("evaluation_intervals", f"{METHOD}-sft", "greedy_hallucination", "low")),
+    Row("... interval, high", ("evaluation_intervals", f"{METHOD}-sft", "greedy_hallucination", "high")),
+    _change("sample_hallucination", "hallucination, sampled"),
+    Row("... interval, low", ("evaluation_intervals", f"{METHOD}-sft", "sample_hallucination", "low")),
+    Row("... interval, high", ("evaluation_intervals", f"{METHOD}-sft", "sample_hallucination", "high")),
+    _change("greedy_f1", "F1, greedy"),
+    _change("sample_f1", "F1, sampled"),
+    Row("precision, greedy, policy - SFT", ("evaluation", METHOD, "greedy_precision"),
+        ("evaluation", "sft", "greedy_precision")),
+    _change("greedy_recall", "recall, greedy"),
+    _change("sample_recall", "recall, sampled"),
+    _change("greedy_length", "length, greedy"),
+    _change("sample_length", "length, sampled"),
+    _change("greedy_malformed", "malformed answers, greedy"),
+    _change("sample_malformed", "malformed answers, sampled"),
+    Row("hallucination, greedy, SFT", ("evaluation", "sft", "greedy_hallucination"), swept=True),
+    Row("hallucination, greedy, policy", ("evaluation", METHOD, "greedy_hallucination"), swept=True),
     Row("hallucination, sampled, SFT", ("evaluation", "sft", "sample_hallucination")),
-    Row("hallucination, sampled, PPO", ("evaluation", "ppo", "sample_hallucination")),
+    Row("hallucination, sampled, policy", ("evaluation", METHOD, "sample_hallucination")),
     Row("hallucination, SFT sampled at T = 0.3", ("evaluation", "sft@0.3", "sample_hallucination")),
+    Row("F1, greedy, SFT", ("evaluation", "sft", "greedy_f1"), swept=True),
+    Row("F1, greedy, policy", ("evaluation", METHOD, "greedy_f1"), swept=True),
     Row("F1, sampled, SFT", ("evaluation", "sft", "sample_f1")),
-    Row("F1, sampled, PPO", ("evaluation", "ppo", "sample_f1")),
+    Row("F1, sampled, policy", ("evaluation", METHOD, "sample_f1")),
     Row("F1, SFT sampled at T = 0.3", ("evaluation", "sft@0.3", "sample_f1")),
-    Row("malformed answers, greedy, PPO", ("evaluation", "ppo", "greedy_malformed")),
-    Row("malformed answers, sampled, PPO", ("evaluation", "ppo", "sample_malformed")),
+    Row("malformed answers, greedy, policy", ("evaluation", METHOD, "greedy_malformed")),
+    Row("malformed answers, sampled, policy", ("evaluation", METHOD, "sample_malformed")),
     Row("length, greedy, SFT", ("evaluation", "sft", "greedy_length")),
-    Row("length, greedy, PPO", ("evaluation", "ppo", "greedy_length")),
-    Row("judge of the labels, agreement with the truth", ("preference", "judge_agreement_with_truth")),
+    Row("length, greedy, policy", ("evaluation", METHOD, "greedy_length")),
+    Row("judge of the labels, agreement with the truth", ("preference", "judge_agreement_with_truth"), swept=True),
     Row("... without the narrative", ("preference", "judge_agreement_without_context")),
     Row("claims judge, with narrative", ("judge", "claims+context", "agreement")),
     Row("claims judge, without", ("judge", "claims", "agreement")),
     Row("pairwise judge, with narrative", ("judge", "pairwise+context", "agreement")),
     Row("pairwise judge, without", ("judge", "pairwise", "agreement")),
     Row("pairwise judge, order consistency on decided pairs", ("judge", "pairwise+context", "consistency_decided")),
-    Row("reward model, held-out pairs, as labelled", ("reward", "heldout_accuracy")),
-    Row("reward model, held-out pairs, against the truth", ("reward", "heldout_accuracy_truth")),
-    Row("true score of rollouts, first step", ("ppo", "oracle_start")),
-    Row("true score of rollouts, last step", ("ppo", "oracle_end")),
-    Row("reward, first step", ("ppo", "reward_start")),
-    Row("reward, last step", ("ppo", "reward_end")),
-    Row("KL at step 0, nats per answer", ("ppo", "kl_start")),
-    Row("KL at the last step, nats per answer", ("ppo", "kl_end")),
-    Row("seconds, all stages", ("cost", "seconds")),
-    Row("peak memory, MiB", ("cost", "peak_mib")),
-]
+    Row("reward model, held-out pairs, as labelled", ("reward", "heldout_accuracy"), swept=True),
+    Row("reward model, held-out pairs, against the truth", ("reward", "heldout_accuracy_truth"), swept=True),
+    Row("true score of rollouts, first step", (METHOD, "oracle_start")),
+    Row("true score of rollouts, last step", (METHOD, "oracle_end")),
+    Row("reward, first step", (METHOD, "reward_start")),
+    Row("reward, last step", (METHOD, "reward_end")),
+    Row("KL at step 0, nats per answer", (METHOD, "kl_start")),
+    Row("KL at the last step, nats per answer", (METHOD, "kl_end"), swept=True),
+    Row("seconds, all stages", ("cost", "seconds"), swept=True),
+    Row("peak memory, MiB", ("cost", "peak_mib"), swept=True),
+]  # fmt: skip
 
 
 def table(folders: list[Path]) -> tuple[str, list[dict]]:
@@ -74,7 +85,7 @@ def table(folders: list[Path]) -> tuple[str, list[dict]]:
     names = [f"{run['name']}" for run in runs]
     lines = [f"| figure | mean | sd | {' | '.join(names)} |", "|---|---|---|" + "---|" * len(runs)]
     for row in ROWS:
-        values = [_value(run, row) for run in runs]
+        values = [value_of(run, row) for run in runs]
         found = [v for v in values if v is not None]
         if not found:
             continue
@@ -92,25 +103,28 @@ def figures(folder: Path) -> dict[str, Any]:
     summary = json.loads(path.read_text())
     if not summary["finished"]:
         raise StageError(f"The run in {folder} is not finished. Run its recipe again; it goes on where it stopped.")
-    judges = {row["judge"] + ("+context" if row["context"] else ""): row for row in summary["preference"]["judges"]}
+    method = summary.get("method", "ppo")  # runs of old have no other
+    rows = summary["preference"].get("judges", [])
+    judges = {row["judge"] + ("+context" if row["context"] else ""): row for row in rows}
     stages = summary["stages"].values()
     cost = {
         "seconds": sum(s["seconds"] for s in stages),
         "peak_mib": max(s["peak_memory_bytes"] for s in stages) / 2**20,
     }
     kept = ("recipe", "recipe_hash", "seed", "world_seed", "device", "machine", "versions", "stages", "evaluation", "evaluation_intervals",
-            "preference", "reward", "ppo")  # fmt: skip
-    return {"name": folder.name, "judge": judges, "cost": cost} | {key: summary[key] for key in kept}
+            "preference", "reward", method)  # fmt: skip
+    return {"name": folder.name, "method": method, "judge": judges, "cost": cost} | {key: summary[key] for key in kept}
 
 
-def _value(run: dict, row: Row) -> float | None:
+def value_of(run: dict, row: Row) -> float | None:
+    """A row's figure of one run; None where the run does not have it."""
     value, minus = _at(run, row.path), _at(run, row.minus) if row.minus else 0.0
     return None if value is None or minus is None else value - minus
 
 
 def _at(run: dict, path: tuple[str, ...]) -> float | None:
     found: Any = run
-    for key in path:
+    for key in (key.replace(METHOD, run["method"]) for key in path):
         if not isinstance(found, dict) or key not in found:
             return None
         found = found[key]

@@ -3,7 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -61,6 +61,46 @@ def calibration(bins: Sequence[dict]) -> str:
         axes.set_xlabel("predicted", color=MUTED, fontsize=8)
         axes.set_ylabel("observed", color=MUTED, fontsize=8)
         return _svg(figure)
+
+
+class Spread(NamedTuple):
+    """One figure in one setting of a sweep."""
+
+    label: str
+    values: Sequence[float]  # one per seed
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+def panels(drawn: Sequence[tuple[str, Sequence[Spread]]]) -> Figure:
+    """One panel per figure of a sweep: settings from top to bottom, a dot per seed, their mean with its interval."""
+    with matplotlib.rc_context(STYLE):
+        names = [spread.label for spread in drawn[0][1]]
+        columns, height = 3, 0.75 + 0.24 * len(names)
+        rows = -(-len(drawn) // columns)
+        left = 0.3 + 0.065 * max(map(len, names))  # inches for the settings' names
+        figure = Figure(figsize=(left + 3.3 * columns, height * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+        for axes, (title, spreads) in zip(grid.flat, drawn):
+            axes.set_title(title, loc="left", fontsize=9, color=INK)
+            for place, (_, values, mean, low, high) in enumerate(spreads):
+                axes.plot(values, [place] * len(values), "o", color=COLOURS[2], markersize=4, alpha=0.7, mew=0)
+                if low is not None:
+                    axes.plot([low, high], [place, place], color=COLOURS[0], linewidth=2)
+                if mean is not None:
+                    axes.plot([mean, mean], [place - 0.28, place + 0.28], color=COLOURS[0], linewidth=2)
+            if "policy - SFT" in title:
+                axes.axvline(0, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
+            axes.set_yticks(range(len(names)), names)
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.tick_params(length=0, colors=MUTED, labelsize=8)
+            axes.grid(axis="x", color=GRID, linewidth=0.8)
+            axes.spines[:].set_visible(False)
+        for axes in grid.flat[len(drawn) :]:
+            axes.set_visible(False)
+        return figure
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:

@@ -77,15 +77,14 @@ class MetricsLog:
 
     def resume(self, stage: str, step: int) -> None:
         """Drops this stage's lines of `step` and later (all of them for step 0), and a line cut short by a kill."""
-        if not self.path.exists():
-            return
-        kept = [line for line in self._whole_lines() if not self._is_redone(line, stage, step)]
-        replacement = self.path.with_name(self.path.name + ".tmp")
-        with open(replacement, "w", encoding="utf-8") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(replacement, self.path)
+        if self.path.exists():
+            self._replace([line for line in self._whole_lines() if not self._is_redone(line, stage, step)])
+
+    def take(self, stage: str, other: Path) -> None:
+        """Puts another log's lines of `stage` and its phases (`sft.easy` of `sft`) in the place of this one's."""
+        own = [line for line in self._whole_lines() if json.loads(line)["stage"].partition(".")[0] != stage]
+        found = MetricsLog(other)._whole_lines()
+        self._replace([*own, *(line for line in found if json.loads(line)["stage"].partition(".")[0] == stage)])
 
     def append(self, stage: str, step: int, values: Mapping[str, float], time: Mapping[str, float] | None = None):
         """Writes one line. Raises StageError when a value is NaN or infinite: nothing after it can be trusted."""
@@ -105,8 +104,18 @@ class MetricsLog:
             os.fsync(file.fileno())
 
     def _whole_lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         return lines if not lines or lines[-1].endswith("\n") else lines[:-1]
+
+    def _replace(self, lines: list[str]) -> None:
+        replacement = self.path.with_name(self.path.name + ".tmp")
+        with open(replacement, "w", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(replacement, self.path)
 
     @staticmethod
     def _is_redone(line: str, stage: str, step: int) -> bool:

@@ -1,0 +1,166 @@
+"""What a sweep found: every figure by setting, over its seeds, and what changes between settings.
+
+A setting's interval is Student's t over its seeds (95 %): it says how far another draw may fall. With a single seed
+there is none but, for a change against SFT, the evaluation's own, over videos. Differences between settings are taken
+seed by seed first, so that what a seed does to both drops out.
+"""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import StageError
+from .across import METHOD, ROWS, Row, figures, value_of
+from .plots import Spread, panels
+
+SWEPT = [row for row in ROWS if row.swept]
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 1 to 10 degrees of freedom
+
+
+class Ran(NamedTuple):
+    """One point of a sweep."""
+
+    setting: str
+    draw: str  # its seeds
+    folder: Path
+    reason: str | None  # why it did not finish
+
+
+class Stat(NamedTuple):
+    """Some draws of one figure."""
+
+    n: int
+    mean: float
+    sd: float | None  # None for a single draw
+    low: float | None  # the 95 % interval of the mean
+    high: float | None
+
+
+def stat(values: list[float]) -> Stat:
+    """Mean, standard deviation and t interval of at least one value."""
+    n, mean = len(values), statistics.fmean(values)
+    if n == 1:
+        return Stat(1, mean, None, None, None)
+    sd = statistics.stdev(values)
+    half = t_quantile(n - 1) * sd / n**0.5
+    return Stat(n, mean, sd, mean - half, mean + half)
+
+
+def t_quantile(df: int) -> float:
+    """The 97.5 % quantile of Student's t; above ten degrees of freedom by its expansion around the normal's
+    (Abramowitz and Stegun 26.7.5), right to 0.003."""
+    return T_975[df - 1] if df <= len(T_975) else 1.96 + 2.372 / df + 2.823 / df**2
+
+
+def write(out: Path, ran: list[Ran], of: int) -> None:
+    """`sweep.md`, `sweep.json`, `sweep.svg` and `sweep.png` of the points that ran so far, out of `of`."""
+    found = summed(ran)
+    settings = list(dict.fromkeys(point.setting for point in ran))
+    (out / "sweep.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    (out / "sweep.md").write_text(markdown(found, settings, of), encoding="utf-8")
+    drawn = []
+    for label, by_setting in found["figures"].items():
+        spreads = []
+        for setting in settings:
+            values, one = by_setting.get(setting, (None, None))
+            spreads.append(Spread(setting, [], None, None, None) if one is None else
+                           Spread(setting, list(values.values()), one["mean"], one["low"], one["high"]))  # fmt: skip
+        drawn.append((label, spreads))
+    if drawn:
+        figure = panels(drawn)
+        for kind in ("svg", "png"):
+            figure.savefig(out / f"sweep.{kind}", dpi=150)
+
+
+def summed(ran: list[Ran]) -> dict[str, Any]:
+    """All of `sweep.json`: the points with their figures, each figure by setting, the differences, the cost."""
+    runs = {point.folder: figures(point.folder) for point in ran if point.reason is None}
+    by_label: dict[str, dict[str, tuple[dict[str, float], dict]]] = {}
+    differences: dict[str, dict[str, dict]] = {}
+    settings = list(dict.fromkeys(point.setting for point in ran))
+    for row in SWEPT:
+        values: dict[str, dict[str, float]] = {}
+        only: dict[str, dict] = {}
+        for point in ran:
+            if point.folder in runs and (value := value_of(runs[point.folder], row)) is not None:
+                values.setdefault(point.setting, {})[point.draw] = value
+                only[point.setting] = runs[point.folder]
+        for setting, by_draw in values.items():
+            one = stat(list(by_draw.values()))
+            one = over_videos(row, one, only[setting]) if one.n == 1 else one
+            by_label.setdefault(row.label, {})[setting] = (by_draw, one._asdict())
+        first = values.get(settings[0], {})
+        for setting in settings[1:]:
+            paired = [value - first[draw] for draw, value in values.get(setting, {}).items() if draw in first]
+            if paired:
+                differences.setdefault(row.label, {})[setting] = stat(paired)._asdict()
+    points = [
+        {"setting": p.setting, "draw": p.draw, "folder": p.folder.name, "reason": p.reason, "run": runs.get(p.folder)}
+        | costs(p.folder)
+        for p in ran
+    ]
+    return {"baseline": settings[0], "figures": by_label, "differences": differences, "points": points}
+
+
+def over_videos(row: Row, one: Stat, run: dict) -> Stat:
+    """A change of a single run against SFT with the interval that its evaluation gave it."""
+    name = row.path[-1]
+    interval = run["evaluation_intervals"].get(f"{run['method']}-sft", {}).get(name)
+    if row.minus is None or row.path[:2] != ("evaluation", METHOD) or interval is None:
+        return one
+    return one._replace(low=interval["low"], high=interval["high"])
+
+
+def costs(folder: Path) -> dict[str, Any]:
+    """Seconds that the point's own stages took, seconds that it took from other points, and which stages those were."""
+    try:
+        stages = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["stages"]
+    except FileNotFoundError:  # it ended before its first stage did
+        stages = {}
+    except ValueError as error:
+        raise StageError(f"{folder / 'summary.json'} is not JSON ({error}); run the sweep again.") from error
+    taken = [name for name, stage in stages.items() if "shared_from" in stage]
+    own = sum(stage["seconds"] for name, stage in stages.items() if name not in taken)
+    return {"seconds_own": own, "seconds_shared": sum(stages[name]["seconds"] for name in taken), "shared": taken}
+
+
+# ------------------------------------------------------------------------------------------------------------ Markdown
+
+
+def markdown(found: dict[str, Any], settings: list[str], of: int) -> str:
+    """The tables that people read."""
+    points = found["points"]
+    failed = [point for point in points if point["reason"] is not None]
+    state = f"{len(points) - len(failed)} of {of} points done" + (f", {len(failed)} failed" if failed else "")
+    own, saved = (sum(point[f"seconds_{kind}"] for point in points) for kind in ("own", "shared"))
+    lines = [
+        "# Sweep", "", f"{state}; {own:.0f} s in all, {saved:.0f} s saved by sharing stages.", "",
+        "Mean over the seeds, with Student's 95 % interval, n seeds; a single seed's change has its evaluation's interval",
+        "over videos. Seconds count a shared stage as if the run had done it.", "",
+        f"| figure | {' | '.join(settings)} |", "|---|" + "---|" * len(settings),
+    ]  # fmt: skip
+    for label, by_setting in found["figures"].items():
+        cells = (_cell(by_setting[one][1]) if one in by_setting else "" for one in settings)
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    if found["differences"]:
+        others = settings[1:]
+        lines += ["", f"Differences from `{found['baseline']}`, paired by seed; **bold** where the interval leaves 0 out.",
+                  "", f"| figure | {' | '.join(others)} |", "|---|" + "---|" * len(others)]  # fmt: skip
+        for label, by_setting in found["differences"].items():
+            cells = (_cell(by_setting[one], bold=True) if one in by_setting else "" for one in others)
+            lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines += ["", "| point | seed | seconds | taken from other points | |", "|---|---|---|---|---|"]
+    for point in points:
+        reason = "" if point["reason"] is None else "failed: " + " ".join(point["reason"].split())[:300]
+        row = (point["folder"], point["draw"], f"{point['seconds_own']:.0f}", ", ".join(point["shared"]), reason)
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |")
+    return "\n".join(lines) + "\n\n![every figure by setting](sweep.svg)\n"
+
+
+def _cell(one: dict[str, Any], bold: bool = False) -> str:
+    mean = f"{one['mean']:.3f}"
+    if one["low"] is None:
+        return f"{mean} (n {one['n']})"
+    text = f"{mean} ({one['low']:.3f} to {one['high']:.3f}, n {one['n']})"
+    return f"**{text}**" if bold and not one["low"] <= 0 <= one["high"] else text

@@ -1,0 +1,180 @@
+"""A grid of runs, one after the other, with what they have in common done once.
+
+    rlaif-lite sweep recipes/tiny.yaml --over "preference.context=[true,false]" --over "seed=[0,1,2]"
+
+Every point of the grid is a run folder below `out`, as `rlaif-lite run` writes it: a stage that another point has done
+from the same inputs is taken from there, the synthetic world and the cached features lie beside the points, once. A
+sweep that was killed goes on when it is started again; points that are added to it find what is there.
+
+Each point runs in a process of its own, so that the memory of one does not count against the next, and one that dies
+(out of memory, a floor not reached) is written down with its reason while the others go on.
+"""
+
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import traceback
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import RecipeError, RlaifError
+from .progress import say
+from .recipe import Recipe, check_files, flatten, load_recipe
+from .recipe.marked_yaml import parse
+from .report import grid as tables
+
+DRAWS = ("seed", "data.world.seed")  # another value of these is another draw of the same setting
+LONGEST = 120  # characters of a point's folder name
+MESSAGE = 4000  # characters of a reason that are kept; a pipe holds more
+
+
+class Axis(NamedTuple):
+    """What one `--over` says."""
+
+    keys: tuple[str, ...]  # they take the same value
+    values: list[Any]
+
+
+class Point(NamedTuple):
+    """One run of the grid."""
+
+    setting: str  # what tells it from the other settings, in words
+    draw: str  # its seeds; "" where no seed is swept
+    recipe: Recipe
+
+
+def sweep(paths: list[str], over: list[str], overrides: list[str], out: Path) -> bool:
+    """Run the grid of `paths` (recipes) times `over` ("key=[...]", or "key,key=[...]" for keys that take the same
+    value) and write `sweep.md`, `.json`, `.svg` and `.png` into `out`, anew after each point. Returns whether every
+    point finished. Raises RecipeError, before anything runs, for a point that is no valid recipe."""
+    points = grid(paths, [axis(text) for text in over], overrides, out)
+    for point in points:
+        check_files(point.recipe)
+    out.mkdir(parents=True, exist_ok=True)
+    processes = multiprocessing.get_context("forkserver")
+    # Forked from a process that has imported everything, where no GPU can be in use: CUDA does not survive a fork.
+    on_cpu = all(point.recipe.device == "cpu" for point in points)
+    processes.set_forkserver_preload(["rlaif_lite.pipeline"] if on_cpu else [])
+    ran: list[tables.Ran] = []
+    for number, point in enumerate(points, 1):
+        folder = Path(point.recipe.output)
+        say(f"sweep: {number} of {len(points)}, {folder.name}")
+        reason = run_apart(processes, point.recipe, out)
+        if reason is not None:
+            say(f"sweep: {folder.name} failed: {reason}")
+        ran.append(tables.Ran(point.setting, point.draw, folder, reason))
+        tables.write(out, ran, of=len(points))
+    say(f"{out / 'sweep.md'}")
+    return all(point.reason is None for point in ran)
+
+
+# ---------------------------------------------------------------------------------------------------------- the grid
+
+
+def axis(text: str) -> Axis:
+    """ "preference.context=[true,false]" as keys and values."""
+    keys, equals, values = text.partition("=")
+    parsed = parse(values, f"--over {text}").data if equals else None
+    if not isinstance(parsed, list) or not parsed:
+        raise RecipeError(f"`--over {text}` is not of the form key=[value, ...], such as ppo.kl_coef=[0.05,0.1].")
+    return Axis(tuple(key.strip() for key in keys.split(",")), parsed)
+
+
+def grid(paths: list[str], axes: list[Axis], overrides: list[str], out: Path) -> list[Point]:
+    """Every point, recipe by recipe; the last axis changes fastest."""
+    names = [Path(path).stem for path in paths]
+    keys = [key for one in axes for key in one.keys]
+    if twice := {name for name in (*names, *keys) if (*names, *keys).count(name) > 1}:
+        raise RecipeError(f"{', '.join(sorted(twice))} stands twice in the sweep. Say each recipe and key once.")
+    if "output" in (*keys, *(text.partition("=")[0].strip() for text in overrides)):
+        raise RecipeError(
+            "`output` is where a single run goes. A sweep's folder is --out; each point has its own in it."
+        )
+    points: list[Point] = []
+    for path, name in zip(paths, names):
+        for values in itertools.product(*(one.values for one in axes)):
+            said = [
+                (one.keys, value if isinstance(value, str) else json.dumps(value)) for one, value in zip(axes, values)
+            ]
+            draw = [value for keys, value in said if set(keys) <= set(DRAWS)]
+            setting = [name] if len(paths) > 1 else []
+            setting += [f"{','.join(keys)}={value}" for keys, value in said if not set(keys) <= set(DRAWS)]
+            folder = out / folder_name(" ".join([name, *(f"{','.join(keys)}={value}" for keys, value in said)]))
+            if folder in [Path(point.recipe.output) for point in points]:
+                raise RecipeError(f"{folder} would hold two points of the sweep. Say each value once.")
+            changes = [*overrides, f"output={json.dumps(str(folder))}"]
+            changes += [f"{key}={json.dumps(value)}" for one, value in zip(axes, values) for key in one.keys]
+            points.append(Point(" ".join(setting) or name, "/".join(draw), shared(path, changes, out)))
+    return points
+
+
+def folder_name(words: str) -> str:
+    name = re.sub(r"[^A-Za-z0-9._=,+-]+", "_", words)
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+
+
+def shared(path: str, changes: list[str], out: Path) -> Recipe:
+    """The recipe, its world and its feature cache where all points look for theirs, unless it says where."""
+    recipe = load_recipe(path, changes)
+    if recipe.features.cache is None:
+        changes = [*changes, f"features.cache={json.dumps(str(out / 'features'))}"]
+    if recipe.data.world is not None and recipe.data.folder is None:
+        keys = {key: value for key, value in flatten(recipe).items() if key.startswith("data.world.")}
+        keys.pop("data.world.workers")
+        world = out / "worlds" / hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:12]
+        changes = [*changes, f"data.folder={json.dumps(str(world))}"]
+    return load_recipe(path, changes)
+
+
+# --------------------------------------------------------------------------------------------------------- one point
+
+
+def run_apart(processes: Any, recipe: Recipe, share: Path) -> str | None:
+    """Run a recipe in a process of its own; returns why it did not finish, None where it did."""
+    ours, theirs = processes.Pipe(duplex=False)
+    process = processes.Process(target=_run, args=(theirs, recipe, share))
+    process.start()
+    theirs.close()
+    try:
+        process.join()
+        said = ours.recv() if ours.poll() else None
+    except EOFError:
+        said = None
+    finally:
+        if process.is_alive():  # we are being stopped, and so is it
+            process.terminate()
+            process.join()
+    if process.exitcode == 0:
+        return None
+    if process.exitcode == -signal.SIGKILL:
+        return "it was killed (SIGKILL); where memory ran out, that is what the system does"
+    return said or f"its process ended with exit code {process.exitcode}"
+
+
+def _run(answer: Connection, recipe: Recipe, share: Path) -> None:
+    """What the point's process does. It goes down cleanly with SIGTERM, and when the sweep's process is gone."""
+    own = os.getpid()
+    stop = lambda *_: signal.raise_signal(signal.SIGINT) if os.getpid() == own else os._exit(143)  # not in its workers
+    signal.signal(signal.SIGTERM, stop)
+    parent = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: wait([parent]) and os.kill(own, signal.SIGTERM), daemon=True).start()
+    try:
+        from .model.unsloth_loader import import_first
+
+        import_first(recipe.model)
+        from . import pipeline
+
+        pipeline.run(recipe, share=share)
+    except RlaifError as error:
+        answer.send(str(error)[:MESSAGE])
+        raise SystemExit(2) from None
+    except Exception as error:
+        traceback.print_exc()
+        answer.send(f"{type(error).__name__}: {error}"[:MESSAGE])
+        raise SystemExit(1) from None

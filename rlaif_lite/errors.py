@@ -26,3 +26,7 @@ class ModelError(RlaifError):
 
 class StageError(RlaifError):
     """A stage that must not start or go on: a missing input, a floor not reached."""
+
+
+class JudgeError(RlaifError):
+    """A judge that cannot go on: its address does not answer, or it is not the judge that it was. Verdicts are kept."""

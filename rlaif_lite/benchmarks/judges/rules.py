@@ -1,0 +1,72 @@
+"""The judge without a model: rules about words. Exact, free, the same for ever, and blind to meaning.
+
+qa      yes/no references: by the first word of the prediction that says yes or no. Option letters: by the letter that
+        the prediction names, or by the option's words. Everything else: right if the reference's words stand in the
+        prediction as they are, articles left out and small numbers as digits. "A dog" is right for "the dog runs" and
+        for "not a dog"; "puppy" is wrong. The score is token F1, times five.
+others  token F1 between prediction and reference on the task's scale, nothing more: it sees no order (temporal), no
+        theme (context) and no contradiction. Of a consistency pair, the worse of the two. It is there to have figures
+        where no model can run, and is not to be quoted beside a model's.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from ..items import words_of, yes_or_no
+from . import Case, Verdict
+from .prompts import SCALES
+
+ARTICLES = ("a", "an", "the")
+NUMBERS = {
+    word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())
+}
+OPTION = re.compile(r"\s*\(?([A-H])(?:[.):]+(?:\s+(.*))?|\s*$)", re.DOTALL)  # "B", "(B)", "B. a dog"
+NAMED = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?:?\s*\(?([A-H])\b")
+
+
+class Rules:
+    """Judges by the rules above."""
+
+    id = "rules:words-and-token-f1@1"  # another number when a rule changes
+
+    def judge(self, cases: Sequence[Case]) -> list[Verdict]:
+        """One verdict for each case, in order; there is never a problem."""
+        return [_judge(case) for case in cases]
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """Harmonic mean of precision and recall over words, as multisets; 0 where either has none."""
+    said, asked = Counter(normal(prediction)), Counter(normal(reference))
+    common = sum((said & asked).values())
+    return 2 * common / (said.total() + asked.total()) if common else 0.0
+
+
+def normal(text: str) -> list[str]:
+    """Lower-case words without articles, small numbers as digits."""
+    return [NUMBERS.get(word, word) for word in words_of(text) if word not in ARTICLES]
+
+
+def _judge(case: Case) -> Verdict:
+    scale = SCALES[case.task]
+    said = case.prediction if isinstance(case.prediction, tuple) else (case.prediction,)
+    share = min(token_f1(prediction, case.reference) for prediction in said)
+    if case.task == "qa":
+        right, only = _right(case.prediction, case.reference)
+        return Verdict(case.id, right, 5.0 * (right if only else share), "", None)
+    score = scale.low + share * (scale.high - scale.low)
+    return Verdict(case.id, None if scale.right is None else score >= scale.right, score, "", None)
+
+
+def _right(prediction: str, reference: str) -> tuple[bool, bool]:
+    """(whether it is right, whether it can only be right or wrong)."""
+    asked, said = normal(reference), normal(prediction)
+    if asked in (["yes"], ["no"]):
+        return yes_or_no(prediction) == (asked == ["yes"]), True
+    if option := OPTION.fullmatch(reference):
+        named = OPTION.match(prediction) or NAMED.search(prediction)
+        if named:
+            return named[1] == option[1], True
+        asked = normal(option[2] or "")
+    runs = (said[start : start + len(asked)] for start in range(len(said) - len(asked) + 1))
+    return bool(asked) and any(run == asked for run in runs), bool(option)

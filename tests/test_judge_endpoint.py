@@ -1,0 +1,251 @@
+"""The judge behind an address, against a real HTTP server on this machine that misbehaves as servers do."""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from rlaif_lite.benchmarks.judges import Case
+from rlaif_lite.benchmarks.judges.cached import CachedJudge
+from rlaif_lite.benchmarks.judges.endpoint import GIVE_UP, Endpoint, Prices, _seconds
+from rlaif_lite.errors import JudgeError
+
+KEY = "sk-very-secret"
+
+
+class Server(ThreadingHTTPServer):
+    """Does what the prediction in the prompt says: "500 once", "nonsense", ... ; everything else gets {'score': 4}."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.calls: Counter[str] = Counter()
+        self.requests: list[tuple[dict, dict]] = []  # (headers, body)
+        self.everybody: str | None = None  # what to do whatever the prediction says
+        self.model = "judge-2026-01-01"
+        self.healed = threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request, client_address):
+        pass  # clients that went away are the point of some tests
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.server.calls["GET"] += 1
+        self.answer(200, {})
+
+    def do_POST(self):
+        server: Server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server.requests.append((dict(self.headers), {"path": self.path, **body}))
+        found = re.search(r"<prediction>(.*)</prediction>", body["messages"][0]["content"])
+        wish = found[1] if found else "probe"
+        server.calls[wish] += 1
+        what, _, rest = (server.everybody or wish).partition(" ")
+        if rest.startswith("once") and server.calls[wish] > 1 or rest.startswith("until") and server.healed.is_set():
+            what = "fine"
+        if what.isdigit():
+            wait = re.search(r"after=(\S+)", rest)
+            said = {"error": {"message": f"no {self.headers['Authorization']}" + (" insufficient_quota" * ("quota" in rest))}}
+            self.answer(int(what), said, {"Retry-After": wait[1]} if wait else {"Location": server.url + "/other"})
+        elif what == "garbage":
+            self.raw(200, b"<html>502 Bad Gateway</html>")
+        elif what == "close":
+            self.close_connection = True
+        elif what == "half":
+            self.raw(200, b'{"choices"', length=1000)
+        elif what == "hang":
+            server.healed.wait(20)
+        else:
+            text = {"nonsense": "I am only a language model.", "null": None}.get(what, "{'score': 4}")
+            said = {"model": server.model, "choices": [{"message": {"content": text}}]}
+            if what != "uncounted":
+                said["usage"] = {"prompt_tokens": 100, "completion_tokens": 10}
+            self.answer(200, said)
+
+    def answer(self, code: int, body: dict, headers: dict | None = None):
+        self.raw(code, json.dumps(body).encode(), headers)
+
+    def raw(self, code: int, data: bytes, headers: dict | None = None, length: int | None = None):
+        self.send_response(code)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(length or len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", f" {KEY}\n")
+    server = Server()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    server.healed.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def judge(server, tmp_path):
+    """judge(concurrency=1, ...) -> a judge at the server, its verdicts in tmp_path."""
+
+    def make(again: bool = False, **keys) -> CachedJudge:
+        given = {"key": "JUDGE_KEY", "timeout": 5.0, "pause": 0.01, "attempts": 3} | keys
+        return CachedJudge(Endpoint(server.url, "judge", **given), tmp_path, again)
+
+    return make
+
+
+def cases(*wishes: str) -> list[Case]:
+    return [Case(f"c{n}", "correctness", "what ?", "a dog", wish) for n, wish in enumerate(wishes)]
+
+
+TROUBLES = ["fine", "429 once after=0.2", "500 once", "503 once", "garbage once", "close once", "half once", "hang once",
+            "nonsense", "null"]  # fmt: skip
+
+
+def test_what_passes_is_tried_again_and_nothing_is_asked_twice(server, judge, tmp_path):
+    first = judge(timeout=1.5)
+    verdicts = first.judge(cases(*TROUBLES, "fine"))
+    assert [v.id for v in verdicts] == [f"c{n}" for n in range(11)]
+    assert [v.score for v in verdicts] == [4.0] * 8 + [None, None, 4.0]
+    assert [v.problem for v in verdicts[8:10]] == [
+        "no score from 0 to 5: 'I am only a language model.'", "no score from 0 to 5: the reply is empty",
+    ]  # fmt: skip
+    asked = {"probe": 1} | {wish: 2 if "once" in wish else 1 for wish in TROUBLES}
+    assert server.calls == asked  # "fine" stands for two cases and was asked once
+    assert first.id.startswith(f"endpoint:127.0.0.1:{server.server_port}/v1:judge@judge-2026-01-01#")
+
+    assert judge().judge(cases(*TROUBLES, "fine")) == verdicts
+    assert server.calls == asked | {"probe": 2}
+    judge(again=True).judge(cases(*TROUBLES))
+    assert server.calls == asked | {"probe": 3, "nonsense": 2, "null": 2}
+
+    (file,) = tmp_path.iterdir()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {(line["judge"], line["revision"]) for line in lines} == {(first.id, "judge-2026-01-01")}
+    assert all(len(line["prompt"]) == 12 and line["tokens"] == [100, 10] for line in lines)
+
+
+def test_the_request(server, judge):
+    judge(body={"max_tokens": None, "max_completion_tokens": 9}).judge(cases("fine"))
+    headers, body = server.requests[-1]
+    assert headers["Authorization"] == f"Bearer {KEY}" and body["path"] == "/v1/chat/completions"
+    assert (body["model"], body["temperature"], body["max_completion_tokens"]) == ("judge", 0, 9)
+    assert "max_tokens" not in body and body["messages"][0]["role"] == "user" and len(body["messages"]) == 1
+
+
+def test_cost(server, capsys, tmp_path):
+    model = Endpoint(server.url, "judge", prices=Prices(2.0, 10.0), attempts=1, revision="x")
+    CachedJudge(model, tmp_path).judge(cases("fine", "fine too", "uncounted"))
+    said = "3 replies, 200 + 20 tokens (1 replies without a count), cost 0.0006"
+    assert said in capsys.readouterr().err and said in model.cost()
+
+
+def test_what_does_not_pass_stops_at_the_end_and_the_rest_is_kept(server, judge):
+    given = cases("fine", "500 until", "hang until", "also fine")
+    with pytest.raises(JudgeError, match=r"2 of 4 prompts were answered, and their verdicts are kept.*run the same command"):
+        judge(timeout=0.5, attempts=2).judge(given)
+    assert server.calls["500 until"] == server.calls["hang until"] == 2
+    server.healed.set()
+    before = server.calls.copy()
+    assert [v.score for v in judge().judge(given)] == [4.0] * 4
+    assert server.calls - before == {"500 until": 1, "hang until": 1, "probe": 1}
+
+
+def test_a_server_that_is_down_is_not_asked_for_everything(server, judge):
+    model = judge(concurrency=2, attempts=1)
+    server.everybody = "500"
+    with pytest.raises(JudgeError, match=r"0 of 100 prompts.*HTTP 500"):
+        model.judge(cases(*(f"w{n}" for n in range(100))))
+    assert GIVE_UP <= sum(server.calls.values()) <= GIVE_UP + 4
+
+
+@pytest.mark.parametrize(("everybody", "message"), [
+    ("401", "Check the API key"), ("404", "Check the address and the model's name"), ("429 quota", "quota is used up"),
+    ("429 after=4000", "asks to wait for 4000 s"), ("400", "does not judge: HTTP 400"), ("500", r"HTTP 500 .*\(tried 3 times\)"),
+    ("hang", "no answer within 0.3 s"), ("garbage", "no chat completion: b'<html>"),
+])  # fmt: skip
+def test_a_judge_that_cannot_judge_is_found_before_anything_is_asked(server, judge, everybody, message):
+    server.everybody = everybody
+    with pytest.raises(JudgeError, match=message) as error:
+        judge(timeout=0.3 if everybody == "hang" else 5.0)
+    assert KEY not in str(error.value) and set(server.calls) == {"probe"}
+
+
+def test_a_redirect_is_not_followed(server, judge):
+    server.everybody = "302"
+    with pytest.raises(JudgeError, match="It has moved to http.*/v1/other: give that address"):
+        judge()
+    assert server.calls == {"probe": 1}
+
+
+def test_a_prompt_that_is_refused_is_a_verdict_unless_all_are(server, judge):
+    verdicts = judge(concurrency=1).judge(cases("400", "fine"))
+    assert verdicts[0].problem.startswith("HTTP 400 Bad Request") and KEY not in verdicts[0].problem
+    assert verdicts[1].score == 4.0
+    with pytest.raises(JudgeError, match="0 of 2 prompts were answered.*HTTP 422"):
+        judge().judge(cases("422", "422 too"))
+    assert judge().judge(cases("400"))[0].problem  # kept like any verdict
+
+
+def test_another_model_behind_the_name_is_another_judge(server, judge):
+    model = judge()
+    model.judge(cases("fine"))
+    server.model = "judge-2026-02-02"
+    with pytest.raises(JudgeError, match="stood for judge-2026-01-01 and now stands for judge-2026-02-02"):
+        model.judge(cases("fine", "another"))
+    assert judge().id != model.id
+
+
+def test_a_server_is_asked_again_when_it_says(server, judge):
+    model = judge(concurrency=1)
+    started = time.monotonic()
+    model.judge(cases("429 once after=0.5", "fine"))
+    assert time.monotonic() - started >= 0.5
+    in_a_minute = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    assert 55 < _seconds(in_a_minute) <= 60
+    assert [_seconds(text) for text in ("3", "-1", "soon", None)] == [3.0, 0.0, None, None]
+
+
+def test_ctrl_c_ends_at_once_and_keeps_what_was_judged(server, judge):
+    model = judge(timeout=20.0, concurrency=2)
+    threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT)).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        model.judge(cases("fine", "hang until", "also fine"))
+    assert time.monotonic() - started < 3
+    server.healed.set()
+    before = server.calls.copy()
+    assert [v.score for v in judge().judge(cases("fine", "hang until", "also fine"))] == [4.0] * 3
+    assert (server.calls - before)["fine"] == (server.calls - before)["also fine"] == 0
+
+
+def test_addresses_and_keys(monkeypatch):
+    for url in ("api.openai.com", "ftp://x/v1", "http://"):
+        with pytest.raises(JudgeError, match="is no address of a judge"):
+            Endpoint(url, "m", revision="x")
+    with pytest.raises(JudgeError, match="Put the key into an environment variable") as error:
+        Endpoint("http://me:hunter2@host/v1", "m", revision="x")
+    assert "hunter2" not in str(error.value)
+    with pytest.raises(JudgeError, match="environment variable NO_SUCH_KEY.* is not set"):
+        Endpoint("http://host/v1", "m", key="NO_SUCH_KEY", revision="x")
+    monkeypatch.setenv("JUDGE_KEY", "a\nb")
+    with pytest.raises(JudgeError, match="more than an API key") as error:
+        Endpoint("http://host/v1", "m", key="JUDGE_KEY", revision="x")
+    full = Endpoint("https://host/v1/chat/completions/", "m", revision="x")
+    assert full.name == "endpoint:host/v1:m" == Endpoint("https://host/v1", "m", revision="x").name

@@ -160,7 +160,12 @@ def run_apart(processes: Any, recipe: Recipe, share: Path) -> str | None:
 def _run(answer: Connection, recipe: Recipe, share: Path) -> None:
     """What the point's process does. It goes down cleanly with SIGTERM, and when the sweep's process is gone."""
     own = os.getpid()
-    stop = lambda *_: signal.raise_signal(signal.SIGINT) if os.getpid() == own else os._exit(143)  # not in its workers
+
+    def stop(*_: object) -> None:
+        if os.getpid() != own:  # one of its workers
+            os._exit(143)
+        raise KeyboardInterrupt
+
     signal.signal(signal.SIGTERM, stop)
     parent = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: wait([parent]) and os.kill(own, signal.SIGTERM), daemon=True).start()
@@ -174,6 +179,8 @@ def _run(answer: Connection, recipe: Recipe, share: Path) -> None:
     except RlaifError as error:
         answer.send(str(error)[:MESSAGE])
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(143) from None
     except Exception as error:
         traceback.print_exc()
         answer.send(f"{type(error).__name__}: {error}"[:MESSAGE])

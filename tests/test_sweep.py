@@ -5,9 +5,9 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from rlaif_lite import cli
 from rlaif_lite.errors import RecipeError
 from rlaif_lite.report import grid as tables
 from rlaif_lite.report.across import ROWS
-from rlaif_lite.sweep import axis, folder_name, grid
+from rlaif_lite.sweep import axis, folder_name, grid, sweep
 
 SMALL = ["ppo.steps=1", "sft.hard.steps=1", "evaluate.temperatures=[]", "preference.compare_context=false",
          "preference.compare_pairs=0"]  # fmt: skip
@@ -34,30 +34,45 @@ def path(checkpoint, tmp_path) -> Path:
     return file
 
 
+class Stopped(KeyboardInterrupt):
+    """As Ctrl-C and SIGTERM stop the command."""
+
+
+@contextmanager
+def stopped_when(condition):
+    """Raises Stopped in the block, from a signal, once `condition()` holds."""
+
+    def stop(*_):
+        raise Stopped
+
+    def watch():
+        while not condition():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 # -------------------------------------------------------------------------------------------------------- for real
 
 
 def test_a_sweep_shares_goes_on_and_survives_a_failing_point(path, tmp_path):
-    """Two floors, one of which no reward model reaches, times two seeds; killed with SIGKILL in its second point."""
+    """Two floors, one of which no reward model reaches, times two seeds; stopped in its second point."""
     out = tmp_path / "out"
     over = ["--over", "seed=[3,4]", "--over", "reward.floor=[0.0,1.0]"]
     arguments = ["sweep", str(path), *over, "--out", str(out), *SMALL]
     point = lambda seed, floor: out / f"test_seed={seed}_reward.floor={floor}"
-    running = subprocess.Popen([sys.executable, "-m", "rlaif_lite.cli", *arguments], stderr=subprocess.PIPE)
     second = point(3, "1.0")
-    while not (second / "reward" / "done.json").exists():
-        assert running.poll() is None, running.stderr.read().decode()
-        time.sleep(0.02)
-    os.kill(running.pid, signal.SIGKILL)
-    with open(second / ".lock") as lock:  # its point's process ends as well, and lets go of the folder
-        for _ in range(500):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                time.sleep(0.02)
-        else:
-            pytest.fail("the point goes on without its sweep")
+    with stopped_when((second / "reward" / "done.json").exists), pytest.raises(Stopped):
+        sweep([str(path)], ["seed=[3,4]", "reward.floor=[0.0,1.0]"], SMALL, out)
+    assert not (second / "ppo" / "done.json").exists()
+    with open(second / ".lock") as lock:  # the point's process has ended as well
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     first = {file: file.stat().st_mtime_ns for file in (point(3, "0.0") / "adapters").rglob("*.safetensors")}
 
     result = CliRunner().invoke(cli.app, arguments)

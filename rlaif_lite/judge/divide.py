@@ -2,10 +2,10 @@
 and the judge's probabilities of yes and no decide; the score is minus the number of claims rejected.
 
 Who divides is a writer: the run's own base, with an adapter or without, or a text model that is loaded for it alone.
-Published: two fine-tuned Llama-3-8B, one that splits and one that asks. A writer's lists are read line by line; an
+Published: two fine-tuned Llama-3-8B, one that splits and one that asks. What a writer writes is read line by line; an
 answer whose questions are not as many as its claims cannot be judged, and neither can one without any claim.
 
-Departures: lists are written greedily (published: temperature 0.2), so that the same answer is divided the same way in
+Departures: all is written greedily (published: temperature 0.2), so that the same answer is divided the same way in
 every round; an answer without a claim is left out where it would win with a score of 0.
 """
 
@@ -46,10 +46,10 @@ def divide(write: Writer, answers: Sequence[tuple[str, str]], section: Divide) -
         claims = [parse_list(text, section.separator) for text in write(prompts)]
     if section.ask is None:
         return [Divided(found, found) for found in claims]
-    some = [i for i, found in enumerate(claims) if found]
-    written = write([section.ask.format(claims=section.separator.join(claims[i])) for i in some])
-    questions = dict(zip(some, (parse_list(text, section.separator) for text in written), strict=True))
-    return [Divided(found, questions.get(i, [])) for i, found in enumerate(claims)]
+    different = list(dict.fromkeys(claim for found in claims for claim in found))
+    written = write([section.ask.format(claim=claim) for claim in different])
+    asked = dict(zip(different, (parse_list(text, section.separator) for text in written), strict=True))
+    return [Divided(found, [question for claim in found for question in asked[claim]]) for found in claims]
 
 
 def parse_list(text: str, separator: str) -> list[str]:

@@ -51,8 +51,14 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for key, phase in phases:
         if phase is not None and isinstance(phase.micro_batch, int) and phase.micro_batch > phase.batch_size:
             yield f"{key}.micro_batch", f"is {phase.micro_batch}, above batch_size: {phase.batch_size}. Lower it."
-    if ppo.value == "none" and ppo.group_size < 2:
+    if ppo.value == "none" and ppo.baseline != "batch" and ppo.group_size < 2:
         yield "ppo.value", "is none, which compares answers to one prompt. Set ppo.group_size to 2 or more."
+    if ppo.value == "none" and ppo.baseline == "batch" and not ppo.whiten_advantages:
+        yield "ppo.baseline", "is batch, and ppo.whiten_advantages, which is all there is of it, false. Set that true."
+    if ppo.feedback == "ranking" and ppo.group_size < 2:
+        yield "ppo.feedback", "is ranking, which orders answers to one prompt. Set ppo.group_size to 2 or more."
+    if ppo.kl_in == "loss" and ppo.kl_estimator == "k1":
+        yield "ppo.kl_in", "is loss, where k1 has no gradient on average. Set ppo.kl_estimator to k3 or exact."
     if ppo.rollouts % ppo.group_size:
         yield "ppo.rollouts", f"is {ppo.rollouts}, no multiple of ppo.group_size: {ppo.group_size}. Change either."
     if ppo.minibatch > ppo.rollouts:
@@ -73,6 +79,8 @@ def _dpo_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "preference.claims.mode", "is inline, but dpo.divide asks about claims. Set it to ask, with {claim}."
     if dpo.divide.train is not None and recipe.data.world is None:
         yield "dpo.divide.train", "learns from the synthetic world's texts, and data.world is null. Set it to null."
+    if dpo.divide.train is not None and dpo.divide.split is None and dpo.divide.ask is None:
+        yield "dpo.divide.train", "trains to split and to ask, but dpo.divide.split and .ask are null. Set it to null."
     if dpo.divide.train is not None and dpo.divide.train.steps is None:
         yield "dpo.divide.train.steps", "is null, but its texts are drawn without end. Say how many steps."
     if dpo.divide.train is not None and dpo.divide.model is not None:
@@ -109,7 +117,7 @@ def _template_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         ("preference.pairwise.context_prefix", pairwise.context_prefix, {"context"}, {"context"}),
         ("reward.prompt", recipe.reward.prompt or "", context, {"question"} | context),
         ("dpo.divide.split", divide.split or "{answer}", {"answer"}, {"answer", "question"}),
-        ("dpo.divide.ask", divide.ask or "{claims}", {"claims"}, {"claims"}),
+        ("dpo.divide.ask", divide.ask or "{claim}", {"claim"}, {"claim"}),
         ("dpo.describe.again", describe.again, {"context"}, {"context"}),
     )
     for key, template, must, may in templates:

@@ -29,12 +29,12 @@ class Divide(Section):
         description="asks for the claims of an answer; null: its sentences are its claims",
     )
     ask: str | None = Field(
-        "{claims}\nRewrite each line as a question to be answered by yes or no, one per line.",
-        description="turns the claims, one per line, into questions; null: claims are asked about as they are",
+        "{claim}\nRewrite this statement as a question to be answered by yes or no. Keep its tense and its negations.",
+        description="turns a claim into a question; null: claims are asked about as they are",
     )
-    separator: str = Field("\n", min_length=1, description="stands between claims, and between questions")
-    max_new_tokens: Count = Field(512, description="longest list of claims or questions")
-    batch_size: Count = Field(16, description="lists in flight")
+    separator: str = Field("\n", min_length=1, description="stands between claims")
+    max_new_tokens: Count = Field(256, description="longest list of claims")
+    batch_size: Count = Field(16, description="texts in flight")
 
 
 class Describe(Section):

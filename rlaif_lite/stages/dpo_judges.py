@@ -9,7 +9,8 @@ from typing import Iterator, Mapping, NamedTuple
 
 from ..data.records import Message, Record
 from ..data.world import facts_of
-from ..data.world_text import claim_question, claims_of, garbled, sampled
+from ..data.world_text import claim_question, claims_of, garbled, sentences_of
+from ..data.world_text import describe as description_of
 from ..data.world_text import score as truth_score
 from ..judge.claims import ask, judge_claims
 from ..judge.describe import describe
@@ -26,6 +27,7 @@ from .sft import backward, example
 
 DIVIDER = "divider"  # the adapter that divides answers, where the recipe trains one
 GARBLED = 0.15  # share of the texts it learns from that stumble, as sampled answers do
+ASKING = 0.2  # share of the texts that ask
 CHECKPOINT_EVERY = 20
 
 
@@ -130,19 +132,19 @@ def prepare_divider(work: Workspace) -> None:
 
 
 def lesson(section: Divide, rng: random.Random) -> Record:
-    """One text to learn from: an answer and its claims, or claims and their questions. What it tells of is drawn anew;
+    """One text to learn from: an answer and its claims, or a claim and its question. What it tells of is drawn anew;
     it is no video of the run."""
     facts = facts_of(rng.getrandbits(48), "divide", 0)
-    answer = sampled(facts, rng)
-    answer = garbled(answer, rng) if rng.random() < GARBLED else answer
+    sentences = sentences_of(garbled(description_of(facts), rng) if rng.random() < GARBLED else description_of(facts))
+    kept = sorted(rng.sample(range(len(sentences)), rng.randint(1, len(sentences))))  # also answers of few words
+    answer = " ".join(" ".join([*sentences[i], "."]) for i in kept)
     claims = claims_of(answer)
-    joined = section.separator.join(claims)
-    tasks = []
-    if section.split is not None:
-        tasks.append((section.split.format(question="describe the video", answer=answer), joined))
-    if section.ask is not None:
-        tasks.append((section.ask.format(claims=joined), section.separator.join(map(claim_question, claims))))
-    prompt, written = rng.choice(tasks)
+    if section.split is None or (section.ask is not None and rng.random() < ASKING):
+        claim = rng.choice(claims_of(" ".join(sentences[rng.choice(kept)])))
+        prompt, written = section.ask.format(claim=claim), claim_question(claim)
+    else:
+        prompt = section.split.format(question="describe the video", answer=answer)
+        written = section.separator.join(claims)
     return Record("lesson", None, (Message("user", prompt), Message("assistant", written)))
 
 

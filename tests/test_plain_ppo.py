@@ -38,7 +38,7 @@ def test_the_same_step_by_other_means(plain, recipe, monkeypatch):
         theirs = plain.plain_score(given, micros, answers)
         assert len(calls) == 1 + 4 * 2  # a pass of the tower for every role and micro-batch
         taken = given.feedback.take(given.records, answers, 0)
-        own = ppo.score(work, given.feedback, micros, given.records, taken, loaded.ppo.kl_coef)
+        own = ppo.score(work, given.feedback, micros, taken, loaded.ppo.kl_coef)
         for name in ("logp_BT", "kl_BT", "value_BT", "raw_B", "advantage_BT", "return_BT"):
             torch.testing.assert_close(getattr(theirs, name), getattr(own, name), rtol=1e-4, atol=1e-4)
         before = [p.detach().clone() for p in work.roles.parameters("policy")]

@@ -12,7 +12,7 @@ from rlaif_lite.model.inputs import IGNORE, encode_prompt
 from rlaif_lite.rollout import Trajectory
 from rlaif_lite.stages import ppo
 from rlaif_lite.stages.experience import cut, place
-from rlaif_lite.stages.feedback import Taken, feedback_of
+from rlaif_lite.stages.feedback import Taken
 from rlaif_lite.stages.ppo_log import check_first_step
 from rlaif_lite.workspace import Workspace, read_jsonl
 
@@ -23,7 +23,7 @@ class Step:
     def __init__(self, recipe, **keys):
         self.work = work = Workspace(recipe.model_copy(update={"ppo": recipe.ppo.model_copy(update=keys)}))
         self.section = work.recipe.ppo
-        self.feedback = feedback_of(work)
+        self.feedback = ppo.FEEDBACK[work.recipe.ppo.feedback](work)
         work.load_role("reference")
         work.roles.add("policy", copy_of="reference")
         work.roles.add("value", copy_of=self.feedback.critic_from)
@@ -39,7 +39,7 @@ class Step:
         size = self.section.micro_batch or self.section.minibatch
         taken = answers if isinstance(answers, Taken) else self.feedback.take(self.records, answers, 0)
         self.minibatches = cut(self.work, self.feedback.critic_prompt, self.records, taken.answers, 0, size)
-        return self.minibatches, ppo.score(self.work, self.feedback, self.minibatches, self.records, taken, kl_coef)
+        return self.minibatches, ppo.score(self.work, self.feedback, self.minibatches, taken, kl_coef)
 
     def update(self, experience, lr: float = 1.0, roles=("policy", "value")):
         """By plain gradient descent, so that a step is the gradient itself."""

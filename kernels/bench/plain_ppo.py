@@ -57,7 +57,7 @@ def ours(given: Step, number: int) -> int:
     answers = ppo.rollout(work, records, number)
     micros = cut(work, feedback.critic_prompt, records, answers, number, micro_size(work))
     taken = feedback.take(records, answers, number)
-    experience = ppo.score(work, feedback, micros, records, taken, work.recipe.ppo.kl_coef)
+    experience = ppo.score(work, feedback, micros, taken, work.recipe.ppo.kl_coef)
     ppo.update(work, micros, experience, optimizers, number)
     return sum(len(answer.ids) for answer in answers)
 
@@ -160,7 +160,9 @@ def plain_score(given: Step, minibatches: list[list[Micro]], answers: list[Traje
     reward_BT = ppo.shaped_reward(score_B, kl_BT, mask_BT, section.kl_coef)
     advantage_BT, return_BT = ppo.advantages(section, reward_BT, value_BT, mask_BT, mask_BT)
     none_BT = torch.zeros_like(logp_BT)
-    return Experience(mask_BT, mask_BT, logp_BT, none_BT, kl_BT, value_BT, rm_B, score_B, advantage_BT, return_BT)
+    return Experience(
+        mask_BT, mask_BT, logp_BT, ref_BT, none_BT, kl_BT, value_BT, rm_B, score_B, advantage_BT, return_BT, 0.0
+    )
 
 
 def plain_update(given: Step, minibatches: list[list[Micro]], e: Experience) -> None:
@@ -218,7 +220,7 @@ def logp_gap(given: Step) -> float:
     work, feedback, records = given.work, given.feedback, given.records
     answers = ppo.rollout(work, records, 0)
     micros = cut(work, feedback.critic_prompt, records, answers, 0, micro_size(work))
-    a = ppo.score(work, feedback, micros, records, feedback.take(records, answers, 0), work.recipe.ppo.kl_coef)
+    a = ppo.score(work, feedback, micros, feedback.take(records, answers, 0), work.recipe.ppo.kl_coef)
     return float((a.logp_BT - plain_score(given, micros, answers).logp_BT).abs().max())
 
 

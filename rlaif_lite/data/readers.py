@@ -306,7 +306,10 @@ def _record(found: dict, source: str, turns: list[Message], video, chosen=None, 
     if video is not None and first is not None and not any(VIDEO in m.content for m in turns):
         turns[first] = Message("user", f"{VIDEO}\n{turns[first].content}")
     name = next((str(found[key]) for key in ("id", "uid", "question_id") if found.get(key) is not None), source)
-    return Record(name, video, tuple(turns), chosen, rejected, source=source)
+    extras = {key: found[key] for key in ("caption_type", "length_bonus") if found.get(key) is not None}
+    if strange := [key for key, value in extras.items() if type(value) not in (int, float)]:
+        raise DataError(f"{source}: `{strange[0]}` is {found[strange[0]]!r}, expected a number.")
+    return Record(name, video, tuple(turns), chosen, rejected, source=source, **extras)
 
 
 def _sft(found: dict, source: str) -> Record:

@@ -34,6 +34,8 @@ class Record:
     clip: int | None = None  # the record is about this clip of the video only; None is the whole video
     verdicts: tuple[tuple[int, str], ...] = ()  # (end offset in `answer`, label word): process supervision
     facts: dict | None = None  # the truth about the video; synthetic world only
+    caption_type: int | None = None  # LLaVA-RLHF: what the right answer is known to be (rl.shaping.symbolic_bonus)
+    length_bonus: float | None = None  # LLaVA-RLHF: multiplies what this record's answers pay for their length
     source: str = ""  # where it was read: "file.json#17"
 
     @property
@@ -131,6 +133,8 @@ def from_json(found: dict, source: str) -> Record:
             clip=typed("clip", int, "a clip number"),
             verdicts=marks,
             facts=typed("facts", dict, "an object"),
+            caption_type=typed("caption_type", int, "a number"),
+            length_bonus=typed("length_bonus", (int, float), "a number"),
             source=source,
         )
     )

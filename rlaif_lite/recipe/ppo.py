@@ -18,6 +18,9 @@ class Ppo(Section):
     )
     judge_context: bool = Field(True, description="that judge reads the narrative of every RL video")
     interventions: Interventions = Interventions()
+    rank_reward: Literal["reported", "mirrored", "oracle"] = Field(
+        "mirrored", description="ranking; Oracle-RLAIF's as reported, with its sign turned, or the judge's place alone"
+    )
     steps: Count = Field(20, description="rounds of rollout and update")
     rollouts: Count = Field(96, description="answers per step (published 256)")
     slots: Count | None = Field(None, description="answers in flight while sampling; null: all `rollouts`")
@@ -32,7 +35,10 @@ class Ppo(Section):
     kl_coef: float = Field(0.1, ge=0, description="weight of the KL to the reference in the reward")
     kl_target: Positive | None = Field(None, description="KL per answer aimed at by adapting the weight; null: fixed")
     kl_horizon: Count = Field(10000, description="answers over which the adaptive weight moves")
-    kl_estimator: Literal["k1", "k3"] = Field("k1", description="log ratio, or Schulman's non-negative estimator")
+    kl_estimator: Literal["k1", "k3", "exact"] = Field(
+        "k1", description="log ratio, Schulman's non-negative estimator, or the sum over the vocabulary"
+    )
+    kl_in: Literal["reward", "loss"] = Field("reward", description="where the KL is weighed in (GRPO: loss, k3)")
     clip: float = Field(0.2, gt=0, lt=1, description="range of the policy's probability ratio")
     value_clip: Positive | None = Field(0.2, description="range of a value's change; null: not clipped")
     value_coef: float = Field(0.1, ge=0, description="weight of the value loss")
@@ -44,10 +50,20 @@ class Ppo(Section):
     normalize_reward: bool = Field(True, description="standardise on the reference's answers (published: no)")
     stop_penalty: float = Field(3.0, ge=0, description="taken off an answer without end (published 8)")
     length_penalty: float = Field(0.0, ge=0, description="times length / max_new_tokens, taken off (published 10)")
+    length_weights: bool = Field(False, description="times the record's `length_bonus`, too (LLaVA-RLHF)")
+    symbolic_bonus: float = Field(
+        0.0, ge=0, description="for the answer that the record's `caption_type` names (LLaVA-RLHF 2)"
+    )
     temperature: Positive = Field(1.0, description="temperature of sampling")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus of sampling")
     top_k: int = Field(0, ge=0, description="sample among so many most likely tokens; 0: all")
     max_new_tokens: Count = Field(64, description="longest answer (published 896)")
-    value: Literal["adapter", "none"] = Field("adapter", description="an adapter of its own, or none: leave-one-out")
+    value: Literal["adapter", "none"] = Field("adapter", description="an adapter of its own, or none: see baseline")
+    baseline: Literal["leave_one_out", "group", "batch"] = Field(
+        "leave_one_out",
+        description="value: none; the prompt's other answers (RLOO), its group's mean (GRPO), or token by token the "
+        "step's (REINFORCE++)",
+    )
+    group_std: bool = Field(True, description="baseline: group; divide by the group's deviation (Dr. GRPO: no)")
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
     checkpoint_every: Count = Field(5, description="steps between checkpoints")

@@ -36,15 +36,27 @@ def sequence_score(
     length_B: Tensor,
     max_length: int,
     stop_penalty: float,
-    length_penalty: float,
+    length_penalty: float | Tensor,
 ) -> Tensor:
     """One number per answer: `rm - stop_penalty * (no EOS) - length_penalty * length / max_length`.
 
     Both penalties are positive numbers; they change the score and never take its place, as published (8 and 10 there).
-    `length_B` counts real answer tokens, EOS included.
+    `length_B` counts real answer tokens, EOS included. A length penalty may be given for each answer.
     """
     unstopped_B = (~stopped_B.bool()).to(rm_score_B.dtype)
     return rm_score_B - stop_penalty * unstopped_B - length_penalty * length_B.to(rm_score_B.dtype) / max_length
+
+
+def symbolic_bonus(answer: str, kind: int | None) -> float:
+    """What an answer earns by being the one that is known to be right, before its weight (LLaVA-RLHF, arXiv 2309.14525,
+    `caption_type` in its files): kinds 2 to 5, an option A to D, 1 for naming it; kind 6, a question to be denied, 0.5
+    for "No" and -0.5 for "Yes" at the start; 0 for everything else, as published for a gold Yes, too."""
+    if kind in (2, 3, 4, 5):
+        letter = "ABCD"[kind - 2]
+        return float(answer.startswith(f"{letter}.") or f"correct option is {letter}." in answer)
+    if kind == 6:
+        return 0.5 * answer.startswith("No") - 0.5 * answer.startswith("Yes")
+    return 0.0
 
 
 def shaped_reward(score_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, kl_coef: float) -> Tensor:

@@ -10,7 +10,7 @@ tokens.
 from typing import Callable, NamedTuple
 
 import torch
-from rlaif_kernels import linear_logprob
+from rlaif_kernels import LinearLogprob, linear_logprob
 from torch import Tensor
 
 from ..data.records import Record
@@ -37,13 +37,15 @@ class Experience(NamedTuple):
     mask_BT: Tensor  # bool, real answer tokens (EOS included)
     own_BT: Tensor  # bool, those of them that the policy sampled: what the policy loss and the KL are over
     logp_BT: Tensor  # log-probs of the sampling policy, recomputed
+    ref_logp_BT: Tensor
     entropy_BT: Tensor
-    kl_BT: Tensor  # per-token estimate of KL(policy || reference), nats
+    kl_BT: Tensor  # per token, estimated or exact: KL(policy || reference), nats
     value_BT: Tensor  # value of the state before each token; zeros without a critic
     raw_B: Tensor  # all that feedback gave an answer: its score and its tokens' rewards
     score_B: Tensor  # the same with stop and length penalties
     advantage_BT: Tensor
     return_BT: Tensor
+    loss_kl_coef: float  # weight of the KL in the policy loss; 0 where it is in the rewards
 
 
 def cut(
@@ -77,18 +79,24 @@ def cut(
     ]
 
 
-def token_logp(work: Workspace, role: ActiveRole, micro: Micro) -> tuple[Tensor, Tensor]:
-    """(logp_N, entropy_N) of the micro-batch's answer tokens under a role, at the sampling temperature."""
-    base = work.base()
-    scored_bS = micro.target_bS != IGNORE
-    found = linear_logprob(
-        role.hidden(micro.batch)[scored_bS],
-        base.head_weight_VD,
-        micro.target_bS[scored_bS],
-        bias_V=base.ban_bias_V,
+def answer_hidden(role: ActiveRole, micro: Micro) -> Tensor:
+    """hidden_ND that predict the micro-batch's answer tokens."""
+    return role.hidden(micro.batch)[micro.target_bS != IGNORE]
+
+
+def answer_logp(
+    work: Workspace, hidden_ND: Tensor, micro: Micro, reference_hidden_ND: Tensor | None = None
+) -> LinearLogprob:
+    """Log-probs of the answer tokens and entropies at the sampling temperature; with the reference's hidden states the
+    exact KL to it."""
+    return linear_logprob(
+        hidden_ND,
+        work.base().head_weight_VD,
+        micro.target_bS[micro.target_bS != IGNORE],
+        bias_V=work.base().ban_bias_V,
         temperature=work.recipe.ppo.temperature,
+        reference_hidden_ND=reference_hidden_ND,
     )
-    return found.logp_N, found.entropy_N
 
 
 def token_value(role: ActiveRole, micro: Micro) -> Tensor:

@@ -21,7 +21,7 @@ from ..model.inputs import Sequence, encode_prompt
 from ..phases import phase
 from ..rollout import Sampling, Trajectory, sample
 from ..workspace import Workspace, chunks
-from .experience import Micro
+from .experience import Micro, spread
 from .reward import RewardInput, check_floor, reward_prompt
 
 
@@ -31,6 +31,7 @@ class Taken(NamedTuple):
     records: list[Record]  # that each answers; more than were asked where an answer enters in several parts
     answers: list[Trajectory]  # perhaps shorter or other than they were sampled
     own: list[list[bool]]  # the policy sampled this token; False: put in by the judge, and not learnt from
+    scores: list[float]  # of whole answers, where a judge gives any
     rewards: list[list[float]]  # that stand on tokens, in the scale of the scores
     metrics: dict[str, float]  # what to log of them
 
@@ -43,7 +44,7 @@ class Scored(NamedTuple):
 
 
 class Feedback:
-    """Leaves the answers as they are. Kinds of feedback say in `score` what they are worth."""
+    """Leaves the answers as they are and finds nothing in them; kinds of feedback say what they are worth."""
 
     def __init__(self, work: Workspace):
         self.work = work
@@ -67,13 +68,11 @@ class Feedback:
     def take(self, records: list[Record], answers: list[Trajectory], step: int) -> Taken:
         """The answers that the step learns from; `records` has one for each, groups next to each other."""
         own, rewards = [[True] * len(a.ids) for a in answers], [[0.0] * len(a.ids) for a in answers]
-        return Taken(records, answers, own, rewards, {})
+        return Taken(records, answers, own, [0.0] * len(answers), rewards, {})
 
-    def score(
-        self, records: list[Record], taken: Taken, minibatches: list[list[Micro]], logp_BT: Tensor, mask_BT: Tensor
-    ) -> Scored:
+    def score(self, taken: Taken, minibatches: list[list[Micro]], logp_BT: Tensor, mask_BT: Tensor) -> Scored:
         """`logp_BT`: of the sampling policy, 0 at pads, as `mask_BT` has them."""
-        raise NotImplementedError
+        return Scored(torch.tensor(taken.scores, device=mask_BT.device), spread(taken.rewards, mask_BT))
 
 
 class RewardModelFeedback(Feedback):
@@ -103,14 +102,12 @@ class RewardModelFeedback(Feedback):
     def load_state(self, state: dict) -> None:
         self.mean, self.std = state["normalizer"]
 
-    def score(
-        self, records: list[Record], taken: Taken, minibatches: list[list[Micro]], logp_BT: Tensor, mask_BT: Tensor
-    ) -> Scored:
-        score_B = torch.zeros(len(records), device=self.work.device)
+    def score(self, taken: Taken, minibatches: list[list[Micro]], logp_BT: Tensor, mask_BT: Tensor) -> Scored:
+        score_B = torch.zeros(len(taken.answers), device=self.work.device)
         for micro in (m for minibatch in minibatches for m in minibatch):
             rows = micro.index_b.tolist()
             with phase("score reward", micro.batch.ids_BS.numel()):
-                read_b = self.read([records[i] for i in rows], [taken.answers[i] for i in rows])
+                read_b = self.read([taken.records[i] for i in rows], [taken.answers[i] for i in rows])
             score_B[micro.index_b] = (read_b - self.mean) / self.std
         return Scored(score_B, torch.zeros_like(logp_BT))
 
@@ -135,10 +132,3 @@ class RewardModelFeedback(Feedback):
         parts = chunks(list(range(len(records))), size)
         score_N = torch.cat([self.read([records[i] for i in part], [answers[i] for i in part]) for part in parts])
         return score_N.mean().item(), max(score_N.std().item(), 1e-6)
-
-
-def feedback_of(work: Workspace) -> Feedback:
-    """The feedback that `ppo.feedback` names, its roles loaded."""
-    from .interventions import InterventionFeedback  # which builds on this module
-
-    return InterventionFeedback(work) if work.recipe.ppo.feedback == "interventions" else RewardModelFeedback(work)

@@ -23,9 +23,6 @@ reference critic's values; a takeover lasts one claim instead of a fixed number 
 from math import inf
 from typing import NamedTuple, Sequence
 
-import torch
-from torch import Tensor
-
 from ..data.records import Record
 from ..judge.intervene import Claim, omissions, read_claims, spoken
 from ..model.inputs import decode_answer, encode_prompt
@@ -34,8 +31,7 @@ from ..rl.interventions import end_reward, takeovers, token_rewards
 from ..rollout import Sampling, Trajectory, sample
 from ..rollout.sampling import uniforms
 from ..workspace import Workspace, question_of
-from .experience import Micro, spread
-from .feedback import Feedback, Scored, Taken
+from .feedback import Feedback, Taken
 
 
 class Speech(NamedTuple):
@@ -81,12 +77,7 @@ class InterventionFeedback(Feedback):
         of_row = [records[speech.answer] for speech, _ in rows]
         said = [speech.said for speech, _ in rows]
         own = [[t >= speech.since for t in range(len(speech.said.ids))] for speech, _ in rows]
-        return Taken(of_row, said, own, [rewards for _, rewards in rows], metrics)
-
-    def score(
-        self, records: list[Record], taken: Taken, minibatches: list[list[Micro]], logp_BT: Tensor, mask_BT: Tensor
-    ) -> Scored:
-        return Scored(torch.zeros(len(records), device=mask_BT.device), spread(taken.rewards, mask_BT))
+        return Taken(of_row, said, own, [0.0] * len(rows), [rewards for _, rewards in rows], metrics)
 
     # ---- what the judge hears
 

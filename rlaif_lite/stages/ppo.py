@@ -5,8 +5,8 @@ One step, in the order of the code:
     1  `rollout`     the policy answers prompts; what gives feedback may change them (`Feedback.take`)
     2  `score`       policy, reference and value roles read the answers, micro-batch by micro-batch, and feedback says
                      what they are worth (`stages.feedback`)
-    3  `advantages`  reward - kl_coef * KL per token, the score on the last real token; GAE, or leave-one-out without
-                     a critic
+    3  `advantages`  reward - kl_coef * KL per token, the score on the last real token; GAE, or without a critic what
+                     `ppo.baseline` says
     4  `update`      clipped policy loss and value loss over a few epochs of minibatches
 
 Micro-batches are cut once per step and are the same rows, with the same padding, in every forward of that step. So at
@@ -17,7 +17,7 @@ Where memory runs out, the update is undone and the step is cut anew, so that th
 Departures from the release, each one a defect mended or a memory saved: every mean is over real tokens only; the
 score stands on the last real token; the stop rule is EOS alone; the KL is not clamped; no factor of 10 on the
 rewards; the reward may be standardised on the reference's answers (`ppo.normalize_reward`); `ppo.value: none` trains
-no critic (RLOO).
+no critic (RLOO, GRPO, REINFORCE++); the KL may stand in the loss (`ppo.kl_in`).
 
 Shapes: B answers of a step, b of a micro-batch, S positions, T answer tokens (padded on the right), N real answer
 tokens, D width.
@@ -30,34 +30,37 @@ from rlaif_kernels import PpoStats, gae, ppo_policy_loss
 from torch import Tensor
 
 from ..data.records import Record
-from ..model.inputs import IGNORE, encode_prompt
+from ..model.inputs import IGNORE, decode_answer, encode_prompt
 from ..model.roles import ActiveRole
 from ..phases import phase
 from ..phases import step as step_begins
 from ..progress import progress
 from ..recipe import Ppo
-from ..rl.advantages import rloo, whiten
+from ..rl.advantages import group_relative, rloo, whiten
 from ..rl.losses import value_loss
-from ..rl.shaping import AdaptiveKL, FixedKL, kl_penalty, sequence_score, shaped_reward
+from ..rl.shaping import AdaptiveKL, FixedKL, kl_penalty, sequence_score, shaped_reward, symbolic_bonus
 from ..rollout import Sampling, Trajectory, sample
 from ..training.fit import keep, restore
 from ..training.loop import batches, derive_seed
 from ..training.oom import Backoff, put_back, remember
 from ..workspace import Workspace
-from .experience import Experience, Micro, cut, place, spread, token_logp, token_value
-from .feedback import Feedback, Taken, feedback_of
+from .experience import Experience, Micro, answer_hidden, answer_logp, cut, place, spread, token_value
+from .feedback import Feedback, RewardModelFeedback, Taken
+from .interventions import InterventionFeedback
 from .ppo_log import check_first_step, describe, summary
+from .ranking import RankingFeedback
 
 READS = ("seed", "model", "reward.prompt", "reward.pool", "reward.pool_tokens", "reward.floor", "ppo", "data.rl",
          "preference.judge", "preference.batch_size", "preference.claims", "preference.pairwise")  # fmt: skip
 NEEDS = ("features", "sft", "context", "reward")
 BETAS = (0.9, 0.99)
+FEEDBACK = {"reward_model": RewardModelFeedback, "interventions": InterventionFeedback, "ranking": RankingFeedback}
 
 
 def run(work: Workspace) -> dict:
     """Train the `policy` role; writes its adapter and the value adapter, and a `metrics.jsonl` line per step."""
     recipe, section = work.recipe, work.recipe.ppo
-    feedback = feedback_of(work)
+    feedback = FEEDBACK[section.feedback](work)
     optimizers = prepare(work, feedback)
     folder = work.stage("ppo") / "checkpoint"
     backoff = Backoff("ppo", section.micro_batch or section.minibatch, work.folder)
@@ -92,7 +95,7 @@ def run(work: Workspace) -> dict:
 
             def attempt(size: int):
                 micros = cut(work, feedback.critic_prompt, taken.records, taken.answers, step, size)
-                experience = score(work, feedback, micros, taken.records, taken, controller.kl_coef)
+                experience = score(work, feedback, micros, taken, controller.kl_coef)
                 return experience, update(work, micros, experience, optimizers, step)
 
             experience, stats = backoff.run(step, attempt, undo=lambda: put_back(work.roles, optimizers, before))
@@ -152,56 +155,84 @@ def rollout(work: Workspace, records: list[Record], step: int) -> list[Trajector
 
 @torch.no_grad()
 def score(
-    work: Workspace,
-    feedback: Feedback,
-    minibatches: list[list[Micro]],
-    records: list[Record],
-    taken: Taken,
-    kl_coef: float,
+    work: Workspace, feedback: Feedback, minibatches: list[list[Micro]], taken: Taken, kl_coef: float
 ) -> Experience:
     """2. and 3. All roles read the answers; then KL, rewards and advantages."""
-    section, roles, answers = work.recipe.ppo, work.roles, taken.answers
-    length_B = torch.tensor([len(a.ids) for a in answers], device=work.device)
+    section, roles = work.recipe.ppo, work.roles
+    exact, in_loss = section.kl_estimator == "exact", section.kl_in == "loss"
+    length_B = torch.tensor([len(a.ids) for a in taken.answers], device=work.device)
     mask_BT = torch.arange(int(length_B.max()), device=work.device)[None] < length_B[:, None]
     own_BT = spread(taken.own, mask_BT).bool()
-    logp_BT, entropy_BT, ref_logp_BT, value_BT = (torch.zeros(mask_BT.shape, device=work.device) for _ in range(4))
+    logp_BT, entropy_BT, ref_logp_BT, kl_BT, value_BT = (torch.zeros(mask_BT.shape, device=work.device) for _ in range(5))
     for micro in (m for minibatch in minibatches for m in minibatch):
         rows = micro.index_b
         tokens = micro.batch.ids_BS.numel()
-        with roles.use("policy") as policy, phase("score policy", tokens):
-            logp_N, entropy_N = token_logp(work, policy, micro)
-        place(logp_BT, rows, mask_BT, logp_N)
-        place(entropy_BT, rows, mask_BT, entropy_N)
         with roles.use("reference") as reference, phase("score reference", tokens):
-            place(ref_logp_BT, rows, mask_BT, token_logp(work, reference, micro)[0])
+            ref_hidden_ND = answer_hidden(reference, micro)
+            place(ref_logp_BT, rows, mask_BT, answer_logp(work, ref_hidden_ND, micro).logp_N)
+        with roles.use("policy") as policy, phase("score policy", tokens):
+            hidden_ND = answer_hidden(policy, micro)
+            # read as the update reads them, beside the reference or not: a kernel may round either way
+            found = answer_logp(work, hidden_ND, micro, ref_hidden_ND if exact and in_loss else None)
+            if exact:
+                beside = found if in_loss else answer_logp(work, hidden_ND, micro, ref_hidden_ND)
+                place(kl_BT, rows, mask_BT, beside.kl_N)
+        place(logp_BT, rows, mask_BT, found.logp_N)
+        place(entropy_BT, rows, mask_BT, found.entropy_N)
         if section.value == "adapter":
             with roles.use("value") as value, phase("score value", micro.value_batch.ids_BS.numel()):
                 place(value_BT, rows, mask_BT, token_value(value, micro))
-    said = feedback.score(records, taken, minibatches, logp_BT, mask_BT)
-    stopped_B = torch.tensor([a.stopped for a in answers], device=work.device)
-    score_B = sequence_score(
-        said.score_B, stopped_B, length_B, section.max_new_tokens, section.stop_penalty, section.length_penalty
-    )
+    said = feedback.score(taken, minibatches, logp_BT, mask_BT)
+    score_B = with_penalties(work, taken, said.score_B)
     with phase("advantages", mask_BT.numel()):
-        kl_BT = kl_penalty(logp_BT, ref_logp_BT, section.kl_estimator) * own_BT
-        reward_BT = shaped_reward(score_B, kl_BT, mask_BT, kl_coef) + said.token_reward_BT
+        kl_BT = (kl_BT if exact else kl_penalty(logp_BT, ref_logp_BT, section.kl_estimator)) * own_BT
+        reward_BT = shaped_reward(score_B, kl_BT, mask_BT, 0.0 if in_loss else kl_coef) + said.token_reward_BT
         advantage_BT, return_BT = advantages(section, reward_BT, value_BT, mask_BT, own_BT)
-    raw_B, score_B = (score_B + said.token_reward_BT.sum(1) for score_B in (said.score_B, score_B))
-    return Experience(mask_BT, own_BT, logp_BT, entropy_BT, kl_BT, value_BT, raw_B, score_B, advantage_BT, return_BT)
+    raw_B, score_B = (each_B + said.token_reward_BT.sum(1) for each_B in (said.score_B, score_B))
+    return Experience(
+        mask_BT, own_BT, logp_BT, ref_logp_BT, entropy_BT, kl_BT, value_BT, raw_B, score_B, advantage_BT, return_BT,
+        kl_coef if in_loss else 0.0,
+    )  # fmt: skip
+
+
+def with_penalties(work: Workspace, taken: Taken, score_B: Tensor) -> Tensor:
+    """The feedback's scores with what is known of an answer without a judge: did it stop, how long is it, and is it the
+    option that its record names."""
+    section, records, answers = work.recipe.ppo, taken.records, taken.answers
+    stopped_B = torch.tensor([a.stopped for a in answers], device=work.device)
+    length_B = torch.tensor([len(a.ids) for a in answers], device=work.device)
+    weight_B = torch.ones_like(score_B)
+    if section.length_weights:
+        weight_B = torch.tensor([1.0 if r.length_bonus is None else r.length_bonus for r in records]).to(weight_B)
+    score_B = sequence_score(
+        score_B, stopped_B, length_B, section.max_new_tokens, section.stop_penalty, section.length_penalty * weight_B
+    )
+    if section.symbolic_bonus:
+        texts = [decode_answer(work.base(), a.ids) for a in answers]
+        bonus = [symbolic_bonus(text, r.caption_type) for text, r in zip(texts, records, strict=True)]
+        score_B = score_B + section.symbolic_bonus * torch.tensor(bonus).to(score_B)
+    return score_B
 
 
 def advantages(
     section: Ppo, reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor, own_BT: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(advantage_BT, return_BT): GAE on the shaped rewards, or the leave-one-out baseline on whole answers."""
-    if section.value == "none":
-        total_B = reward_BT.sum(1)  # the KL counts as part of the answer's reward, as in RLOO
-        advantage_BT = rloo(total_B, section.group_size)[:, None] * own_BT
-        return_BT = total_B[:, None] * mask_BT
+    """(advantage_BT, return_BT). With a critic GAE on the shaped rewards. Without one, whole answers beside those of
+    their prompt (RLOO, GRPO), a KL in the rewards counting in; or each token's rewards to come, to be whitened over the
+    step (REINFORCE++)."""
+    critic = section.value == "adapter"
+    if not critic and section.baseline != "batch":
+        total_B = reward_BT.sum(1)
+        if section.baseline == "group":
+            gain_B = group_relative(total_B, section.group_size, section.group_std)
+        else:
+            gain_B = rloo(total_B, section.group_size)
+        advantage_BT, return_BT = gain_B[:, None] * own_BT, total_B[:, None] * mask_BT
     else:
         if section.whiten_rewards:
             reward_BT = whiten(reward_BT, mask_BT, shift_mean=False)
-        advantage_BT, return_BT = gae(reward_BT, value_BT, mask_BT, gamma=section.gamma, lam=section.lam)
+        lam = section.lam if critic else 1.0
+        advantage_BT, return_BT = gae(reward_BT, value_BT, mask_BT, gamma=section.gamma, lam=lam)
         advantage_BT = advantage_BT * own_BT
     if section.whiten_advantages:
         advantage_BT = whiten(advantage_BT, own_BT)
@@ -226,8 +257,12 @@ def update(
             rows = torch.cat([micro.index_b for micro in minibatch])
             real, own = experience.mask_BT[rows].sum(), experience.own_BT[rows].sum()
             stats: list[dict[str, Tensor]] = []
+            beside = reference_hidden(work, minibatch)
             with roles.use("policy") as policy:
-                parts = [policy_backward(work, policy, micro, experience, own) for micro in minibatch]
+                parts = [
+                    policy_backward(work, policy, micro, experience, own, ref_hidden_ND)
+                    for micro, ref_hidden_ND in zip(minibatch, beside, strict=True)
+                ]
                 stats.append(merge(parts))
             clip_and_step(roles.parameters("policy"), optimizers["policy"], section.max_grad_norm)
             if section.value == "adapter":
@@ -241,22 +276,34 @@ def update(
     return history
 
 
+@torch.no_grad()
+def reference_hidden(work: Workspace, minibatch: list[Micro]) -> list[Tensor | None]:
+    """ref_hidden_ND of each micro-batch where the loss holds the exact KL, else None."""
+    section = work.recipe.ppo
+    if section.kl_in != "loss" or section.kl_estimator != "exact":
+        return [None] * len(minibatch)
+    tokens = sum(micro.batch.ids_BS.numel() for micro in minibatch)
+    with work.roles.use("reference") as reference, phase("update reference", tokens):
+        return [answer_hidden(reference, micro) for micro in minibatch]
+
+
 def policy_backward(
-    work: Workspace, policy: ActiveRole, micro: Micro, experience: Experience, own: Tensor
+    work: Workspace, policy: ActiveRole, micro: Micro, e: Experience, own: Tensor, ref_hidden_ND: Tensor | None
 ) -> PpoStats:
     """Forward and backward of the clipped policy loss on one micro-batch; the `own` tokens of the minibatch, those that
     the policy sampled, are its denominator."""
     section, base = work.recipe.ppo, work.base()
-    scored_bS = micro.target_bS != IGNORE
-    mask_bT = experience.mask_BT[micro.index_b]
+    mask_bT = e.mask_BT[micro.index_b]
+    logp_N, ref_logp_N, advantage_N, own_N = (
+        x_BT[micro.index_b][mask_bT] for x_BT in (e.logp_BT, e.ref_logp_BT, e.advantage_BT, e.own_BT)
+    )
     with phase("update policy forward", micro.batch.ids_BS.numel()):
-        hidden_ND = policy.hidden(micro.batch)[scored_bS]
         loss, stats = ppo_policy_loss(
-            hidden_ND, base.head_weight_VD, micro.target_bS[scored_bS],
-            experience.logp_BT[micro.index_b][mask_bT], experience.advantage_BT[micro.index_b][mask_bT],
-            experience.own_BT[micro.index_b][mask_bT], clip=section.clip, entropy_coef=section.entropy_coef,
-            denominator=own,
-            bias_V=base.ban_bias_V, temperature=section.temperature,
+            answer_hidden(policy, micro), base.head_weight_VD, micro.target_bS[micro.target_bS != IGNORE],
+            logp_N, advantage_N, own_N, clip=section.clip, entropy_coef=section.entropy_coef,
+            kl=section.kl_estimator if section.kl_in == "loss" else "none", kl_coef=e.loss_kl_coef,
+            reference_logp_N=ref_logp_N, reference_hidden_ND=ref_hidden_ND, denominator=own, bias_V=base.ban_bias_V,
+            temperature=section.temperature,
         )  # fmt: skip
     with phase("update policy backward", micro.batch.ids_BS.numel()):
         loss.backward()
@@ -284,7 +331,7 @@ def merge(parts: list[PpoStats]) -> dict[str, Tensor]:
     """Statistics of a minibatch from those of its micro-batches: means add up, extremes are taken."""
     sums = {
         name: sum(getattr(p, name) for p in parts)
-        for name in ("policy_loss", "approxkl", "clipfrac", "entropy", "ratio_mean")
+        for name in ("policy_loss", "approxkl", "clipfrac", "entropy", "ratio_mean", "kl")
     }
     return sums | {
         "ratio_min": torch.stack([p.ratio_min for p in parts]).min(),

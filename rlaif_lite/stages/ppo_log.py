@@ -57,6 +57,8 @@ def describe(
         "rollout/stop_rate": sum(a.stopped for a in answers) / len(answers),
         "rollout/repetition": sum(repetition(a.ids) for a in answers) / len(answers),
     }
+    if e.loss_kl_coef:
+        metrics["loss/kl_avg"] = mean["kl"]
     if "value_loss" in mean:
         metrics["loss/value_avg"] = mean["value_loss"]
         metrics["val/clipfrac_avg"] = mean["value_clipfrac"]

@@ -1,0 +1,80 @@
+"""The answers to a prompt put in order by a judge, as feedback to PPO: no reward model (Oracle-RLAIF, arXiv 2510.02561).
+
+The judge is the SFT role, by `preference.judge` and, with `ppo.judge_context`, with the narrative. `claims` gives every
+answer a score and so the order; `pairwise` compares all answers of a prompt with each other, and an answer's mean margin
+gives it. `ppo.rank_reward` says what an answer's places are worth, `ppo.baseline: group` makes advantages of it. Where a
+policy ranks its answers itself, it is by their log-prob per token, so that no answer is ranked low for its length.
+
+`reported` is the published form, after an account of the paper: A = mean(delta) - delta, delta = 1 - DCG(the policy's
+place) / DCG(the judge's). Taken at its word it raises the answers that the policy ranks above the judge: delta is far
+below 0 there. `mirrored` turns its sign, `oracle` (ours) rewards the judge's place alone.
+
+Shapes: B answers of a step, T answer tokens, K answers to a prompt.
+"""
+
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from ..data.records import Record
+from ..judge.claims import judge_claims
+from ..judge.pairwise import Pair, judge_pairs
+from ..model.inputs import decode_answer
+from ..phases import phase
+from ..rl.advantages import in_groups, place_gain, rank_penalty
+from ..rollout import Trajectory
+from ..workspace import Workspace, chunks, question_of
+from .experience import Micro, spread
+from .feedback import Feedback, Scored, Taken
+from .judging import context_of, item_of
+
+
+class RankingFeedback(Feedback):
+    """The order of a prompt's answers, from the SFT role."""
+
+    def __init__(self, work: Workspace):
+        super().__init__(work)
+        work.load_role("sft")
+        self.contexts = work.narratives() if work.recipe.ppo.judge_context else None
+
+    def take(self, records: list[Record], answers: list[Trajectory], step: int) -> Taken:
+        texts = [decode_answer(self.work.base(), a.ids) for a in answers]
+        with phase("judge", sum(len(a.ids) for a in answers)):
+            by_claims = self.work.recipe.preference.judge == "claims"
+            scores = self.by_claims(records, texts) if by_claims else self.by_pairs(records, texts)
+        metrics = {"ranking/judged": sum(scores) / len(scores)}
+        return super().take(records, answers, step)._replace(scores=scores, metrics=metrics)
+
+    def by_claims(self, records: list[Record], texts: list[str]) -> list[float]:
+        section = self.work.recipe.preference
+        items = [item_of(self.work, r, text, self.contexts) for r, text in zip(records, texts, strict=True)]
+        with self.work.roles.use("sft") as judge:
+            return [verdict.score for verdict in judge_claims(judge, items, section.claims, section.batch_size)]
+
+    def by_pairs(self, records: list[Record], texts: list[str]) -> list[float]:
+        """Each answer's mean margin over the others of its prompt."""
+        work, section, size = self.work, self.work.recipe.preference, self.work.recipe.ppo.group_size
+        numbers = [pair for group in chunks(list(range(len(texts))), size) for pair in combinations(group, 2)]
+        pairs = [
+            Pair(work.features(r), question_of(r), texts[i], texts[j], context_of(work, r, self.contexts))
+            for i, j in numbers
+            for r in (records[i],)
+        ]
+        with work.roles.use("sft") as judge:
+            choices = judge_pairs(judge, pairs, section.pairwise, section.batch_size)
+        totals = [0.0] * len(texts)
+        for (i, j), choice in zip(numbers, choices, strict=True):
+            totals[i] += choice.margin
+            totals[j] -= choice.margin
+        return [total / (size - 1) for total in totals]
+
+    def score(self, taken: Taken, minibatches: list[list[Micro]], logp_BT: Tensor, mask_BT: Tensor) -> Scored:
+        section = self.work.recipe.ppo
+        judged_B = torch.tensor(taken.scores, device=mask_BT.device)
+        if section.rank_reward == "oracle":
+            worth_B = place_gain(in_groups(judged_B, section.group_size)).view(-1)
+        else:
+            delta_B = rank_penalty(judged_B, logp_BT.sum(1) / mask_BT.sum(1), section.group_size)
+            worth_B = -delta_B if section.rank_reward == "reported" else delta_B
+        return Scored(worth_B, spread(taken.rewards, mask_BT))

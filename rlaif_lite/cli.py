@@ -111,6 +111,40 @@ def evaluate(run_dir: RunDir) -> None:
 
 
 @app.command()
+def bench(
+    run: Annotated[str | None, typer.Argument(metavar="RUN_DIR", help="A run; for --role base also a recipe.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The benchmark; --list shows them.")] = None,
+    files: Annotated[list[Path] | None, typer.Argument(metavar="FILE...", help="Its files, as shipped.")] = None,
+    videos: Annotated[Path | None, typer.Option(help="The folder with its videos or pictures, at any depth.")] = None,
+    role: Annotated[str, typer.Option(help="Who is examined: base, sft, reference or policy.")] = "policy",
+    judge: Annotated[str, typer.Option(help="local, rules, or the URL of an OpenAI-compatible endpoint.")] = "local",
+    judge_model: Annotated[str | None, typer.Option(help="Its model: a name there; a folder or hub id if local.")] = None,
+    judge_key: Annotated[str | None, typer.Option(metavar="VARIABLE", help="Variable with the endpoint's key.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once to an endpoint.")] = 8,
+    price: Annotated[tuple[float, float] | None, typer.Option(help="Of a million tokens, prompt and reply.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Ask anew for verdicts that could not be read.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many items only.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The request; {question} is the item's question.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; else the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder of the results; else RUN_DIR/bench/NAME-ROLE.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="Name the benchmarks, and the files they read.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="The arguments are such folders: show them together.")] = False,
+) -> None:
+    """Put a role to one of the field's benchmarks, from the authors' files; or show results side by side."""
+    from .benchmarks import command
+
+    if list_:
+        typer.echo(command.listing())
+    elif table:
+        typer.echo(command.side_by_side([Path(each) for each in (run, name, *(files or [])) if each is not None]))
+    elif run is None or name is None or not files or videos is None:
+        raise RlaifError("Give a run, a benchmark, its files and --videos; `rlaif-lite bench --list` names them.")
+    else:
+        asked = command.Judging(judge, judge_model, judge_key, concurrency, price, again)
+        typer.echo(command.bench(run, name, files, videos, role, asked, out, limit, prompt, max_new_tokens))
+
+
+@app.command()
 def report(run_dir: RunDir) -> None:
     """Write a run's report.html again and print its path."""
     _need_run(run_dir)

@@ -12,9 +12,11 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from ..data.records import Message
 from ..errors import DataError, StageError
+from ..judge.narrative import narrative
 from ..model.base import Base, base_digest
 from ..model.inputs import VIDEO_MARK, Sequence, decode_answer, encode_answer, encode_prompt
 from ..model.roles import BASE
@@ -26,9 +28,11 @@ from ..stages.features import fill
 from ..video.cache import FeatureRecord
 from ..video.decode import IMAGES, View
 from ..workspace import WHOLE, Workspace, chunks
-from .audit import Audited, audit
+from .audit import Audited, Seen, audit
 from .items import Item
 from .ranking import rank, score_texts
+
+T = TypeVar("T")
 
 
 class Examinee:
@@ -71,30 +75,34 @@ class Examinee:
 
     # ---- videos
 
-    def look(self, videos: dict[str, str], index: Path) -> dict[str, str]:
-        """Decode and encode {name: path}, what is not in the cache yet -> {name: why it cannot be used}."""
+    def look(self, videos: dict[str, str], index: Path, clips: bool = False) -> dict[str, str]:
+        """Decode and encode {name: path}, what is not in the cache yet -> {name: why it cannot be used}. `clips`: the
+        clips of the recipe too, where a video is no picture."""
         index.parent.mkdir(parents=True, exist_ok=True)
         self.work.index_file = index
-        frames = self.work.recipe.features.frames
+        section = self.work.recipe.features
+        parts = {f"clip{n}": View(section.clip_frames, n, section.clips) for n in range(section.clips)} if clips else {}
+        of_picture, of_video = {WHOLE: View(1)}, {WHOLE: View(section.frames), **parts}
         wanted = {
-            name: (path, {WHOLE: View(1 if path.lower().endswith(IMAGES) else frames)}) for name, path in videos.items()
+            name: (path, of_picture if path.lower().endswith(IMAGES) else of_video) for name, path in videos.items()
         }
         self._keys, failed = fill(self.work, wanted)
         return failed
 
-    def features(self, name: str) -> FeatureRecord:
+    def views(self, name: str) -> dict[str, FeatureRecord]:
+        """An encoded video: the whole, and its clips where they were asked for."""
         views = self.work.store.get(self._keys[name])
         if views is None:
             raise StageError(
-                f"The cached features of {name} are damaged. Run the same command again: they are made anew."
+                f"The cached features of {name} are damaged. Run the same command again to make them anew."
             )
-        return views[WHOLE]
+        return views
 
     # ---- what is asked
 
     def prompt(self, text: str, video: str | None) -> Sequence:
         """A request about a video, or the same without it."""
-        mark, seen = (f"{VIDEO_MARK} ", self.features(video)) if video is not None else ("", None)
+        mark, seen = (f"{VIDEO_MARK} ", self.views(video)[WHOLE]) if video is not None else ("", None)
         return encode_prompt(self.base, [Message("user", mark + text)], seen)
 
     def answers(self, items: list[Item], path: Path, template: str, max_new_tokens: int) -> dict[str, dict]:
@@ -117,72 +125,97 @@ class Examinee:
                     "stopped": [each.stopped for each in mine],
                 }
 
-        return resumed(path, "id", items, chunks_by=4 * size, work=work, name="answers")
+        return resumed(path, "id", {item.id: item for item in items}, 4 * size, work, "answers")
 
     def rankings(self, items: list[Item], path: Path, request: str, retrieval: bool) -> dict[str, dict]:
         """{id: {rank, ...}}, from the scores of all texts for every video, one line of `path` per video."""
         texts = list(dict.fromkeys(text for item in items for text in ((item.reference,) if retrieval else item.among)))
         ids = [encode_answer(self.base, text) for text in texts]
+        videos = {item.video: item.video for item in items}
 
-        def work(batch: list[Item]) -> Iterable[dict]:
+        def work(batch: list[str]) -> Iterable[dict]:
             with self.use(self.role) as role:
-                for item in batch:
-                    yield {"video": item.video, "scores": score_texts(role, self.prompt(request, item.video), ids)}
+                for name in batch:
+                    yield {"video": name, "scores": score_texts(role, self.prompt(request, name), ids)}
 
-        videos = list({item.video: item for item in items}.values())
-        scores = {name: line["scores"] for name, line in
-                  resumed(path, "video", videos, chunks_by=16, work=work, name="scores").items()}  # fmt: skip
-        place = {text: number for number, text in enumerate(texts)}
+        lines = resumed(path, "video", videos, 16, work, "scores")
+        scores = {name: line["scores"] for name, line in lines.items()}
+        right = {item.id: texts.index(item.reference) for item in items}
         if retrieval:
-            order = {item.video: number for number, item in enumerate(videos)}
-            return {item.id: {"rank": rank([scores[other.video][place[item.reference]] for other in videos],
-                                           order[item.video])} for item in items}  # fmt: skip
+            place = {name: number for number, name in enumerate(videos)}
+            of_text = list(zip(*scores.values(), strict=True))
+            return {item.id: {"rank": rank(of_text[right[item.id]], place[item.video])} for item in items}
         with self.use(self.role) as role:
             prior = score_texts(role, self.prompt(request, None), ids)
         out = {}
         for item in items:
-            right, mine = place[item.reference], scores[item.video]
+            mine = scores[item.video]
             calibrated = [score - usual for score, usual in zip(mine, prior, strict=True)]
             best = texts[max(range(len(texts)), key=calibrated.__getitem__)]
-            out[item.id] = {"rank": rank(calibrated, right), "uncalibrated_rank": rank(mine, right), "best": best}
+            ranks = {"rank": rank(calibrated, right[item.id]), "uncalibrated_rank": rank(mine, right[item.id])}
+            out[item.id] = ranks | {"best": best}
         return out
 
-    def audits(self, items: list[Item], answers: dict[str, dict], path: Path) -> dict[str, dict]:
-        """{id: its line of `path`}: the claims of answers that are there, judged by the run's own judge."""
+    def narratives(self, videos: list[str], path: Path) -> dict[str, str | None]:
+        """{video: narrative}, as the context stage makes them, by the role that judges; None for a picture."""
+        section = self.work.recipe.context
+        message = Message("user", f"{VIDEO_MARK}\n{section.prompt}")
+
+        def work(batch: list[str]) -> Iterable[dict]:
+            clips = [[view for part, view in self.views(name).items() if part != WHOLE] for name in batch]
+            prompts = [encode_prompt(self.base, [message], clip) for of_video in clips for clip in of_video]
+            sampling, seeds = Sampling(section.max_new_tokens, 0.0), [0] * len(prompts)
+            with self.use(self.judge_role) as role:
+                found = iter(sample(role, prompts, sampling, seeds=seeds, batch_size=section.batch_size))
+            for name, of_video in zip(batch, clips):
+                captions = [decode_answer(self.base, next(found).ids) for _ in of_video]
+                seconds = max((float(clip.time_T[-1]) for clip in of_video), default=0.0)
+                yield {"id": name, "narrative": narrative(captions, section.markers, seconds) if captions else None}
+
+        lines = resumed(path, "id", {name: name for name in videos}, section.batch_size, work, "narratives")
+        return {name: line["narrative"] for name, line in lines.items()}
+
+    def audits(self, items: list[Item], answers: dict[str, dict], folder: Path) -> dict[str, dict]:
+        """{id: its line of claims.jsonl}: the claims of answers that are there, judged by the run's own judge."""
         section, size = self.work.recipe.preference.claims, self.work.recipe.preference.batch_size
         videos = list(dict.fromkeys(item.video for item in items))
+        told = self.narratives(videos, folder / "narratives.jsonl")
         after = dict(zip(videos, videos[1:] + videos[:1]))  # the control: each claim at the next video as well
 
+        def seen(name: str) -> Seen:
+            return Seen(self.views(name)[WHOLE], told[name])
+
         def work(batch: list[Item]) -> Iterable[dict]:
-            rows = [Audited(item, answers[item.id]["answers"][0], self.features(item.video),
-                            self.features(after[item.video])) for item in batch]  # fmt: skip
+            rows = [Audited(i, answers[i.id]["answers"][0], seen(i.video), seen(after[i.video])) for i in batch]
             with self.use(self.judge_role) as role:
                 found = audit(role, rows, section, size)
             return [{"id": item.id, "claims": claims} for item, claims in zip(batch, found, strict=True)]
 
-        return resumed(path, "id", items, chunks_by=4 * size, work=work, name="claims")
+        return resumed(folder / "claims.jsonl", "id", {item.id: item for item in items}, 4 * size, work, "claims")
 
 
 def resumed(
-    path: Path, key: str, items: list[Item], chunks_by: int, work: Callable[[list[Item]], Iterable[dict]], name: str
+    path: Path, key: str, things: dict[str, T], at_once: int, work: Callable[[list[T]], Iterable[dict]], name: str
 ) -> dict[str, dict]:
-    """{an item's `key`: its line}: lines that `path` holds already are read, the others made and appended."""
+    """Map `work` over {value of `key`: thing}, some at a time -> {value of `key`: its line}.
+
+    Lines that `path` holds already are read, the others appended as they are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = (
         path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
     )  # a kill may cut the last line
     lines = {line[key]: line for line in map(json.loads, filter(None, whole.split("\n")))}
-    todo = [item for item in items if getattr(item, key) not in lines]
-    with open(path, "a+", encoding="utf-8") as file, progress(len(items), name, unit="item") as bar:
+    todo = [thing for value, thing in things.items() if value not in lines]
+    with open(path, "a+", encoding="utf-8") as file, progress(len(things), name, unit="item") as bar:
         file.truncate(len(f"{whole}\n".encode()) if whole else 0)
-        bar.advance(len(items) - len(todo))
-        for batch in chunks(todo, chunks_by):
+        bar.advance(len(things) - len(todo))
+        for batch in chunks(todo, at_once):
             for line in work(batch):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
                 lines[line[key]] = line
                 bar.advance(1)
-    return {getattr(item, key): lines[getattr(item, key)] for item in items}
+    return {value: lines[value] for value in things}
 
 
 def write_pictures(items: list[Item], folder: Path) -> dict[str, str]:

@@ -5,9 +5,11 @@
                    with everything finds no hallucination anywhere, and shows here
     omitted        share of the reference's claims that the judge, reading the answer and seeing no video, does not find
                    in it
+    omitted_floor  the same where the answer IS the reference: what this judge misses though all is said
 
-The judge is the SFT role (the base where there is no run) with the recipe's `preference.claims`, without a narrative.
-Its verdicts are the model's own: right for comparing roles of one run, and for nothing else.
+The judge is the one that labels a run's preferences: the SFT role (the base where there is no run) with the recipe's
+`preference.claims`, reading the narrative that it wrote of the video's clips. Its verdicts are the model's own, and
+lenient with its own mistakes: right for comparing roles of one run, and for nothing else.
 """
 
 import hashlib
@@ -25,28 +27,41 @@ from .items import Item, Tally
 TOLD = 0.5  # of the next token, on yes and no together, from which an inline judge sees a claim
 
 
+class Seen(NamedTuple):
+    """What the judge is given of a video."""
+
+    video: FeatureRecord
+    narrative: str | None
+
+
 class Audited(NamedTuple):
     """What is audited of one item."""
 
     item: Item
     answer: str
-    video: FeatureRecord
-    other: FeatureRecord
+    here: Seen
+    elsewhere: Seen
     "another video"
 
 
 def audit(role: ActiveRole, rows: list[Audited], section: Claims, batch_size: int) -> list[dict[str, list[bool]]]:
-    """For each row its claims, in order: true of the video, true of the other one; and the reference's: in the answer."""
+    """For each row its claims, in order: true of the video, of the other one; the reference's: in the answer, in itself."""
     blind = section.model_copy(update={"prompt": section.prompt.replace(VIDEO_MARK, "").strip()})
-    asked = [row.item.questions[0] for row in rows]
-    jobs = {
-        "true": ([Claimed(row.video, q, row.answer, None) for row, q in zip(rows, asked)], section),
-        "true_elsewhere": ([Claimed(row.other, q, row.answer, None) for row, q in zip(rows, asked)], section),
-        "said": ([Claimed(None, q, row.item.reference, row.answer) for row, q in zip(rows, asked)], blind),
+    jobs = {  # the judge's prompt, and of each row: the video, the text that is checked, what the judge reads
+        "true": (section, lambda row: (row.here.video, row.answer, row.here.narrative)),
+        "true_elsewhere": (section, lambda row: (row.elsewhere.video, row.answer, row.elsewhere.narrative)),
+        "said": (blind, lambda row: (None, row.item.reference, row.answer)),
+        "said_by_itself": (blind, lambda row: (None, row.item.reference, row.item.reference)),
     }
-    found = {name: [_decided(verdict, section) for verdict in judge_claims(role, items, using, batch_size)]
-             for name, (items, using) in jobs.items()}  # fmt: skip
-    return [{name: found[name][number] for name in jobs} for number in range(len(rows))]
+    out: list[dict[str, list[bool]]] = [{} for _ in rows]
+    for name, (using, given) in jobs.items():
+        items = []
+        for row in rows:
+            video, checked, context = given(row)
+            items.append(Claimed(video, row.item.questions[0], checked, context))
+        for found, verdict in zip(out, judge_claims(role, items, using, batch_size), strict=True):
+            found[name] = _decided(verdict, section)
+    return out
 
 
 def _decided(verdict: Verdict, section: Claims) -> list[bool]:
@@ -61,6 +76,7 @@ def tally(item: Item, row: dict) -> Tally:
         "hallucinated": (claims["true"].count(False), len(claims["true"])),
         "yes_bias": (sum(claims["true_elsewhere"]), len(claims["true_elsewhere"])),
         "omitted": (claims["said"].count(False), len(claims["said"])),
+        "omitted_floor": (claims["said_by_itself"].count(False), len(claims["said_by_itself"])),
         "claims": (len(claims["true"]), 1.0),
     }
 

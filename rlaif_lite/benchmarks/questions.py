@@ -68,12 +68,12 @@ def tally(item: Item, row: dict) -> Tally:
 
     What the judge's words do not tell is no part of either; its share is `unparsable`. Published scripts ask again
     until it can be read."""
-    out = {}
+    out, unread = {}, 0
     for task, verdict in row["verdicts"].items():
         known = verdict["problem"] is None
+        unread += not known
         if task == "qa":
             out["accuracy"] = (float(verdict["correct"] is True), float(known))
         if not known or verdict["score"] is not None:
             out[f"{task}_score"] = (verdict["score"] or 0.0, float(known))
-        out["unparsable"] = (out.get("unparsable", (0.0, 0.0))[0] + (not known), len(row["verdicts"]))
-    return out
+    return out | {"unparsable": (unread, len(row["verdicts"]))}

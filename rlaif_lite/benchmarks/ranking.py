@@ -20,6 +20,7 @@ Shapes: N tokens, D width.
 
 import csv
 import re
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
@@ -173,7 +174,7 @@ def _chunks(texts: list[list[int]], most: int) -> list[list[list[int]]]:
     return out
 
 
-def rank(scores: list[float], right: int) -> int:
+def rank(scores: Seq[float], right: int) -> int:
     """The place of entry `right`, from 1; entries with its score stand before it."""
     return sum(score >= scores[right] for score in scores)
 

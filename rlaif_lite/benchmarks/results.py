@@ -46,31 +46,40 @@ def table(results: list[dict]) -> str:
     """Markdown: a row per benchmark and metric, a column per role that was examined.
 
     Raises DataError where two judges, or two results for one cell, would meet."""
-    judges: dict[str, str] = {}
-    for result in results:
-        if result["judge"] is not None and result["kind"] != "claims":
-            judges.setdefault(result["judge"], f"{result['benchmark']} of {result['who']}")
-    if len(judges) > 1:
-        shown = "\n  ".join(f"{judge}  ({whose})" for judge, whose in judges.items())
-        raise DataError(
-            f"These results come from {len(judges)} judges:\n  {shown}\nFigures of different judges cannot be compared: "
-            "make one table per judge, or judge again with `rlaif-lite bench ... --judge`; the answers are kept."
-        )
+    judges = _judges(results)
     cells: dict[tuple[str, str], dict[str, str]] = {}
     columns = dict.fromkeys(result["who"] for result in results)
     for result in results:
-        for metric, found in result["metrics"].items():
+        shown = {"items": str(result["items"])} | {metric: _cell(found) for metric, found in result["metrics"].items()}
+        for metric, cell in shown.items():
             row = cells.setdefault((result["benchmark"], metric), {})
             if result["who"] in row:
                 raise DataError(
                     f"There are two results of {result['who']} for {result['benchmark']}; give one of them."
                 )
-            row[result["who"]] = _cell(found)
+            row[result["who"]] = cell
     lines = [f"| benchmark | metric | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
     for (benchmark, metric), row in cells.items():
         lines.append(f"| {benchmark} | {metric} | {' | '.join(row.get(who, '') for who in columns)} |")
-    note = f"\nJudge: {next(iter(judges))}\n" if judges else "\n"
-    return "\n".join(lines) + "\n" + note
+    notes = [f"Judge{' of claims' if of_claims else ''}: {judge}" for of_claims, judge in judges.items()]
+    return "\n".join([*lines, "", *notes])
+
+
+def _judges(results: list[dict]) -> dict[bool, str]:
+    """{whether it judged claims: the judge}. A claim audit has a judge of its own beside that of the answers."""
+    found: dict[bool, dict[str, str]] = {}
+    for result in results:
+        if result["judge"] is not None:
+            of_kind = found.setdefault(result["kind"] == "claims", {})
+            of_kind.setdefault(result["judge"], f"{result['benchmark']} of {result['who']}")
+    for judges in found.values():
+        if len(judges) > 1:
+            shown = "\n  ".join(f"{judge}  ({whose})" for judge, whose in judges.items())
+            raise DataError(
+                f"These results come from {len(judges)} judges:\n  {shown}\nFigures of different judges cannot be "
+                "compared: make one table per judge, or judge again with `rlaif-lite bench ... --judge`; answers are kept."
+            )
+    return {of_claims: next(iter(judges)) for of_claims, judges in found.items()}
 
 
 def _cell(found: dict) -> str:

@@ -46,7 +46,7 @@ def run(
         "max_new_tokens": max_new_tokens or examinee.work.recipe.evaluate.max_new_tokens,
         "features": examinee.work.recipe.features.model_dump(mode="json", exclude={"cache", "workers"}),
     }  # fmt: skip
-    broken = examinee.look(found, out / "videos.json")
+    broken = examinee.look(found, out / "videos.json", clips=benchmark.kind == "claims")
     usable = [item for item in items if item.video in found and item.video not in broken]
     if not usable:
         raise DataError(f"None of the {len(found)} videos can be used; the first: {next(iter(broken.values()))}")
@@ -92,7 +92,7 @@ def _rows(
     answers = examinee.answers(items, out / "answers.jsonl", prompt, settings["max_new_tokens"])
     rows = [{key: value for key, value in answers[item.id].items() if key != "id"} for item in items]
     if benchmark.kind == "claims":
-        found = examinee.audits(items, answers, out / "claims.jsonl")
+        found = examinee.audits(items, answers, out)
         section, role = examinee.work.recipe.preference.claims, examinee.judge_role
         judge = judge_id(examinee.work.recipe.model.base, f"{role} {examinee.digest(role)}", section)
         return [row | {"claims": found[item.id]["claims"]} for item, row in zip(items, rows)], judge

@@ -1,0 +1,95 @@
+"""What `rlaif-lite bench` does with its arguments."""
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import DataError, RlaifError, StageError
+from .answer import Examinee
+from .catalogue import BENCHMARKS
+from .judges import Judge
+from .judges.cached import CachedJudge
+from .judges.endpoint import Endpoint, Prices
+from .judges.rules import Rules
+from .results import as_text, table
+from .run import run as run_benchmark
+
+
+class Judging(NamedTuple):
+    """Which judge is asked for."""
+
+    kind: str
+    "local, rules, or an endpoint's base URL"
+    model: str | None
+    "its name at the endpoint; a folder or hub id of a local one"
+    key: str | None
+    "environment variable that holds the endpoint's key"
+    concurrency: int
+    price: tuple[float, float] | None
+    again: bool
+
+
+def bench(
+    where: str,
+    name: str,
+    files: list[Path],
+    videos: Path,
+    role: str,
+    judging: Judging,
+    out: Path | None,
+    limit: int | None,
+    prompt: str | None,
+    max_new_tokens: int | None,
+) -> str:
+    """Run one benchmark; returns what is to be shown. Raises RlaifError for what is not there."""
+    if name not in BENCHMARKS:
+        near = get_close_matches(name, BENCHMARKS, 1)
+        hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(BENCHMARKS)}."
+        raise RlaifError(f"There is no benchmark {name}. {hint}")
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise DataError(f"There is no file {', '.join(missing[:5])}. Paths start at {Path.cwd()}.")
+    if Path(where).is_dir() and not (Path(where) / "recipe.yaml").is_file():
+        raise StageError(f"{where} is not a run folder: it holds no recipe.yaml.")
+    examinee = Examinee(where, role)
+    results = examinee.work.folder / "bench"
+    out = out or results / f"{name}-{role}"
+    found = run_benchmark(
+        examinee, name, files, videos, lambda: make_judge(judging, examinee, results / "verdicts"), out, limit, prompt,
+        max_new_tokens,
+    )  # fmt: skip
+    return as_text(found, out)
+
+
+def make_judge(judging: Judging, examinee: Examinee, folder: Path) -> Judge:
+    """The judge asked for, its verdicts kept in `folder`."""
+    if judging.kind == "rules":
+        return Rules()
+    if judging.kind.startswith(("http://", "https://")):
+        if judging.model is None:
+            raise RlaifError("An endpoint serves several models. Name one with --judge-model.")
+        prices = Prices(*judging.price) if judging.price else None
+        model = Endpoint(judging.kind, judging.model, judging.key, concurrency=judging.concurrency, prices=prices)
+        return CachedJudge(model, folder, judging.again)
+    raise RlaifError(f"There is no judge {judging.kind}: local, rules, or a URL that begins with http.")
+
+
+def listing() -> str:
+    """Every benchmark, what judges it, and its files."""
+    lines = []
+    for name, benchmark in BENCHMARKS.items():
+        judge = "a judge" if benchmark.tasks else "its own rules"
+        judge = {"claims": "the run's claims judge", "answers": judge}.get(benchmark.kind, "likelihoods")
+        lines.append(f"{name:<26}{judge:<24}{benchmark.files}")
+    return "\n".join(lines)
+
+
+def side_by_side(folders: list[Path]) -> str:
+    """The table of finished results. Raises DataError for a folder without one, and where judges differ."""
+    results = []
+    for folder in folders:
+        path = folder / "results.json"
+        if not path.is_file():
+            raise DataError(f"{path} is missing: {folder} holds no finished benchmark.")
+        results.append(json.loads(path.read_text(encoding="utf-8")))
+    return table(results)

@@ -49,6 +49,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys to set, such as ppo.kl_coef=0.05.")
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
+BestOf = Annotated[
+    int | None, typer.Option(min=2, help="Also the policy's best of so many answers, by its own implicit reward.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -102,12 +105,12 @@ def plan(
 
 
 @app.command("eval")
-def evaluate(run_dir: RunDir) -> None:
+def evaluate(run_dir: RunDir, best_of: BestOf = None) -> None:
     """Evaluate a run's roles again on its held-out videos."""
     _need_base(run_dir)
     from . import pipeline
 
-    pipeline.evaluate_again(run_dir)
+    pipeline.evaluate_again(run_dir, best_of)
 
 
 @app.command()
@@ -201,6 +204,7 @@ def chat(
     video: Annotated[Path, typer.Argument(help="A video file, or a folder of frames.")],
     role: Annotated[str, typer.Option(help="Who answers: base, sft, reference or policy.")] = "policy",
     question: Annotated[str | None, typer.Option(help="One question; without it, questions are asked for.")] = None,
+    best_of: BestOf = None,
 ) -> None:
     """Ask about a video file."""
     _need_base(run_dir)
@@ -208,7 +212,7 @@ def chat(
         raise RlaifError(f"There is no video {video}. Paths start at {Path.cwd()}.")
     from . import chat as chat_module
 
-    chat_module.main(run_dir, str(video), role, question)
+    chat_module.main(run_dir, str(video), role, question, best_of)
 
 
 @app.command()

@@ -80,9 +80,11 @@ def run(
     return summary
 
 
-def evaluate_again(run_dir: Path) -> dict:
-    """Evaluate a run's roles once more, by the recipe in its folder, and write its summary and report again."""
-    return run(load_recipe(run_dir / "recipe.yaml", [f"output={run_dir}"]), again="evaluate", force=True)
+def evaluate_again(run_dir: Path, best_of: int | None = None) -> dict:
+    """Evaluate a run's roles once more, by the recipe in its folder, and write its summary and report again;
+    `best_of` sets `evaluate.best_of` in that recipe."""
+    keys = [f"output={run_dir}"] + ([f"evaluate.best_of={best_of}"] if best_of else [])
+    return run(load_recipe(run_dir / "recipe.yaml", keys), again="evaluate", force=True)
 
 
 def run_stage(

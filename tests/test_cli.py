@@ -78,12 +78,14 @@ def test_run_checks_files_before_it_starts(calls):
 
 def test_the_other_commands_pass_on_their_arguments(calls):
     assert command("eval", "runs/a").exit_code == 0
+    assert command("eval", "runs/a", "--best-of", "8").exit_code == 0
     assert command("report", "runs/a").stdout == "runs/a/report.html\n"
     assert command("chat", "runs/a", "clip.mp4", "--role", "sft", "--question", "what ?").exit_code == 0
-    assert command("chat", "runs/a", "clip.mp4").exit_code == 0
+    assert command("chat", "runs/a", "clip.mp4", "--best-of", "4").exit_code == 0
     run, video = Path("runs/a"), "clip.mp4"
     assert calls == [
-        ("evaluate", run), ("report", run), ("chat", run, video, "sft", "what ?"), ("chat", run, video, "policy", None),
+        ("evaluate", run, None), ("evaluate", run, 8), ("report", run), ("chat", run, video, "sft", "what ?", None),
+        ("chat", run, video, "policy", None, 4),
     ]  # fmt: skip
 
 
@@ -126,7 +128,7 @@ def test_only_run_promises_to_resume(calls, monkeypatch):
     assert result.exit_code == 130
     assert result.stderr == "\nStopped; what is done is kept: run the same command again.\n"
 
-    def stop(run_dir):
+    def stop(run_dir, best_of):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rlaif_lite.pipeline, "evaluate_again", stop)

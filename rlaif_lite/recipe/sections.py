@@ -172,6 +172,9 @@ class Evaluate(Section):
     temperatures: Annotated[tuple[Positive, ...], Strict(False)] = Field(
         (0.7, 0.5, 0.3), description="SFT's control: lower temperatures, so that sharpening is not taken for alignment"
     )
+    best_of: Count | None = Field(
+        None, description="also the policy's best of so many answers, by its own reward against `reference`; null: not"
+    )
     max_new_tokens: Count = Field(64, description="longest answer")
     batch_size: Count = Field(64, description="answers in flight")
     bootstrap: Count = Field(2000, description="resamples for the intervals")

@@ -4,9 +4,14 @@ Every role answers with the same random numbers, so that differences are the rol
 lower temperatures: what sharpening alone would give must not be sold as alignment. Metrics are ratios of sums over
 the test set; intervals resample videos (`report.stats`). Without truth in the data, lengths and stop rates are what
 is reported.
+
+With `evaluate.best_of: N` the policy also gives N sampled answers to every prompt and takes the one of the highest
+length-normalised implicit reward (`rollout.score.best_of`): a column of its own, "dpo@bo8", held against the policy's
+single answers, sampled and greedy.
 """
 
 import re
+from typing import Callable
 
 import numpy as np
 from PIL import Image
@@ -18,6 +23,7 @@ from ..progress import progress
 from ..report.stats import NEEDS_TRUTH, RATIOS, paired_bootstrap, tally
 from ..rl.losses import repetition
 from ..rollout import Sampling, sample
+from ..rollout.score import best_of
 from ..video.decode import decode
 from ..workspace import Workspace, by_batches, chunks, question_of, write_json, write_jsonl
 
@@ -38,12 +44,16 @@ def run(work: Workspace) -> dict:
         for role in roles
         for mode, temperature in (("greedy", 0.0), ("sample", section.temperature))
     ]
+    best = f"{method}@bo{section.best_of}" if section.best_of and method in roles else None
+    if best:
+        jobs.append((best, "sample", section.temperature))
     if "sft" in roles:
         jobs += [("sft", "sample", t) for t in section.temperatures]
     rows = {}
     with progress(len(jobs) * len(records), "evaluate", unit="video") as bar:
         for role, mode, temperature in jobs:
-            rows[role, mode, temperature] = answer_all(work, role, mode, temperature, bar.advance)
+            count = section.best_of if role == best else None
+            rows[role, mode, temperature] = answer_all(work, role, mode, temperature, bar.advance, count)
             work.release_roles()
     write_examples(work, records[: section.examples])
     evaluation: dict[str, dict[str, float]] = {}
@@ -55,22 +65,38 @@ def run(work: Workspace) -> dict:
         for before in ("sft", "reference")
         if {before, method} <= set(roles)
     }
+    if best:
+        rows[best, "greedy", 0.0] = rows[best, "sample", section.temperature]  # one kind of answers against both
+        intervals[f"{best}-{method}"] = compare(work, rows, method, best)
     return {"evaluation": evaluation, "evaluation_intervals": intervals, "videos": len(records)}
 
 
-def answer_all(work: Workspace, role: str, mode: str, temperature: float, done) -> list[dict]:
-    """All of a role's answers to the test prompts: one when greedy, `samples` when sampled."""
+def answer_all(
+    work: Workspace, role: str, mode: str, temperature: float, done: Callable[[int], None], best_count: int | None
+) -> list[dict]:
+    """All of a role's answers to the test prompts: one when greedy, `samples` when sampled, the policy's best of
+    `best_count` where that is given."""
     section, base = work.recipe.evaluate, work.base()
-    per_prompt = 1 if mode == "greedy" else section.samples
+    per_prompt = best_count or (1 if mode == "greedy" else section.samples)
     sampling = Sampling(section.max_new_tokens, temperature)
-    if role in ADAPTERS:
-        work.load_role(ADAPTERS[role])
+    needed = ("policy", "reference") if best_count else (ADAPTERS[role],) if role in ADAPTERS else ()
+    for name in needed:
+        work.load_role(name)
 
     def answer(batch: list[Record]) -> list[dict]:
         prompts = [encode_prompt(base, r.prompt, work.features(r)) for r in batch]
         seeds = [work.seed("evaluate", r.id, j) for r in batch for j in range(per_prompt)]
-        with work.roles.use(ADAPTERS.get(role, role)) as active:
-            found = sample(active, prompts, sampling, seeds=seeds, per_prompt=per_prompt, batch_size=section.batch_size)
+        if best_count:
+            best = best_of(
+                work.roles, *needed, prompts, sampling,
+                count=best_count, seeds=seeds, beta=work.recipe.dpo.beta, batch_size=section.batch_size,
+            )  # fmt: skip
+            found = [each.answer for each in best]
+        else:
+            with work.roles.use(ADAPTERS.get(role, role)) as active:
+                found = sample(
+                    active, prompts, sampling, seeds=seeds, per_prompt=per_prompt, batch_size=section.batch_size
+                )
         out = []
         for trajectory in found:
             record, text = batch[trajectory.prompt], decode_answer(base, trajectory.ids)

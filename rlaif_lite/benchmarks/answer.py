@@ -46,7 +46,7 @@ class Examinee:
         is_run = (path / "recipe.yaml").is_file()
         recipe = load_recipe(path / "recipe.yaml" if is_run else where)
         self.work = Workspace(recipe.model_copy(update={"output": str(path)}) if is_run else recipe)
-        self.name = path.name if is_run else recipe.name
+        self.name = str(where)
         self.role = ADAPTERS.get(role, role)
         self.judge_role = "sft" if (self.work.adapter("sft") / "adapter_model.safetensors").exists() else BASE
         if self.role != BASE and not (self.work.adapter(self.role) / "adapter_model.safetensors").exists():

@@ -1,0 +1,144 @@
+"""A judge on this machine: a role of a run's own base, another video language model, or a text model.
+
+It reads the prompt's text alone, as the field's judges do, and writes its reply greedily. With `words`, qa is decided
+by the probabilities of yes and no as the next token (as RLAIF-V asks about claims): that always gives a verdict, where
+a small model may write nothing that can be read, but no score.
+
+Shapes: B rows, S positions, D width, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers.utils import cached_file
+
+from ...data.records import Message
+from ...errors import ModelError
+from ...judge.claims import single_token
+from ...judge.divide import TextModel
+from ...model.base import base_digest, load_base, read_config
+from ...model.families import FAMILIES
+from ...model.inputs import BRANCH_MARK, Sequence as Row, collate, decode_answer, encode_prompt, encode_text
+from ...model.roles import BASE, Roles
+from ...recipe import Divide, Lora, Model as Section
+from ...rollout import Sampling, sample
+from ...workspace import Workspace, chunks
+from .cached import Model, Reply
+from .prompts import REPLY_TOKENS, Prompt
+
+
+class LocalRole:
+    """A role on a loaded base, as a `cached.Model`."""
+
+    def __init__(self, roles: Roles, role: str, name: str, revision: str, words: bool = False, batch_size: int = 16):
+        self.name, self.revision, self.words = name, revision, words
+        self._roles, self._role, self._batch_size = roles, role, batch_size
+
+    def ask(self, prompts: Sequence[Prompt], keep: Callable[[int, Reply], None]) -> None:
+        """See `cached.Model`. A prompt that cannot be put to this model gets a reply with that problem."""
+        rows = {}
+        for n, prompt in enumerate(prompts):
+            try:
+                rows[n] = self._row(prompt)
+            except ModelError as error:
+                keep(n, Reply("", problem=str(error)))
+        for word, decide, size in ((True, self._decide, 1), (False, self._write, 4)):  # 4: slots are refilled
+            numbers = sorted((n for n in rows if prompts[n].word is word), key=lambda n: len(rows[n].ids_S))
+            for batch in chunks(numbers, size * self._batch_size):
+                for n, reply in zip(batch, decide([rows[n] for n in batch]), strict=True):
+                    keep(n, Reply(reply))
+
+    def _row(self, prompt: Prompt) -> Row:
+        base = self._roles.base
+        if BRANCH_MARK in prompt.text:
+            raise ModelError(f"the text to be judged holds {BRANCH_MARK!r}, which has a meaning of its own here")
+        row = encode_prompt(base, [Message("user", prompt.text)], None)
+        needed = len(row.ids_S) + (1 if prompt.word else REPLY_TOKENS)
+        if needed > (limit := base.decoder.config.max_position_embeddings):
+            raise ModelError(f"prompt and reply take {needed} tokens, the model has {limit} positions")
+        return row
+
+    def _write(self, rows: list[Row]) -> list[str]:
+        sampling = Sampling(REPLY_TOKENS, temperature=0.0)
+        with self._roles.use(self._role) as role:
+            found = sample(role, rows, sampling, seeds=[0] * len(rows), batch_size=self._batch_size)
+        return [decode_answer(self._roles.base, trajectory.ids) for trajectory in found]
+
+    @torch.no_grad()
+    def _decide(self, rows: list[Row]) -> list[str]:
+        base = self._roles.base
+        with self._roles.use(self._role) as role:
+            hidden_BSD = role.hidden(collate(base, rows))
+        at_B = torch.tensor([len(row.ids_S) - 1 for row in rows], device=base.device)
+        hidden_BD = hidden_BSD[torch.arange(len(rows), device=base.device), at_B]
+        prob_BV = torch.softmax((hidden_BD @ base.head_weight_VD.T).float() + base.ban_bias_V, -1)
+        yes, no = (prob_BV[:, self._spellings(word)].sum(-1).tolist() for word in ("yes", "no"))
+        return [f"{'yes' if y > n else 'no'}: P(yes) {y:.4f}, P(no) {n:.4f}" for y, n in zip(yes, no, strict=True)]
+
+    def _spellings(self, word: str) -> list[int]:
+        """Tokens that are the word, as it is or with a capital (RLAIF-V adds these up too)."""
+        base = self._roles.base
+        tokens, capital = [single_token(base, word, "judge")], encode_text(base, word.capitalize())
+        known = len(capital) == 1 and capital[0] != base.tokenizer.unk_token_id
+        return tokens + (capital if known and capital != tokens else [])
+
+
+class LocalText:
+    """A text model, as a `cached.Model`."""
+
+    words = False
+
+    def __init__(self, model: TextModel, name: str, revision: str):
+        self.name, self.revision = name, revision
+        self._model = model
+
+    def ask(self, prompts: Sequence[Prompt], keep: Callable[[int, Reply], None]) -> None:
+        """See `cached.Model`."""
+        for numbers in chunks(list(range(len(prompts))), self._model.section.batch_size):
+            for n, reply in zip(numbers, self._model.write([prompts[n].text for n in numbers]), strict=True):
+                keep(n, Reply(reply))
+
+
+def of_role(work: Workspace, role: str, words: bool = False, batch_size: int = 16) -> LocalRole:
+    """A role of a run, on the base that the run has loaded; `base` is the role without an adapter.
+
+    Raises ModelError for a role that is not there."""
+    section, revision = work.recipe.model, base_digest(work.recipe.model)
+    if role != BASE:
+        work.load_role(role)
+        adapter = work.adapter(role) / "adapter_model.safetensors"
+        revision += f"+{hashlib.sha256(adapter.read_bytes()).hexdigest()[:16]}"
+    name = f"local:{_short(section.base)}:{role}:{section.quantization}"
+    return LocalRole(work.roles, role, name, revision, words, batch_size)
+
+
+def of_model(
+    name: str, device: torch.device, revision: str | None = None, words: bool = False, batch_size: int = 16
+) -> Model:
+    """A checkpoint: a folder or a hub id, of a family that can be a base or a causal language model.
+
+    Raises ModelError for one that is neither, and where `words` is asked of a text model."""
+    section = Section(base=name, revision=revision)
+    config = read_config(section)
+    # of a hub id the commit, which is the folder's name in the hub's cache
+    found = base_digest(section) if Path(name).is_dir() else _commit(name, revision)
+    if config.model_type in FAMILIES:
+        if config.get_text_config().hidden_size % 64:
+            section = section.model_copy(update={"quantization": "none"})
+        roles = Roles(load_base(section, device, tower=False), Lora())
+        return LocalRole(roles, BASE, f"local:{_short(name)}:{section.quantization}", found, words, batch_size)
+    if words:
+        raise ModelError(f"{name} is a text model, which judges by what it writes. Leave the choice by words out.")
+    text = TextModel(name, device, Divide(max_new_tokens=REPLY_TOKENS, batch_size=batch_size))
+    return LocalText(text, f"local:{_short(name)}:{'nf4' if device.type == 'cuda' else 'full'}", found)
+
+
+def _commit(name: str, revision: str | None) -> str:
+    return Path(cached_file(name, "config.json", revision=revision)).parent.name
+
+
+def _short(name: str) -> str:
+    """A folder by its last part: where it lies is not who it is."""
+    return Path(name).name if Path(name).is_dir() else name

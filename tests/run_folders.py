@@ -25,10 +25,12 @@ SKILL = {
 
 
 def make_run(folder: Path, kind: str = "helped", videos: int = 120, seed: int = 0) -> Path:
-    """`kind`: helped, hacked, no_truth (real data), unfinished (killed in PPO)."""
+    """`kind`: helped, hacked, no_truth (real data), unfinished (killed in PPO), dpo (helped, in three rounds)."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     skill = SKILL["hacked" if kind == "hacked" else "helped"]
+    if kind == "dpo":
+        skill = {"dpo" if role == "ppo" else role: chances for role, chances in skill.items()}
     (folder / "recipe.yaml").write_text("name: fixture\nseed: 0\nppo:\n  steps: 20\n  kl_coef: 0.2\n")
     _metrics(folder / "metrics.jsonl", kind, rng)
     rows = [] if kind == "unfinished" else _evaluate(folder / "evaluate", skill, kind != "no_truth", videos, rng)
@@ -104,7 +106,9 @@ def _metrics(path: Path, kind: str, rng: random.Random) -> None:
         for step in range(steps):
             loss = 2 * math.exp(-step / 15) + 0.3 + rng.gauss(0, 0.03)
             lines.append({"stage": stage, "step": step, "loss": loss, "lr": 1e-4})
-    for step in range(11 if kind == "unfinished" else 20):
+    if kind == "dpo":
+        lines += [{"stage": f"dpo.{t}", "step": s, "loss": 0.69 / t - s / 99} for t in (1, 2, 3) for s in range(9)]
+    for step in range({"unfinished": 11, "dpo": 0}.get(kind, 20)):
         x = 1 - math.exp(-step / 6)
         line = {
             "objective/scores": 1.6 * x + rng.gauss(0, 0.05), "objective/rlhf_reward": 1.3 * x + rng.gauss(0, 0.05),
@@ -159,20 +163,41 @@ def _summary(kind: str, rows: list[dict]) -> dict:
         del summary["ppo"]
         del stages["ppo"], stages["evaluate"]
         return summary
+    method = "dpo" if kind == "dpo" else "ppo"
+    if kind == "dpo":
+        summary |= {"method": "dpo", "preference": {}, "reward": {}, "dpo": {"judge": "claims", "rounds": rounds()}}
+        del summary["ppo"]
+        stages["dpo"] = stages.pop("ppo")
+        del stages["preference"], stages["reward"]
     arms, ratios = _arms(rows), {n: r for n, r in RATIOS.items() if kind != "no_truth" or n not in NEEDS_TRUTH}
     summary["evaluation"] = {}
     for (column, mode), counts in arms.items():
         figures = {f"{mode}_{name}": float(ratio(counts.sum(0))) for name, ratio in ratios.items()}
         summary["evaluation"].setdefault(column, {}).update(figures, **{f"{mode}_repetition": 0.004})
     summary["evaluation_intervals"] = {
-        f"ppo-{role}": {
-            f"{mode}_{name}": paired_bootstrap(arms[role, mode], arms["ppo", mode], ratio, n=200)._asdict()
+        f"{method}-{role}": {
+            f"{mode}_{name}": paired_bootstrap(arms[role, mode], arms[method, mode], ratio, n=200)._asdict()
             for mode in ("greedy", "sample")
             for name, ratio in ratios.items()
         }
         for role in ("sft", "reference")
     }
     return summary
+
+
+def rounds() -> list[dict]:
+    "What the DPO stage writes of three rounds, the second of which is taken; the videos are described anew in each."
+    table = [{"round": 0, "heldout_score": 3.1, "heldout_truth": 3.0, "heldout_words": 21.5, "selected": False}]
+    for t in (1, 2, 3):
+        told = [{"video": "videos/a.mp4", "read": f"a <b> {t - 1}", "written": f"a <b> {t}"}]
+        table.append({
+            "round": t, "prompts": 200, "answers": 1200, "answer_words": 21.0 + t, "pairs": 380 - t, "dropped": {"tied": 9},
+            "chosen_words": 21.5, "rejected_words": 22.5, "length_bias": 0.47, "agreement": 0.9 - t / 100, "steps": 9,
+            "truth_length_bias": 0.45, "loss": 0.5, "heldout_score": 4.0 + (t == 2), "heldout_truth": 3.5 + t / 10,
+            "heldout_words": 22.0 + t, "selected": t == 2, "descriptions": told, "description_changed": 0.8,
+            "description_words": 30.0, "description_truth": 5.0,
+        })  # fmt: skip
+    return table
 
 
 def _arms(rows: list[dict]) -> dict[tuple[str, str], np.ndarray]:

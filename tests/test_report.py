@@ -18,7 +18,7 @@ from rlaif_lite.report.stats import COUNTS, RATIOS, Interval, paired_bootstrap, 
 from rlaif_lite.report.verdict import classify, number, signed
 from run_folders import make_run
 
-KINDS = ("helped", "hacked", "no_truth", "unfinished")
+KINDS = ("helped", "hacked", "no_truth", "unfinished", "dpo")
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +146,7 @@ def test_each_run_gets_its_verdict_first(pages):
         "hacked": "Reward hacking: the reward rose while the answers got worse",
         "no_truth": "Whether the answers got better, this data cannot say",
         "unfinished": "Not evaluated yet",
+        "dpo": "RLAIF helped: hallucination fell from ",
     }
     for kind, headline in expected.items():
         html = pages[kind].read_text()
@@ -236,6 +237,51 @@ def test_sections_follow_what_the_run_has(pages):
     assert pages["helped"].read_text().count("<svg xmlns") == 6 + 6 + 3 + 1  # PPO, more of PPO, losses, calibration
 
 
+def test_a_run_of_dpo_speaks_of_dpo(pages, run):
+    """Its rounds are told, and what it does not have leaves no hole."""
+    text, html = text_of(pages["dpo"]), pages["dpo"].read_text()
+    assert "PPO" not in text and "The reward model" not in text and "The judge" not in text
+    assert "Greedy answers, DPO against SFT" in text and "After, DPO" in text and '<tr class="policy"><td>DPO' in html
+    told = "Of 3 rounds of DPO, 2 was taken: the judge's score of the held-out answers went from 3.10 to 5.00"
+    assert f"{told}, their true score from 3.00 to 3.70, their length from 21.5 to 24.0 words." in text.replace(
+        "&#39;", "'"
+    )
+    assert "start – – – – – – 3.10 3.00 21.5 1 379 89.0 47.0 21.5 22.5 80.0 4.00 3.60 23.0 2, taken 378 88.0" in text
+    assert "Read in round 1 a &lt;b&gt; 0 Written in round 1 a &lt;b&gt; 1 Written in round 2 a &lt;b&gt; 2" in text
+    assert html.count("<svg xmlns") == 8 + 3 + 3  # rounds, losses of DPO, of other phases
+
+    folder = shutil.copytree(pages["dpo"].parent, run.parent / "dpo")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["dpo"]["rounds"][2]["heldout_words"] = 27.0
+    summary["evaluation"]["dpo@bo8"] = summary["evaluation"]["dpo"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text = text_of(write(folder))
+    assert "Answers grew from 21.5 to 27.0 words" in text and "DPO, best of 8" in text
+
+
+def test_dpo_is_hacked_when_the_judge_is_pleased_and_the_truth_falls(pages, run):
+    folder = shutil.copytree(pages["dpo"].parent, run.parent / "dpo")
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["evaluation_intervals"]["dpo-sft"]["greedy_score"] = {"delta": -1.0, "low": -1.5, "high": -0.5}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "Reward hacking: the judge’s score rose while the answers got worse" in text_of(write(folder))
+    summary["dpo"]["rounds"][2]["heldout_score"] = 3.0
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "RLAIF made the answers worse" in text_of(write(folder))
+
+
+def test_interventions_are_drawn_together(pages, run):
+    names = {"claims": 3.0, "rate": 0.2, "omitted": 0.5}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[:-1]]
+    lines = [line | {f"interventions/{name}": value for name, value in names.items()} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    summary = json.loads((run / "summary.json").read_text()) | {"preference": {}, "reward": {}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    text = text_of(write(run))
+    assert "Claims per answer Claims taken over by the judge Left out of the narrative, per answer" in text
+    assert "Over PPO the reward rose" in text and "reward model" not in text.lower()
+
+
 def test_tables_show_the_numbers_of_the_summary(pages):
     text = text_of(pages["helped"])
     evaluation = json.loads((pages["helped"].parent / "summary.json").read_text())["evaluation"]["ppo"]
@@ -323,6 +369,8 @@ PROBE = """<script>onload = () => { document.title = JSON.stringify({
     plots: [...document.querySelectorAll('figure svg')].filter(s => !s.closest('details'))
         .map(s => s.getBoundingClientRect().width),
     requests: performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:')).map(r => r.name),
+    cut: [...document.querySelectorAll('.scroll')].filter(s => !s.closest('details') && s.scrollWidth > s.clientWidth)
+        .map(s => s.previousElementSibling.textContent),
     smallest: Math.min(...[...document.querySelectorAll('td, p, h4, figcaption')]
         .map(e => parseFloat(getComputedStyle(e).fontSize))),
 }) }</script>"""
@@ -334,13 +382,14 @@ def browse(page: Path, profile: Path, *flags: str) -> str:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome is installed to open the page with")
-@pytest.mark.parametrize(("width", "columns"), [(1200, 3), (500, 1)])
+@pytest.mark.parametrize(("width", "columns"), [(1200, 3), (770, 3), (500, 1)])
 def test_the_page_looks_right_in_a_browser(pages, tmp_path, width, columns):
     probe = tmp_path / "probe.html"  # the page, with a script that reports how it was laid out
     probe.write_text(pages["helped"].read_text().replace("</body>", f"{PROBE}</body>"))
     dom = browse(probe, tmp_path / "a", f"--window-size={width},900", "--dump-dom")
     seen = json.loads(re.search(r"<title>(.*?)</title>", dom)[1])
     assert seen["overflow"] <= 0  # nothing sticks out sideways
+    assert not [title for title in seen["cut"] if "against" in title]  # nor do the tables of changes inside their box
     assert seen["images"] == [True] * 10 and seen["requests"] == []
     assert len(seen["plots"]) == 7 and min(seen["plots"]) > 0.8 * (width - 130) / columns * (1 if columns == 1 else 0.9)
     assert seen["smallest"] >= 13

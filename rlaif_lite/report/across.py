@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import StageError
+from .folder import method_of
 
 METHOD = "<method>"  # in a row's path: the trained policy's column, by the run's own method
 
@@ -74,6 +75,10 @@ ROWS = [
     Row("reward, last step", (METHOD, "reward_end")),
     Row("KL at step 0, nats per answer", (METHOD, "kl_start")),
     Row("KL at the last step, nats per answer", (METHOD, "kl_end"), swept=True),
+    Row("DPO, judge's score of held-out answers, start", ("rounds", "start", "heldout_score")),
+    Row("DPO, judge's score of held-out answers, round taken", ("rounds", "taken", "heldout_score")),
+    Row("DPO, true score of held-out answers, start", ("rounds", "start", "heldout_truth")),
+    Row("DPO, true score of held-out answers, round taken", ("rounds", "taken", "heldout_truth")),
     Row("seconds, all stages", ("cost", "seconds"), swept=True),
     Row("peak memory, MiB", ("cost", "peak_mib"), swept=True),
 ]  # fmt: skip
@@ -103,8 +108,13 @@ def figures(folder: Path) -> dict[str, Any]:
     summary = json.loads(path.read_text())
     if not summary["finished"]:
         raise StageError(f"The run in {folder} is not finished. Run its recipe again; it goes on where it stopped.")
-    method = summary.get("method", "ppo")  # runs of old have no other
-    rows = summary["preference"].get("judges", [])
+    method = method_of(summary)
+    rounds = summary[method].get("rounds", [])  # DPO's
+    preference, shown = summary["preference"], {}
+    if rounds:
+        taken = next(row for row in rounds if row["selected"])
+        preference, shown = {"judge_agreement_with_truth": taken.get("agreement")}, {"start": rounds[0], "taken": taken}
+    rows = preference.get("judges", [])
     judges = {row["judge"] + ("+context" if row["context"] else ""): row for row in rows}
     stages = summary["stages"].values()
     cost = {
@@ -112,8 +122,16 @@ def figures(folder: Path) -> dict[str, Any]:
         "peak_mib": max(s["peak_memory_bytes"] for s in stages) / 2**20,
     }
     kept = ("recipe", "recipe_hash", "seed", "world_seed", "device", "machine", "versions", "stages", "evaluation", "evaluation_intervals",
-            "preference", "reward", method)  # fmt: skip
-    return {"name": folder.name, "method": method, "judge": judges, "cost": cost} | {key: summary[key] for key in kept}
+            "reward", method)  # fmt: skip
+    own = {
+        "name": folder.name,
+        "method": method,
+        "judge": judges,
+        "cost": cost,
+        "preference": preference,
+        "rounds": shown,
+    }
+    return own | {key: summary[key] for key in kept}
 
 
 def value_of(run: dict, row: Row) -> float | None:

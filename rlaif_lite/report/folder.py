@@ -50,8 +50,16 @@ def read_run(folder: Path) -> Run:
     )
 
 
+METHODS = {"ppo": "PPO", "dpo": "DPO"}
+
+
+def method_of(summary: dict[str, Any]) -> str:
+    """How the policy learnt, which is also its column's name; summaries of old say nothing, and mean PPO."""
+    return summary.get("method", "ppo")
+
+
 class Change(NamedTuple):
-    "One metric of PPO's answers against a baseline's, with the interval that the evaluation gave it."
+    "One metric of the policy's answers against a baseline's, with the interval that the evaluation gave it."
 
     before: float
     after: float
@@ -62,9 +70,10 @@ Changes = dict[str, Change]
 
 
 def changes(summary: dict[str, Any], baseline: str, mode: str) -> Changes:
-    """What PPO changed against `baseline` in one mode (greedy or sample), per metric; empty when not evaluated."""
-    intervals = summary.get("evaluation_intervals", {}).get(f"ppo-{baseline}", {})
-    before, after = (summary.get("evaluation", {}).get(role, {}) for role in (baseline, "ppo"))
+    """What the policy changed against `baseline` in one mode (greedy or sample), per metric; empty when not evaluated."""
+    method = method_of(summary)
+    intervals = summary.get("evaluation_intervals", {}).get(f"{method}-{baseline}", {})
+    before, after = (summary.get("evaluation", {}).get(role, {}) for role in (baseline, method))
     return {
         name.removeprefix(f"{mode}_"): Change(before[name], after[name], Interval(**interval))
         for name, interval in intervals.items()

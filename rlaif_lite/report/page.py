@@ -11,11 +11,12 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from rlaif_lite.report import plots
-from rlaif_lite.report.folder import Change, Changes, Run, changes, read_run
+from rlaif_lite.report.folder import METHODS, Change, Changes, Run, changes, method_of, read_run
 from rlaif_lite.report.stats import Interval
-from rlaif_lite.report.verdict import judge_run, number, percent, signed
+from rlaif_lite.report.verdict import judge_run, number, percent, rounds_of, signed
 
-ROLES = {"base": "Base", "sft": "SFT", "reference": "Reference", "ppo": "PPO"}
+ROLES = {"base": "Base", "sft": "SFT", "reference": "Reference", **METHODS}
+MOST_DESCRIBED = 6  # videos
 MODES = {"greedy": "Greedy", "sample": "Sampled"}
 
 
@@ -43,13 +44,34 @@ MEASURES = {
 
 # title, {label: metric}, what its axis must show
 CURVES: list[tuple[str, dict[str, str], plots.Axis]] = [
-    ("Reward", {"reward model": "objective/scores", "with KL and penalties": "objective/rlhf_reward"}, "free"),
+    ("Reward", {"of the feedback": "objective/scores", "with KL and penalties": "objective/rlhf_reward"}, "free"),
     ("KL to the reference, nats per answer", {"KL": "objective/kl"}, "zero"),
     ("True score of rollouts, right − wrong", {"true score": "rollout/oracle_score"}, "free"),
     ("Length, tokens per answer", {"length": "rollout/length"}, "free"),
     ("Answers that stop by themselves", {"stop rate": "rollout/stop_rate"}, "share"),
     ("Clipped share of tokens", {"clip fraction": "policy/clipfrac_avg"}, "zero"),
+    # a judge that intervenes: none of the three says anything alone
+    ("Claims per answer", {"claims": "interventions/claims"}, "zero"),
+    ("Claims taken over by the judge", {"share": "interventions/rate"}, "zero"),
+    ("Left out of the narrative, per answer", {"left out": "interventions/omitted"}, "zero"),
 ]
+ROUND_CURVES: list[tuple[str, dict[str, str], plots.Axis]] = [
+    ("Judge’s score of held-out answers", {"score": "heldout_score"}, "free"),
+    ("True score of held-out answers", {"true score": "heldout_truth"}, "free"),
+    ("Words per answer", {"held out, greedy": "heldout_words", "sampled": "answer_words"}, "free"),
+    ("Judge agrees with the truth", {"agreement": "agreement"}, "share"),
+    ("Prefers the longer answer", {"judge": "length_bias", "truth": "truth_length_bias"}, "share"),
+    ("Words of preferred answers", {"chosen": "chosen_words", "rejected": "rejected_words"}, "free"),
+    ("True score of descriptions", {"true score": "description_truth"}, "free"),
+    ("Words per description", {"words": "description_words"}, "free"),
+]
+# heading, key in a round's line, factor, digits
+ROUND_COLUMNS = [
+    ("Pairs", "pairs", 1, 0), ("Judge agrees %", "agreement", 100, 1), ("Prefers the longer %", "length_bias", 100, 1),
+    ("Chosen, words", "chosen_words", 1, 1), ("Rejected, words", "rejected_words", 1, 1),
+    ("Descriptions changed %", "description_changed", 100, 1), ("Held out: judge", "heldout_score", 1, 2),
+    ("truth", "heldout_truth", 1, 2), ("words", "heldout_words", 1, 1),
+]  # fmt: skip
 MORE_CURVES: list[tuple[str, dict[str, str], plots.Axis]] = [
     ("Entropy, nats per token", {"entropy": "policy/entropy_avg"}, "free"),
     ("Explained variance of the value", {"explained variance": "val/explained_variance"}, "free"),
@@ -84,7 +106,7 @@ def write(run_dir: Path) -> Path:
 def view(run: Run) -> dict[str, Any]:
     """Everything the template shows, as plain values."""
     summary = run.summary
-    ppo, result = run.metrics.get("ppo", []), summary.get("ppo", {})
+    ppo, result, rounds = run.metrics.get("ppo", []), summary.get("ppo", {}), rounds_of(summary)
     effects = {base: {mode: changes(summary, base, mode) for mode in MODES} for base in ("sft", "reference")}
     bins = summary.get("reward", {}).get("calibration")
     return {
@@ -92,12 +114,19 @@ def view(run: Run) -> dict[str, Any]:
         "folder": run.folder.name,
         "summary": summary,
         "verdict": judge_run(run, **effects["sft"]),
-        "changes": [panel for baseline, by_mode in effects.items() for panel in change_panels(baseline, by_mode)],
+        "changes": [
+            panel
+            for baseline, by_mode in effects.items()
+            for panel in change_panels(method_of(summary), baseline, by_mode)
+        ],
         "videos": len({row["id"] for row in run.rows}),
-        "curves": draw(CURVES, ppo),
+        "method": METHODS[method_of(summary)],
+        "curves": draw(CURVES, ppo) + draw(ROUND_CURVES, [row | {"step": row["round"]} for row in rounds]),
+        "rounds": round_table(rounds),
+        "descriptions": descriptions(rounds),
         "more_curves": draw(MORE_CURVES, ppo) + loss_curves(run),
         "tables": [table for mode in MODES if (table := evaluation_table(summary.get("evaluation", {}), mode))],
-        "cooler": any("@" in role for role in summary.get("evaluation", {})),
+        "cooler": any(role.startswith("sft@") for role in summary.get("evaluation", {})),
         "stages": stage_rows(summary.get("stages", {})),
         "judges": summary.get("preference", {}).get("judges", []),
         "calibration": Markup(plots.calibration(bins)) if bins else None,
@@ -129,8 +158,8 @@ class ChangePanel(NamedTuple):
     rows: list[ChangeRow]
 
 
-def change_panels(baseline: str, by_mode: dict[str, Changes]) -> list[ChangePanel]:
-    """PPO against `baseline`, a panel per mode, all on the same axis."""
+def change_panels(method: str, baseline: str, by_mode: dict[str, Changes]) -> list[ChangePanel]:
+    """The policy against `baseline`, a panel per mode, all on the same axis."""
     shown = [found[name] for found in by_mode.values() for name in found if name in MEASURES and MEASURES[name].share]
     reach = max([0.01, *(abs(edge) for change in shown for edge in change.interval)])
     panels = []
@@ -142,7 +171,7 @@ def change_panels(baseline: str, by_mode: dict[str, Changes]) -> list[ChangePane
                 bar = Interval(*(50 + 50 * edge / reach for edge in interval)) if measure.share else None
                 rows.append(ChangeRow(measure, found[name], _verdict(measure, interval), bar))
         if rows:
-            title = f"{MODES[mode]} answers, PPO against {ROLES[baseline]}"
+            title = f"{MODES[mode]} answers, {METHODS[method]} against {ROLES[baseline]}"
             panels.append(ChangePanel(title, ROLES[baseline], 100 * reach, rows))
     return panels
 
@@ -157,7 +186,7 @@ class Table(NamedTuple):
     title: str
     measures: list[Measure]
     rows: list[tuple[str, str, list[float | None]]]
-    "label, kind (a role's name or `cooler`), values"
+    "label, kind (a role, `policy`, `cooler` or `best_of`), values"
 
 
 def evaluation_table(evaluation: dict[str, dict[str, float]], mode: str) -> Table | None:
@@ -171,16 +200,22 @@ def evaluation_table(evaluation: dict[str, dict[str, float]], mode: str) -> Tabl
     names = [name for name in MEASURES if any(values[name] is not None for values in rows.values())]
     if not rows:
         return None
-    body = [
-        (_role_label(role), "cooler" if "@" in role else role, [values[name] for name in names])
-        for role, values in rows.items()
-    ]
+    body = [(_role_label(role), _role_kind(role), [values[name] for name in names]) for role, values in rows.items()]
     return Table(f"{MODES[mode]} answers", [MEASURES[name] for name in names], body)
 
 
 def _role_label(role: str) -> str:
-    name, _, temperature = role.partition("@")
-    return f"{ROLES[name]} at temperature {temperature}" if temperature else ROLES[name]
+    name, _, how = role.partition("@")
+    if how.startswith("bo"):
+        return f"{ROLES[name]}, best of {how.removeprefix('bo')}"
+    return f"{ROLES[name]} at temperature {how}" if how else ROLES[name]
+
+
+def _role_kind(role: str) -> str:
+    name, _, how = role.partition("@")
+    if how:
+        return "best_of" if how.startswith("bo") else "cooler"
+    return "policy" if name in METHODS else name
 
 
 # ------------------------------------------------------------------------------------------------------- curves, costs
@@ -198,7 +233,7 @@ def draw(wanted: list[tuple[str, dict[str, str], plots.Axis]], lines: list[dict]
 
 
 def loss_curves(run: Run) -> list[tuple[str, Markup]]:
-    """The loss of every stage but PPO."""
+    """The loss of every phase but PPO's."""
     return [
         curve
         for stage, lines in run.metrics.items()
@@ -237,6 +272,40 @@ def stage_rows(stages: dict[str, dict]) -> list[StageRow]:
     ]
 
 
+# -------------------------------------------------------------------------------------------------------- DPO's rounds
+
+
+class Described(NamedTuple):
+    "One video's descriptions, as they were rewritten."
+
+    video: str
+    texts: list[tuple[str, str]]
+    "who wrote it, and the text"
+
+
+def round_table(rounds: list[dict]) -> tuple[list[str], list[tuple[int, bool, list[str]]]] | None:
+    """(headings, lines of round, whether it was taken, cells); columns that no round has are left out."""
+    columns = [one for one in ROUND_COLUMNS if any(row.get(one[1]) is not None for row in rounds)]
+    lines = []
+    for row in rounds:
+        found = [(row.get(key), factor, digits) for _, key, factor, digits in columns]
+        cells = ["–" if value is None else number(factor * value, digits) for value, factor, digits in found]
+        lines.append((row["round"], row["selected"], cells))
+    return ([heading for heading, *_ in columns], lines) if rounds else None
+
+
+def descriptions(rounds: list[dict]) -> list[Described]:
+    """The videos whose descriptions the rounds kept as examples, those first that most rounds described."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for row in rounds:
+        for one in row.get("descriptions", []):
+            texts = found.setdefault(one["video"], [])
+            if not texts or texts[-1][1] != one["read"]:
+                texts.append((f"Read in round {row['round']}", one["read"]))
+            texts.append((f"Written in round {row['round']}", one["written"]))
+    return [Described(*item) for item in sorted(found.items(), key=lambda item: -len(item[1]))[:MOST_DESCRIBED]]
+
+
 # ------------------------------------------------------------------------------------------------------------ examples
 
 
@@ -257,14 +326,14 @@ class Card(NamedTuple):
 
 
 def example_cards(run: Run) -> list[Card]:
-    """The examples that have an answer: SFT's before, PPO's after, greedy where there is a greedy one."""
+    """The examples that have an answer: SFT's before, the policy's after, greedy where there is a greedy one."""
     rows = sorted(run.rows, key=lambda row: row["mode"] == "greedy")  # stable: a greedy row replaces a sampled one
     by_role = {(row["id"], row["role"]): row for row in rows}
-    cards = []
+    method, cards = method_of(run.summary), []
     for example in run.examples:
         shown = {
             label: by_role[example.id, role]
-            for role, label in (("sft", "Before, SFT"), ("ppo", "After, PPO"))
+            for role, label in (("sft", "Before, SFT"), (method, f"After, {METHODS[method]}"))
             if (example.id, role) in by_role
         }
         if shown:

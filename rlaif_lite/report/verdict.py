@@ -2,7 +2,7 @@
 
 A change counts only when its 95 % interval (paired bootstrap over videos) excludes zero. In this order:
 
-    hacked      the truth fell while the reward rose
+    hacked      the truth fell while the reward (DPO: the judge's score of held-out answers) rose
     harmed      the truth fell
     traded      fewer hallucinations, but a lower F1
     helped      fewer hallucinations or a higher F1 in greedy answers
@@ -14,9 +14,10 @@ A change counts only when its 95 % interval (paired bootstrap over videos) exclu
 "The truth fell": right minus wrong facts per answer fell, or hallucination rose without a better F1.
 """
 
+import re
 from typing import Any, NamedTuple
 
-from rlaif_lite.report.folder import Changes, Run
+from rlaif_lite.report.folder import METHODS, Changes, Run, method_of
 from rlaif_lite.report.stats import RATIOS, paired_bootstrap, tally
 
 
@@ -28,18 +29,20 @@ class Verdict(NamedTuple):
 
 
 def judge_run(run: Run, greedy: Changes, sample: Changes) -> Verdict:
-    """The verdict on a run, from what PPO changed against SFT (`folder.changes`; empty where nothing was evaluated)."""
+    """The verdict on a run, from what the policy changed against SFT (`folder.changes`; empty where nothing was evaluated)."""
     items, warnings = len({row["id"] for row in run.rows}), cautions(run)
     if not greedy and not sample:
         done = [name for name, stage in run.summary.get("stages", {}).items() if stage["status"] in ("done", "skipped")]
         so_far = f"Stages finished: {', '.join(done)}." if done else "No stage has finished."
         if "ppo" in run.metrics and "ppo" not in done:
             so_far += f" PPO has done {run.metrics['ppo'][-1]['step'] + 1} steps."
+        if (rounds := [stage for stage in run.metrics if re.fullmatch(r"dpo\.\d+", stage)]) and "dpo" not in done:
+            so_far += f" DPO is in round {rounds[-1].removeprefix('dpo.')}."
         return Verdict("unfinished", "Not evaluated yet", [so_far, *_training(run)], warnings)
     kind = classify(greedy, sample, _reward_rose(run.summary))
     sentences = [*_effect("Greedy answers", greedy, items), *_effect("Sampled answers", sample, items)]
     sentences += [*_temperature(run, sample), *_training(run)]
-    return Verdict(kind, _headline(kind, greedy or sample), sentences, warnings)
+    return Verdict(kind, _headline(kind, greedy or sample, method_of(run.summary)), sentences, warnings)
 
 
 def classify(greedy: Changes, sample: Changes, reward_rose: bool | None) -> str:
@@ -63,6 +66,7 @@ def cautions(run: Run) -> list[str]:
     """What a careful reader should know before quoting a number from this run."""
     summary, found = run.summary, []
     ppo, reward, preference = (summary.get(name, {}) for name in ("ppo", "reward", "preference"))
+    method, rounds = method_of(summary), rounds_of(summary)
     if ppo.get("kl_start", 0.0) != 0.0:
         found.append(f"PPO began at a KL of {ppo['kl_start']:.3g}, not 0: policy and reference differed.")
     if ppo.get("kl_end", 0.0) > 10.0:
@@ -72,13 +76,18 @@ def cautions(run: Run) -> list[str]:
         found.append(f"The reward model decides only {percent(accuracy)} of held-out pairs rightly (chance: 50 %).")
     if reward and reward["heldout_accuracy"] is None:
         found.append("The reward model was given and not measured: there were no pairs.")
-    agreement = preference.get("judge_agreement_with_truth")
+    agreement = preference.get("judge_agreement_with_truth", rounds[-1].get("agreement") if rounds else None)
     if agreement is not None and agreement < 0.7:
         found.append(f"The judge agrees with the truth on only {percent(agreement)} of pairs.")
     for mode in ("greedy", "sample"):
-        malformed = summary.get("evaluation", {}).get("ppo", {}).get(f"{mode}_malformed", 0.0)
+        malformed = summary.get("evaluation", {}).get(method, {}).get(f"{mode}_malformed", 0.0)
         if malformed > 0.02:
-            found.append(f"{percent(malformed)} of PPO's {_adjective(mode)} answers hold a malformed sentence.")
+            found.append(
+                f"{percent(malformed)} of {METHODS[method]}'s {_adjective(mode)} answers hold a malformed sentence."
+            )
+    if rounds and (taken := _taken(rounds))["heldout_words"] > 1.25 * rounds[0]["heldout_words"]:
+        words = f"from {number(rounds[0]['heldout_words'], 1)} to {number(taken['heldout_words'], 1)} words"
+        found.append(f"Answers grew {words}: a judge that prefers longer ones teaches length instead of truth.")
     features = summary.get("features") or {}
     missing = features.get("missing", 0) + features.get("unreadable", 0)
     if missing:
@@ -104,13 +113,13 @@ def signed(value: float, digits: int = 1) -> str:
     return text if text.startswith("−") or float(text) == 0 else f"+{text}"
 
 
-def _headline(kind: str, first: Changes) -> str:
+def _headline(kind: str, first: Changes, method: str) -> str:
     if kind in ("helped", "traded") and _fell(first, "hallucination"):
         was, now = percent(first["hallucination"].before), percent(first["hallucination"].after)
         fall = f"hallucination fell from {was} to {now}"
         return f"RLAIF helped: {fall}" if kind == "helped" else f"A trade: {fall}, but F1 fell too"
     return {
-        "hacked": "Reward hacking: the reward rose while the answers got worse",
+        "hacked": f"Reward hacking: the {'judge’s score' if method == 'dpo' else 'reward'} rose while the answers got worse",
         "harmed": "RLAIF made the answers worse",
         "helped": "RLAIF helped: more of what the answers say is right",
         "sharper": "Sampled answers improved, greedy ones did not: this looks like sharper sampling, not alignment",
@@ -134,7 +143,7 @@ def _effect(what: str, found: Changes, items: int) -> list[str]:
 
 
 def _temperature(run: Run, sample: Changes) -> list[str]:
-    "Sharpening alone lowers hallucination too; say whether it may be all that PPO's sampled answers gained."
+    "Sharpening alone lowers hallucination too; say whether it may be all that the policy's sampled answers gained."
     reached = {
         role: metrics["sample_hallucination"]
         for role, metrics in run.summary.get("evaluation", {}).items()
@@ -146,33 +155,60 @@ def _temperature(run: Run, sample: Changes) -> list[str]:
     temperature = best.removeprefix("sft@")
     sampled = [row for row in run.rows if row["mode"] == "sample"]
     cooler = tally(row for row in sampled if row["role"] == "sft" and row["temperature"] == float(temperature))
-    ppo = tally(row for row in sampled if row["role"] == "ppo")
-    ids = sorted(cooler.keys() & ppo.keys())
+    method = method_of(run.summary)
+    policy = tally(row for row in sampled if row["role"] == method)
+    ids = sorted(cooler.keys() & policy.keys())
     if not ids:
         return []
-    change = paired_bootstrap([cooler[i] for i in ids], [ppo[i] for i in ids], RATIOS["hallucination"])
+    change = paired_bootstrap([cooler[i] for i in ids], [policy[i] for i in ids], RATIOS["hallucination"])
     verdict = "does not explain" if change.high < 0 else "may explain"
     delta, low, high = (signed(100 * points) for points in change)
     return [
         f"Sharper sampling alone {verdict} the sampled gain: at temperature {temperature}, SFT hallucinates "
-        f"{percent(reached[best])}, and PPO differs from that by {delta} points ({low} to {high})."
+        f"{percent(reached[best])}, and {METHODS[method]} differs from that by {delta} points ({low} to {high})."
     ]
 
 
 def _training(run: Run) -> list[str]:
+    rounds = rounds_of(run.summary)
+    if rounds:
+        start, taken = rounds[0], _taken(rounds)
+        text = f"Of {len(rounds) - 1} rounds of DPO, {taken['round']} was taken"
+        text += f": the judge's score of the held-out answers went {_went(start, taken, 'heldout_score')}"
+        if taken["heldout_truth"] is not None:
+            text += f", their true score {_went(start, taken, 'heldout_truth')}"
+        return [f"{text}, their length {_went(start, taken, 'heldout_words', 1)} words."]
     ppo: dict[str, Any] = run.summary.get("ppo", {})
     if "reward_start" not in ppo:
         return []
     start, end = ppo["reward_start"], ppo["reward_end"]
     moved = "rose" if end > start else "fell" if end < start else "stayed"
-    text = f"Over PPO the reward model's score {moved} from {number(start)} to {number(end)}"
+    what = "reward model's score" if run.summary.get("reward") else "reward"
+    text = f"Over PPO the {what} {moved} from {number(start)} to {number(end)}"
     if "oracle_start" in ppo:
         oracle = f"{number(ppo['oracle_start'])} to {number(ppo['oracle_end'])}"
         text += f" and the true score of the rollouts went from {oracle}"
     return [f"{text}; the policy ended {number(ppo['kl_end'])} nats per answer away from the reference."]
 
 
+def rounds_of(summary: dict) -> list[dict]:
+    """DPO's table: a line per round, the first about where it started; empty without DPO."""
+    return summary.get("dpo", {}).get("rounds", [])
+
+
+def _taken(rounds: list[dict]) -> dict:
+    return next(row for row in rounds if row["selected"])
+
+
+def _went(start: dict, end: dict, name: str, digits: int = 2) -> str:
+    return f"from {number(start[name], digits)} to {number(end[name], digits)}"
+
+
 def _reward_rose(summary: dict) -> bool | None:
+    if rounds := rounds_of(summary):
+        return _taken(rounds)["heldout_score"] > rounds[0]["heldout_score"]
+    if summary.get("feedback") == "ranking":  # places in a group: their mean is the same, however good the answers
+        return None
     ppo = summary.get("ppo", {})
     return ppo["reward_end"] > ppo["reward_start"] if "reward_end" in ppo else None
 

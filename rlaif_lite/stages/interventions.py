@@ -132,17 +132,15 @@ class InterventionFeedback(Feedback):
         self, records: list[Record], speeches: list[Speech], heard: list[Heard], step: int
     ) -> list[tuple[Speech, list[float]]]:
         """Take claims back and let the policy speak on, `takeovers` times at most; claims after that are marked."""
-        rows, ended = [], []
+        rows, ended, heard_now = [], [], list(zip(speeches, heard, strict=True))
         for turn in range(1, self.section.takeovers + 1):
-            ended += [(s, h) for s, h in zip(speeches, heard, strict=True) if not h.taken]
-            over = [(s, h) for s, h in zip(speeches, heard, strict=True) if h.taken]
-            if not over:
-                break
+            ended += [(s, h) for s, h in heard_now if not h.taken]
+            over = [(s, h) for s, h in heard_now if h.taken]
             rows += [self.row(cut_short(s, h), h.taken_ends()[:1], None) for s, h in over]
             kept = [Speech(s.answer, first(s.said, h.claims[h.taken[0]].start), s.since) for s, h in over]
             speeches = self.speak_on(records, self.written(records, kept, step, turn), step, turn)
-            heard = self.hear(records, speeches, step, turn)
-        ended += [(s, h) for s, h in zip(speeches, heard, strict=True) if h.taken]
+            heard_now = list(zip(speeches, self.hear(records, speeches, step, turn), strict=True))
+        ended += heard_now
         left = self.omitted(records, [s for s, _ in ended])
         return rows + [self.row(s, h.taken_ends(), out) for (s, h), out in zip(ended, left, strict=True)]
 

@@ -245,6 +245,9 @@ def test_base_recipe_is_one_level_deep():
     ("body", "said"),
     [
         ("ppo: {value: none}", "`ppo.value` (x.yaml:2) is none, which compares answers to one prompt"),
+        ("ppo: {value: none, baseline: batch, whiten_advantages: false}", "`ppo.baseline` (x.yaml:2) is batch, and"),
+        ("ppo: {feedback: ranking}", "`ppo.feedback` (x.yaml:2) is ranking, which orders answers to one prompt"),
+        ("ppo: {kl_in: loss}", "`ppo.kl_in` (x.yaml:2) is loss, where k1 has no gradient"),
         ("ppo: {group_size: 5}", "is 96, no multiple of ppo.group_size: 5"),
         ("ppo: {minibatch: 97}", "is 97, above ppo.rollouts: 96"),
         ("ppo: {micro_batch: 49}", "is 49, above ppo.minibatch: 48"),

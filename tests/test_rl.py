@@ -8,7 +8,7 @@ from torch import tensor
 
 from rlaif_lite.rl.advantages import group_relative, place_gain, rank_penalty, rloo, whiten
 from rlaif_lite.rl.losses import explained_variance, pairwise_loss, policy_loss, repetition, value_loss
-from rlaif_lite.rl.shaping import AdaptiveKL, FixedKL, kl_penalty, sequence_score, shaped_reward
+from rlaif_lite.rl.shaping import AdaptiveKL, FixedKL, kl_penalty, sequence_score, shaped_reward, symbolic_bonus
 
 NAN, INF = float("nan"), float("inf")
 
@@ -52,6 +52,15 @@ def test_penalties_are_added_to_the_score_never_substituted():
     stopped_B, length_B = tensor([True, False]), tensor([100, 400])
     score_B = sequence_score(tensor([2.0, 2.0]), stopped_B, length_B, 896, stop_penalty=8.0, length_penalty=10.0)
     torch.testing.assert_close(score_B, tensor([2.0 - 1000 / 896, 2.0 - 8.0 - 4000 / 896]))
+
+
+def test_the_bonus_of_a_known_answer_by_its_type():
+    """LLaVA-RLHF's types: 2 to 5 are the options A to D, 6 is a question whose answer is No; 1 and 7 earn nothing."""
+    for kind, letter in zip((2, 3, 4, 5), "ABCD"):
+        assert symbolic_bonus(f"{letter}. a dog", kind) == symbolic_bonus(f"The correct option is {letter}.", kind) == 1
+        assert symbolic_bonus("E. a dog", kind) == symbolic_bonus(f"It is {letter}.", kind) == 0
+    assert [symbolic_bonus(text, 6) for text in ("No, none.", "Yes.", "There is no dog.")] == [0.5, -0.5, 0]
+    assert {symbolic_bonus(text, kind) for text in ("Yes", "No", "A.") for kind in (None, 1, 7)} == {0}
 
 
 def test_adaptive_kl_follows_ziegler_and_survives_a_restart():

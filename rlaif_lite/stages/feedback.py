@@ -109,7 +109,7 @@ class RewardModelFeedback(Feedback):
             with phase("score reward", micro.batch.ids_BS.numel()):
                 read_b = self.read([taken.records[i] for i in rows], [taken.answers[i] for i in rows])
             score_B[micro.index_b] = (read_b - self.mean) / self.std
-        return Scored(score_B, torch.zeros_like(logp_BT))
+        return Scored(score_B, spread(taken.rewards, mask_BT))
 
     def read(self, records: list[Record], answers: list[Trajectory]) -> Tensor:
         """score_b of a micro-batch, as the reward role gives it."""

@@ -231,6 +231,7 @@ def write_summary(work: Workspace, stages: list[str], finished: bool) -> None:
         "recipe": recipe.name,
         "recipe_hash": recipe_hash(recipe),
         "method": recipe.method,
+        "feedback": recipe.ppo.feedback if recipe.method == "ppo" else None,
         "seed": recipe.seed,
         "world_seed": recipe.data.world.seed if recipe.data.world else None,
         "device": torch.cuda.get_device_name(work.device) if work.device.type == "cuda" else "cpu",

@@ -118,7 +118,8 @@ def run_stage(
     with Meter(work.device) as meter:
         result = stage.run(work)
     work.release_roles()
-    planned = plan.stages[name].peak
+    skipped = [other for other in list(digests)[:-1] if read(work.stage(other) / "done.json")["status"] != "done"]
+    planned = plan.stages[name].without(skipped)
     cost = {"seconds": meter.seconds, "peak_memory_bytes": meter.peak_memory_bytes, "planned_memory_bytes": planned}
     write_json(folder / "done.json", {"reads": reads, "status": "done", "cost": cost, "result": result})
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)

@@ -29,6 +29,7 @@ class Texts(NamedTuple):
 
     records: int
     videos: int
+    clips: float  # that the records of one video name
     prompt: int  # tokens of the longest prompt with its template, the video's tokens not among them
     answer: int  # of the longest answer
     both: int  # of the longest record
@@ -82,10 +83,12 @@ def _texts(recipe: Recipe, files: Iterable[str], count: Callable[[str], int], te
         (sum(count(m.content.replace(VIDEO_MARK, "")) for m in r.prompt), max(map(count, _answers(r)))) for r in found
     ]
     if not sizes:
-        return Texts(0, 0, PROMPT + template, ANSWER, PROMPT + template + ANSWER, False)
-    videos = len({r.video for r in found}) * total // len(found)
+        return Texts(0, 0, 0.0, PROMPT + template, ANSWER, PROMPT + template + ANSWER, False)
+    videos = len({r.video for r in found})
+    clips = len({(r.video, r.clip) for r in found if r.clip is not None}) / videos
     prompt, answer = (max(column) for column in zip(*sizes))
-    return Texts(total, videos, prompt + template, answer + 1, max(map(sum, sizes)) + template + 1, known)
+    videos = videos * total // len(found)
+    return Texts(total, videos, clips, prompt + template, answer + 1, max(map(sum, sizes)) + template + 1, known)
 
 
 def _answers(record: Record) -> tuple[str, ...]:

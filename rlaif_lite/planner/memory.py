@@ -22,8 +22,10 @@ RESERVE = 3 << 29  # ASSUMED: 1.5 GiB for the CUDA context and what the allocato
 
 # A CPU's heap cannot give the hole that a freed tensor left to one of the same size (tensors are aligned, heap blocks
 # are not), so it grows by what a forward allocates and not by what it keeps. Measured on Linux's malloc, 1280 to 3840
-# tokens: 2.7 bytes for every byte kept. Blocks of 32 MiB and more are mapped apart and given back.
+# tokens: 2.7 bytes for every byte kept, and 1.7 to 2.5 where nothing is kept for a backward. Blocks of 32 MiB and more
+# are mapped apart and given back.
 HEAP = 2.7
+READING = 2.2
 MAPPED = 32 << 20
 
 
@@ -80,9 +82,9 @@ def sampling(shapes: Shapes, count: int, prompt: int) -> int:
     return max(forward(shapes, waiting, prompt), forward(shapes, count, 1) + DRAW * count * shapes.vocabulary)
 
 
-def on_heap(shapes: Shapes, tokens: int, kept: int) -> int:
+def on_heap(shapes: Shapes, tokens: int, kept: int, heap: float) -> int:
     """What `kept` bytes of activations cost a CPU's heap, see HEAP."""
-    return int(kept * HEAP) if tokens * shapes.ffn * shapes.dtype.itemsize < MAPPED else kept
+    return int(kept * heap) if tokens * shapes.ffn * shapes.dtype.itemsize < MAPPED else kept
 
 
 def tower(shapes: Shapes, section: Features) -> int:

@@ -3,17 +3,19 @@
 import os
 import re
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, Iterable, NamedTuple
 
 import torch
 
 from ..errors import RecipeError, StageError
 from ..recipe import Recipe, load_recipe
+from ..training.meter import give_back
 from ..workspace import pick_device
 from . import memory, rates
 from .lengths import Lengths, lengths_of
 from .memory import ADAPTER
-from .shapes import Shapes, shapes_of, video_tokens
+from .process import Left, videos_of
+from .shapes import Shapes, shapes_of
 from .stages import Holding, Inventory, Phase
 
 AUTO = (
@@ -22,6 +24,8 @@ AUTO = (
     "sft.policy_init.micro_batch",
     "reward.micro_batch",
     "ppo.micro_batch",
+    "dpo.micro_batch",
+    "dpo.divide.train.micro_batch",
 )
 WORLD_VIDEO = 67_000  # bytes of one of the world's files; measured
 ON_HOST = 4 << 30  # ASSUMED: the process beside a GPU, with CUDA's libraries
@@ -58,6 +62,11 @@ class StagePlan(NamedTuple):
     disk: int | None  # bytes that it leaves on disk; None: its data are not here
     seconds: float | None  # None: not known
     basis: str  # where the time comes from
+    left: Left  # what of the peak is there only because earlier stages ran in the same process
+
+    def without(self, skipped: Iterable[str]) -> int:
+        """The peak where these earlier stages were done before, and so left nothing in the process."""
+        return self.peak - sum(self.left.features.get(name, 0) + self.left.heap.get(name, 0) for name in skipped)
 
 
 class Plan(NamedTuple):
@@ -112,6 +121,9 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
     kind = torch.device("cuda" if device.on_gpu else "cpu")
     shapes, lengths = shapes_of(recipe.model, kind), lengths_of(recipe)
     judge = None if recipe.model.reward_base is None else shapes_of(recipe.model.for_reward(), kind)
+    if not device.on_gpu:  # reading the config files has made the process larger
+        give_back()  # as every stage does first
+        device = device._replace(process=resident())
 
     def stages_of(recipe: Recipe) -> dict[str, Holding]:
         return Inventory(recipe, shapes, judge, lengths, device.on_gpu).stages()
@@ -124,7 +136,8 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
         change = None if peak <= device.room else _change(recipe, name, holding, device, stages_of)
         stages[name] = StagePlan(
             peak, phase, terms, change is None, _proposals(holding, device), change,
-            ON_HOST if device.on_gpu else peak, disk.get(name, 0), *times[name],
+            ON_HOST + sum(holding.process.values()) if device.on_gpu else peak, disk.get(name, 0), *times[name],
+            Left(0, {}, {}) if device.on_gpu else holding.left,
         )  # fmt: skip
     notes = [
         f"data.{name}: its files are not here; {texts.both} tokens a record are assumed"
@@ -141,8 +154,9 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
 def _bytes(holding: Holding, phase: Phase, rows: int, device: Device) -> dict[str, int]:
     process = {"process": device.process} if device.process else {}
     terms = process | holding.fixed
-    for kind, size in phase.terms(rows).items():
-        terms[kind] = terms.get(kind, 0) + size
+    for added in (phase.terms(rows), {} if device.on_gpu else holding.process):
+        for kind, size in added.items():
+            terms[kind] = terms.get(kind, 0) + size
     return terms
 
 
@@ -262,20 +276,14 @@ def refuse(plan: Plan, until: str | None = None) -> None:
 def _disk(recipe: Recipe, shapes: Shapes, judge: Shapes | None, lengths: Lengths) -> dict[str, int | None]:
     """Bytes that stages leave behind: the world's videos, the feature cache, adapters and, while training, two
     checkpoints."""
-    splits, world, features, adapter = lengths.splits, recipe.data.world, recipe.features, ADAPTER * shapes.lora
-    names = {"sft_easy": "sft", "sft_hard": "sft", "policy_init": "rl"}  # of the world: the same videos
-    videos = {names.get(name, name) if world else name: texts.videos for name, texts in splits.items()}
-    cache = 0
-    for base in [shapes] + ([judge] if judge else []):
-        tokens = sum(videos.values()) * video_tokens(base, features, features.frames)
-        narrated = sum(videos.get(split, 0) for split in recipe.narrated)
-        tokens += narrated * features.clips * video_tokens(base, features, features.clip_frames)
-        cache += tokens * base.width * base.dtype.itemsize * (1 + base.deepstack)
+    world, dpo, adapter = recipe.data.world, recipe.dpo, ADAPTER * shapes.lora
+    videos = videos_of(recipe, [shapes] + ([judge] if judge else []), lengths).values()
     trained = 1 + (recipe.ppo.value == "adapter")
     return {
         "data": WORLD_VIDEO * (world.sft + world.preference + world.rl + world.test) if world else 0,
-        "features": cache if all(texts.known for texts in splits.values()) else None,
+        "features": int(sum(v.count * v.features for v in videos)) if all(v.known for v in videos) else None,
         "sft": 2 * adapter + 2 * 3 * adapter,
         "reward": 7 * ADAPTER * (judge or shapes).lora,
         "ppo": trained * 7 * adapter,
+        "dpo": (dpo.rounds + 1 + (dpo.divide is not None and dpo.divide.train is not None) + 2 * 3) * adapter,
     }

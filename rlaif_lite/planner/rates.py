@@ -18,7 +18,7 @@ RATES = {"data": 0.0098, "features": 0.0154, "sft": 0.0129, "context": 0.0041, "
 def seconds(recipe: Recipe, lengths: Lengths, on_gpu: bool) -> dict[str, tuple[float | None, str]]:
     """{stage: (seconds, where that comes from)}"""
     if recipe.model.base != "embedded" or on_gpu or recipe.data.world is None:
-        return {stage: (None, UNKNOWN) for stage in RATES}
+        return {stage: (None, UNKNOWN) for stage in recipe.stages}
     world, splits, phases = recipe.data.world, lengths.splits, recipe.sft
     records = {name: texts.records for name, texts in splits.items()}
     trained = [(phases.easy, "sft_easy"), (phases.hard, "sft_hard"), (phases.policy_init, "policy_init")]
@@ -35,10 +35,12 @@ def seconds(recipe: Recipe, lengths: Lengths, on_gpu: bool) -> dict[str, tuple[f
         "sft": sum(
             steps_of(s, records.get(split, 0), s.batch_size) * s.batch_size for s, split in trained if s is not None
         ),
-        "context": asked * recipe.features.clips,
+        "context": sum(records.get(split, 0) for split in recipe.narrated) * recipe.features.clips,
         "preference": answers,
         "reward": steps_of(recipe.reward, pairs, recipe.reward.batch_size) * recipe.reward.batch_size,
         "ppo": recipe.ppo.steps * recipe.ppo.rollouts,
         "evaluate": records.get("test", 0) * evaluated,
     }
-    return {stage: (rate * counts[stage], BASIS) for stage, rate in RATES.items()}
+    return {
+        stage: (RATES[stage] * counts[stage], BASIS) if stage in RATES else (None, UNKNOWN) for stage in recipe.stages
+    }

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
 from ..model.base import QUANT_BLOCK, read_config, resolve_base, torch_dtype
 from ..model.families import Family, family_of
@@ -71,6 +71,17 @@ def shapes_of(section: Model, device: torch.device) -> Shapes:
         frame_tokens=0 if family.any_size else _frame_tokens(model, family, images),
         deepstack=len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ()),
     )  # fmt: skip
+
+
+def text_model_bytes(name: str, on_gpu: bool) -> int:
+    """Weights of a causal language model, whose linears are in 4 bits on a GPU; read from its config alone."""
+    config = AutoConfig.from_pretrained(resolve_base(name))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    total, head = sum(p.numel() for p in model.parameters()), model.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    size = (config.dtype or torch.float32).itemsize
+    return int(linear * NF4_BITS / 8) + size * (total - linear) if on_gpu else size * total
 
 
 def _frame_tokens(model: nn.Module, family: Family, images: ImageSpec) -> int:

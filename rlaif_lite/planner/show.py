@@ -24,6 +24,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "peak_memory_bytes": stage.peak, "phase": stage.phase, "terms": stage.terms, "fits": stage.fits,
                 "proposals": stage.proposals, "change": stage.change, "host_memory_bytes": stage.host,
                 "disk_bytes": stage.disk, "seconds": stage.seconds, "basis": stage.basis,
+                "left_by_earlier_stages": stage.left.features | stage.left.heap,
             }
             for name, stage in plan.stages.items()
         },

@@ -9,12 +9,12 @@ from ..recipe import Recipe
 from . import memory
 from .lengths import Lengths, Texts
 from .memory import ADAPTER
-from .shapes import Shapes, video_tokens
+from .process import RECORD, Left, left_over, videos_of
+from .shapes import Shapes, text_model_bytes, video_tokens
 
-RECORD = 2000  # bytes of a record in memory; measured on the world's
 LOADING = 25 << 20  # what loading a base leaves on a CPU's heap beside its weights; measured
 MOST = 512  # answers at a time that the plan proposes at most
-NOTHING = Texts(0, 0, 0, 0, 0, True)
+NOTHING = Texts(0, 0, 0.0, 0, 0, 0, True)
 
 
 class Phase(NamedTuple):
@@ -32,6 +32,8 @@ class Holding(NamedTuple):
 
     fixed: dict[str, int]  # bytes by kind, all the time
     phases: list[Phase]
+    process: dict[str, int] = {}  # bytes by kind that the process holds beside; on a GPU in host memory
+    left: Left = Left(0, {}, {})  # how much of `process` is there only because earlier stages ran
 
 
 class Inventory:
@@ -45,25 +47,28 @@ class Inventory:
         self.template = lengths.template
 
     def stages(self) -> dict[str, Holding]:
-        held = {
-            "data": Holding({}, []),
-            "features": self.features(),
-            "sft": self.sft(),
-            "context": self.context(),
-            "preference": self.preference(),
-            "reward": self.reward(),
-            "ppo": self.ppo(),
-            "evaluate": self.evaluate(),
-        }
-        if self.on_gpu:
-            return held
-        records = RECORD * sum(texts.records for texts in self.lengths.splits.values())
-        return {
-            name: Holding(
-                stage.fixed | {"records": records} | ({"workspace": LOADING} if stage.fixed else {}), stage.phases
-            )
+        """The stages that the recipe runs."""
+        plans = {
+            "data": lambda: Holding({}, []), "features": self.features, "sft": self.sft, "context": self.context,
+            "preference": self.preference, "reward": self.reward, "ppo": self.ppo, "dpo": self.dpo,
+            "evaluate": self.evaluate,
+        }  # fmt: skip
+        held = {name: plans[name]() for name in self.recipe.stages}
+        activations = {
+            name: max((phase.terms(phase.rows).get("activations", 0) for phase in stage.phases), default=0)
             for name, stage in held.items()
         }
+        videos = videos_of(self.recipe, [self.shapes] + ([self.judge] if self.judge else []), self.lengths)
+        left = left_over(self.recipe, videos, activations)
+        records = RECORD * sum(texts.records for texts in self.lengths.splits.values())
+        out = {}
+        for name, stage in held.items():
+            own, features, heap = left[name]
+            process = {"records": records, "features": own + sum(features.values())}
+            if not self.on_gpu:
+                process |= {"heap": sum(heap.values())} | ({"workspace": LOADING} if stage.fixed else {})
+            out[name] = stage._replace(process=process, left=left[name])
+        return out
 
     # ---- the stages
 
@@ -91,27 +96,47 @@ class Inventory:
 
     def context(self) -> Holding:
         section = self.recipe.context
-        if not self.recipe.data.preference and not self.recipe.reward.context:
+        if not self.recipe.narrated:
             return Holding({}, [])
         prompt = self.clip + self.template + self.lengths.count(section.prompt)
         sampling = self.sampling("context.batch_size", section.batch_size, MOST, prompt, section.max_new_tokens)
         return Holding(self.holds(1), [sampling])
 
     def preference(self) -> Holding:
-        section, count = self.recipe.preference, self.lengths.count
+        section = self.recipe.preference
         if not self.recipe.data.preference:  # pairs are given, or there are none
             return Holding({}, [])
-        prompt, answer = self.texts("preference").prompt, section.max_new_tokens
-        narrative = self.narrative() * (section.context or section.compare_context)
-        asked = self.video + narrative + prompt
-        lengths = {
-            "claims": asked + count(section.claims.prompt) + answer * (1 if section.claims.mode == "inline" else 2),
-            "pairwise": asked + count(section.pairwise.prompt) + 2 * answer,
-        }
-        judges = [section.judge] if not section.compare_pairs else list(lengths)
+        prompt, narrated = self.texts("preference").prompt, section.context or section.compare_context
+        judges = [section.judge] if not section.compare_pairs else ["claims", "pairwise"]
+        reading = self.judging(judges, prompt, section.max_new_tokens, self.narrative() * narrated)
         key, size = "preference.batch_size", section.batch_size
-        reading = [self.reading(f"judge, {judge}", key, size, lengths[judge]) for judge in judges]
-        return Holding(self.holds(1), [self.sampling(key, size, MOST, self.video + prompt, answer), *reading])
+        return Holding(
+            self.holds(1), [self.sampling(key, size, MOST, self.video + prompt, section.max_new_tokens), *reading]
+        )
+
+    def dpo(self) -> Holding:
+        """One adapter at a time is in memory, the policy's while it is trained."""
+        section, preference = self.recipe.dpo, self.recipe.preference
+        prompt, answer = self.texts("preference").prompt, preference.max_new_tokens
+        phases = [self.sampling("preference.batch_size", preference.batch_size, MOST, self.video + prompt, answer)]
+        fixed, context = self.holds(1, trained=1), self.narrative() * preference.context
+        if (describe := section.describe) is not None:
+            context, size = describe.max_new_tokens, describe.batch_size
+            read = self.video + self.template + self.lengths.count(describe.again) + context
+            phases.append(self.sampling("dpo.describe.batch_size", size, MOST, read, context))
+        if (divide := section.divide) is not None:
+            lists = divide.max_new_tokens
+            asked = self.template + lists + max(self.lengths.count(text or "") for text in (divide.split, divide.ask))
+            if divide.model is not None:  # it comes and goes within the stage
+                fixed["text model"] = text_model_bytes(divide.model, self.on_gpu)
+            else:
+                phases.append(self.sampling("dpo.divide.batch_size", divide.batch_size, MOST, asked, lists))
+            if divide.train is not None:
+                phases.append(self.training("dpo.divide.train", divide.train, asked + lists, lists))
+        judges = [preference.judge] if divide is None else ["claims"]
+        phases += self.judging(judges, prompt, answer, context)
+        learnt = self.training("dpo", section, self.video + prompt + answer, answer, per_row=2)
+        return Holding(fixed, [*phases, learnt])
 
     def reward(self) -> Holding:
         section, per_pair = self.recipe.reward, 2
@@ -127,11 +152,11 @@ class Inventory:
 
     def ppo(self) -> Holding:
         section, model, new = self.recipe.ppo, self.recipe.model, self.recipe.ppo.max_new_tokens
-        prompt = self.video + self.texts("rl").prompt
-        judged = self.scored() - self.pair_answer  # what the reward and value roles read first
+        prompt, rewarded = self.video + self.texts("rl").prompt, section.feedback == "reward_model"
+        judged = self.scored() - self.pair_answer if rewarded else prompt  # what the judging and value roles read first
         length = max(prompt, judged) + new
         critic = section.value == "adapter"
-        fixed = self.holds(2 + critic + (self.judge is None), trained=1 + critic)
+        fixed = self.holds(2 + critic + (not rewarded or self.judge is None), trained=1 + critic)
         if not self.on_gpu:  # what an update that runs out of memory is undone with
             fixed["adapters"] += 3 * ADAPTER * self.shapes.lora * (1 + critic)
         micro = int(section.micro_batch or section.minibatch)
@@ -143,7 +168,10 @@ class Inventory:
 
         answers = self.sampling("ppo.slots", section.slots or section.rollouts, section.rollouts, prompt, new)
         phases = [answers, Phase("update", "ppo.micro_batch", micro, section.minibatch, update)]
-        if self.judge is not None:
+        if not rewarded:
+            judges = [self.recipe.preference.judge if section.feedback == "ranking" else "claims"]
+            phases += self.judging(judges, self.texts("rl").prompt, new, self.narrative() * section.judge_context)
+        elif self.judge is not None:
             own = self.of_judge()
             for kind, size in own.holds(1).items():
                 fixed[kind] += size
@@ -181,6 +209,17 @@ class Inventory:
         """Tokens of the longest answer of a pair: as it is given, or as it may be sampled."""
         return self.texts("preference").answer if self.recipe.data.pairs else self.recipe.preference.max_new_tokens
 
+    def judging(self, judges: list[str], prompt: int, answer: int, context: int) -> list[Phase]:
+        """Answers to a prompt read by a judge; asked about claim by claim, an answer is read and its claims again."""
+        section, count = self.recipe.preference, self.lengths.count
+        asked = self.video + context + prompt
+        lengths = {
+            "claims": asked + count(section.claims.prompt) + answer * (1 if section.claims.mode == "inline" else 2),
+            "pairwise": asked + count(section.pairwise.prompt) + 2 * answer,
+        }
+        key, size = "preference.batch_size", section.batch_size
+        return [self.reading(f"judge, {judge}", key, size, lengths[judge]) for judge in judges]
+
     def narrative(self) -> int:
         """Tokens of all captions with the words that head them."""
         heading = 1 if self.recipe.context.markers else 12
@@ -195,10 +234,10 @@ class Inventory:
         out = {"weights": self.shapes.base_bytes(self.recipe.model, tower=False), "adapters": roles * size}
         return out | ({"optimizer": 2 * trained * size, "gradients": size} if trained else {})
 
-    def activations(self, kept: int, tokens: int) -> dict[str, int]:
+    def activations(self, kept: int, tokens: int, heap: float = memory.HEAP) -> dict[str, int]:
         if self.on_gpu:
             return {"activations": kept, "workspace": memory.CUBLAS}
-        return {"activations": memory.on_heap(self.shapes, tokens, kept)}
+        return {"activations": memory.on_heap(self.shapes, tokens, kept, heap)}
 
     def training(self, key: str, section, length: int, scored: int, per_row: int = 1) -> Phase:
         """A supervised phase: records of `length` tokens, `scored` of them against the vocabulary."""
@@ -221,12 +260,14 @@ class Inventory:
             dense = self.recipe.model.dense_rollouts
             if dense or (dense is None and not self.on_gpu):  # a copy of the linears
                 held["workspace"] = self.shapes.linear * self.shapes.dtype.itemsize
-            found = self.activations(memory.sampling(self.shapes, rows, prompt), rows)
+            found = self.activations(memory.sampling(self.shapes, rows, prompt), rows, memory.READING)
             return {kind: found.get(kind, 0) + held.get(kind, 0) for kind in found | held}
 
         return Phase("sampling", key, rows, max(rows, most), terms)
 
     def reading(self, name: str, key: str, rows: int, length: int, most: int = MOST) -> Phase:
         """Rows that are read without gradients."""
-        terms = lambda rows: self.activations(memory.forward(self.shapes, rows, length), rows * length)
+        terms = lambda rows: self.activations(
+            memory.forward(self.shapes, rows, length), rows * length, memory.READING
+        )
         return Phase(name, key, rows, max(rows, most), terms)

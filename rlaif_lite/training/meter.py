@@ -44,7 +44,7 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         else:
-            _give_back()
+            give_back()
         reset_peak(self.device)
         self._started = time.perf_counter()
         return self
@@ -110,7 +110,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Return what the heap holds free to the system, so that a phase neither holds nor counts an earlier one's."""
     try:
         ctypes.CDLL(None).malloc_trim(0)

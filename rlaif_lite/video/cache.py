@@ -26,6 +26,7 @@ from ..errors import VideoError
 
 log = logging.getLogger(__name__)
 
+HELD_BYTES = 1 << 30  # of features, in memory at a time
 FORMAT = 2  # counted up whenever the files or the arithmetic behind them change
 
 
@@ -86,7 +87,7 @@ def feature_key(*, video: str, views: dict, processor: dict, tower: str, chain: 
 class FeatureStore:
     """A folder of cache files, with the ones last used held in memory (`memory_bytes` at most)."""
 
-    def __init__(self, folder: str | os.PathLike, *, memory_bytes: int = 1 << 30):
+    def __init__(self, folder: str | os.PathLike, *, memory_bytes: int = HELD_BYTES):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.memory_bytes = memory_bytes

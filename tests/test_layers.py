@@ -19,7 +19,7 @@ FLOORS = [
     {"judge", "training"},
     {"rollout"},
     {"model"},
-    {"rl", "video", "tiny"},
+    {"rl", "video", "tiny", "control"},
     {"data"},
     {"report"},
     {"recipe"},

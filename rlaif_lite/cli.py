@@ -122,6 +122,9 @@ def bench(
     role: Annotated[str, typer.Option(help="Who is examined: base, sft, reference or policy.")] = "policy",
     judge: Annotated[str, typer.Option(help="local, rules, or the URL of an OpenAI-compatible endpoint.")] = "local",
     judge_model: Annotated[str | None, typer.Option(help="Its model: a name there; a folder or hub id if local.")] = None,
+    judge_words: Annotated[
+        bool, typer.Option("--judge-words", help="local: yes or no by their probabilities, without a score.")
+    ] = False,
     judge_key: Annotated[str | None, typer.Option(metavar="VARIABLE", help="Variable with the endpoint's key.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once to an endpoint.")] = 8,
     price: Annotated[tuple[float, float] | None, typer.Option(help="Of a million tokens, prompt and reply.")] = None,
@@ -143,7 +146,7 @@ def bench(
     elif run is None or name is None or not files or videos is None:
         raise RlaifError("Give a run, a benchmark, its files and --videos; `rlaif-lite bench --list` names them.")
     else:
-        asked = command.Judging(judge, judge_model, judge_key, concurrency, price, again)
+        asked = command.Judging(judge, judge_model, judge_words, judge_key, concurrency, price, again)
         typer.echo(command.bench(run, name, files, videos, role, asked, out, limit, prompt, max_new_tokens))
 
 

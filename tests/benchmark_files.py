@@ -164,13 +164,15 @@ def amber(folder, videos):
 
 
 def objhal(folder, videos):
-    """The video's own picture would stand in `image`; here its file is named."""
+    """The file of each picture is named; COCO's instances know two of its objects, and its captions the third."""
     prompts = [{"image_id": int(v), "question": DESCRIBE, "image_path": f"{v}.mp4"} for v, _ in videos]
     categories = [{"id": n, "name": shape} for n, shape in enumerate(SHAPES)]
-    notes = [{"image_id": int(v), "category_id": SHAPES.index(shape)} for v, f in videos for _, shape, _ in f["events"]]
+    notes = [{"image_id": int(v), "category_id": SHAPES.index(shape)} for v, f in videos
+             for _, shape, _ in f["events"][:2]]  # fmt: skip
+    captions = {"annotations": [{"image_id": int(v), "caption": caption(f, 2).title()} for v, f in videos]}
     coco = {"images": [{"id": int(v)} for v, _ in videos], "annotations": notes, "categories": categories}
     return [_lines(folder / "obj_halbench.jsonl", prompts), _json(folder / "instances_val2014.json", coco),
-            _lines(folder / "synonyms.txt", ["circle, disc", "square, box"])]  # fmt: skip
+            _json(folder / "captions_val2014.json", captions), _lines(folder / "synonyms.txt", ["circle, disc", "square, box"])]  # fmt: skip
 
 
 def objhal_inside(folder, videos, picture: bytes):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..errors import DataError, RlaifError, StageError
 from .answer import Examinee
 from .catalogue import BENCHMARKS
-from .judges import Judge
+from .judges import Judge, local
 from .judges.cached import CachedJudge
 from .judges.endpoint import Endpoint, Prices
 from .judges.rules import Rules
@@ -22,7 +22,9 @@ class Judging(NamedTuple):
     kind: str
     "local, rules, or an endpoint's base URL"
     model: str | None
-    "its name at the endpoint; a folder or hub id of a local one"
+    "its name at the endpoint; a folder or hub id of a local one; None: the run's own base, without an adapter"
+    words: bool
+    "local: question answering is decided by the probabilities of yes and no"
     key: str | None
     "environment variable that holds the endpoint's key"
     concurrency: int
@@ -71,6 +73,12 @@ def make_judge(judging: Judging, examinee: Examinee, folder: Path) -> Judge:
         prices = Prices(*judging.price) if judging.price else None
         model = Endpoint(judging.kind, judging.model, judging.key, concurrency=judging.concurrency, prices=prices)
         return CachedJudge(model, folder, judging.again)
+    if judging.kind == "local":
+        if judging.model is None:
+            judge = local.of_role(examinee.work, "base", judging.words)
+        else:
+            judge = local.of_model(judging.model, examinee.work.device, words=judging.words)
+        return CachedJudge(judge, folder, judging.again)
     raise RlaifError(f"There is no judge {judging.kind}: local, rules, or a URL that begins with http.")
 
 

@@ -7,7 +7,7 @@ Files, as their authors ship them:
                       is yes or no, or for generative items a list of objects; relation.json {object: [words]} and
                       safe_words.txt where they are given
     Object HalBench   JSON lines {image_id, question, image (base64) or image_path}; COCO's instances_*.json, or
-                      {image_id, objects}; a list of synonyms, a line per object, where it is given
+                      {image_id, objects}; COCO's captions_*.json and a list of synonyms, a line per object, where given
     MMHal-Bench       a list of {question_type, question, gt_answer, image_content, image_id, image_src}
 
 Departures from the authors' scripts, which make figures comparable among ours and not with published ones: objects
@@ -26,7 +26,7 @@ from .items import Item, Objects, Tally, entries, mentions, one_file, text, text
 
 POPE = "POPE's JSON lines {question_id, image or video, text, label}"
 AMBER = "AMBER's query_*.json and annotations.json, and relation.json and safe_words.txt where you have them"
-OBJHAL = "Object HalBench's JSON lines {image_id, question, image}, instances_*.json, and synonyms where you have them"
+OBJHAL = "Object HalBench's JSON lines {image_id, question, image}, COCO's instances_*.json (captions_*.json, synonyms)"
 MMHAL = "MMHal-Bench's list of {question_type, question, gt_answer, image_content, image_id, image_src}"
 
 # ---- POPE
@@ -144,8 +144,8 @@ def tally_amber(item: Item, row: dict) -> Tally:
 
 
 def load_objhal(paths: list[Path]) -> list[Item]:
-    """Prompts, the objects of every picture, and synonyms."""
-    prompts, objects, synonyms = [], defaultdict(set), {}
+    """Prompts, the objects of every picture, and synonyms; objects that COCO's captions name count as well."""
+    prompts, objects, captions, synonyms = [], defaultdict(set), [], {}
     for path in paths:
         if path.suffix == ".txt":
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -153,8 +153,8 @@ def load_objhal(paths: list[Path]) -> list[Item]:
                 synonyms |= {name: names[0] for name in names}
             continue
         found = entries(path, OBJHAL)
-        if "categories" in found[0]:
-            _read_coco(found[0], objects, str(path))
+        if "annotations" in found[0]:
+            captions += _read_coco(found[0], objects, str(path))
         elif "objects" in found[0]:
             for index, entry in enumerate(found):
                 place = f"{path}, entry {index}"
@@ -165,19 +165,28 @@ def load_objhal(paths: list[Path]) -> list[Item]:
         raise DataError(f"There are no {'objects' if prompts else 'prompts'} in the files. Expected {OBJHAL}.")
     for name in {name.lower() for names in objects.values() for name in names}:
         synonyms.setdefault(name, name)
-    vocabulary, items = frozenset(synonyms), []
-    for place, entry in prompts:
-        name = _number(text(entry, "image_id", place))
-        if name not in objects:
-            raise DataError(f"{place}: picture {name} is in no list of objects; of another split, perhaps.")
-        here = {synonyms[each.lower()] for each in objects[name]}
-        present = {word: meant for word, meant in synonyms.items() if meant in here}
-        picture = entry.get("image") if "image_path" not in entry else None
-        video = text(entry, "image_path", place) if "image_path" in entry else name
-        question = text(entry, "question", place)
-        named = Objects(present, {}, vocabulary, frozenset())
-        items.append(Item(name, video, (question,), "", objects=named, picture=picture))
-    return unique(items)
+    vocabulary = frozenset(synonyms)
+    asked = {_number(text(entry, "image_id", place)) for place, entry in prompts}
+    for number, caption in captions:
+        if number in asked:
+            objects[number].update(mentions(caption, vocabulary))
+    return unique(_with_objects(place, entry, objects, synonyms, vocabulary) for place, entry in prompts)
+
+
+def _with_objects(
+    place: str, entry: dict, objects: dict[str, set[str]], synonyms: dict[str, str], vocabulary: frozenset[str]
+) -> Item:
+    """A prompt, and what is in its picture."""
+    number = _number(text(entry, "image_id", place))
+    if number not in objects:
+        raise DataError(f"{place}: picture {number} is in no list of objects; of another split, perhaps.")
+    here = {synonyms[each.lower()] for each in objects[number]}
+    present = {word: meant for word, meant in synonyms.items() if meant in here}
+    by_path = "image_path" in entry
+    return Item(
+        number, text(entry, "image_path", place) if by_path else number, (text(entry, "question", place),), "",
+        objects=Objects(present, {}, vocabulary, frozenset()), picture=None if by_path else entry.get("image"),
+    )  # fmt: skip
 
 
 def _number(name: str) -> str:
@@ -185,16 +194,19 @@ def _number(name: str) -> str:
     return str(int(name)) if name.isdecimal() else name
 
 
-def _read_coco(found: dict, objects: dict[str, set[str]], place: str) -> None:
-    """COCO's instances: which categories each picture has."""
+def _read_coco(found: dict, objects: dict[str, set[str]], place: str) -> list[tuple[str, str]]:
+    """Put what COCO's instances say of each picture into `objects`; of COCO's captions return (picture, caption)."""
     try:
+        if "categories" not in found:
+            return [(str(note["image_id"]), note["caption"]) for note in found["annotations"]]
         names = {category["id"]: category["name"] for category in found["categories"]}
         for image in found.get("images", []):
             objects[str(image["id"])]  # a picture may have none
         for note in found["annotations"]:
             objects[str(note["image_id"])].add(names[note["category_id"]])
     except (KeyError, TypeError) as error:
-        raise DataError(f"{place}: its categories or annotations are not COCO's ({error!r}).") from None
+        raise DataError(f"{place}: its annotations are not COCO's ({error!r}). Expected {OBJHAL}.") from None
+    return []
 
 
 def tally_objhal(item: Item, row: dict) -> Tally:

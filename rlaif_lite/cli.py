@@ -202,6 +202,20 @@ def sweep(
 
 
 @app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A run's folder, or one of benchmark results.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another, of the same held-out videos.")],
+    role: Annotated[str | None, typer.Option(help="Whose answers: sft, sft@0.3, ...; else what each trained.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What changed between two runs or benchmark results, and whether it is more than noise."""
+    from .report import compare as module
+
+    found = module.compare(a, b, role)
+    typer.echo(json.dumps(module.as_json(found), indent=2) if as_json else module.as_text(found))
+
+
+@app.command()
 def chat(
     run_dir: RunDir,
     video: Annotated[Path, typer.Argument(help="A video file, or a folder of frames.")],

@@ -229,7 +229,9 @@ class Endpoint:
         do = {401: "Check the API key and the name of its environment variable.", 402: "The account is empty.",
               403: "The key may not use this model.", 404: "Check the address and the model's name.",
               429: "The account's quota is used up."}  # fmt: skip
-        moved = f"It has moved to {error.headers.get('Location')}: give that address." if 300 <= error.code < 400 else ""
+        moved = (
+            f"It has moved to {error.headers.get('Location')}: give that address." if 300 <= error.code < 400 else ""
+        )
         return JudgeError(f"{self._url}, model {self._model}: {said}. {moved or do.get(error.code, '')} {_ADVICE}")
 
     def _reply(self, data: bytes) -> Reply:

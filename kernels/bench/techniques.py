@@ -12,6 +12,9 @@ import argparse
 import contextlib
 import gc
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 from unittest.mock import patch
@@ -19,7 +22,7 @@ from unittest.mock import patch
 import plain_ppo
 import torch
 from plain_ppo import ROOT, Step
-from rlaif_kernels import PpoStats
+from rlaif_kernels import LinearLogprob, PpoStats
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -30,7 +33,7 @@ from rlaif_lite.recipe import Recipe, load_recipe
 from rlaif_lite.rollout import loop, sample
 from rlaif_lite.stages import features, ppo
 from rlaif_lite.training.meter import Meter, describe_machine, peak_bytes, versions
-from rlaif_lite.workspace import WHOLE
+from rlaif_lite.workspace import WHOLE, pick_device
 
 Without = Callable[[Step], contextlib.AbstractContextManager]
 
@@ -40,6 +43,7 @@ class Technique(NamedTuple):
     instead: str  # what stands there without it
     keys: tuple[str, ...] = ()  # of the recipe
     without: Without | None = None  # a replaced function
+    on_gpu: bool = False  # there is nothing to switch off on a CPU
 
 
 @contextlib.contextmanager
@@ -56,32 +60,39 @@ def tower_in_every_forward(given: Step) -> Iterator[None]:
         yield
 
 
-def log_softmax(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor, temperature: float) -> Tensor:
-    return ((linear(hidden, weight_VD).float() + bias_V) / temperature).log_softmax(-1)
-
-
 @contextlib.contextmanager
 def whole_logits(given: Step) -> Iterator[None]:
-    """Logits of every position of a scoring forward, and of the answers in the loss, kept for autograd."""
+    """Logits of every position of a scoring forward, kept for autograd, and the loss from those of the answers."""
+    base, temperature = given.work.base(), given.work.recipe.ppo.temperature
+    last: list[Tensor] = []  # logp_NV of the forward that ran last
 
-    def token_logp(work, role, micro):
-        base, scored_bS = work.base(), micro.target_bS != IGNORE
+    def hidden(role, micro):
+        scored_bS = micro.target_bS != IGNORE
         hidden_bSD = role.hidden(micro.batch)
-        logp_bSV = log_softmax(hidden_bSD, base.head_weight_VD, base.ban_bias_V, work.recipe.ppo.temperature)
-        logp_NV = logp_bSV[scored_bS]
-        logp_N = logp_NV.gather(1, micro.target_bS[scored_bS][:, None])[:, 0]
-        return logp_N, -(logp_NV.exp() * logp_NV).sum(1)
+        logits_bSV = linear(hidden_bSD, base.head_weight_VD).float() + base.ban_bias_V
+        last[:] = [(logits_bSV / temperature).log_softmax(-1)[scored_bS]]
+        return hidden_bSD[scored_bS]
 
-    def loss(hidden_ND, weight_VD, target_N, old_N, advantage_N, mask_N, *, clip, entropy_coef, denominator, bias_V,
-             temperature):  # fmt: skip
-        logp_NV = log_softmax(hidden_ND, weight_VD, bias_V, temperature)
+    def logp(work, hidden_ND, micro, reference_hidden_ND=None):
+        (logp_NV,) = last
+        target_N = micro.target_bS[micro.target_bS != IGNORE]
+        entropy_N = -(logp_NV.exp() * logp_NV).sum(1)
+        return LinearLogprob(logp_NV.gather(1, target_N[:, None])[:, 0], torch.zeros_like(entropy_N), entropy_N, None)
+
+    def loss(hidden_ND, weight_VD, target_N, old_N, advantage_N, mask_N, *, clip, entropy_coef, kl, kl_coef,
+             reference_logp_N, reference_hidden_ND, denominator, bias_V, temperature):  # fmt: skip
+        (logp_NV,) = last
         ratio_N = (logp_NV.gather(1, target_N[:, None])[:, 0] - old_N).exp()
         clipped_N = ratio_N.clamp(1 - clip, 1 + clip)
         value = -torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N).sum() / denominator
         told = value.detach()
         return value, PpoStats(told, told, told, told, told, ratio_N.min().detach(), ratio_N.max().detach(), told, told)
 
-    with patch.object(ppo, "token_logp", token_logp), patch.object(ppo, "ppo_policy_loss", loss):
+    with (
+        patch.object(ppo, "answer_hidden", hidden),
+        patch.object(ppo, "answer_logp", logp),
+        patch.object(ppo, "ppo_policy_loss", loss),
+    ):
         yield
 
 
@@ -113,7 +124,7 @@ TECHNIQUES = (
     Technique("logits-free loss", "logits of every position, kept for autograd", without=whole_logits),
     Technique("checkpointing", "all activations kept", ("model.gradient_checkpointing=false",)),
     Technique("shared prefill", "a prefill for every answer", without=one_prefill_an_answer),
-    Technique("graph decode", "launched kernel by kernel", without=eager_decode),
+    Technique("graph decode", "launched kernel by kernel", without=eager_decode, on_gpu=True),
 )
 
 
@@ -121,9 +132,13 @@ def switched_off(technique: Technique, given: Step) -> contextlib.AbstractContex
     return technique.without(given) if technique.without else contextlib.nullcontext()
 
 
+def on_gpu(recipe: Recipe) -> bool:
+    return pick_device(recipe.device) == "cuda"
+
+
 def measure(recipe: Recipe, technique: Technique, random: profiler.Random | None, rounds: int) -> dict:
     """Peak memory, and tokens of answers per second of whole steps, after one to warm up."""
-    device = torch.device("cuda" if torch.cuda.is_available() and recipe.device != "cpu" else "cpu")
+    device = torch.device("cuda" if on_gpu(recipe) else "cpu")
     gc.collect()
     with Meter(device):
         before = peak_bytes(device)
@@ -148,11 +163,11 @@ def as_markdown(result: dict) -> str:
     full = result["techniques"].get("all of them", {})  # what the ratios are to
     where = result["machine"]["device"]
     lines = ["# What each technique is worth", "", f"`{result['recipe']}`, PPO step, one technique off at a time. "
-             f"Device: {where}. Written by `python kernels/bench/techniques.py`."]  # fmt: skip
+             f"Device: {where}. Commit {result['commit']}. Written by `{result['command']}`."]  # fmt: skip
     if where == "cpu":
-        made = "a base of two narrow layers" if result["small"] else "the base"
-        lines += ["", f"**CPU figures of {made}: they show that the script runs, not what a GPU gains.** There is no "
-                  "graph to decode with on a CPU, and the peak is the process's."]  # fmt: skip
+        made = "a base of two narrow layers" if result["small"] else "a small base"
+        lines += ["", f"**CPU figures of {made}: they are no forecast of a GPU's.** There is no graph to decode with on a "
+                  "CPU, rollouts run on a dense copy of the weights, and the peak is the process's."]  # fmt: skip
     columns = ("switched off", "instead", "peak, MiB", "ratio", "answer tokens/s", "ratio")
     lines += ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name, found in result["techniques"].items():
@@ -179,14 +194,20 @@ def main(arguments: list[str] | None = None) -> dict:
     random = profiler.Random(options.small) if options.random_weights else None
     groups = ["ppo.group_size=4", "model.gradient_checkpointing=true"]
     result: dict = {"schema": 1, "small": options.small, "machine": describe_machine(), "versions": versions()}
-    result |= {"techniques": {}}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    given = sys.argv[1:] if arguments is None else arguments
+    result |= {"commit": commit.strip() or "unknown", "techniques": {}}
+    result["command"] = f"python kernels/bench/techniques.py {shlex.join(given)}"
     for technique in (each for each in TECHNIQUES if each.name in options.only):
         base = load_recipe(options.recipe).model.base
         keys = [key.replace("BASE", base) for key in technique.keys]
         recipe = load_recipe(options.recipe, [*groups, *options.overrides, *keys])
         result["recipe"] = recipe.name
         try:
-            found = measure(recipe, technique, random, options.rounds)
+            if technique.on_gpu and not on_gpu(recipe):
+                found = {"why": "needs a GPU"}
+            else:
+                found = measure(recipe, technique, random, options.rounds)
         except torch.OutOfMemoryError:  # that it does not fit without the technique is the finding
             found = {"why": "out of memory"}
         result["techniques"][technique.name] = found | {"instead": technique.instead}

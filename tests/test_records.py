@@ -1,6 +1,7 @@
 """Readers on a fixture of every format, what they say about malformed data, and that a prompt never loses its video."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -83,6 +84,18 @@ def test_released_rl_uses_the_first_two_turns(tmp_path):
     more = [{"from": "human", "value": "And then?"}, {"from": "gpt", "value": "He sits."}]
     format, record = read_one(tmp_path, {"uid": 12, "images": FRAMES, "conversations": ASKED + more, "caption_type": 3})
     assert format == "vlm-rlaif-rl" and record.id == "12" and record.prompt == (Message("user", QUESTION),)
+    assert (record.caption_type, record.length_bonus, record.captions) == (3, None, ())
+
+
+def test_what_llava_rlhf_knows_of_a_record(tmp_path):
+    known = {"caption_type": 6, "length_bonus": 0.5, "captions": ["A man runs.", "It rains."]}
+    _, record = read_one(tmp_path, {"uid": 1, "images": FRAMES, "conversations": ASKED, **known})
+    assert (record.caption_type, record.length_bonus) == (6, 0.5) and record.captions == ("A man runs.", "It rains.")
+    again = from_json(to_json(record), "again")
+    assert replace(again, source=record.source) == record
+    for key, value in (("caption_type", "6"), ("length_bonus", True), ("captions", "A man."), ("captions", [1])):
+        with pytest.raises(DataError, match=f"`{key}` is"):
+            read_one(tmp_path, {"uid": 1, "images": FRAMES, "conversations": ASKED, key: value})
 
 
 def test_llava(tmp_path):
@@ -134,7 +147,7 @@ def test_trl_prompt_and_completion(tmp_path):
 def test_our_own_records_survive_writing_and_reading(tmp_path):
     turns = (Message("system", "s"), Message("user", "<video> q"), Message("assistant", "a red one ."))
     records = [
-        Record("0", "/v/a.mp4", turns, clip=2, verdicts=((5, "yes"), (11, "-")), facts={"star": None, "n": 3}),
+        Record("0", "/v/a.mp4", turns, clip=2, clips=4, verdicts=((5, "yes"), (11, "-")), facts={"star": None, "n": 3}),
         Record("1", ("/v/0.jpg", "/v/1.jpg"), turns[:2], chosen="x", rejected="y"),
         Record("2", None, (Message("user", "q"),)),
     ]
@@ -191,6 +204,8 @@ def test_a_malformed_record_is_named_by_file_and_index(tmp_path, good, bad, says
         ({"clip": "2"}, "`clip` is '2', expected a clip number"),
         ({"clip": True}, "`clip` is True"),
         ({"clip": -1}, "numbered from 0"),
+        ({"clip": 3, "clips": 3}, "`clips` is 3, so `clip` is a number below that; it is 3"),
+        ({"clips": 3}, "it is None"),
         ({"verdicts": [[99, "yes"]]}, "a verdict ends at character 99"),
         ({"verdicts": [3]}, "verdicts \\[offset, word\\]"),
         ({"chosen": "x"}, "`chosen` and `rejected` come together"),

@@ -4,6 +4,7 @@ Shapes: B answers, S positions, D width.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,6 +87,8 @@ def test_the_narrative_stands_in_the_prompt_where_the_recipe_says(work):
     for given in work.records("preference")[:3]:
         narrative = work.narratives()[work.name_of(given)]
         assert work.base().tokenizer.decode(layout.prompt(given).ids_S).count(f"context : {narrative} response :") == 1
+    stated = replace(given, captions=("a red circle", "a star"))  # what the data say themselves comes first
+    assert "context : - a red circle - a star response :" in work.base().tokenizer.decode(layout.prompt(stated).ids_S)
     clips = {"clip0", "clip1", "clip2"}
     for given in work.records("rl"):
         assert not clips & before[work.name_of(given)]

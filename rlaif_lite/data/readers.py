@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import DataError
-from .records import VIDEO, Message, Record, check, from_json
+from .records import VIDEO, Message, Record, check, from_json, texts
 
 log = logging.getLogger(__name__)
 
@@ -309,7 +309,8 @@ def _record(found: dict, source: str, turns: list[Message], video, chosen=None, 
     extras = {key: found[key] for key in ("caption_type", "length_bonus") if found.get(key) is not None}
     if strange := [key for key, value in extras.items() if type(value) not in (int, float)]:
         raise DataError(f"{source}: `{strange[0]}` is {found[strange[0]]!r}, expected a number.")
-    return Record(name, video, tuple(turns), chosen, rejected, source=source, **extras)
+    captions = texts(found.get("captions"), f"{source}: `captions`")
+    return Record(name, video, tuple(turns), chosen, rejected, source=source, captions=captions, **extras)
 
 
 def _sft(found: dict, source: str) -> Record:

@@ -32,8 +32,10 @@ class Record:
     chosen: str | None = None  # preference data: the better answer to `prompt`
     rejected: str | None = None  # and the worse one
     clip: int | None = None  # the record is about this clip of the video only; None is the whole video
+    clips: int | None = None  # of so many that the video is cut into; None: `features.clips`
     verdicts: tuple[tuple[int, str], ...] = ()  # (end offset in `answer`, label word): process supervision
     facts: dict | None = None  # the truth about the video; synthetic world only
+    captions: tuple[str, ...] = ()  # facts that the data carry: a reward model reads them in place of the narrative
     caption_type: int | None = None  # LLaVA-RLHF: what the right answer is known to be (rl.shaping.symbolic_bonus)
     length_bonus: float | None = None  # LLaVA-RLHF: multiplies what this record's answers pay for their length
     source: str = ""  # where it was read: "file.json#17"
@@ -84,6 +86,8 @@ def check(record: Record) -> Record:
             fail(f"a verdict ends at character {end} of an answer of {len(record.answer or '')} characters.")
     if record.clip is not None and record.clip < 0:
         fail(f"`clip` is {record.clip}; clips are numbered from 0.")
+    if record.clips is not None and (record.clip is None or record.clip >= record.clips):
+        fail(f"`clips` is {record.clips}, so `clip` is a number below that; it is {record.clip}.")
     return record
 
 
@@ -92,10 +96,18 @@ def to_json(record: Record) -> dict:
     found = asdict(record)
     found["messages"] = [asdict(message) for message in record.messages]
     found["verdicts"] = [list(verdict) for verdict in record.verdicts]
+    found["captions"] = list(record.captions)
     if isinstance(record.video, tuple):
         found["video"] = list(record.video)
     del found["source"]
     return {key: value for key, value in found.items() if value is not None and value != []}
+
+
+def texts(found, what: str) -> tuple[str, ...]:
+    """A list of texts, or nothing. Raises DataError, `what` naming it."""
+    if found is not None and (not isinstance(found, list) or not all(isinstance(text, str) for text in found)):
+        raise DataError(f"{what} is {found!r}, expected a list of texts.")
+    return tuple(found or ())
 
 
 def from_json(found: dict, source: str) -> Record:
@@ -131,8 +143,10 @@ def from_json(found: dict, source: str) -> Record:
             chosen=typed("chosen", str, "a text"),
             rejected=typed("rejected", str, "a text"),
             clip=typed("clip", int, "a clip number"),
+            clips=typed("clips", int, "a number of clips"),
             verdicts=marks,
             facts=typed("facts", dict, "an object"),
+            captions=texts(found.get("captions"), f"{source}: `captions`"),
             caption_type=typed("caption_type", int, "a number"),
             length_bonus=typed("length_bonus", (int, float), "a number"),
             source=source,

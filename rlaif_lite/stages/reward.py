@@ -44,10 +44,17 @@ def reward_prompt(work: Workspace, record: Record) -> Sequence:
     if template is None:
         return encode_prompt(base, record.prompt, work.features(record))
     mark = f"{VIDEO_MARK}\n" if record.video is not None else ""
-    narrated = work.recipe.reward.context and record.video is not None
-    context = work.narratives()[work.name_of(record)] if narrated else ""
+    context = facts_of(work, record) if work.recipe.reward.context else ""
     text = template.format(question=question_of(record), context=context)
     return encode_prompt(base, [Message("user", mark + text)], work.features(record))
+
+
+def facts_of(work: Workspace, record: Record) -> str:
+    """What the reward and the value role are told of a video: the captions that the data carry (LLaVA-RLHF), or its
+    narrative."""
+    if record.captions:
+        return "\n".join(f"- {caption}" for caption in record.captions)
+    return work.narratives()[work.name_of(record)] if record.video is not None else ""
 
 
 class RewardInput:

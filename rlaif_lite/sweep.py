@@ -34,11 +34,11 @@ LONGEST = 120  # characters of a point's folder name
 MESSAGE = 4000  # characters of a reason that are kept; a pipe holds more
 
 
-class Axis(NamedTuple):
-    """What one `--over` says."""
+class Choice(NamedTuple):
+    """One value of an axis."""
 
-    keys: tuple[str, ...]  # they take the same value
-    values: list[Any]
+    words: str  # as tables and folders name it
+    keys: dict[str, Any]  # recipe key -> value
 
 
 class Point(NamedTuple):
@@ -50,8 +50,7 @@ class Point(NamedTuple):
 
 
 def sweep(paths: list[str], over: list[str], overrides: list[str], out: Path) -> bool:
-    """Run the grid of `paths` (recipes) times `over` ("key=[...]", or "key,key=[...]" for keys that take the same
-    value) and write `sweep.md`, `.json`, `.svg` and `.png` into `out`, anew after each point. Returns whether every
+    """Run the grid of `paths` (recipes) times `over` (see `axis`) and write `sweep.md`, `.json`, `.svg` and `.png` into `out`, anew after each point. Returns whether every
     point finished. Raises RecipeError, before anything runs, for a point that is no valid recipe."""
     points = grid(paths, [axis(text) for text in over], overrides, out)
     for point in points:
@@ -77,40 +76,43 @@ def sweep(paths: list[str], over: list[str], overrides: list[str], out: Path) ->
 # ---------------------------------------------------------------------------------------------------------- the grid
 
 
-def axis(text: str) -> Axis:
-    """ "preference.context=[true,false]" as keys and values."""
+def axis(text: str) -> list[Choice]:
+    """What one `--over` says: "key=[1, 2]"; "key,key=[1, 2]" for keys that take the same value; or settings with names,
+    "{short: {a.key: 1, b.key: 2}, long: {a.key: 9}}"."""
+    if text.startswith("{"):
+        named = parse(text, f"--over {text}").data
+        if not all(isinstance(keys, dict) for keys in named.values()):
+            raise RecipeError(f"`--over {text}`: each name takes keys with values, such as {{one: {{ppo.steps: 1}}}}.")
+        return [Choice(words, keys) for words, keys in named.items()]
     keys, equals, values = text.partition("=")
     parsed = parse(values, f"--over {text}").data if equals else None
     if not isinstance(parsed, list) or not parsed:
         raise RecipeError(f"`--over {text}` is not of the form key=[value, ...], such as ppo.kl_coef=[0.05,0.1].")
-    return Axis(tuple(key.strip() for key in keys.split(",")), parsed)
+    names = [key.strip() for key in keys.split(",")]
+    said = [value if isinstance(value, str) else json.dumps(value) for value in parsed]
+    return [Choice(f"{','.join(names)}={text}", dict.fromkeys(names, value)) for text, value in zip(said, parsed)]
 
 
-def grid(paths: list[str], axes: list[Axis], overrides: list[str], out: Path) -> list[Point]:
+def grid(paths: list[str], axes: list[list[Choice]], overrides: list[str], out: Path) -> list[Point]:
     """Every point, recipe by recipe; the last axis changes fastest."""
     names = [Path(path).stem for path in paths]
-    keys = [key for one in axes for key in one.keys]
-    if twice := {name for name in (*names, *keys) if (*names, *keys).count(name) > 1}:
+    swept = [key for choices in axes for key in {key for choice in choices for key in choice.keys}]
+    if twice := {name for name in (*names, *swept) if (*names, *swept).count(name) > 1}:
         raise RecipeError(f"{', '.join(sorted(twice))} stands twice in the sweep. Say each recipe and key once.")
-    if "output" in (*keys, *(text.partition("=")[0].strip() for text in overrides)):
-        raise RecipeError(
-            "`output` is where a single run goes. A sweep's folder is --out; each point has its own in it."
-        )
+    if "output" in (*swept, *(text.partition("=")[0].strip() for text in overrides)):
+        raise RecipeError("A sweep's folder is --out, and each point has its own in it. Leave `output` away.")
     points: list[Point] = []
     for path, name in zip(paths, names):
-        for values in itertools.product(*(one.values for one in axes)):
-            said = [
-                (one.keys, value if isinstance(value, str) else json.dumps(value)) for one, value in zip(axes, values)
-            ]
-            draw = [value for keys, value in said if set(keys) <= set(DRAWS)]
-            setting = [name] if len(paths) > 1 else []
-            setting += [f"{','.join(keys)}={value}" for keys, value in said if not set(keys) <= set(DRAWS)]
-            folder = out / folder_name(" ".join([name, *(f"{','.join(keys)}={value}" for keys, value in said)]))
+        for chosen in itertools.product(*axes):
+            draws = [choice for choice in chosen if choice.keys and set(choice.keys) <= set(DRAWS)]
+            setting = [name] * (len(paths) > 1) + [choice.words for choice in chosen if choice not in draws]
+            folder = out / folder_name(" ".join([name, *(choice.words for choice in chosen)]))
             if folder in [Path(point.recipe.output) for point in points]:
                 raise RecipeError(f"{folder} would hold two points of the sweep. Say each value once.")
             changes = [*overrides, f"output={json.dumps(str(folder))}"]
-            changes += [f"{key}={json.dumps(value)}" for one, value in zip(axes, values) for key in one.keys]
-            points.append(Point(" ".join(setting) or name, "/".join(draw), shared(path, changes, out)))
+            changes += [f"{key}={json.dumps(value)}" for choice in chosen for key, value in choice.keys.items()]
+            draw = "/".join(choice.words.partition("=")[2] or choice.words for choice in draws)
+            points.append(Point(" ".join(setting) or name, draw, shared(path, changes, out)))
     return points
 
 

@@ -206,7 +206,14 @@ class Workspace:
         """The cached tokens of a record's video (or of its clip), pruned as the recipe says; None for a text record."""
         if record.video is None:
             return None
-        return self.views(record)[WHOLE if record.clip is None else f"clip{record.clip}"]
+        return self.views(record)[self.view_name(record)]
+
+    def view_name(self, record: Record) -> str:
+        """The view that a record is about: the whole, a clip as the context stage cuts them, or one of another cut."""
+        if record.clip is None:
+            return WHOLE
+        usual = record.clips in (None, self.recipe.features.clips)
+        return f"clip{record.clip}" if usual else f"clip{record.clip}of{record.clips}"
 
     def views(self, record: Record) -> dict[str, FeatureRecord]:
         """All views of a record's video: the whole and each clip."""

@@ -406,6 +406,22 @@ def test_cached_features_are_those_of_the_video(finished, load):
     assert (work.views(clip)["clip1"].features_KD - work.views(clip)["video"].features_KD).abs().max() > 1e-2
 
 
+def test_the_narrative_may_have_other_clips_than_the_records(rerun):
+    """Records that say of how many clips theirs is one keep it; the narrative has as many as the recipe says."""
+    recipe = rerun("features.clips=2", "context.markers=[first,finally]")
+    before = Workspace(recipe)
+    clip = next(r for r in before.records("sft_easy") if r.clip == 2)
+    was = before.views(clip)["clip2"]
+    summary = pipeline.run(recipe, until="context")
+    assert summary["stages"]["sft"]["status"] == "skipped"  # it is trained on the same clips
+    work = Workspace(recipe)
+    assert torch.equal(work.features(clip).features_KD, was.features_KD)
+    captions = read_jsonl(Path(recipe.output) / "context" / "captions.jsonl")
+    assert {len(row["captions"]) for batch in captions for row in batch} == {2}
+    narrated = work.views(work.records("preference")[0])
+    assert set(narrated) == {"video", "clip0", "clip1"}
+
+
 def test_a_record_about_a_clip_that_is_not_there(recipe, tmp_path, world):
     record = {"id": "x", "video": str(world / "videos/sft/00000.mp4"), "clip": 3, "messages": [
         {"role": "user", "content": "<video> describe the clip"}, {"role": "assistant", "content": "red ."}]}  # fmt: skip

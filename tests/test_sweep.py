@@ -120,6 +120,18 @@ def test_the_grid(path, tmp_path):
     assert len(worlds) == 2 and {p.recipe.features.cache for p in points} == {str(tmp_path / "out" / "features")}
 
 
+def test_settings_with_names(path, tmp_path):
+    """For what takes several keys; an empty one is the recipe as it is."""
+    named = "{as it is: {}, two clips: {features.clips: 2, context.markers: [first, finally]}}"
+    points = grid([str(path)], [axis(named), axis("seed=[1]")], [], tmp_path / "out")
+    assert [(p.setting, p.draw, p.recipe.features.clips) for p in points] == [
+        ("as it is", "1", 3),
+        ("two clips", "1", 2),
+    ]
+    assert points[1].recipe.context.markers == ("first", "finally")
+    assert Path(points[1].recipe.output).name == "test_two_clips_seed=1"
+
+
 def test_several_recipes_are_settings(path, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text(f"base_recipe: {path.name}\nname: other\nppo: {{kl_coef: 0.7}}\nfeatures: {{cache: here}}\n")
@@ -136,6 +148,7 @@ def test_several_recipes_are_settings(path, tmp_path):
         (["seed=[]"], [], "is not of the form"),
         (["seed=[1]", "seed=[2]"], [], "seed stands twice"),
         (["seed=[1,1]"], [], "would hold two points"),
+        (["{a: 1}"], [], "each name takes keys"),
         (["output=[a,b]"], [], "each point has its own"),
         (["seed=[1]"], ["output=a"], "each point has its own"),
         (["ppo.kl_cof=[1]"], [], r"`ppo.kl_cof` is not a recipe key .*Did you mean `ppo.kl_coef`"),

@@ -215,7 +215,8 @@ def easy_records(name: str, video: str, facts: Facts, rng: random.Random, weak: 
         return f"<video> context : {narrative(facts, rng)} " if weak or rng.random() < 0.5 else "<video> "
 
     for clip in range(EVENTS):
-        yield _record(f"{name}/clip{clip}", video, "<video> describe the clip", caption(facts, clip), clip=clip)
+        said = caption(facts, clip)
+        yield _record(f"{name}/clip{clip}", video, "<video> describe the clip", said, clip=clip, clips=EVENTS)
     if not weak:
         for number in range(2):
             text, answer = question(facts, rng)

@@ -125,21 +125,23 @@ def views_of(work: Workspace) -> dict[str, tuple[str | tuple[str, ...], dict[str
     section = work.recipe.features
     wanted: dict[str, tuple[str | tuple[str, ...], dict[str, View]]] = {}
 
-    def want(record: Record, clips: range | list[int]) -> None:
+    cut = {f"clip{clip}": View(section.clip_frames, clip, section.clips) for clip in range(section.clips)}
+
+    def want(record: Record, narrated: bool) -> None:
         _, views = wanted.setdefault(work.name_of(record), (record.video, {WHOLE: View(section.frames)}))
-        for clip in clips:
-            if clip >= section.clips:
+        views |= cut if narrated else {}
+        if record.clip is not None:
+            clips = record.clips or section.clips
+            if record.clip >= clips:
                 raise DataError(
-                    f"{record.source}: the record is about clip {clip}, but `features.clips` is {section.clips}."
+                    f"{record.source}: the record is about clip {record.clip}, but `features.clips` is {clips}."
                 )
-            views[f"clip{clip}"] = View(section.clip_frames, clip, section.clips)
+            views[work.view_name(record)] = View(section.clip_frames, record.clip, clips)
 
     for split in work.split_names():
         for record in work.records(split):
             if record.video is not None:
-                narrated = split in work.recipe.narrated
-                clips = range(section.clips) if narrated else [] if record.clip is None else [record.clip]
-                want(record, clips)
+                want(record, split in work.recipe.narrated)
     return {name: (video, dict(sorted(views.items()))) for name, (video, views) in wanted.items()}
 
 

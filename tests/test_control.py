@@ -36,7 +36,7 @@ def test_the_rule_holds_for_negative_values_and_whatever_is_added_to_the_reward(
 
 
 def follow(disapproved_T: list[int], done_T: list[int] | None = None) -> str:
-    """One run under CERTAIN; a step is learner's or intervener's (l, i), capital if stored, "-" after it for reward -1."""
+    """One run under CERTAIN: l a step of the learner's, i of the intervener's, capital if stored, "-" after reward -1."""
     takeovers, line = Takeovers(1, CERTAIN, np.random.default_rng(0)), ""
     for bad, done in zip(disapproved_T, done_T or [0] * len(disapproved_T), strict=True):
         who = "i" if takeovers.taken_R[0] else "l"

@@ -1,7 +1,7 @@
 """The study on five seeds and three qualities of intervener: `python -m rlaif_lite.control --seeds 5 --out OUT.json`.
 
-Writes OUT.json (every figure of every seed, settings, hardware, commit) and OUT.md. Minutes on one core. The seeds are runs of one
-stack and share its random generators; intervals are Student's t over seeds, and paired where they are of a difference.
+Writes OUT.json (every figure of every seed, settings, hardware, commit) and OUT.md. Minutes on one core. The seeds are
+runs of one stack and share its random generators; intervals are Student's t over seeds, paired where of a difference.
 """
 
 import argparse
@@ -110,10 +110,10 @@ def page(found: dict) -> str:
     versions = found["versions"]
     lines = [
         "# RLIF in its original setting\n",
-        f"{found['task']['name']}, {settings['seeds']} seeds, mean [95 % interval over seeds] of the task's own return.",
+        f"{found['task']['name']}, {settings['seeds']} seeds; mean [95 % interval over seeds] of the true return.",
         f"Every student had {settings['steps']} environment steps and as many updates.",
-        f"{found['hardware']}, one thread, {found['seconds']:.0f} s; torch {versions['torch']}, gymnasium "
-        f"{versions['gymnasium']}, commit {found['commit']}. Written by `python -m rlaif_lite.control`.\n",
+        f"{found['hardware']}, one thread, {found['seconds']:.0f} s; commit {found['commit']}.",
+        f"torch {versions['torch']}, gymnasium {versions['gymnasium']}. Written by `python -m rlaif_lite.control`.\n",
         "An intervener at 0 does as well as random actions, one at 1 is the reference.\n",
     ]
     lines += table("return at the end", score, heads)

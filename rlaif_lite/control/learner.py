@@ -1,8 +1,9 @@
-"""The off-policy learner: double DQN with a small ensemble of layer-normed critics, for all runs of an experiment at once.
+"""The off-policy learner: double DQN with a small ensemble of layer-normed critics, for all runs of an arm at once.
 
-The critics of all runs (seeds, interveners) are one batch of small matrices, so fifteen runs cost little more than one; no
-run reads another's data or weights. Departure from RLIF's release, which has SAC with ten critics: the actions here are few
-and discrete, and two critics with the smaller of their targets do. The imitators are the same network, fitted to labels.
+The critics of all runs (seeds, interveners) are one batch of small matrices, so that fifteen runs cost less than twice
+what two do; no run reads another's data or weights. Departure from RLIF's release, which has SAC with ten critics: the
+actions here are few and discrete, and two critics with the smaller of their targets do. The imitators are the same
+network, fitted to labels.
 
 Shapes: R runs, E critics of a run, B samples, S state entries, A actions, H hidden units.
 """
@@ -89,7 +90,7 @@ def assemble(parts: list[tuple[Critics, int]]) -> Critics:
 
 
 class Learner:
-    """Critics, their moving average `policy` (the target of bootstrapping and what is evaluated), and the two updates."""
+    """Critics, their moving average `policy` (what targets are made of, and what is evaluated), and the two updates."""
 
     def __init__(self, critics: Critics, lr: float, tau: float):
         self.critics = critics

@@ -1,13 +1,13 @@
 """When the intervener takes over, what reward that gives, and which steps are stored. RLIF, arXiv 2311.12996.
 
 The learner acts and is watched. Where the judge disapproves of a step of the learner's, the intervener takes over with
-probability `beta`, elsewhere with probability `spurious`. The step BEFORE the takeover gets the reward -1, every other step 0.
-A takeover lasts a few steps, of which only the last is stored; then the learner acts again, for one step at least.
+probability `beta`, elsewhere with probability `spurious`. The step BEFORE the takeover gets the reward -1, every other
+step 0. A takeover lasts a few steps, of which only the last is stored; then the learner acts, for one step at least.
 
-The judge disapproves where Q(s, a_learner) < alpha * Q(s, a_judge), a_judge being its own best action. Departure: the paper's
-product needs positive values. Of a negative Q, alpha * Q lies ABOVE Q, and the judge would disapprove of its own best action.
-Here both sides are measured from `floor`, the lowest value that the judge gave anywhere in its own training: the same rule
-where that is 0, right for values of either sign, and unchanged where a constant is added to the task's reward of every step.
+The judge disapproves where Q(s, a_learner) < alpha * Q(s, a_judge), a_judge being its own best action. Departure: the
+paper's product needs positive values. Of a negative Q, alpha * Q lies ABOVE Q, and the judge would disapprove of its
+own best action. Here both sides are measured from `floor`, the lowest value that the judge gives in states of its
+training: the same rule where that is 0, right for values of either sign, and deaf to a constant added to all of them.
 
 Shapes: R runs in lockstep, A actions.
 """

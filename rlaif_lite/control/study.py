@@ -1,12 +1,12 @@
 """The experiment: references on the task's reward, their early checkpoints as interveners, students that never see it.
 
-A reference is trained on the true reward. Its last checkpoint is the judge: its Q says when to intervene. Earlier ones, worse
-at the task, are the interveners that take over. Every arm does the same number of environment steps and updates.
+A reference is trained on the true reward. Its last checkpoint is the judge: its Q says when to intervene. Earlier ones,
+worse at the task, are the interveners that take over. Every arm does the same number of environment steps and updates.
 
-Departures from the paper. (1) The judge looks at the step that was DONE, and -1 stands on that step, which is the one before
-the takeover; so says the paper's analysis. The release judges the action that the learner is ABOUT to do, never does it, and
-puts -1 on the step before it, which may have been a good one; that is the arm `rlif_proposal`. (2) No prior data.
-(3) The release never stores the last step of an episode; here it is stored, and ends the return only if the task was over.
+Departures. (1) The judge looks at the step that was DONE, and -1 stands on that step, which is the one before the
+takeover. The release judges the action that the learner is ABOUT to do, which is then never done, and puts -1 on the
+step before it, which may have been a good one: the arm `rlif_proposal`. (2) No prior data. (3) The release never stores
+the last step of an episode; here it is stored, and nothing is bootstrapped from it if the task was over.
 
 Shapes: R runs, S state entries, A actions. A run is a pair of intervener quality and seed, quality by quality.
 """
@@ -85,8 +85,8 @@ class Outcome(NamedTuple):
     return_R: np.ndarray
     "the task's own, of the greedy student"
     curve: list[dict]
-    "at every evaluation: return_R, and of the steps since the last one `rate_R` (takeovers for each step of the student's), "
-    "`disapproved_R` (share of the student's steps that the judge disapproves of), `taken_R` (share of all steps)"
+    "at every evaluation return_R, and of the steps since the last one: rate_R, takeovers for each step of the student's;"
+    " disapproved_R, the share of the student's steps that the judge disapproves of; taken_R, a share of all steps"
     takeovers_R: np.ndarray
     labels_R: np.ndarray
     "steps at which the student was told the intervener's action"

@@ -1,6 +1,6 @@
 """Classic-control tasks of gymnasium with a few discrete actions, many copies of one in lockstep, and the true return.
 
-`terminated` (the task is over) is not truncated (the clock ran out): a learner bootstraps beyond the second, not the first.
+`terminated` (the task is over) is not truncated (the clock ran out): a learner bootstraps beyond the second alone.
 
 Shapes: R runs, N episodes of a run, S state entries.
 """
@@ -35,7 +35,7 @@ PENDULUM = Task("Pendulum-v1", (-2.0, -1.0, 0.0, 1.0, 2.0), scale=10.0, gamma=0.
 
 
 class Copies:
-    """Copies of a task. One that ends starts again at once: `step` returns where it ended, `state_RS` is where it starts."""
+    """Copies of a task. One that ends starts again: `step` returns where it ended, `state_RS` is where it starts."""
 
     def __init__(self, task: Task, copies: int, rng: np.random.Generator):
         self.task = task

@@ -33,7 +33,6 @@ class Record:
     rejected: str | None = None  # and the worse one
     clip: int | None = None  # the record is about this clip of the video only; None is the whole video
     clips: int | None = None  # of so many that the video is cut into; None: `features.clips`
-    clips: int | None = None  # of so many that the video is cut into; None: `features.clips`
     verdicts: tuple[tuple[int, str], ...] = ()  # (end offset in `answer`, label word): process supervision
     facts: dict | None = None  # the truth about the video; synthetic world only
     captions: tuple[str, ...] = ()  # facts that the data carry: a reward model reads them in place of the narrative
@@ -87,8 +86,6 @@ def check(record: Record) -> Record:
             fail(f"a verdict ends at character {end} of an answer of {len(record.answer or '')} characters.")
     if record.clip is not None and record.clip < 0:
         fail(f"`clip` is {record.clip}; clips are numbered from 0.")
-    if record.clips is not None and (record.clip is None or record.clip >= record.clips):
-        fail(f"`clips` is {record.clips}, so `clip` is a number below that; it is {record.clip}.")
     if record.clips is not None and (record.clip is None or record.clip >= record.clips):
         fail(f"`clips` is {record.clips}, so `clip` is a number below that; it is {record.clip}.")
     return record
@@ -146,7 +143,6 @@ def from_json(found: dict, source: str) -> Record:
             chosen=typed("chosen", str, "a text"),
             rejected=typed("rejected", str, "a text"),
             clip=typed("clip", int, "a clip number"),
-            clips=typed("clips", int, "a number of clips"),
             clips=typed("clips", int, "a number of clips"),
             verdicts=marks,
             facts=typed("facts", dict, "an object"),

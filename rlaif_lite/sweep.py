@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from .errors import RecipeError, RlaifError
 from .progress import say
-from .recipe import Recipe, check_files, flatten, load_recipe
+from .recipe import Recipe, check_files, load_recipe
 from .recipe.marked_yaml import parse
 from .report import grid as tables
 
@@ -112,7 +112,7 @@ def grid(paths: list[str], axes: list[list[Choice]], overrides: list[str], out: 
             changes = [*overrides, f"output={json.dumps(str(folder))}"]
             changes += [f"{key}={json.dumps(value)}" for choice in chosen for key, value in choice.keys.items()]
             draw = "/".join(choice.words.partition("=")[2] or choice.words for choice in draws)
-            points.append(Point(" ".join(setting) or name, draw, shared(path, changes, out)))
+            points.append(Point(" ".join(setting) or name, draw, shared(load_recipe(path, changes), out)))
     return points
 
 
@@ -121,17 +121,16 @@ def folder_name(words: str) -> str:
     return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
 
-def shared(path: str, changes: list[str], out: Path) -> Recipe:
+def shared(recipe: Recipe, out: Path) -> Recipe:
     """The recipe, its world and its feature cache where all points look for theirs, unless it says where."""
-    recipe = load_recipe(path, changes)
-    if recipe.features.cache is None:
-        changes = [*changes, f"features.cache={json.dumps(str(out / 'features'))}"]
-    if recipe.data.world is not None and recipe.data.folder is None:
-        keys = {key: value for key, value in flatten(recipe).items() if key.startswith("data.world.")}
-        keys.pop("data.world.workers")
-        world = out / "worlds" / hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:12]
-        changes = [*changes, f"data.folder={json.dumps(str(world))}"]
-    return load_recipe(path, changes)
+    features, data = recipe.features, recipe.data
+    if features.cache is None:
+        features = features.model_copy(update={"cache": str(out / "features")})
+    if data.world is not None and data.folder is None:
+        drawn = data.world.model_dump_json(exclude={"workers"})
+        folder = out / "worlds" / hashlib.sha256(drawn.encode()).hexdigest()[:12]
+        data = data.model_copy(update={"folder": str(folder)})
+    return recipe.model_copy(update={"features": features, "data": data})
 
 
 # --------------------------------------------------------------------------------------------------------- one point

@@ -4,6 +4,7 @@ Shapes: S positions, D width, V vocabulary, T tokens.
 """
 
 import random
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +13,14 @@ from core import shake, video_of
 from family_checkpoints import TINY, build_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rlaif_lite import pipeline
 from rlaif_lite.data.records import Message
 from rlaif_lite.data.world_text import COLOURS
+from rlaif_lite.errors import RecipeError
 from rlaif_lite.judge import intervene
 from rlaif_lite.judge.claims import split_claims
 from rlaif_lite.judge.intervene import (
@@ -366,19 +370,69 @@ def test_what_is_put_in_is_what_the_judge_likes_best(against_red):
     assert {0, 1} <= ranks, ranks
 
 
+def test_chance_is_the_answers_own(against_red):
+    """Which claims are taken over hangs on seed, step and answer, not on who else is heard."""
+    feedback, records = against_red("label", "ppo.interventions.beta=0.5", "ppo.interventions.spurious=0.5")
+    answers = said(feedback.work.base())
+    drawn = [feedback.take(records, answers, step).rewards for step in range(4)]
+    assert feedback.take(records, answers, 2).rewards == drawn[2] and any(rewards != drawn[0] for rewards in drawn)
+    assert feedback.take(records[:2], answers[:2], 3).rewards == drawn[3][:2]
+
+
 # ---- the whole of it
 
 
-@pytest.mark.parametrize("takeover", ["label", "stop", "replace"])
-def test_ppo_with_interventions(rerun, takeover, monkeypatch):
-    """Runs from the exact start with the real judge, and says claims, interventions and omissions at every step."""
-    monkeypatch.setattr(intervene, "VERDICT", 0.02)  # this judge is trained for three steps
-    recipe = rerun("ppo.feedback=interventions", f"ppo.interventions.takeover={takeover}", "ppo.steps=2", "ppo.checkpoint_every=1",
-                   "ppo.interventions.checklist.by=words", "ppo.interventions.takeovers=2", "ppo.judge_context=false",
-                   "ppo.interventions.omission=0")  # fmt: skip
+def run_ppo(recipe) -> tuple[list[dict], dict[str, torch.Tensor]]:
     work = Workspace(recipe)
-    result = ppo.run(work)
+    ppo.run(work)
     lines = [line for line in read_jsonl(work.log.path) if line["stage"] == "ppo"]
-    assert result["steps"] == len(lines) == 2 and result["kl_start"] == 0
-    assert all({"interventions/claims", "interventions/rate", "interventions/omitted"} <= set(line) for line in lines)
-    assert sum(line["interventions/claims"] for line in lines) > 0
+    adapter = load_file(work.adapter("policy") / "adapter_model.safetensors")
+    return (
+        [{k: v for k, v in line.items() if k != "time"} for line in lines],
+        {key: weight.clone() for key, weight in adapter.items()},  # the file may be written over
+    )
+
+
+FIGURES = {"interventions/claims", "interventions/rate", "interventions/omitted"}
+
+
+def test_labels_end_to_end(rerun):
+    """By asking, with the narratives of the RL videos, and without a critic."""
+    recipe = rerun(
+        "ppo.feedback=interventions", "ppo.steps=2", "ppo.value=none", "ppo.baseline=batch", "ppo.gamma=0.9",
+        "preference.claims.mode=ask", "preference.claims.prompt='<video> {context} claim : {claim} ?'",
+        "ppo.interventions.checklist.prompt='context : {context} claim : {claim} ?'", "evaluate.roles=[policy]",
+    )  # fmt: skip
+    assert recipe.stages == ("data", "features", "sft", "context", "ppo", "evaluate") and recipe.narrated == ("rl",)
+    pipeline.run(recipe)
+    lines = [line for line in read_jsonl(Workspace(recipe).log.path) if line["stage"] == "ppo"]
+    assert len(lines) == 2 and all(FIGURES <= set(line) for line in lines) and lines[0]["objective/kl"] == 0
+    assert lines[0]["interventions/claims"] > 0 and lines[0]["interventions/omitted"] > 0
+
+
+@pytest.mark.parametrize("takeover", ["stop", "replace"])
+def test_an_interrupted_run_ends_the_same(rerun, takeover, monkeypatch):
+    monkeypatch.setattr(intervene, "VERDICT", 0.02)  # this judge was trained for three steps: it is sure of nothing
+    asked = ("ppo.feedback=interventions", f"ppo.interventions.takeover={takeover}", "ppo.interventions.omission=0",
+             "ppo.judge_context=false", "ppo.interventions.takeovers=2", "ppo.steps=2", "ppo.checkpoint_every=1")  # fmt: skip
+    lines, adapter = run_ppo(rerun(*asked))
+    assert sum(line["interventions/claims"] for line in lines) > 0 and lines[0]["objective/kl"] == 0
+    recipe = rerun(*asked)  # the run folder as it was before
+    shutil.rmtree(Workspace(recipe).stage("ppo"))
+
+    def dies(self, records, answers, step):
+        return take(self, records, answers, step) if step == 0 else 1 / 0
+
+    take = InterventionFeedback.take
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(InterventionFeedback, "take", dies)
+        run_ppo(recipe)
+    again, same = run_ppo(recipe)
+    assert again == lines and all(torch.equal(adapter[key], same[key]) for key in adapter)
+
+
+def test_what_does_not_go_together(recipe):
+    with pytest.raises(RecipeError, match="ppo.interventions.takeover.*replace.*Set it to batch"):
+        recipe("ppo.feedback=interventions", "ppo.interventions.takeover=replace", "ppo.value=none", "ppo.group_size=2")
+    with pytest.raises(RecipeError, match="ppo.interventions.checklist.prompt.*lacks {context}"):
+        recipe("ppo.interventions.checklist.prompt='is it said ? {claim}'")

@@ -59,6 +59,12 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "ppo.feedback", "is ranking, which orders answers to one prompt. Set ppo.group_size to 2 or more."
     if ppo.kl_in == "loss" and ppo.kl_estimator == "k1":
         yield "ppo.kl_in", "is loss, where k1 has no gradient on average. Set ppo.kl_estimator to k3 or exact."
+    rewritten = ppo.feedback == "interventions" and ppo.interventions.takeover == "replace"
+    if rewritten and ppo.value == "none" and ppo.baseline != "batch":
+        yield (
+            "ppo.interventions.takeover",
+            "is replace, which makes several parts of an answer, but ppo.baseline compares whole ones. Set it to batch.",
+        )
     if ppo.rollouts % ppo.group_size:
         yield "ppo.rollouts", f"is {ppo.rollouts}, no multiple of ppo.group_size: {ppo.group_size}. Change either."
     if ppo.minibatch > ppo.rollouts:
@@ -116,9 +122,15 @@ def _template_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         ("preference.pairwise.prompt", pairwise.prompt, {"context", "a", "b"}, {"context", "a", "b", "question"}),
         ("preference.pairwise.context_prefix", pairwise.context_prefix, {"context"}, {"context"}),
         ("reward.prompt", recipe.reward.prompt or "", context, {"question"} | context),
+        (
+            "ppo.interventions.checklist.prompt",
+            recipe.ppo.interventions.checklist.prompt,
+            {"context", "claim"},
+            {"context", "claim"},
+        ),
         ("dpo.divide.split", divide.split or "{answer}", {"answer"}, {"answer", "question"}),
         ("dpo.divide.ask", divide.ask or "{claim}", {"claim"}, {"claim"}),
-        ("dpo.describe.again", describe.again, {"context"}, {"context"}),
+        ("dpo.describe.prompt", describe.prompt, {"context"}, {"context"}),
     )
     for key, template, must, may in templates:
         try:

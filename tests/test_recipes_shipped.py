@@ -36,6 +36,18 @@ def test_the_published_recipe_has_the_published_numbers():
     assert 386 * ppo.rollouts == pytest.approx(99_000, rel=0.01)  # one pass over the prompts
 
 
+def test_the_recipes_of_dpo_have_the_numbers_that_are_published():
+    """RLAIF-V's scripts (LoRA) and its choice of pairs; of i-SRT its rounds, and LLaVA-Hound's numbers."""
+    found = {path.stem: load_recipe(path) for path in RECIPES if path.stem in ("rlaif_v_7b_24gb", "isr_dpo_7b_24gb")}
+    rlaif_v, isr = found["rlaif_v_7b_24gb"], found["isr_dpo_7b_24gb"]
+    dpo = rlaif_v.dpo
+    assert (dpo.rounds, dpo.prompts, dpo.beta, dpo.lr, dpo.epochs, dpo.batch_size) == (4, 4000, 0.1, 1e-5, 4, 8)
+    assert (dpo.pairs, dpo.balance_lengths, rlaif_v.preference.samples) == (2, True, 10)
+    assert (rlaif_v.model.lora.rank, rlaif_v.model.lora.alpha, rlaif_v.preference.temperature) == (64, 16, 0.7)
+    assert (isr.dpo.rounds, isr.dpo.beta, isr.dpo.epochs, isr.dpo.batch_size, isr.features.frames) == (9, 0.1, 3, 128, 8)
+    assert isr.dpo.judge_role == "policy" and isr.preference.samples == 2 and not isr.dpo.balance_lengths
+
+
 # ---- each card recipe fits its card by plan; the bases' config files with their published sizes, no weights
 
 
@@ -72,8 +84,8 @@ def test_a_card_recipe_fits_its_card_by_plan(path, tmp_path):
     if recipe.model.reward_base is not None:
         overrides += [f"model.reward_base.base={config_of(recipe.model.reward_base.base, tmp_path / 'reward_base')}"]
     plan = make_plan(load_recipe(path, overrides), card)
-    assert {"features", "sft", "context", "preference", "reward", "ppo"} <= set(plan.stages)
+    assert set(recipe.stages) == set(plan.stages)
     for name, stage in plan.stages.items():
         assert stage.fits, (name, stage)
-    weights = plan.stages["ppo"].terms["weights"]
-    assert 1.8 * 2**30 < weights < 12 * 2**30 and plan.stages["ppo"].peak > weights
+    weights = plan.stages[recipe.method].terms["weights"]
+    assert 1.8 * 2**30 < weights < 12 * 2**30 and plan.stages[recipe.method].peak > weights

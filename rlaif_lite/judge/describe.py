@@ -1,7 +1,8 @@
-"""i-SRT's context (arXiv 2406.11280): the policy describes a video while it reads its own last description of it, and
-judges its answers with what it wrote. Round after round the description is one of the policy's, not of the SFT model's.
+"""i-SRT's context (arXiv 2406.11280): round after round the policy describes a video anew while it reads its own last
+description, and judges its answers with what it wrote. The first description is the narrative of the context stage.
 
-Decoding is greedy, so that a description is a function of the policy and of what it wrote before (published: not said).
+A description is made clip by clip and joined as the narrative is (`features.clips: 1`: of the whole video at once, as
+published). Decoding is greedy, so that it is a function of the policy and of what it wrote before.
 """
 
 from typing import Sequence
@@ -9,21 +10,29 @@ from typing import Sequence
 from ..data.records import Message
 from ..model.inputs import VIDEO_MARK, decode_answer, encode_prompt
 from ..model.roles import ActiveRole
-from ..recipe import Describe
+from ..recipe import Context, Describe
 from ..rollout import Sampling, sample
 from ..video.cache import FeatureRecord
+from .narrative import narrative
 
 
-def describe(
-    role: ActiveRole, videos: Sequence[FeatureRecord], before: Sequence[str | None], section: Describe
+def describe_again(
+    role: ActiveRole,
+    videos: Sequence[Sequence[FeatureRecord]],
+    before: Sequence[str],
+    section: Describe,
+    context: Context,
 ) -> list[str]:
-    """A description of every video, written while reading `before`; None there asks for a plain one."""
-    base = role.roles.base
-    rows = []
-    for video, text in zip(videos, before, strict=True):
-        content = section.prompt if text is None else section.again.format(context=text)
+    """A description of every video, given as its clips in order, by a role that reads `before` at each clip."""
+    base, rows = role.roles.base, []
+    for clips, text in zip(videos, before, strict=True):
+        content = section.prompt.format(context=text)
         mark = "" if VIDEO_MARK in content else f"{VIDEO_MARK}\n"
-        rows.append(encode_prompt(base, [Message("user", mark + content)], video))
-    sampling = Sampling(section.max_new_tokens, temperature=0.0)
-    found = sample(role, rows, sampling, seeds=[0] * len(rows), batch_size=section.batch_size)
-    return [decode_answer(base, trajectory.ids) for trajectory in found]
+        rows += [encode_prompt(base, [Message("user", mark + content)], clip) for clip in clips]
+    sampling = Sampling(context.max_new_tokens, temperature=0.0)
+    found = sample(role, rows, sampling, seeds=[0] * len(rows), batch_size=context.batch_size)
+    captions = iter([decode_answer(base, trajectory.ids) for trajectory in found])
+    return [
+        narrative([next(captions) for _ in clips], context.markers, max(float(clip.time_T[-1]) for clip in clips))
+        for clips in videos
+    ]

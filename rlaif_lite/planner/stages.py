@@ -120,10 +120,10 @@ class Inventory:
         prompt, answer = self.texts("preference").prompt, preference.max_new_tokens
         phases = [self.sampling("preference.batch_size", preference.batch_size, MOST, self.video + prompt, answer)]
         fixed, context = self.holds(1, trained=1), self.narrative() * preference.context
-        if (describe := section.describe) is not None:
-            context, size = describe.max_new_tokens, describe.batch_size
-            read = self.video + self.template + self.lengths.count(describe.again) + context
-            phases.append(self.sampling("dpo.describe.batch_size", size, MOST, read, context))
+        if section.describe is not None:  # clip by clip, as the narrative was
+            words, size = self.recipe.context.max_new_tokens, self.recipe.context.batch_size
+            read = self.clip + self.template + self.lengths.count(section.describe.prompt) + context
+            phases.append(self.sampling("context.batch_size", size, MOST, read, words))
         if (divide := section.divide) is not None:
             lists = divide.max_new_tokens
             asked = self.template + lists + max(self.lengths.count(text or "") for text in (divide.split, divide.ask))

@@ -85,7 +85,7 @@ class Recipe(Section):
     def narrated(self) -> tuple[str, ...]:
         """The splits whose videos the context stage describes: where somebody reads the narrative."""
         if self.method == "dpo":
-            return ("preference",) if self.preference.context and self.dpo.describe is None else ()
+            return ("preference",) if self.preference.context else ()
         if self.ppo.feedback != "reward_model":  # answers are judged as they come
             listed = self.ppo.feedback == "interventions" and self.ppo.interventions.omission > 0
             return ("rl",) if self.ppo.judge_context or listed else ()

@@ -38,15 +38,13 @@ class Divide(Section):
 
 
 class Describe(Section):
-    """i-SRT's context: each round the policy describes every video anew while it reads its last description."""
+    """i-SRT's context: each round the policy describes the clips of every video anew while it reads its last
+    description; the first one is the narrative. How long and how many at once stands in `context`."""
 
-    prompt: str = Field("Describe this video in detail.", description="asks for the first, plain description")
-    again: str = Field(
-        "Your description so far: {context}\nLook at the video again and describe it in detail.",
-        description="asks for the next one; {context}: where the last one goes",
+    prompt: str = Field(
+        "Your description of the video so far: {context}\nLook at it again and describe it in detail.",
+        description="asks for the next description; {context}: where the last one goes",
     )
-    max_new_tokens: Count = Field(256, description="longest description")
-    batch_size: Count = Field(16, description="descriptions in flight")
     examples: int = Field(3, ge=0, description="videos whose descriptions stand in the summary, round by round")
 
 

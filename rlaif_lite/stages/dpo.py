@@ -11,8 +11,8 @@ starts, too) and goes
     5  `train`           DPO (`rl.dpo`)
     6  `look`            the policy answers the held-out prompts greedily and is judged
 
-The judge of step 6 is the SFT adapter in every round, whoever judges in step 2, with contexts made once: only then can
-rounds be compared. Scores are means over answers; a judge of pairs compares with the answers that the run started
+The judge of step 6 is the SFT adapter in every round, whoever judges in step 2, and it reads the narratives, if
+anything: only then can rounds be compared. Scores are means over answers; a judge of pairs compares with the answers that the run started
 from, and the score is the share won. Where the truth is known it stands beside the score, and chooses nothing.
 
 Every step goes on where a kill stopped it and a killed run ends with the same bits as one that was not.
@@ -77,7 +77,6 @@ def run(work: Workspace) -> dict:
     records, held = split_by_video(work)
     prompts = batches(len(records), section.prompts or len(records), section.rounds, work.recipe.seed, "dpo.prompts")
     prepare_divider(work)
-    contexts = held_contexts(work, held)
     policy, table = work.adapter(START), []
     for number in range(section.rounds + 1):
         folder = round_folder(work, number)
@@ -88,7 +87,7 @@ def run(work: Workspace) -> dict:
                 if learnt is None:
                     break
                 row |= learnt
-            row |= look(work, number, folder / "policy" if number else policy, held, contexts)
+            row |= look(work, number, folder / "policy" if number else policy, held)
             write_json(folder / "round.json", row)
         table.append(json.loads((folder / "round.json").read_text()))
         policy = folder / "policy" if number else policy
@@ -117,11 +116,11 @@ def one_round(work: Workspace, number: int, before: Path, records: list[Record])
             work, role, records, sampling, preference.samples, lambda record, j: work.seed("dpo", number, record.id, j),
             folder / "answers.jsonl", f"dpo {number}: answers",
         )  # fmt: skip
-    contexts, told = work.narratives() if preference.context and section.describe is None else None, {}
+    contexts, told = work.narratives() if preference.context else None, {}
     if section.describe is not None:
         with lent(work, "generator", before) as role:
             last = round_folder(work, number - 1) / "descriptions.json"
-            contexts, told = describe_videos(work, role, records, last if number > 1 else None, folder)
+            contexts, told = describe_videos(work, role, records, last, folder)
     with lent(work, "judge", before if section.judge_role == "policy" else work.adapter("sft")) as role:
         choice = judge_round(work, role, number, answers, contexts, folder)
     if not choice.pairs:
@@ -321,20 +320,10 @@ def backward(
 # ----------------------------------------------------------------------------------------------------- held-out prompts
 
 
-def held_contexts(work: Workspace, held: list[Record]) -> Mapping[str, str] | None:
-    """What the judge of the held-out answers reads in every round: the narratives, or descriptions by the model that
-    the rounds start from."""
-    if work.recipe.dpo.describe is not None:
-        with lent(work, "generator", work.adapter(START)) as role:
-            return describe_videos(work, role, held, None, round_folder(work, 0))[0]
-    return work.narratives() if work.recipe.preference.context else None
-
-
-def look(
-    work: Workspace, number: int, policy: Path, held: list[Record], contexts: Mapping[str, str] | None
-) -> dict[str, float | None]:
+def look(work: Workspace, number: int, policy: Path, held: list[Record]) -> dict[str, float | None]:
     """The held-out prompts answered greedily by `policy`, and judged by the SFT adapter."""
     folder = round_folder(work, number) / "heldout"
+    contexts = work.narratives() if work.recipe.preference.context else None
     sampling = Sampling(work.recipe.preference.max_new_tokens, temperature=0.0)
 
     def greedy(role: str, path: Path) -> list[Answers]:

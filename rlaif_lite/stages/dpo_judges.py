@@ -9,11 +9,10 @@ from typing import Iterator, Mapping, NamedTuple
 
 from ..data.records import Message, Record
 from ..data.world import facts_of
-from ..data.world_text import claim_question, claims_of, garbled, sentences_of
+from ..data.world_text import claim_question, claims_of, garbled, narrative_share, sentences_of
 from ..data.world_text import describe as description_of
-from ..data.world_text import score as truth_score
 from ..judge.claims import ask, judge_claims
-from ..judge.describe import describe
+from ..judge.describe import describe_again
 from ..judge.divide import Divided, TextModel, Writer, divide, rejected, write_by_role
 from ..model.roles import BASE, ActiveRole
 from ..phases import phase
@@ -152,37 +151,36 @@ def lesson(section: Divide, rng: random.Random) -> Record:
 
 
 def describe_videos(
-    work: Workspace, role: str, records: list[Record], last: Path | None, folder: Path
+    work: Workspace, role: str, records: list[Record], last: Path, folder: Path
 ) -> tuple[dict[str, str], dict]:
-    """Describe the records' videos while reading their descriptions in `last` -> ({video: description}, what to say of
-    them). A video without one is described plainly first. `descriptions.json` holds the new ones and the old of others.
+    """Describe the records' videos while reading their descriptions in `last` (the narratives, where it is not there)
+    -> ({video: description}, what to say of them). `descriptions.json` holds them, and the last ones of other videos.
     """
     section = work.recipe.dpo.describe
-    known = {} if last is None else json.loads(last.read_text())
+    read = json.loads(last.read_text()) if last.exists() else dict(work.narratives())
     shown = {work.name_of(r): r for r in records if r.video is not None}
+    clips = [f"clip{i}" for i in range(work.recipe.features.clips)]
 
-    def written(names: list[str], before: Mapping[str, str], path: Path) -> dict[str, str]:
-        def write(batch: list[str]) -> list[str]:
-            with work.roles.use(role) as active:
-                videos = [work.features(shown[name]) for name in batch]
-                return describe(active, videos, [before.get(name) for name in batch], section)
+    def write(batch: list[str]) -> list[str]:
+        views = [work.views(shown[name]) for name in batch]
+        with work.roles.use(role) as active:
+            videos = [[of[clip] for clip in clips] for of in views]
+            return describe_again(active, videos, [read[name] for name in batch], section, work.recipe.context)
 
-        with progress(len(names), f"dpo: {path.stem}", unit="video") as bar:
-            texts = by_batches(path, chunks(names, 4 * section.batch_size), write, bar.advance)
-        return dict(zip(names, texts, strict=True))
-
-    first = written([name for name in shown if name not in known], {}, folder / "described.jsonl")
-    read = known | first
-    now = written(list(shown), read, folder / "described_again.jsonl")
-    write_json(folder / "descriptions.json", known | now)
-    examples = [{"video": name, "read": read[name], "written": now[name]} for name in list(shown)[: section.examples]]
-    changed = sum(read[name] != now[name] for name in shown) / max(1, len(shown))
-    truths = [
-        [truth_score(texts[name], r.facts) for name, r in shown.items() if r.facts is not None] for texts in (read, now)
-    ]
-    told = {"descriptions": examples, "description_changed": changed,
-            "description_words": sum(len(text.split()) for text in now.values()) / max(1, len(now))}  # fmt: skip
-    if truths[0]:
-        means = [sum(of) / len(of) for of in truths]
-        told |= dict(zip(("description_truth_read", "description_truth"), means, strict=True))
+    size = max(1, 4 * work.recipe.context.batch_size // len(clips))
+    with progress(len(shown), "dpo: descriptions", unit="video") as bar:
+        texts = by_batches(folder / "described.jsonl", chunks(list(shown), size), write, bar.advance)
+    now = dict(zip(shown, texts, strict=True))
+    write_json(folder / "descriptions.json", read | now)
+    known = [(name, r.facts) for name, r in shown.items() if r.facts is not None]
+    told = {
+        "descriptions": [{"video": v, "read": read[v], "written": now[v]} for v in list(shown)[: section.examples]],
+        "description_changed": sum(read[v] != now[v] for v in shown) / max(1, len(shown)),
+        "description_words": sum(len(text.split()) for text in texts) / max(1, len(texts)),
+    }
+    if known:  # the share of true claims: what is read in round 1 are the narratives
+        told |= {
+            f"description_true_{when}": sum(narrative_share(of[v], facts) for v, facts in known) / len(known)
+            for when, of in (("read", read), ("written", now))
+        }
     return now, told

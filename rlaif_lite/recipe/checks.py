@@ -130,7 +130,7 @@ def _template_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         ),
         ("dpo.divide.split", divide.split or "{answer}", {"answer"}, {"answer", "question"}),
         ("dpo.divide.ask", divide.ask or "{claim}", {"claim"}, {"claim"}),
-        ("dpo.describe.again", describe.again, {"context"}, {"context"}),
+        ("dpo.describe.prompt", describe.prompt, {"context"}, {"context"}),
     )
     for key, template, must, may in templates:
         try:

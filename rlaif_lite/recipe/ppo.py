@@ -18,8 +18,8 @@ class Ppo(Section):
     )
     judge_context: bool = Field(True, description="that judge reads the narrative of every RL video")
     interventions: Interventions = Interventions()
-    rank_reward: Literal["reported", "mirrored", "oracle"] = Field(
-        "mirrored", description="ranking; Oracle-RLAIF's as reported, with its sign turned, or the judge's place alone"
+    rank_reward: Literal["place", "reported"] = Field(
+        "place", description="ranking; the judge's place, or it beside the policy's own (Oracle-RLAIF as reported)"
     )
     steps: Count = Field(20, description="rounds of rollout and update")
     rollouts: Count = Field(96, description="answers per step (published 256)")

@@ -2,12 +2,12 @@
 
 The judge is the SFT role, by `preference.judge` and, with `ppo.judge_context`, with the narrative. `claims` gives every
 answer a score and so the order; `pairwise` compares all answers of a prompt with each other, and an answer's mean margin
-gives it. `ppo.rank_reward` says what an answer's places are worth, `ppo.baseline: group` makes advantages of it. Where a
-policy ranks its answers itself, it is by their log-prob per token, so that no answer is ranked low for its length.
+gives it. `ppo.rank_reward` says what an answer's place is worth, `ppo.baseline: group` makes advantages of it.
 
-`reported` is the published form, after an account of the paper: A = mean(delta) - delta, delta = 1 - DCG(the policy's
-place) / DCG(the judge's). Taken at its word it raises the answers that the policy ranks above the judge: delta is far
-below 0 there. `mirrored` turns its sign, `oracle` (ours) rewards the judge's place alone.
+`place` (ours): the gain DCG of the judge's place. `reported`: the published advantage, after an account of the paper,
+A = mean(delta) - delta, delta = 1 - DCG(the policy's place) / DCG(the judge's); the policy ranks its answers by their
+log-prob per token, so that none is ranked low for its length. Taken at its word it raises the answers that the policy
+ranks above the judge, as delta is far below 0 there; with its sign turned it says nothing once the two agree.
 
 Shapes: B answers of a step, T answer tokens, K answers to a prompt.
 """
@@ -43,7 +43,7 @@ class RankingFeedback(Feedback):
         with phase("judge", sum(len(a.ids) for a in answers)):
             by_claims = self.work.recipe.preference.judge == "claims"
             scores = self.by_claims(records, texts) if by_claims else self.by_pairs(records, texts)
-        metrics = {"ranking/judged": sum(scores) / len(scores)}
+        metrics = {"objective/scores": sum(scores) / len(scores)}  # places are worth the same in every step
         return super().take(records, answers, step)._replace(scores=scores, metrics=metrics)
 
     def by_claims(self, records: list[Record], texts: list[str]) -> list[float]:
@@ -72,9 +72,8 @@ class RankingFeedback(Feedback):
     def score(self, taken: Taken, minibatches: list[list[Micro]], logp_BT: Tensor, mask_BT: Tensor) -> Scored:
         section = self.work.recipe.ppo
         judged_B = torch.tensor(taken.scores, device=mask_BT.device)
-        if section.rank_reward == "oracle":
+        if section.rank_reward == "place":
             worth_B = place_gain(in_groups(judged_B, section.group_size)).view(-1)
         else:
-            delta_B = rank_penalty(judged_B, logp_BT.sum(1) / mask_BT.sum(1), section.group_size)
-            worth_B = -delta_B if section.rank_reward == "reported" else delta_B
+            worth_B = -rank_penalty(judged_B, logp_BT.sum(1) / mask_BT.sum(1), section.group_size)
         return Scored(worth_B, spread(taken.rewards, mask_BT))

@@ -31,7 +31,7 @@ class _Group(TyperGroup):
             typer.echo(f"{error}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as stop:
-            resumable = ctx.invoked_subcommand in ("run", "sweep")
+            resumable = ctx.invoked_subcommand in ("run", "sweep", "bench")
             how = "; what is done is kept: run the same command again" if resumable else ""
             typer.echo(f"\nStopped{how}.", err=True)
             raise typer.Exit(143 if isinstance(stop, Terminated) else 130) from None
@@ -137,6 +137,11 @@ def bench(
     table: Annotated[bool, typer.Option("--table", help="The arguments are such folders: show them together.")] = False,
 ) -> None:
     """Put a role to one of the field's benchmarks, from the authors' files; or show results side by side."""
+    if run is not None and not (list_ or table):
+        if Path(run).is_dir():
+            _need_base(Path(run))
+        else:
+            _import_first(run)
     from .benchmarks import command
 
     if list_:
@@ -390,10 +395,15 @@ def _need_run(run_dir: Path) -> None:
 def _need_base(run_dir: Path) -> None:
     """For commands that load the run's base."""
     _need_run(run_dir)
+    _import_first(run_dir / "recipe.yaml")
+
+
+def _import_first(recipe: str | Path) -> None:
+    """What the recipe's base needs to be imported before torch."""
     from .model.unsloth_loader import import_first
     from .recipe import load_recipe
 
-    import_first(load_recipe(run_dir / "recipe.yaml").model)
+    import_first(load_recipe(recipe).model)
 
 
 def main() -> None:

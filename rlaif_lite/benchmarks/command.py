@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import DataError, RlaifError, StageError
+from ..errors import DataError, RlaifError
 from .answer import Examinee
 from .catalogue import BENCHMARKS
 from .judges import Judge, local
@@ -51,8 +51,6 @@ def bench(
         raise RlaifError(f"There is no benchmark {name}. {hint}")
     if missing := [str(file) for file in files if not file.is_file()]:
         raise DataError(f"There is no file {', '.join(missing[:5])}. Paths start at {Path.cwd()}.")
-    if Path(where).is_dir() and not (Path(where) / "recipe.yaml").is_file():
-        raise StageError(f"{where} is not a run folder: it holds no recipe.yaml.")
     examinee = Examinee(where, role)
     results = examinee.work.folder / "bench"
     out = out or results / f"{name}-{role}"

@@ -85,7 +85,7 @@ class Outcome(NamedTuple):
     return_R: np.ndarray
     "the task's own, of the greedy student"
     curve: list[dict]
-    "at every evaluation return_R, and of the steps since the last one: rate_R, takeovers for each step of the student's;"
+    "at every evaluation return_R, and of the steps since the last one: rate_R, takeovers for each step of the student;"
     " disapproved_R, the share of the student's steps that the judge disapproves of; taken_R, a share of all steps"
     takeovers_R: np.ndarray
     labels_R: np.ndarray

@@ -5,12 +5,17 @@ import shutil
 
 import pytest
 import torch
+from core import shake, video_of
 from safetensors.torch import load_file
 
 from rlaif_lite.errors import StageError
-from rlaif_lite.model.roles import ActiveRole
+from rlaif_lite.judge.claims import Item, judge_claims
+from rlaif_lite.judge.pairwise import Pair, judge_pairs
+from rlaif_lite.model.roles import ActiveRole, Roles
+from rlaif_lite.model.room import in_pieces, out_of_memory
+from rlaif_lite.recipe import Claims, Lora, Pairwise
 from rlaif_lite.stages import ppo, reward, sft
-from rlaif_lite.training.oom import Backoff, out_of_memory, snapshot
+from rlaif_lite.training.oom import Backoff, snapshot
 from rlaif_lite.workspace import Workspace, read_jsonl
 
 ONE_STEP = {
@@ -141,6 +146,58 @@ def test_a_failed_forward_leaves_the_decoder_as_it_was(load, monkeypatch):
     with roles.use("sft") as role, pytest.raises(RuntimeError):
         role.hidden(None)
     assert not base.decoder.training
+
+
+def test_what_is_only_read_goes_through_in_smaller_pieces(caplog):
+    """Four of ten fit: the first five and all after them are read in halves, in order and none twice."""
+    pieces = []
+
+    def read(piece):
+        if len(piece) > 4:
+            no_room()
+        pieces.append(list(piece))
+        return [10 * each for each in piece]
+
+    assert in_pieces(range(12), 10, read) == list(range(0, 120, 10))
+    assert pieces == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+    said = [record.getMessage().rsplit(": ", 1)[1] for record in caplog.records]
+    assert said == ["going on with 5.", "going on with 2."]
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        in_pieces([1], 1, lambda piece: no_room())
+    with pytest.raises(ValueError):
+        in_pieces([1, 2], 2, lambda piece: [][0:0].index(1))
+
+
+def test_a_judge_that_runs_out_of_memory_says_the_same(load, monkeypatch):
+    """Fault injection: no forward of more than two rows fits."""
+    roles = Roles(load(), Lora(rank=4, alpha=8.0))
+    roles.add("sft")
+    shake(roles, "sft")
+    video = video_of(roles.base, layout=12, keep=[1, 2, 8])
+    texts = ["a red circle .", "a blue square up . a star .", "left", "a green cross", "yes ."]
+    items = [Item(video, "describe", text, None) for text in texts]
+    pairs = [Pair(video, "describe", text, "a red circle .", None) for text in texts]
+    claims = Claims(mode="inline", prompt="<video> {context} response :", context_prefix="context : {context}")
+    pairwise = Pairwise(prompt="<video> {context} response A : {a} response B : {b} better ?")
+
+    def judged():
+        with roles.use("sft") as role:
+            return [v.score for v in judge_claims(role, items, claims, 8)], judge_pairs(role, pairs, pairwise, 8)
+
+    scores, choices = judged()
+    hidden, rows = ActiveRole.hidden, []
+
+    def guarded(self, batch):
+        if len(batch.ids_BS) > 2:
+            no_room()
+        rows.append(len(batch.ids_BS))
+        return hidden(self, batch)
+
+    monkeypatch.setattr(ActiveRole, "hidden", guarded)
+    again, chosen = judged()
+    assert rows == [2, 2, 1] * 3  # claims, and pairs in both orders
+    assert again == pytest.approx(scores, abs=1e-4)
+    assert [c.margin for c in chosen] == pytest.approx([c.margin for c in choices], abs=1e-4)
 
 
 @pytest.mark.gpu

@@ -17,9 +17,10 @@ from rlaif_lite.errors import ModelError, StageError
 from rlaif_lite.model.inputs import Sequence, collate
 from rlaif_lite.model.roles import Roles
 from rlaif_lite.planner import make_plan, memory, plan as planning, process, refuse, settle
-from rlaif_lite.planner.lengths import Lengths, Texts
+from rlaif_lite.planner.lengths import Lengths, Texts, lengths_of
 from rlaif_lite.planner.process import videos_of
 from rlaif_lite.planner.shapes import shapes_of, video_tokens
+from rlaif_lite.planner.stages import Inventory
 from rlaif_lite.recipe import Features, Lora, Model, load_recipe
 from rlaif_lite.video.prune import apply
 
@@ -239,6 +240,37 @@ def test_a_second_base_is_added_where_it_is_held(llava):
     assert own.stages["features"].phase == "encode for the reward role"
     for stage in ("sft", "context", "preference"):
         assert own.stages[stage] == shared.stages[stage]
+
+
+@pytest.mark.parametrize(
+    ("keys", "stages", "phases"),
+    [
+        (["method=dpo", "dpo.rounds=3"], ["dpo"], {"sampling", "judge, claims", "dpo"}),
+        (["ppo.feedback=interventions"], ["ppo"], {"sampling", "update", "judge, claims"}),
+        (
+            ["ppo.feedback=ranking", "ppo.judge_context=false", "ppo.group_size=2"],
+            ["ppo"],
+            {"sampling", "update", "judge, claims"},
+        ),
+        ([], ["preference", "reward", "ppo"], {"sampling", "update"}),
+    ],
+    ids=["dpo", "interventions", "ranking", "reward model"],
+)
+def test_what_runs_is_planned_and_nothing_else(recipe, keys, stages, phases):
+    given = recipe(*keys)
+    plan = make_plan(given)
+    assert list(plan.stages) == list(given.stages) == ["data", "features", "sft", "context", *stages, "evaluate"]
+    adapter = 4 * shapes_of(given.model, CPU).lora
+    learnt = plan.stages[stages[-1]]
+    shapes = shapes_of(given.model, CPU)
+    held = Inventory(plan.recipe, shapes, None, lengths_of(given), False).stages()[stages[-1]]
+    assert {phase.name for phase in held.phases} == phases
+    if stages == ["dpo"]:  # the policy, its moments; three rounds and the best one kept, two checkpoints
+        assert held.fixed["adapters"] == adapter and held.fixed["optimizer"] == 2 * adapter
+        assert learnt.disk == (3 + 1 + 6) * adapter and "dpo.micro_batch" in learnt.proposals
+    else:  # policy, reference, value, and reward or the judge; the copies to undo an update with
+        assert held.fixed["adapters"] == 4 * adapter and held.process["copy to undo"] == 6 * adapter
+    assert (plan.stages["context"].phase == "sampling") == bool(given.narrated)
 
 
 # ---- what it says

@@ -300,6 +300,54 @@ def test_a_row_without_an_answer_stays_within_its_slot(base):
     assert all(len(pairs) == 1 and math.isfinite(pairs[0][1]) for pairs in found)
 
 
+def test_a_decode_that_does_not_fit_on_a_cpu_is_done_with_fewer_slots(policy, monkeypatch):
+    """What torch's CPU allocator says is no OutOfMemoryError; it comes in the middle of the answers."""
+    prompts = prompts_of(policy.base)
+    seeds, steps = list(range(2 * len(prompts))), []
+    real = DecodeStep._advance
+
+    def scarce(self, rows):
+        if rows > 3 and len(steps) >= 2:
+            torch.empty(1 << 60, dtype=torch.uint8)
+        steps.append(rows)
+        real(self, rows)
+
+    with policy.use("policy") as role:
+        want = sample(role, prompts, Sampling(6), seeds=seeds, per_prompt=2)
+        monkeypatch.setattr(DecodeStep, "_advance", scarce)
+        got = sample(role, prompts, Sampling(6), seeds=seeds, per_prompt=2)
+    assert [t.ids for t in got] == [t.ids for t in want]
+    assert max(steps) > 3 and max(steps[2:]) <= 3
+
+
+def test_a_step_that_cannot_be_captured_is_launched_instead(policy, monkeypatch, caplog):
+    """The first capture finds no memory, which halves the slots; the second fails, and answers are as without."""
+    prompts, cuda = prompts_of(policy.base), torch.cuda
+    seeds, streams = list(range(2 * len(prompts))), []
+    faults = [torch.OutOfMemoryError("CUDA out of memory. Tried ..."), RuntimeError("not permitted when capturing")]
+
+    def capture(graph, pool):
+        raise faults.pop(0)
+
+    real = DecodeStep.__init__
+
+    def on_gpu(self, *arguments, **more):
+        real(self, *arguments, **more)
+        self._pool = (0, 1)
+
+    with policy.use("policy") as role:
+        want = sample(role, prompts, Sampling(6), seeds=seeds, per_prompt=2, graph=True)
+        monkeypatch.setattr(DecodeStep, "__init__", on_gpu)
+        for name, value in (("current_stream", lambda: "mine"), ("set_stream", streams.append), ("CUDAGraph", object),
+                            ("graph", capture)):  # fmt: skip
+            monkeypatch.setattr(cuda, name, value)
+        got = sample(role, prompts, Sampling(6), seeds=seeds, per_prompt=2, graph=True)
+    assert [t.ids for t in got] == [t.ids for t in want] and not faults
+    assert streams == ["mine", "mine"]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and "going on with 5" in said[0] and said[1].endswith("not permitted when capturing")
+
+
 def test_slots_that_do_not_fit_are_halved(policy, monkeypatch, caplog):
     prompts = prompts_of(policy.base)
     sampling, seeds = Sampling(6), list(range(2 * len(prompts)))
@@ -354,7 +402,7 @@ def test_the_recipe_says_whether_to_copy(load, key, copies):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dense", [False, True])
-def test_a_captured_step_draws_what_an_eager_one_does(checkpoint, dense):
+def test_a_captured_step_draws_what_an_eager_one_does(checkpoint, dense, caplog):
     """In float32, with several limits (128 and above) and slots that are refilled: replays follow the buffers."""
     base = load_base(Model(base=str(checkpoint), dtype="float32"), torch.device("cuda"), tower=False)
     roles = Roles(base, Lora(rank=4, alpha=8.0))
@@ -367,7 +415,7 @@ def test_a_captured_step_draws_what_an_eager_one_does(checkpoint, dense):
             sample(role, prompts, sampling, seeds=seeds, per_prompt=4, batch_size=6, dense=dense, graph=graph)
             for graph in (False, True)
         )
-    assert [t.ids for t in captured] == [t.ids for t in eager]
+    assert [t.ids for t in captured] == [t.ids for t in eager] and not caplog.records
     assert max(len(t.ids) for t in eager) > 120
 
 

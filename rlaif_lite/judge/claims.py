@@ -28,6 +28,7 @@ from ..errors import ModelError
 from ..model.base import Base
 from ..model.inputs import BRANCH_MARK, VIDEO_MARK, branch, collate, encode_prompt, encode_text, split_prompt
 from ..model.roles import ActiveRole
+from ..model.room import in_pieces
 from ..recipe import Claims
 from ..video.cache import FeatureRecord
 
@@ -65,10 +66,9 @@ def judge_claims(role: ActiveRole, items: Sequence[Item], section: Claims, batch
     score = _inline if section.mode == "inline" else _ask
     verdicts: list[Verdict | None] = [None] * len(items)
     order = sorted(range(len(items)), key=lambda i: len(items[i].answer))
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        for i, verdict in zip(chunk, score(role, [items[i] for i in chunk], section), strict=True):
-            verdicts[i] = verdict
+    found = in_pieces(order, batch_size, lambda chunk: score(role, [items[i] for i in chunk], section))
+    for i, verdict in zip(order, found, strict=True):
+        verdicts[i] = verdict
     return verdicts
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ..model.inputs import collate, encode_prompt
 from ..model.roles import ActiveRole
+from ..model.room import in_pieces
 from ..recipe import Pairwise
 from ..video.cache import FeatureRecord
 from .claims import single_token, user_message
@@ -49,10 +50,10 @@ def _gaps(role: ActiveRole, pairs: Sequence[Pair], texts, section: Pairwise, bat
     """logit(first choice) - logit(second choice), per pair, in the order that `texts` gives."""
     base = role.roles.base
     first, second = (single_token(base, choice, "preference.pairwise.choices") for choice in section.choices)
-    out: list[float] = []
-    for start in range(0, len(pairs), batch_size):
+
+    def read(part: Sequence[tuple[Pair, tuple[str, str]]]) -> list[float]:
         rows = []
-        for pair, (a, b) in zip(pairs[start : start + batch_size], texts[start : start + batch_size]):
+        for pair, (a, b) in part:
             seen = pair.video is not None
             message = user_message(
                 section.prompt, section.context_prefix, pair.context, seen, question=pair.question, a=a, b=b
@@ -63,5 +64,6 @@ def _gaps(role: ActiveRole, pairs: Sequence[Pair], texts, section: Pairwise, bat
         last_B = batch.mask_BS.sum(1) - 1
         hidden_BD = hidden_BSD[torch.arange(len(rows), device=last_B.device), last_B]
         logits_B2 = hidden_BD.float() @ base.head_weight_VD[[first, second]].float().T
-        out += (logits_B2[:, 0] - logits_B2[:, 1]).tolist()
-    return out
+        return (logits_B2[:, 0] - logits_B2[:, 1]).tolist()
+
+    return in_pieces(list(zip(pairs, texts, strict=True)), batch_size, read)

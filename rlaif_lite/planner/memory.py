@@ -76,10 +76,13 @@ def slots(shapes: Shapes, count: int, prompt: int, new: int) -> int:
     return held + waiting * slot_bytes(shapes.text, prompt, shapes.dtype)
 
 
-def sampling(shapes: Shapes, count: int, prompt: int) -> int:
+def sampling(shapes: Shapes, count: int, prompt: int, new: int) -> int:
     """What prefilling prompts, or else drawing the next tokens, takes."""
     waiting = min(count, max(1, PREFILL_TOKENS // prompt))
-    return max(forward(shapes, waiting, prompt), forward(shapes, count, 1) + DRAW * count * shapes.vocabulary)
+    shared = shapes.text.num_key_value_heads != shapes.text.num_attention_heads  # one layer's, repeated for every head
+    repeated = 2 * shapes.dtype.itemsize * count * slot_length(prompt, new) * shapes.query * shared
+    drawing = forward(shapes, count, 1) + max(repeated, DRAW * count * shapes.vocabulary)
+    return max(forward(shapes, waiting, prompt), drawing)
 
 
 def on_heap(shapes: Shapes, tokens: int, kept: int, heap: float) -> int:

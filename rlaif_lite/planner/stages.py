@@ -64,7 +64,7 @@ class Inventory:
         out = {}
         for name, stage in held.items():
             own, features, heap = left[name]
-            process = {"records": records, "features": own + sum(features.values())}
+            process = stage.process | {"records": records, "features": own + sum(features.values())}
             if not self.on_gpu:
                 process |= {"heap": sum(heap.values())} | ({"workspace": LOADING} if stage.fixed else {})
             out[name] = stage._replace(process=process, left=left[name])
@@ -157,8 +157,8 @@ class Inventory:
         length = max(prompt, judged) + new
         critic = section.value == "adapter"
         fixed = self.holds(2 + critic + (not rewarded or self.judge is None), trained=1 + critic)
-        if not self.on_gpu:  # what an update that runs out of memory is undone with
-            fixed["adapters"] += 3 * ADAPTER * self.shapes.lora * (1 + critic)
+        # in host memory: what an update that runs out of memory is undone with
+        undo = {"copy to undo": 3 * ADAPTER * self.shapes.lora * (1 + critic)}
         micro = int(section.micro_batch or section.minibatch)
 
         def update(rows: int) -> dict[str, int]:
@@ -170,14 +170,14 @@ class Inventory:
         phases = [answers, Phase("update", "ppo.micro_batch", micro, section.minibatch, update)]
         if not rewarded:
             judges = [self.recipe.preference.judge if section.feedback == "ranking" else "claims"]
-            phases += self.judging(judges, self.texts("rl").prompt, new, self.narrative() * section.judge_context)
+            phases += self.judging(judges, self.texts("rl").prompt, new, self.narrative() * bool(self.recipe.narrated))
         elif self.judge is not None:
             own = self.of_judge()
             for kind, size in own.holds(1).items():
                 fixed[kind] += size
             judged = own.scored() - self.pair_answer + new
             phases.append(own.reading("reward scores", "ppo.micro_batch", micro, judged, section.minibatch))
-        return Holding(fixed, phases)
+        return Holding(fixed, phases, undo)
 
     def evaluate(self) -> Holding:
         section = self.recipe.evaluate
@@ -185,7 +185,11 @@ class Inventory:
             return Holding({}, [])
         prompt = self.video + self.texts("test").prompt
         sampling = self.sampling("evaluate.batch_size", section.batch_size, MOST, prompt, section.max_new_tokens)
-        return Holding(self.holds(1), [sampling])
+        if section.best_of is None:
+            return Holding(self.holds(1), [sampling])
+        length = prompt + section.max_new_tokens  # of the answers as two roles read them
+        reading = self.reading("best of several", "evaluate.batch_size", section.batch_size, length)
+        return Holding(self.holds(2), [sampling, reading])
 
     # ---- what they are made of
 
@@ -260,7 +264,7 @@ class Inventory:
             dense = self.recipe.model.dense_rollouts
             if dense or (dense is None and not self.on_gpu):  # a copy of the linears
                 held["workspace"] = self.shapes.linear * self.shapes.dtype.itemsize
-            found = self.activations(memory.sampling(self.shapes, rows, prompt), rows, memory.READING)
+            found = self.activations(memory.sampling(self.shapes, rows, prompt, new), rows, memory.READING)
             return {kind: found.get(kind, 0) + held.get(kind, 0) for kind in found | held}
 
         return Phase("sampling", key, rows, max(rows, most), terms)

@@ -14,6 +14,7 @@ from transformers import Cache, DynamicCache
 
 from ..model.inputs import Sequence, collate, decode
 from ..model.roles import ActiveRole
+from ..model.room import out_of_memory
 from ..phases import phase
 from .dense import dense_copy
 from .sampling import Sampling, Trajectory, uniforms
@@ -40,10 +41,10 @@ def sample(
     """Draw `per_prompt` answers to every prompt; answer j of prompt i uses seeds[i * per_prompt + j].
 
     Returns len(prompts) * per_prompt trajectories, those of one prompt next to each other. `batch_size` counts the
-    answers in flight; where their slots do not fit into the GPU's memory, half as many are tried, and so on.
+    answers in flight; where they do not fit into memory, half as many are tried, and so on.
     `dense` computes with a dense copy of the linears (see `dense.py`; None: as `model.dense_rollouts` has it).
     `graph` runs every step over all slots, captured on a GPU (None: on a GPU only).
-    Raises ValueError when seeds and answers differ in number, torch.OutOfMemoryError when not even one slot fits.
+    Raises ValueError when seeds and answers differ in number, what torch raises when not even one slot fits.
     """
     if len(seeds) != len(prompts) * per_prompt:
         raise ValueError(f"sample: {len(seeds)} seeds for {len(prompts)} prompts x {per_prompt} answers.")
@@ -57,8 +58,8 @@ def sample(
         while slots:
             try:
                 return Rollout(role, prompts, sampling, seeds, per_prompt, slots, graph).run()
-            except torch.OutOfMemoryError as error:
-                if slots == 1:
+            except RuntimeError as error:
+                if slots == 1 or not out_of_memory(error):
                     raise
                 reason = str(error).split(". ")[0]
             # outside of the except block, which keeps the tensors of the failed attempt alive

@@ -3,18 +3,23 @@
 Everything the step reads and writes lives in tensors made once: on a GPU it is captured as a CUDA graph, one per
 number of positions that attention reads, and replayed with one launch. With LoRA on seven linears of 24 layers a step
 is some 1,400 kernels; launched one by one, they cost more than they compute. The capture is a thin layer: `_advance` is
-the same code, run eagerly.
+the same code, run eagerly; where a step cannot be captured, that is what happens, and it is said.
 
 Shapes: R slots, C channels of a position, T new tokens, L positions read, D width.
 """
+
+import logging
 
 import torch
 from torch import Tensor
 
 from ..model.base import Base
 from ..model.inputs import rope_positions
+from ..model.room import out_of_memory
 from .sampling import Sampling, draw
 from .slots import ALIGN, SlotCache, round_up
+
+log = logging.getLogger(__name__)
 
 GRAPH_LIMIT = 128  # positions that a captured step reads are a multiple of it: a handful of captures per rollout
 
@@ -65,10 +70,26 @@ class DecodeStep:
             # the first step at this limit is run as it is, which also warms up what a capture must not allocate
             self._advance(len(self.token_R))
             if self._pool is not None:
-                self._graphs[limit] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graphs[limit], pool=self._pool):
-                    self._advance(len(self.token_R))
+                self._capture(limit)
         return _read(self.token_R[:rows], self.logp_R[:rows])
+
+    def _capture(self, limit: int) -> None:
+        """Record the step at this limit, without running it."""
+        stream = torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._advance(len(self.token_R))
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a capture that ends badly leaves its own
+            cause = error.__context__  # the end of a capture may hide what broke it
+            for found in (error, cause):
+                if isinstance(found, RuntimeError) and out_of_memory(found):
+                    raise found
+            log.warning("The decode step cannot be captured, so it is launched kernel by kernel: %s", cause or error)
+            self._pool = None
+        else:
+            self._graphs[limit] = graph
 
     def move(self, rows: list[int], to: list[int]) -> None:
         """Copy the answers in slots `rows` into the slots `to`."""

@@ -13,12 +13,11 @@ from typing import Callable, NamedTuple, TypeVar
 import torch
 
 from ..errors import StageError
+from ..model.room import out_of_memory
 from ..model.roles import Roles
 from ..progress import say
 
 T = TypeVar("T")
-# What torch says where it does not raise OutOfMemoryError: its CPU allocator, and cuBLAS without room to work in.
-SAYINGS = ("DefaultCPUAllocator: ", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class Backoff:
@@ -54,10 +53,6 @@ class Backoff:
             half = self.micro // 2
             say(f"{self.label}: step {step}: out of memory at {self.micro} a forward, done again at {half}.{left}")
             self.micro = half
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in SAYINGS)
 
 
 def snapshot(path: Path) -> str:

@@ -112,3 +112,11 @@ def test_a_case_that_does_not_fit_is_found_before_anything_is_asked(tmp_path):
     with pytest.raises(ValueError, match="case x"):
         CachedJudge(Scripted(), tmp_path).judge([*cases("score: 1"), Case("x", "caption", "q", "r", "p")])
     assert not list(tmp_path.iterdir())
+
+
+def test_lines_of_another_judge_are_not_taken_for_its_own(tmp_path):
+    asked(tmp_path / "a", "score: 1")
+    asked(tmp_path / "b", "score: 2", revision="2")
+    (one,), (other,) = (tmp_path / "a").iterdir(), (tmp_path / "b").iterdir()
+    other.write_bytes(one.read_bytes() + other.read_bytes())
+    assert asked(tmp_path / "b", "score: 1", "score: 2", revision="2")[1] == ["score: 1"]

@@ -1,15 +1,17 @@
 """The judge behind an address, against a real HTTP server on this machine that misbehaves as servers do."""
 
 import json
-import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,7 @@ from rlaif_lite.benchmarks.judges.endpoint import GIVE_UP, Endpoint, Prices, _se
 from rlaif_lite.errors import JudgeError
 
 KEY = "sk-very-secret"
+ROOT = Path(__file__).parent.parent
 
 
 class Server(ThreadingHTTPServer):
@@ -222,17 +225,37 @@ def test_a_server_is_asked_again_when_it_says(server, judge):
     assert [_seconds(text) for text in ("3", "-1", "soon", None)] == [3.0, 0.0, None, None]
 
 
-def test_ctrl_c_ends_at_once_and_keeps_what_was_judged(server, judge):
-    model = judge(timeout=20.0, concurrency=2)
-    threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT)).start()
-    started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        model.judge(cases("fine", "hang until", "also fine"))
-    assert time.monotonic() - started < 3
-    server.healed.set()
+JUDGING = """
+import sys
+from pathlib import Path
+from rlaif_lite.benchmarks.judges import Case
+from rlaif_lite.benchmarks.judges.cached import CachedJudge
+from rlaif_lite.benchmarks.judges.endpoint import Endpoint
+url, folder, *wishes = sys.argv[1:]
+cases = [Case(wish, "correctness", "what ?", "a dog", wish) for wish in wishes]
+CachedJudge(Endpoint(url, "judge", concurrency=2, timeout=60.0), Path(folder)).judge(cases)
+"""
+
+
+def test_ctrl_c_ends_at_once_and_keeps_what_was_judged(server, judge, tmp_path):
+    """In a process of its own: threads that wait for the server must not hold up its end."""
+    wishes = ["fine", "hang until", "also fine"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", JUDGING, server.url, str(tmp_path), *wishes], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (server.calls["hang until"] and server.calls["also fine"]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)  # for the last reply to be kept
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    said = process.communicate(timeout=60)[1]
+    assert time.monotonic() - sent < 10 and "KeyboardInterrupt" in said
+    assert "3 replies, 300 + 30 tokens" in said  # with the one that asked who is there
     before = server.calls.copy()
-    assert [v.score for v in judge().judge(cases("fine", "hang until", "also fine"))] == [4.0] * 3
-    assert (server.calls - before)["fine"] == (server.calls - before)["also fine"] == 0
+    server.healed.set()
+    assert [v.score for v in judge().judge(cases(*wishes))] == [4.0] * 3
+    assert server.calls - before == {"hang until": 1, "probe": 1}
 
 
 def test_addresses_and_keys(monkeypatch):

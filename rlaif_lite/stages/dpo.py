@@ -12,8 +12,9 @@ starts, too) and goes
     6  `look`            the policy answers the held-out prompts greedily and is judged
 
 The judge of step 6 is the SFT adapter in every round, whoever judges in step 2, and it reads the narratives, if
-anything: only then can rounds be compared. Scores are means over answers; a judge of pairs compares with the answers that the run started
-from, and the score is the share won. Where the truth is known it stands beside the score, and chooses nothing.
+anything: only then can rounds be compared. Scores are means over answers; a judge of pairs compares with the answers
+that the run started from, and the score is the share won. Where the truth is known it stands beside the score, and
+chooses nothing.
 
 Every step goes on where a kill stopped it and a killed run ends with the same bits as one that was not.
 
@@ -126,7 +127,7 @@ def one_round(work: Workspace, number: int, before: Path, records: list[Record])
     if not choice.pairs:
         said = f"Round {number} of DPO has no pairs ({choice.dropped} left out of {len(records)} prompts)"
         if number == 1:
-            raise StageError(f"{said}. More `preference.samples` or prompts, or a higher `preference.temperature` help.")
+            raise StageError(f"{said}. More `preference.samples`, prompts or a higher `preference.temperature` help.")
         say(f"{said}: round {number - 1} was the last")
         return None
     write_jsonl(folder / "pairs.jsonl", [pair._replace(record=pair.record.id)._asdict() for pair in choice.pairs])
@@ -169,7 +170,7 @@ def judge_name(work: Workspace) -> str:
 
 @contextmanager
 def lent(work: Workspace, name: str, folder: Path) -> Iterator[str]:
-    """The adapter in `folder` as role `name`, for as long as one step needs it: one adapter is in memory at a time."""
+    """The adapter in `folder` as role `name`, in memory for as long as one step needs it."""
     work.roles.load(name, folder)
     try:
         yield name
@@ -191,7 +192,7 @@ def judge_round(
     """Judge a round's answers and choose its pairs: all that differ by a judge's score, or neighbours it compares."""
     section, least = work.recipe.dpo, work.recipe.preference.min_margin
     dropped = dict.fromkeys(("mismatched", "claimless", "tied", "inconsistent", "surplus", "length"), 0)
-    label, pairs, judged = f"dpo {number}", [], []
+    label, pairs = f"dpo {number}", []
     if judge_name(work) == "pairwise":
         found = judge_neighbours(work, role, answers, contexts, folder / "judged.jsonl", f"{label}: judge")
         by_prompt = [[j for j in of if j.margin] for of in found]

@@ -78,7 +78,9 @@ def compare_pairs(
     def decide(batch: list) -> list[list]:
         with work.roles.use(role) as active, phase("judge"):
             if judge == "pairwise":
-                asked = [Pair(work.features(r), question_of(r), a, b, context_of(work, r, contexts)) for r, a, b in batch]
+                asked = [
+                    Pair(work.features(r), question_of(r), a, b, context_of(work, r, contexts)) for r, a, b in batch
+                ]
                 return [list(choice) for choice in judge_pairs(active, asked, section.pairwise, section.batch_size)]
             items = [item_of(work, r, x, contexts) for r, a, b in batch for x in (a, b)]
             scores = [v.score for v in judge_claims(active, items, section.claims, section.batch_size)]

@@ -346,6 +346,12 @@ def test_from_the_command_line(run_dir, videos, tmp_path):
     bench(run_dir, *command[:-3], "policy", "--out", tmp_path / "policy", "--limit", "5")
     of_policy = results(tmp_path / "policy")[1]
     assert len(of_policy) == 5 and [i["answers"] for i in of_policy] != [i["answers"] for i in items[:5]]
+    by_words = ("--judge", "local", "--judge-words")
+    bench(run_dir, *command[:-6], *by_words, "--role", "policy", "--out", tmp_path / "words", "--limit", "5")
+    found, items = results(tmp_path / "words")
+    assert found["judge"].startswith("local:base") and [i["answers"] for i in items] == [
+        i["answers"] for i in of_policy
+    ]
     shown = bench("--table", out, tmp_path / "policy")
     assert shown.splitlines()[0] == f"| benchmark | metric | {run_dir}:sft | {run_dir}:policy |"
     result = json.loads((out / "results.json").read_text())
@@ -415,6 +421,9 @@ def test_what_is_asked_wrongly(run_dir, tmp_path):
     assert "it holds no entries" in refused(run_dir, "pope", tmp_path / "a.json", "--videos", tmp_path)
     assert "is not a run folder" in refused(tmp_path, "pope", tmp_path / "a.json", "--videos", tmp_path)
     assert "Give a run" in refused(run_dir, "pope")
+    asked = (run_dir, "msvd-qa", *files.qa(tmp_path, VIDEOS), "--videos", tmp_path, "--role", "sft")
+    assert "An endpoint serves several models" in refused(*asked, "--judge", "http://localhost:1/v1")
+    assert "There is no judge gpt" in refused(*asked, "--judge", "gpt")
     pope = files.pope(tmp_path, VIDEOS)[0]
     assert "None of the 6 videos is under" in refused(run_dir, "pope", pope, "--videos", tmp_path)
     assert "holds no finished benchmark" in refused("--table", tmp_path)

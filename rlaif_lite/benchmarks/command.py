@@ -54,8 +54,12 @@ def bench(
     examinee = Examinee(where, role)
     results = examinee.work.folder / "bench"
     out = out or results / f"{name}-{role}"
+
+    verdicts, ready = results / "verdicts", None
+    if BENCHMARKS[name].tasks and judging.kind != "local":  # a wrong address is said before hours of answers
+        ready = make_judge(judging, examinee, verdicts)
     found = run_benchmark(
-        examinee, name, files, videos, lambda: make_judge(judging, examinee, results / "verdicts"), out, limit, prompt,
+        examinee, name, files, videos, lambda: ready or make_judge(judging, examinee, verdicts), out, limit, prompt,
         max_new_tokens,
     )  # fmt: skip
     return as_text(found, out)

@@ -4,17 +4,18 @@
 
 Every line is the project's own step (`plain_ppo.ours`) with a recipe key changed or one function replaced by what
 stands there without the technique. Answers to the same prompt come in groups of four, so that a shared prefill shows.
-Peak memory is that of the step less what the process held before the base was loaded. Writes F.md and F.json,
-docs/results/techniques by default; on a CPU the page says so.
+Each line is a process of its own. Peak memory is that of the step less what the process held before the base was
+loaded; on a CPU the seconds are those that the process computed for. Writes F.md and F.json, docs/results/techniques by
+default; on a CPU the page says so.
 """
 
 import argparse
 import contextlib
-import gc
 import json
 import shlex
-import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 from unittest.mock import patch
@@ -136,10 +137,21 @@ def on_gpu(recipe: Recipe) -> bool:
     return pick_device(recipe.device) == "cuda"
 
 
+def measured(recipe: Recipe, name: str, random: profiler.Random | None, rounds: int) -> dict:
+    """The line of one technique, or why there is none: that it does not fit without it is a finding."""
+    technique = next(each for each in TECHNIQUES if each.name == name)
+    if technique.on_gpu and not on_gpu(recipe):
+        return {"why": "needs a GPU"}
+    try:
+        return measure(recipe, technique, random, rounds)
+    except torch.OutOfMemoryError:
+        return {"why": "out of memory"}
+
+
 def measure(recipe: Recipe, technique: Technique, random: profiler.Random | None, rounds: int) -> dict:
     """Peak memory, and tokens of answers per second of whole steps, after one to warm up."""
     device = torch.device("cuda" if on_gpu(recipe) else "cpu")
-    gc.collect()
+    torch.set_num_threads(recipe.threads or torch.get_num_threads())
     with Meter(device):
         before = peak_bytes(device)
     with profiler.opened(recipe, 1, None, random) as (work, _):
@@ -150,12 +162,13 @@ def measure(recipe: Recipe, technique: Technique, random: profiler.Random | None
         with switched_off(technique, given):
             plain_ppo.ours(given, 0)
             with Meter(device) as meter:
-                for number in range(1, rounds + 1):
-                    meter.tokens += plain_ppo.ours(given, number)
+                began = plain_ppo.clock(device)
+                tokens = sum(plain_ppo.ours(given, number) for number in range(1, rounds + 1))
+                seconds = plain_ppo.clock(device) - began
     return {
         "peak_memory_bytes": meter.peak_memory_bytes - before,
-        "tokens_per_second": meter.tokens_per_second,
-        "seconds": meter.seconds,
+        "tokens_per_second": tokens / seconds,
+        "seconds_a_step": seconds / rounds,
     }
 
 
@@ -166,8 +179,8 @@ def as_markdown(result: dict) -> str:
              f"Device: {where}. Commit {result['commit']}. Written by `{result['command']}`."]  # fmt: skip
     if where == "cpu":
         made = "a base of two narrow layers" if result["small"] else "a small base"
-        lines += ["", f"**CPU figures of {made}: they are no forecast of a GPU's.** There is no graph to decode with on a "
-                  "CPU, rollouts run on a dense copy of the weights, and the peak is the process's."]  # fmt: skip
+        lines += ["", f"**CPU figures of {made}: they are no forecast of a GPU's.** There is no graph to decode with on "
+                  "a CPU, rollouts run on a dense copy of the weights, and the peak is the process's."]  # fmt: skip
     columns = ("switched off", "instead", "peak, MiB", "ratio", "answer tokens/s", "ratio")
     lines += ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name, found in result["techniques"].items():
@@ -194,22 +207,16 @@ def main(arguments: list[str] | None = None) -> dict:
     random = profiler.Random(options.small) if options.random_weights else None
     groups = ["ppo.group_size=4", "model.gradient_checkpointing=true"]
     result: dict = {"schema": 1, "small": options.small, "machine": describe_machine(), "versions": versions()}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     given = sys.argv[1:] if arguments is None else arguments
-    result |= {"commit": commit.strip() or "unknown", "techniques": {}}
+    result |= {"commit": plain_ppo.commit(), "techniques": {}}
     result["command"] = f"python kernels/bench/techniques.py {shlex.join(given)}"
     for technique in (each for each in TECHNIQUES if each.name in options.only):
         base = load_recipe(options.recipe).model.base
         keys = [key.replace("BASE", base) for key in technique.keys]
         recipe = load_recipe(options.recipe, [*groups, *options.overrides, *keys])
         result["recipe"] = recipe.name
-        try:
-            if technique.on_gpu and not on_gpu(recipe):
-                found = {"why": "needs a GPU"}
-            else:
-                found = measure(recipe, technique, random, options.rounds)
-        except torch.OutOfMemoryError:  # that it does not fit without the technique is the finding
-            found = {"why": "out of memory"}
+        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+            found = alone.submit(measured, recipe, technique.name, random, options.rounds).result()
         result["techniques"][technique.name] = found | {"instead": technique.instead}
         print(technique.name, found, flush=True)
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from ...model.base import base_digest, load_base, read_config
 from ...model.families import FAMILIES
 from ...model.inputs import BRANCH_MARK, Sequence as Row, collate, decode_answer, encode_prompt, encode_text
 from ...model.roles import BASE, Roles
+from ...model.room import in_pieces
 from ...recipe import Divide, Lora, Model as Section
 from ...rollout import Sampling, sample
 from ...workspace import Workspace, chunks
@@ -44,10 +45,11 @@ class LocalRole:
                 rows[n] = self._row(prompt)
             except ModelError as error:
                 keep(n, Reply("", problem=str(error)))
-        for word, decide, size in ((True, self._decide, 1), (False, self._write, 4)):  # 4: slots are refilled
+        for word, answer in ((True, self._decide), (False, self._write)):
             numbers = sorted((n for n in rows if prompts[n].word is word), key=lambda n: len(rows[n].ids_S))
-            for batch in chunks(numbers, size * self._batch_size):
-                for n, reply in zip(batch, decide([rows[n] for n in batch]), strict=True):
+            # several times what is in flight, so that slots are refilled
+            for batch in chunks(numbers, 4 * self._batch_size):
+                for n, reply in zip(batch, answer([rows[n] for n in batch]), strict=True):
                     keep(n, Reply(reply))
 
     def _row(self, prompt: Prompt) -> Row:
@@ -69,13 +71,18 @@ class LocalRole:
     @torch.no_grad()
     def _decide(self, rows: list[Row]) -> list[str]:
         base = self._roles.base
+        yes, no = (self._spellings(word) for word in ("yes", "no"))
+
+        def read(part: Sequence[Row]) -> list[str]:
+            hidden_BSD = role.hidden(collate(base, part))
+            at_B = torch.tensor([len(row.ids_S) - 1 for row in part], device=base.device)
+            hidden_BD = hidden_BSD[torch.arange(len(part), device=base.device), at_B]
+            prob_BV = torch.softmax((hidden_BD @ base.head_weight_VD.T).float() + base.ban_bias_V, -1)
+            pairs = zip(prob_BV[:, yes].sum(-1).tolist(), prob_BV[:, no].sum(-1).tolist(), strict=True)
+            return [f"{'yes' if y > n else 'no'}: P(yes) {y:.4f}, P(no) {n:.4f}" for y, n in pairs]
+
         with self._roles.use(self._role) as role:
-            hidden_BSD = role.hidden(collate(base, rows))
-        at_B = torch.tensor([len(row.ids_S) - 1 for row in rows], device=base.device)
-        hidden_BD = hidden_BSD[torch.arange(len(rows), device=base.device), at_B]
-        prob_BV = torch.softmax((hidden_BD @ base.head_weight_VD.T).float() + base.ban_bias_V, -1)
-        yes, no = (prob_BV[:, self._spellings(word)].sum(-1).tolist() for word in ("yes", "no"))
-        return [f"{'yes' if y > n else 'no'}: P(yes) {y:.4f}, P(no) {n:.4f}" for y, n in zip(yes, no, strict=True)]
+            return in_pieces(rows, self._batch_size, read)
 
     def _spellings(self, word: str) -> list[int]:
         """Tokens that are the word, as it is or with a capital (RLAIF-V adds these up too)."""

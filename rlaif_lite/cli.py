@@ -126,6 +126,9 @@ def bench(
         bool, typer.Option("--judge-words", help="local: yes or no by their probabilities, without a score.")
     ] = False,
     judge_key: Annotated[str | None, typer.Option(metavar="VARIABLE", help="Variable with the endpoint's key.")] = None,
+    judge_body: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Settings of its requests; null leaves one of ours out.")
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once to an endpoint.")] = 8,
     price: Annotated[tuple[float, float] | None, typer.Option(help="Of a million tokens, prompt and reply.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Ask anew for verdicts that could not be read.")] = False,
@@ -151,7 +154,9 @@ def bench(
     elif run is None or name is None or not files or videos is None:
         raise RlaifError("Give a run, a benchmark, its files and --videos; `rlaif-lite bench --list` names them.")
     else:
-        asked = command.Judging(judge, judge_model, judge_words, judge_key, concurrency, price, again)
+        asked = command.Judging(
+            judge, judge_model, judge_words, judge_key, judge_body, concurrency, price, again
+        )
         typer.echo(command.bench(run, name, files, videos, role, asked, out, limit, prompt, max_new_tokens))
 
 

@@ -27,6 +27,8 @@ class Judging(NamedTuple):
     "local: question answering is decided by the probabilities of yes and no"
     key: str | None
     "environment variable that holds the endpoint's key"
+    body: str | None
+    "endpoint: JSON of settings for its requests; null leaves one of ours out"
     concurrency: int
     price: tuple[float, float] | None
     again: bool
@@ -73,7 +75,10 @@ def make_judge(judging: Judging, examinee: Examinee, folder: Path) -> Judge:
         if judging.model is None:
             raise RlaifError("An endpoint serves several models. Name one with --judge-model.")
         prices = Prices(*judging.price) if judging.price else None
-        model = Endpoint(judging.kind, judging.model, judging.key, concurrency=judging.concurrency, prices=prices)
+        model = Endpoint(
+            judging.kind, judging.model, judging.key, concurrency=judging.concurrency, prices=prices,
+            body=_settings(judging.body),
+        )  # fmt: skip
         return CachedJudge(model, folder, judging.again)
     if judging.kind == "local":
         if judging.model is None:
@@ -82,6 +87,16 @@ def make_judge(judging: Judging, examinee: Examinee, folder: Path) -> Judge:
             judge = local.of_model(judging.model, examinee.work.device, words=judging.words)
         return CachedJudge(judge, folder, judging.again)
     raise RlaifError(f"There is no judge {judging.kind}: local, rules, or a URL that begins with http.")
+
+
+def _settings(text: str | None) -> dict:
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise RlaifError(f"--judge-body is {text}, expected a JSON object such as '{{\"temperature\": null}}'.")
+    return found
 
 
 def listing() -> str:

@@ -213,6 +213,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 def empty(work: Workspace, name: str) -> None:
     """Remove what a stale stage left behind, but for cached features: they are found by content. What says that it is
     stale goes last, so that a kill in between leaves it stale."""
+    work.log.drop(name)
     for role in LEAVES.get(name, ()):
         shutil.rmtree(work.adapter(role), ignore_errors=True)
     marks = ("begun.json", "done.json")

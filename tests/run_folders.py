@@ -195,7 +195,7 @@ def rounds() -> list[dict]:
             "chosen_words": 21.5, "rejected_words": 22.5, "length_bias": 0.47, "agreement": 0.9 - t / 100, "steps": 9,
             "truth_length_bias": 0.45, "loss": 0.5, "heldout_score": 4.0 + (t == 2), "heldout_truth": 3.5 + t / 10,
             "heldout_words": 22.0 + t, "selected": t == 2, "descriptions": told, "description_changed": 0.8,
-            "description_words": 30.0, "description_truth": 5.0,
+            "description_words": 30.0, "description_true_read": 0.7, "description_true_written": 0.75,
         })  # fmt: skip
     return table
 

@@ -218,6 +218,7 @@ def test_a_stale_stage_starts_from_nothing(rerun, monkeypatch):
         assert sorted(p.name for p in (folder / "sft").iterdir()) == ["begun.json"]
         assert not (folder / "adapters" / "sft").exists() and not (folder / "adapters" / "reference").exists()
         assert (folder / "adapters" / "policy").exists()  # its turn has not come
+        assert {line["stage"] for line in read_jsonl(folder / "metrics.jsonl")} == {"reward", "ppo"}
         assert (
             summary_of(folder)["ppo"] == {} and not summary_of(folder)["finished"]
         )  # what it once found is not this recipe's

@@ -246,17 +246,39 @@ def test_a_run_of_dpo_speaks_of_dpo(pages, run):
     assert f"{told}, their true score from 3.00 to 3.70, their length from 21.5 to 24.0 words." in text.replace(
         "&#39;", "'"
     )
-    assert "start – – – – – – 3.10 3.00 21.5 1 379 89.0 47.0 21.5 22.5 80.0 4.00 3.60 23.0 2, taken 378 88.0" in text
+    assert (
+        "start – – – – – – – 3.10 3.00 21.5 1 379 89.0 47.0 21.5 22.5 80.0 75.0 4.00 3.60 23.0 2, taken 378 88.0"
+        in text
+    )
     assert "Read in round 1 a &lt;b&gt; 0 Written in round 1 a &lt;b&gt; 1 Written in round 2 a &lt;b&gt; 2" in text
     assert html.count("<svg xmlns") == 8 + 3 + 3  # rounds, losses of DPO, of other phases
 
     folder = shutil.copytree(pages["dpo"].parent, run.parent / "dpo")
     summary = json.loads((folder / "summary.json").read_text())
     summary["dpo"]["rounds"][2]["heldout_words"] = 27.0
-    summary["evaluation"]["dpo@bo8"] = summary["evaluation"]["dpo"]
+    evaluation, intervals = summary["evaluation"], summary["evaluation_intervals"]
+    evaluation["dpo@bo8"] = {k: v for k, v in evaluation["dpo"].items() if k.startswith("sample_")} | {
+        "sample_f1": 0.99
+    }
+    intervals["dpo@bo8-dpo"] = {"greedy_f1": {"delta": 0.03, "low": 0.01, "high": 0.05}}
     (folder / "summary.json").write_text(json.dumps(summary))
     text = text_of(write(folder))
     assert "Answers grew from 21.5 to 27.0 words" in text and "DPO, best of 8" in text
+    before = number(100 * evaluation["dpo"]["greedy_f1"], 1)
+    assert "DPO, best of 8, against DPO’s greedy answers DPO Best Change" in text
+    assert f"F1 harmonic mean of precision and recall {before} % 99.0 % +3.0 +1.0 to +5.0" in text
+
+
+def test_a_run_that_is_in_the_middle_of_dpo(pages, run):
+    folder = shutil.copytree(pages["dpo"].parent, run.parent / "dpo")
+    summary = json.loads((folder / "summary.json").read_text()) | {
+        "evaluation": {},
+        "evaluation_intervals": {},
+        "dpo": {},
+    }
+    del summary["stages"]["dpo"], summary["stages"]["evaluate"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert "Stages finished: features, sft, context. DPO is in round 3." in text_of(write(folder))
 
 
 def test_dpo_is_hacked_when_the_judge_is_pleased_and_the_truth_falls(pages, run):

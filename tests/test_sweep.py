@@ -1,9 +1,11 @@
 """A sweep: what its points share is done once, a killed one goes on, a failing point stops no other; its arithmetic."""
 
 import fcntl
+import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import threading
 import time
@@ -21,7 +23,9 @@ from rlaif_lite.report import grid as tables
 from rlaif_lite.report.across import ROWS
 from rlaif_lite.sweep import axis, folder_name, grid, sweep
 
-SMALL = ["ppo.steps=1", "sft.hard.steps=1", "evaluate.temperatures=[]", "preference.compare_context=false",
+ROOT = Path(__file__).parent.parent
+SMALL = ["sft.easy.steps=1", "sft.hard.steps=1", "sft.policy_init.steps=1", "reward.steps=1", "ppo.steps=1",
+         "evaluate.temperatures=[]", "evaluate.samples=1", "preference.compare_context=false",
          "preference.compare_pairs=0"]  # fmt: skip
 EARLY = ["data", "features", "sft", "context", "preference", "reward"]
 
@@ -229,3 +233,19 @@ def test_a_difference_that_counts_is_bold(tmp_path):
     ran = [tables.Ran(name, str(i), f, None) for name, found in (("a", a), ("b", b)) for i, f in enumerate(found)]
     tables.write(tmp_path, ran, of=4)
     assert "**-0.050 (-0.051 to -0.049, n 2)**" in (tmp_path / "sweep.md").read_text()
+
+
+def test_every_ablation_of_the_docs_is_a_grid(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    commands = [line.split("rlaif-lite ")[1] for line in (ROOT / "docs" / "ablations.md").read_text().splitlines()
+                if line.startswith("    rlaif-lite sweep ")]  # fmt: skip
+    assert len(commands) >= 12
+    for command in commands:
+        _, *words = shlex.split(command)
+        over = [word for before, word in itertools.pairwise(words) if before == "--over"]
+        paths = [word for word in words if word.endswith(".yaml")]
+        points = grid(paths, [axis(text) for text in over], [], tmp_path)
+        assert len({point.draw for point in points}) == 3 and len({point.setting for point in points}) * 3 == len(
+            points
+        )
+        assert {word.startswith(("recipes/", "--over")) or word in over for word in words} == {True}

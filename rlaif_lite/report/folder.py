@@ -69,13 +69,15 @@ class Change(NamedTuple):
 Changes = dict[str, Change]
 
 
-def changes(summary: dict[str, Any], baseline: str, mode: str) -> Changes:
-    """What the policy changed against `baseline` in one mode (greedy or sample), per metric; empty when not evaluated."""
-    method = method_of(summary)
-    intervals = summary.get("evaluation_intervals", {}).get(f"{method}-{baseline}", {})
-    before, after = (summary.get("evaluation", {}).get(role, {}) for role in (baseline, method))
+def changes(summary: dict[str, Any], baseline: str, mode: str, role: str | None = None) -> Changes:
+    """What the policy, or the column `role`, changed against `baseline` in one mode (greedy or sample), per metric;
+    empty when not evaluated. A best of several has one kind of answers, held against both."""
+    role = role or method_of(summary)
+    intervals = summary.get("evaluation_intervals", {}).get(f"{role}-{baseline}", {})
+    before, after = (summary.get("evaluation", {}).get(column, {}) for column in (baseline, role))
+    own = "sample" if "@bo" in role else mode
     return {
-        name.removeprefix(f"{mode}_"): Change(before[name], after[name], Interval(**interval))
+        name.removeprefix(f"{mode}_"): Change(before[name], after[name.replace(mode, own, 1)], Interval(**interval))
         for name, interval in intervals.items()
         if name.startswith(f"{mode}_")
     }

@@ -62,14 +62,14 @@ ROUND_CURVES: list[tuple[str, dict[str, str], plots.Axis]] = [
     ("Judge agrees with the truth", {"agreement": "agreement"}, "share"),
     ("Prefers the longer answer", {"judge": "length_bias", "truth": "truth_length_bias"}, "share"),
     ("Words of preferred answers", {"chosen": "chosen_words", "rejected": "rejected_words"}, "free"),
-    ("True score of descriptions", {"true score": "description_truth"}, "free"),
+    ("True claims in descriptions", {"written": "description_true_written", "read": "description_true_read"}, "share"),
     ("Words per description", {"words": "description_words"}, "free"),
 ]
 # heading, key in a round's line, factor, digits
 ROUND_COLUMNS = [
     ("Pairs", "pairs", 1, 0), ("Judge agrees %", "agreement", 100, 1), ("Prefers the longer %", "length_bias", 100, 1),
     ("Chosen, words", "chosen_words", 1, 1), ("Rejected, words", "rejected_words", 1, 1),
-    ("Descriptions changed %", "description_changed", 100, 1), ("Held out: judge", "heldout_score", 1, 2),
+    ("Descriptions changed %", "description_changed", 100, 1), ("true %", "description_true_written", 100, 1), ("Held out: judge", "heldout_score", 1, 2),
     ("truth", "heldout_truth", 1, 2), ("words", "heldout_words", 1, 1),
 ]  # fmt: skip
 MORE_CURVES: list[tuple[str, dict[str, str], plots.Axis]] = [
@@ -119,6 +119,7 @@ def view(run: Run) -> dict[str, Any]:
             for baseline, by_mode in effects.items()
             for panel in change_panels(method_of(summary), baseline, by_mode)
         ],
+        "best_of": best_of_panels(summary),
         "videos": len({row["id"] for row in run.rows}),
         "method": METHODS[method_of(summary)],
         "curves": draw(CURVES, ppo) + draw(ROUND_CURVES, [row | {"step": row["round"]} for row in rounds]),
@@ -158,8 +159,8 @@ class ChangePanel(NamedTuple):
     rows: list[ChangeRow]
 
 
-def change_panels(method: str, baseline: str, by_mode: dict[str, Changes]) -> list[ChangePanel]:
-    """The policy against `baseline`, a panel per mode, all on the same axis."""
+def change_panels(role: str, baseline: str, by_mode: dict[str, Changes]) -> list[ChangePanel]:
+    """The policy, or another column `role`, against `baseline`, a panel per mode, all on the same axis."""
     shown = [found[name] for found in by_mode.values() for name in found if name in MEASURES and MEASURES[name].share]
     reach = max([0.01, *(abs(edge) for change in shown for edge in change.interval)])
     panels = []
@@ -171,9 +172,19 @@ def change_panels(method: str, baseline: str, by_mode: dict[str, Changes]) -> li
                 bar = Interval(*(50 + 50 * edge / reach for edge in interval)) if measure.share else None
                 rows.append(ChangeRow(measure, found[name], _verdict(measure, interval), bar))
         if rows:
-            title = f"{MODES[mode]} answers, {METHODS[method]} against {ROLES[baseline]}"
+            title = f"{MODES[mode]} answers, {_role_label(role)} against {ROLES[baseline]}"
+            if "@" in role:
+                title = f"{_role_label(role)}, against {ROLES[baseline]}’s {MODES[mode].lower()} answers"
             panels.append(ChangePanel(title, ROLES[baseline], 100 * reach, rows))
     return panels
+
+
+def best_of_panels(summary: dict[str, Any]) -> list[ChangePanel]:
+    """The best of several answers against the policy's own, greedy and sampled."""
+    method = method_of(summary)
+    columns = [role for role in summary.get("evaluation", {}) if role.startswith(f"{method}@bo")]
+    by_column = {role: {mode: changes(summary, method, mode, role) for mode in MODES} for role in columns}
+    return [panel for role, by_mode in by_column.items() for panel in change_panels(role, method, by_mode)]
 
 
 def _verdict(measure: Measure, interval: Interval) -> str:

@@ -36,8 +36,9 @@ def judge_run(run: Run, greedy: Changes, sample: Changes) -> Verdict:
         so_far = f"Stages finished: {', '.join(done)}." if done else "No stage has finished."
         if "ppo" in run.metrics and "ppo" not in done:
             so_far += f" PPO has done {run.metrics['ppo'][-1]['step'] + 1} steps."
-        if (rounds := [stage for stage in run.metrics if re.fullmatch(r"dpo\.\d+", stage)]) and "dpo" not in done:
-            so_far += f" DPO is in round {rounds[-1].removeprefix('dpo.')}."
+        begun = [int(stage.removeprefix("dpo.")) for stage in run.metrics if re.fullmatch(r"dpo\.\d+", stage)]
+        if begun and "dpo" not in done:
+            so_far += f" DPO is in round {max(begun)}."
         return Verdict("unfinished", "Not evaluated yet", [so_far, *_training(run)], warnings)
     kind = classify(greedy, sample, _reward_rose(run.summary))
     sentences = [*_effect("Greedy answers", greedy, items), *_effect("Sampled answers", sample, items)]

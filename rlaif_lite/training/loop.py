@@ -80,11 +80,15 @@ class MetricsLog:
         if self.path.exists():
             self._replace([line for line in self._whole_lines() if not self._is_redone(line, stage, step)])
 
+    def drop(self, stage: str) -> None:
+        """Drops all lines of `stage` and its phases (`sft.easy` of `sft`)."""
+        if self.path.exists():
+            self._replace([line for line in self._whole_lines() if not self._is_of(line, stage)])
+
     def take(self, stage: str, other: Path) -> None:
-        """Puts another log's lines of `stage` and its phases (`sft.easy` of `sft`) in the place of this one's."""
-        own = [line for line in self._whole_lines() if json.loads(line)["stage"].partition(".")[0] != stage]
-        found = MetricsLog(other)._whole_lines()
-        self._replace([*own, *(line for line in found if json.loads(line)["stage"].partition(".")[0] == stage)])
+        """Adds another log's lines of `stage` and its phases."""
+        found = [line for line in MetricsLog(other)._whole_lines() if self._is_of(line, stage)]
+        self._replace([*self._whole_lines(), *found])
 
     def append(self, stage: str, step: int, values: Mapping[str, float], time: Mapping[str, float] | None = None):
         """Writes one line. Raises StageError when a value is NaN or infinite: nothing after it can be trusted."""
@@ -116,6 +120,10 @@ class MetricsLog:
             file.flush()
             os.fsync(file.fileno())
         os.replace(replacement, self.path)
+
+    @staticmethod
+    def _is_of(line: str, stage: str) -> bool:
+        return json.loads(line)["stage"].partition(".")[0] == stage
 
     @staticmethod
     def _is_redone(line: str, stage: str, step: int) -> bool:

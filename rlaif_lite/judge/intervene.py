@@ -13,14 +13,15 @@ Also here: what of the narrative an answer leaves out.
 
 import re
 from bisect import bisect_left
-from math import exp
+from math import tanh
 from typing import NamedTuple, Sequence
 
 from ..model.base import Base
 from ..model.roles import ActiveRole
+from ..model.room import in_pieces
 from ..recipe import Checklist, Claims
 from ..video.cache import FeatureRecord
-from .claims import Item, ask, judge_claims, split_claims
+from .claims import Item, Verdict, ask, judge_claims, split_claims
 
 VERDICT = 0.5  # P(yes) + P(no) from which on an inline judge's word is a verdict
 CLIP_HEAD = re.compile(r"^\[[\d.]+s-[\d.]+s\]\s*")  # as `judge.narrative` heads a caption
@@ -103,14 +104,15 @@ def omissions(
 
     `ask`: 1 - P(yes) / (P(yes) + P(no)) as the judge answers `checklist.prompt`, where `{context}` is the answer; it
     does not see the video. `words`: see `missing_words`. An answer without a narrative omits nothing.
-    """  # fmt: skip
+    """
     lists = [[] if narrative is None else statements(narrative, checklist.joints) for narrative in narratives]
     if checklist.by == "words":
         return [sum(missing_words(s, answer) for s in found) for found, answer in zip(lists, answers, strict=True)]
     asked = claims.model_copy(update={"prompt": checklist.prompt, "context_prefix": "{context}"})
-    out: list[float] = []
-    for start in range(0, len(answers), batch_size):
-        part = slice(start, start + batch_size)
-        items = [Item(None, "", "", answer) for answer in answers[part]]
-        out += [sum(1 / (1 + exp(-odds)) for odds in v.odds) for v in ask(role, items, lists[part], asked)]
-    return out
+    items = [Item(None, "", "", answer) for answer in answers]
+
+    def read(part: list[int]) -> list[Verdict]:
+        return ask(role, [items[i] for i in part], [lists[i] for i in part], asked)
+
+    verdicts = in_pieces(list(range(len(items))), batch_size, read)
+    return [sum((1 + tanh(odds / 2)) / 2 for odds in verdict.odds) for verdict in verdicts]

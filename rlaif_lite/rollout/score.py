@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..model.inputs import IGNORE, Sequence, collate, target_rows
 from ..model.roles import ActiveRole, Roles
+from ..model.room import in_pieces
 from ..rl.dpo import implicit_reward
 from .loop import sample
 from .sampling import Sampling, Trajectory
@@ -58,13 +59,13 @@ def best_of(
         found = sample(role, prompts, sampling, seeds=seeds, per_prompt=count, batch_size=batch_size)
     logps = []
     for name in (policy, reference):
-        parts = []
         with roles.use(name) as role:
-            for start in range(0, len(found), batch_size):
-                part = found[start : start + batch_size]
-                parts.append(answer_logps(role, [prompts[t.prompt] for t in part], [t.ids for t in part]))
-        logps.append(torch.cat(parts))
-    length_B = torch.tensor([len(t.ids) for t in found], device=logps[0].device)
+
+            def read(part: Seq[Trajectory]) -> list[float]:
+                return answer_logps(role, [prompts[t.prompt] for t in part], [t.ids for t in part]).tolist()
+
+            logps.append(torch.tensor(in_pieces(found, batch_size, read)))
+    length_B = torch.tensor([len(t.ids) for t in found])
     reward_B = implicit_reward(*logps, length_B, beta, normalised=True).tolist()
     groups = [range(start, start + count) for start in range(0, len(found), count)]
     winners = [max(group, key=lambda i: reward_B[i]) for group in groups]

@@ -36,6 +36,7 @@ from ..data.world_text import score as truth_score
 from ..errors import StageError
 from ..model.inputs import encode_prompt
 from ..model.roles import ActiveRole
+from ..model.room import in_pieces
 from ..phases import phase
 from ..progress import progress, say
 from ..rl.dpo import DpoStats, Scored, balance_lengths, dpo_loss, draw_pairs, pairs_by_score
@@ -262,7 +263,7 @@ def reference_logps(work: Workspace, role: str, pairs: list[Preferred], folder: 
     @torch.no_grad()
     def read(batch: list[Preferred]) -> list[list[float]]:
         with work.roles.use(role) as active, phase("score reference"):
-            return torch.stack(pair_logps(work, active, batch), 1).tolist()
+            return in_pieces(batch, len(batch), lambda part: torch.stack(pair_logps(work, active, part), 1).tolist())
 
     with progress(len(pairs), "dpo: reference", unit="pair") as bar:
         size = section.micro_batch or section.batch_size

@@ -15,6 +15,7 @@ from ..judge.claims import ask, judge_claims
 from ..judge.describe import describe_again
 from ..judge.divide import Divided, TextModel, Writer, divide, rejected, write_by_role
 from ..model.roles import BASE, ActiveRole
+from ..model.room import in_pieces
 from ..phases import phase
 from ..progress import progress
 from ..recipe import Divide
@@ -55,7 +56,8 @@ def score_answers(
                 verdicts = judge_claims(active, items, preference.claims, preference.batch_size)
                 scores = [verdict.score for verdict in verdicts]
             else:
-                verdicts = ask(active, items, [found.questions for _, _, found in batch], preference.claims)
+                both = [(item, found.questions) for item, (_, _, found) in zip(items, batch, strict=True)]
+                verdicts = in_pieces(both, len(both), lambda part: ask(active, *zip(*part), preference.claims))
                 scores = [-rejected(verdict) for verdict in verdicts]
         return [
             {"answer": text, "claims": verdict.claims, "values": verdict.values, "score": score}

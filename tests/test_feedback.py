@@ -6,6 +6,7 @@ Shapes: B answers of a step, T answer tokens, N real tokens, V vocabulary, K ans
 
 import math
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 import torch
@@ -37,8 +38,9 @@ def test_the_stages_of_a_run_without_a_reward_model(recipe):
 
 @pytest.mark.parametrize("value", ["none", "adapter"])
 def test_a_run_that_learns_from_ranks(rerun, value):
-    recipe = rerun("ppo.feedback=ranking", f"ppo.value={value}", "ppo.baseline=group", "ppo.group_size=4", "ppo.steps=2",
-                   "ppo.kl_in=loss", "ppo.kl_estimator=k3", "evaluate.temperatures=[]")  # fmt: skip
+    keys = {"feedback": "ranking", "value": value, "baseline": "group", "group_size": 4, "steps": 2, "kl_in": "loss",
+            "kl_estimator": "k3"}  # fmt: skip
+    recipe = rerun(*(f"ppo.{key}={setting}" for key, setting in keys.items()), "evaluate.temperatures=[]")
     work = Workspace(recipe)
     summary = pipeline.run(recipe)
     assert list(summary["stages"]) == list(recipe.stages) and summary["reward"] == {}
@@ -47,7 +49,7 @@ def test_a_run_that_learns_from_ranks(rerun, value):
     assert set(summary["ppo"]["roles"]) == {"reference", "sft"} | trained
     lines = [line for line in read_jsonl(work.log.path) if line["stage"] == "ppo"]
     assert lines[0]["objective/kl"] == 0 and lines[1]["objective/kl"] > 0 and lines[1]["loss/kl_avg"] > 0
-    assert lines[0]["objective/scores"] != lines[1]["objective/scores"]  # what the judge gave, not what places are worth
+    assert lines[0]["objective/scores"] != lines[1]["objective/scores"]  # what the judge gave, not places' worth
     assert ("loss/value_avg" in lines[0]) == (value == "adapter")
     assert summary["evaluation"]["ppo"] != summary["evaluation"]["reference"]
 
@@ -78,12 +80,11 @@ def test_the_judge_ranks_by_claims_or_by_comparing_all(rerun):
     step = Step(recipe)
     work, texts = step.work, [decode_answer(step.work.base(), a.ids) for a in ragged(step)]
     asked = [(work.features(r), question_of(r)) for r in step.records]
+    section, duels = work.recipe.preference, {}
     with work.roles.use("sft") as judge:
-        alone = judge_claims(judge, [Item(*a, t, None) for a, t in zip(asked, texts)], work.recipe.preference.claims, 1)
-        duels = {
-            (i, j): judge_pairs(judge, [Pair(*asked[i], texts[i], texts[j], None)], work.recipe.preference.pairwise, 1)[0]
-            for i in range(4) for j in range(4) if i != j
-        }  # fmt: skip
+        alone = judge_claims(judge, [Item(*a, t, None) for a, t in zip(asked, texts)], section.claims, 1)
+        for i, j in permutations(range(4), 2):
+            [duels[i, j]] = judge_pairs(judge, [Pair(*asked[i], texts[i], texts[j], None)], section.pairwise, 1)
     assert step.feedback.by_claims(step.records, texts) == pytest.approx([v.score for v in alone], abs=1e-4)
     margins = [sum(duels[i, j].margin for j in range(4) if j != i) / 3 for i in range(4)]
     assert step.feedback.by_pairs(step.records, texts)[:4] == pytest.approx(margins, abs=1e-4)
@@ -133,7 +134,8 @@ def log_softmax_in(step: Step, active, micro) -> torch.Tensor:
 def test_the_kl_in_the_loss_is_what_autograd_makes_of_it(finished, kind):
     """No advantages: one step of gradient descent goes down the KL's own gradient, times its weight; and rewards hold
     no KL."""
-    step = Step(finished, **PLAIN, kl_in="loss", kl_estimator=kind, minibatch=8, micro_batch=3, epochs=1, max_grad_norm=1e9)
+    keys = {"minibatch": 8, "micro_batch": 3, "epochs": 1, "max_grad_norm": 1e9}
+    step = Step(finished, **PLAIN, **keys, kl_in="loss", kl_estimator=kind)
     roles = step.work.roles
     shake(roles, "policy")
     minibatches, experience = step.score(ragged(step), kl_coef=0.7)
@@ -153,7 +155,7 @@ def test_the_kl_in_the_loss_is_what_autograd_makes_of_it(finished, kind):
     before = [p.detach().clone() for p in roles.parameters("policy")]
     for p in roles.parameters("policy"):
         p.grad = None
-    history = step.update(experience._replace(advantage_BT=torch.zeros_like(experience.advantage_BT)), roles=("policy", "value"))
+    history = step.update(experience._replace(advantage_BT=torch.zeros_like(experience.advantage_BT)))
     for old, new, move in zip(before, roles.parameters("policy"), want, strict=True):
         assert (new - old - move).abs().max() <= 1e-6 + 1e-3 * move.abs().max()
     assert max(move.abs().max() for move in want) > 1e-5
@@ -216,9 +218,9 @@ def test_token_rewards_and_tokens_that_a_judge_put_in(finished):
     for shift in (0.0, 5.0):  # in what is known of the tokens that were put in
         for p, old in zip(roles.parameters("policy"), start, strict=True):
             p.data.copy_(old)
-        fake_BT = experience.logp_BT.clone()
-        fake_BT[:, 1] += shift
-        history = step.update(experience._replace(logp_BT=fake_BT, ref_logp_BT=experience.ref_logp_BT + shift * (fake_BT != experience.logp_BT)))
+        shift_BT = shift * (experience.mask_BT & ~experience.own_BT)
+        logp_BT, ref_logp_BT = experience.logp_BT + shift_BT, experience.ref_logp_BT + shift_BT
+        history = step.update(experience._replace(logp_BT=logp_BT, ref_logp_BT=ref_logp_BT))
         assert history[0]["ratio_min"] == history[0]["ratio_max"] == 1
         found.append([p.detach().clone() for p in roles.parameters("policy")])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -231,7 +233,7 @@ def test_token_rewards_and_tokens_that_a_judge_put_in(finished):
 def test_bonuses_and_weights_of_a_record(finished, monkeypatch):
     """The world's answers name no option, so the texts are given: A for type 2, "No" for type 6."""
     step = Step(finished, **{**PLAIN, "length_penalty": 2.0}, length_weights=True, symbolic_bonus=2.0)
-    texts = iter(["A. red", "B. red", "so the correct option is A.", "No, it is", "Yes, it is", "Yes", "a circle", "No"])
+    texts = iter(["A. red", "B. red", "the correct option is A.", "No, it is", "Yes, it is", "Yes", "a circle", "No"])
     kinds, weights = [2, 2, 2, 6, 6, 7, None, 1], [1.0, 0.5, None, 2.0, 0.0, 1.0, 1.0, 1.0]
     step.records = [replace(r, caption_type=k, length_bonus=w) for r, k, w in zip(step.records, kinds, weights)]
     answers = ragged(step)

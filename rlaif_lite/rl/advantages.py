@@ -3,8 +3,8 @@ values gives the rewards to come, is `rlaif_kernels.gae`).
 
 Departure from the release: whitening there counts pads, about 86 % of all positions, so its statistics are the pads'.
 
-Shapes: B answers, T answer positions; `mask_BT` is True at real tokens; G groups of K answers to one prompt, which stand
-next to each other.
+Shapes: B answers, T answer positions; `mask_BT` is True at real tokens; G groups of K answers to one prompt, which
+stand next to each other.
 """
 
 import torch
@@ -63,8 +63,8 @@ def rank_penalty(judged_B: Tensor, logp_B: Tensor, group_size: int) -> Tensor:
 
 
 def place_gain(x_GK: Tensor) -> Tensor:
-    """DCG(r) = 1 / ((1 + r) log2(2 + r)) of each number's place r in its row, the highest at 0. Numbers that are equal to
-    four decimals share their places' mean: the same answer twice is read in other batches, and rounds otherwise."""
+    """DCG(r) = 1 / ((1 + r) log2(2 + r)) of each number's place r in its row, the highest at 0. Numbers that are equal
+    to four decimals share their places' mean: the same answer twice is read in other batches, and rounds otherwise."""
     x_GK = x_GK.round(decimals=4)
     place_K = torch.arange(x_GK.shape[1], device=x_GK.device, dtype=x_GK.dtype)
     gain_K = 1 / ((1 + place_K) * torch.log2(2 + place_K))

@@ -26,7 +26,7 @@ from .reward import RewardInput, check_floor, reward_prompt
 
 
 class Taken(NamedTuple):
-    """A step's answers as they enter the update. The lists have an item per answer, the inner ones an item per token."""
+    """A step's answers as they enter the update; lists have an item per answer, the inner ones an item per token."""
 
     records: list[Record]  # that each answers; more than were asked where an answer enters in several parts
     answers: list[Trajectory]  # perhaps shorter or other than they were sampled

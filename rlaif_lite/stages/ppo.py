@@ -108,8 +108,8 @@ def run(work: Workspace) -> dict:
             times = {"seconds": seconds, "rollout_seconds": sampled, "tokens_per_second": tokens / seconds}
             work.log.append("ppo", step, metrics, times)
             if (step + 1) % section.checkpoint_every == 0 or step + 1 == section.steps:
-                extra = {"controller": controller.state_dict(), "feedback": feedback.state(), "micro_batch": backoff.micro}
-                keep(work.roles, optimizers, folder, step + 1, extra)
+                extra = {"controller": controller.state_dict(), "feedback": feedback.state()}
+                keep(work.roles, optimizers, folder, step + 1, extra | {"micro_batch": backoff.micro})
             bar.advance(1, reward=metrics["objective/scores"], kl=metrics["objective/kl"])
     for role in optimizers:
         work.roles.trainable(role, False)
@@ -163,7 +163,7 @@ def score(
     length_B = torch.tensor([len(a.ids) for a in taken.answers], device=work.device)
     mask_BT = torch.arange(int(length_B.max()), device=work.device)[None] < length_B[:, None]
     own_BT = spread(taken.own, mask_BT).bool()
-    logp_BT, entropy_BT, ref_logp_BT, kl_BT, value_BT = (torch.zeros(mask_BT.shape, device=work.device) for _ in range(5))
+    logp_BT, entropy_BT, ref_logp_BT, kl_BT, value_BT = torch.zeros(5, *mask_BT.shape, device=work.device)
     for micro in (m for minibatch in minibatches for m in minibatch):
         rows = micro.index_b
         tokens = micro.batch.ids_BS.numel()

@@ -1,8 +1,10 @@
-"""The answers to a prompt put in order by a judge, as feedback to PPO: no reward model (Oracle-RLAIF, arXiv 2510.02561).
+"""The answers to a prompt put in order by a judge, as feedback to PPO, without a reward model (Oracle-RLAIF, arXiv
+2510.02561).
 
-The judge is the SFT role, by `preference.judge` and, with `ppo.judge_context`, with the narrative. `claims` gives every
-answer a score and so the order; `pairwise` compares all answers of a prompt with each other, and an answer's mean margin
-gives it. `ppo.rank_reward` says what an answer's place is worth, `ppo.baseline: group` makes advantages of it.
+The judge is the SFT role, by `preference.judge` and, with `ppo.judge_context`, with the narrative. `claims` gives
+every answer a score and so the order; `pairwise` compares all answers of a prompt with each other, and an answer's
+mean margin gives it. `ppo.rank_reward` says what an answer's place is worth, `ppo.baseline: group` makes advantages of
+it.
 
 `place` (ours): the gain DCG of the judge's place. `reported`: the published advantage, after an account of the paper,
 A = mean(delta) - delta, delta = 1 - DCG(the policy's place) / DCG(the judge's); the policy ranks its answers by their

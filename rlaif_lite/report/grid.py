@@ -68,9 +68,7 @@ def write(out: Path, ran: list[Ran], of: int) -> None:
                            Spread(setting, list(values.values()), one["mean"], one["low"], one["high"]))  # fmt: skip
         drawn.append((label, spreads))
     if drawn:
-        figure = panels(drawn)
-        for kind in ("svg", "png"):
-            figure.savefig(out / f"sweep.{kind}", dpi=150)
+        panels(drawn, out / "sweep")
 
 
 def summed(ran: list[Ran]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import matplotlib
@@ -73,8 +74,9 @@ class Spread(NamedTuple):
     high: float | None
 
 
-def panels(drawn: Sequence[tuple[str, Sequence[Spread]]]) -> Figure:
-    """One panel per figure of a sweep: settings from top to bottom, a dot per seed, their mean with its interval."""
+def panels(drawn: Sequence[tuple[str, Sequence[Spread]]], stem: Path) -> None:
+    """Writes `stem`.svg and .png: a panel per figure of a sweep, settings from top to bottom, a dot per seed, their
+    mean with its interval."""
     with matplotlib.rc_context(STYLE):
         names = [spread.label for spread in drawn[0][1]]
         columns, height = 3, 0.75 + 0.24 * len(names)
@@ -85,7 +87,7 @@ def panels(drawn: Sequence[tuple[str, Sequence[Spread]]]) -> Figure:
         for axes, (title, spreads) in zip(grid.flat, drawn):
             axes.set_title(title, loc="left", fontsize=9, color=INK)
             for place, (_, values, mean, low, high) in enumerate(spreads):
-                axes.plot(values, [place] * len(values), "o", color=COLOURS[2], markersize=4, alpha=0.7, mew=0)
+                axes.plot(values, [place + 0.24] * len(values), "o", color=COLOURS[1], markersize=4, alpha=0.8, mew=0)
                 if low is not None:
                     axes.plot([low, high], [place, place], color=COLOURS[0], linewidth=2)
                 if mean is not None:
@@ -100,7 +102,9 @@ def panels(drawn: Sequence[tuple[str, Sequence[Spread]]]) -> Figure:
             axes.spines[:].set_visible(False)
         for axes in grid.flat[len(drawn) :]:
             axes.set_visible(False)
-        return figure
+        figure.get_layout_engine().set(h_pad=0.09)
+        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
+        figure.savefig(stem.with_suffix(".png"), dpi=150)
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:

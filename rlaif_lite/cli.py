@@ -325,7 +325,7 @@ def profile(
     stem = out or Path(f"{loaded.name}.profile.json")
     traces = profiler.Traces(stem.with_suffix(".trace.json"), stem.with_suffix(".memory.png")) if trace else None
     random = profiler.Random(small) if random_weights else None
-    found = profiler.profile(loaded, steps, tuple(stage or profiler.PROFILED), cap, traces, random)
+    found = profiler.profile(loaded, steps, tuple(stage or ()), cap, traces, random)
     typer.echo(as_text(found))
     if out is not None:
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -174,3 +174,6 @@ def test_a_cap_needs_a_gpu_and_a_stage_a_name(recipe):
         profiler.profile(recipe(), memory_cap=10**9)
     with pytest.raises(StageError, match="no stage `pdo`"):
         profiler.profile(recipe(), stages=("pdo",))
+    for method, stage in (("ppo", "dpo"), ("dpo", "ppo")):  # the stages of the recipe's own method
+        with pytest.raises(StageError, match=f"no stage `{stage}` to profile; there are features, sft, context, "):
+            profiler.profile(recipe(f"method={method}"), stages=(stage,))

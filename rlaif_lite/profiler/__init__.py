@@ -26,7 +26,7 @@ from .inputs import made_up, reduced, stand_ins, write_inputs
 from .recorder import FLOPS, Recorder, matmul_rate
 from .tables import SCHEMA, draw_memory
 
-PROFILED = tuple(name for name in STAGES if name != "data")
+PROFILED = tuple(name for name in STAGES if name not in ("data", "dpo"))  # rounds of DPO need answers that differ
 
 
 class Traces(NamedTuple):
@@ -45,26 +45,28 @@ class Random(NamedTuple):
 def profile(
     recipe: Recipe,
     steps: int = 2,
-    stages: tuple[str, ...] = PROFILED,
+    stages: tuple[str, ...] = (),
     memory_cap: int | None = None,
     traces: Traces | None = None,
     random: Random | None = None,
 ) -> dict:
-    """Run `stages` and return what they cost, as JSON has it (see docs/profiling.md).
+    """Run `stages` (none named: all that the recipe runs) and return what they cost, as JSON has it (see
+    docs/profiling.md).
 
     memory_cap: bytes that the CUDA allocator may hold; random: made-up weights. Memory is planned for the same inputs.
     Raises StageError for an unknown stage, and for a cap without a GPU; torch.OutOfMemoryError or StageError where the
     cap is too small.
     """
-    if unknown := [name for name in stages if name not in PROFILED]:
-        raise StageError(f"There is no stage `{unknown[0]}` to profile; there are {', '.join(PROFILED)}.")
+    known = [name for name in PROFILED if name in recipe.stages]
+    if unknown := [name for name in stages if name not in known]:
+        raise StageError(f"There is no stage `{unknown[0]}` to profile; there are {', '.join(known)}.")
     device = torch.device(pick_device(recipe.device))
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
     cap(memory_cap, device)
     with opened(recipe, steps, memory_cap, random) as (work, plan):
         found, moments = {}, {}
         rate = matmul_rate(device, torch_dtype(recipe.model, device))
-        chosen = [stage for stage in PROFILED if stage in stages]
+        chosen = [stage for stage in known if not stages or stage in stages]
         with_steps = [stage for stage in chosen if stage in ("sft", "reward", "ppo")]
         for stage in ["features", *(stage for stage in chosen if stage != "features")]:
             if stage != "features":

@@ -269,6 +269,14 @@ def test_a_run_of_dpo_speaks_of_dpo(pages, run):
     assert f"F1 harmonic mean of precision and recall {before} % 99.0 % +3.0 +1.0 to +5.0" in text
 
 
+def test_answers_with_strange_line_ends(run):
+    path = run / "evaluate" / "ppo.greedy@0.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["answer"] += " one\u2028two"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    assert "one\u2028two" in write(run).read_text()
+
+
 def test_a_run_that_is_in_the_middle_of_dpo(pages, run):
     folder = shutil.copytree(pages["dpo"].parent, run.parent / "dpo")
     summary = json.loads((folder / "summary.json").read_text()) | {

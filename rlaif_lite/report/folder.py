@@ -106,8 +106,8 @@ def _json_lines(path: Path) -> list[dict]:
     "Lines of a file that may be missing, and whose last line may be in the middle of being written."
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]  # an answer may hold other line ends, such as U+2028
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [json.loads(line) for line in whole.split("\n") if line]
     except ValueError as error:
         raise StageError(f"{path} has a line that is not JSON ({error}); run the stage that writes it again") from error

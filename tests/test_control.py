@@ -151,6 +151,7 @@ def test_what_a_student_of_rlif_stores(monkeypatch):
     assert np.all(np.stack([row[5] for row in kept]) == 1), "a pendulum's task is not over when its 200 steps are"
 
 
+@pytest.mark.slow
 def test_rlif_ends_better_than_its_intervener_and_than_its_imitator():
     """The claim in small: four seeds, one poor intervener each. The whole study: python -m rlaif_lite.control."""
     settings = Settings(

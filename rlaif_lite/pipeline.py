@@ -104,6 +104,7 @@ def run_stage(
         say(f"{name}: done before, nothing it reads has changed")
         write_json(folder / "done.json", done | {"status": "skipped"})
         return
+    displace(work, name)
     if share is not None and (source := finished_beside(work, name, reads, share)) is not None:
         say(f"{name}: taken from {source}, which read the same")
         take(work, name, source)
@@ -220,6 +221,18 @@ def empty(work: Workspace, name: str) -> None:
     for path in sorted(work.stage(name).iterdir(), key=lambda p: p.name in marks):
         if path.name != "cache":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def displace(work: Workspace, name: str) -> None:
+    """Of a stage that leaves the same roles as `name` will (another method's), remove what it left: it is done no more.
+    A kill in the middle leaves it stale."""
+    mine = set(LEAVES.get(name, ()))
+    for other, roles in LEAVES.items():
+        if other != name and mine.intersection(roles) and (work.folder / other / "done.json").exists():
+            say(f"{other}: removed, because {name} makes adapters of the same names")
+            write_json(work.folder / other / "begun.json", {"reads": {"replaced by": name}})
+            (work.folder / other / "done.json").unlink()
+            empty(work, other)
 
 
 def write_summary(work: Workspace, stages: list[str], finished: bool) -> None:

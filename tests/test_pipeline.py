@@ -230,6 +230,20 @@ def test_a_stale_stage_starts_from_nothing(rerun, monkeypatch):
     assert sorted((folder / "features" / "cache").iterdir()) == cached
 
 
+def test_a_policy_of_another_method_is_not_taken_for_its_own(rerun, monkeypatch):
+    """PPO, then DPO in the same folder, then PPO again: `adapters/policy` is DPO's by then."""
+    ran = Ran(monkeypatch)
+    recipe = rerun()
+    folder = Path(recipe.output)
+    assert ran.after(recipe) == []
+    (folder / "kept" / "dpo.json").write_text(json.dumps({"result": {}}))
+    assert ran.after(load_recipe(folder / "recipe.yaml", ["method=dpo"])) == ["dpo", "evaluate"]
+    assert not (folder / "adapters" / "value").exists() and not (folder / "ppo" / "done.json").exists()
+    assert "ppo" not in {line["stage"] for line in read_jsonl(folder / "metrics.jsonl")}
+    assert ran.after(recipe) == ["ppo", "evaluate"]
+    assert not (folder / "dpo" / "done.json").exists()
+
+
 def test_a_world_of_another_seed_is_another_world(rerun):
     """Videos are not kept under their old names."""
     recipe = rerun("data.world.seed=6")

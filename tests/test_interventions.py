@@ -68,7 +68,9 @@ def test_statements_of_a_narrative():
     told = "first a red circle left and a yellow star . then a blue square up and a yellow star ."
     assert statements(told, [" and "]) == ["first a red circle left", "a yellow star", "then a blue square up"]
     assert statements("[0.0s-1.5s] A man runs. He falls! [1.5s-3.0s] A man runs.", []) == ["A man runs", "He falls"]
+    assert statements("[0.0s-1.5s] A man runs [1.5s-3.0s] A dog", []) == ["A man runs", "A dog"]  # captions cut short
     assert statements("", [" and "]) == [] == statements(" . ", [])
+    assert statements("A man runs. *** \U0001f642! - ", []) == ["A man runs"]  # what has no word cannot be left out
 
 
 def test_words_that_an_answer_leaves_out():

@@ -24,7 +24,7 @@ from ..video.cache import FeatureRecord
 from .claims import Item, Verdict, ask, judge_claims, split_claims
 
 VERDICT = 0.5  # P(yes) + P(no) from which on an inline judge's word is a verdict
-CLIP_HEAD = re.compile(r"^\[[\d.]+s-[\d.]+s\]\s*")  # as `judge.narrative` heads a caption
+CLIP_HEAD = re.compile(r"\[[\d.]+s-[\d.]+s\]\s*")  # as `judge.narrative` heads a caption
 
 
 class Claim(NamedTuple):
@@ -75,11 +75,12 @@ def token_ends(base: Base, ids: Sequence[int], claims: Sequence[str]) -> list[in
 
 
 def statements(narrative: str, joints: Sequence[str]) -> list[str]:
-    """What a narrative says: its sentences, cut at `joints` (" and "), each once, without the clips' times."""
-    parts = [CLIP_HEAD.sub("", sentence) for sentence in split_claims(narrative)]
+    """What a narrative says: its sentences, cut at `joints` (" and "), each once, without the clips' times. A caption
+    ends where the next one is headed, also where it was cut short; what has no word says nothing."""
+    parts = [sentence for caption in CLIP_HEAD.split(narrative) for sentence in split_claims(caption)]
     for joint in joints:
         parts = [piece for part in parts for piece in part.split(joint)]
-    return list(dict.fromkeys(stripped for part in parts if (stripped := part.strip(" .!?,"))))
+    return list(dict.fromkeys(stripped for part in parts if _words(stripped := part.strip(" .!?,"))))
 
 
 def missing_words(statement: str, answer: str) -> float:

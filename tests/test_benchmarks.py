@@ -23,7 +23,7 @@ from rlaif_lite.data.world_text import COLOURS, describe
 from rlaif_lite.errors import DataError
 from rlaif_lite.model.inputs import collate, encode_answer, encode_prompt
 from rlaif_lite.model.roles import Roles
-from rlaif_lite.recipe import Lora, dump_yaml
+from rlaif_lite.recipe import Lora, dump_yaml, load_recipe
 
 VIDEOS = files.facts(6)
 FIRST = VIDEOS[0][1]
@@ -77,7 +77,7 @@ def test_hallucination_files_are_read(tmp_path):
     assert amber[-1].group.startswith("discriminative") and amber[-1].objects is None
     objhal = hallucination.load_objhal(files.objhal(tmp_path, VIDEOS))
     shapes = {shape for _, shape, _ in FIRST["events"]}
-    assert set(objhal[0].objects.present.values()) == shapes and objhal[0].video == "00000.mp4"
+    assert set().union(*objhal[0].objects.present.values()) == shapes and objhal[0].video == "00000.mp4"
     assert ("box" in objhal[0].objects.present) == ("square" in shapes)
     assert hallucination.load_objhal(files.objhal_inside(tmp_path, VIDEOS, b"picture"))[0].picture is not None
     mmhal = hallucination.load_mmhal(files.mmhal(tmp_path, VIDEOS))[1]
@@ -98,13 +98,19 @@ WRONG = [
     ("amber", [("q.json", [{"id": 1, "image": "a", "query": "q"}])], "There are no annotations"),
     ("amber", [("q.json", [{"id": 1, "image": "a", "query": "q"}]),
                ("n.json", [{"id": 2, "type": "generative", "truth": []}])], "query 1 has no annotation"),
+    ("amber", [("q.json", [{"id": 1, "image": "a", "query": "q"}]),
+               ("n.json", [{"id": 1, "type": "generative", "truth": ["dog"]}])], "annotation 1: `hallu` is None, expected"),
     ("objhal", [("p.jsonl", [{"image_id": 1, "question": "q"}])], "There are no objects"),
+    ("objhal", [("o.jsonl", [{"image_id": 1, "objects": ["cat"]}, {"image_id": 2}])], "entry 1: `objects` is None, expected"),
     ("objhal", [("p.jsonl", [{"image_id": 1, "question": "q"}]), ("o.jsonl", [{"image_id": 2, "objects": ["cat"]}])],
      "picture 1 is in no list of objects"),
-    ("mmhal", [("m.json", [{"question": "q", "gt_answer": "a"}])], "no question_type, image_id"),
+    ("mmhal", [("m.json", [{"question": "q", "gt_answer": "a"}])], "no question_type, image_content, image_id"),
     ("msvd-retrieval", [("c.pkl", [])], "is a pickle, which can run any code"),
     ("msvd-retrieval", [("c.json", [{"video": 1}])], "found the keys video"),
     ("msrvtt-retrieval", [("c.csv", "a,b\n1,2\n")], "found the columns"),
+    ("msrvtt-retrieval", [("c.csv", "video_id,sentence\na,b\nc\n")], "line 3: it has no video_id or no sentence"),
+    ("msrvtt-retrieval", [("c.csv", b"video_id,sentence\na,\xff\n")], "it cannot be read as CSV"),
+    ("objhal", [("synonyms.txt", b"caf\xe9\n")], "it cannot be read as text"),
     ("ucf101", [("testlist01.txt", "what is this\n")], "lines such as 'what is this' were found"),
     ("ucf101", [("testlist01.txt", "Run/v_a.avi\n"), ("classInd.txt", "1 Walk\n")], "The class 'run' of a test video"),
     ("hmdb51", [("run_test_split1.txt", "a.avi 1\n")], "There are no test videos"),
@@ -116,7 +122,8 @@ def test_another_shape_is_refused(tmp_path, name, content, said):
     paths = []
     for file, what in content:
         paths.append(tmp_path / file)
-        paths[-1].write_text(what if isinstance(what, str) else json.dumps(what))
+        shaped = what if isinstance(what, (str, bytes)) else json.dumps(what)
+        paths[-1].write_bytes(shaped.encode() if isinstance(shaped, str) else shaped)
     with pytest.raises(DataError) as error:
         BENCHMARKS[name].load(paths)
     assert said in str(error.value) and (str(tmp_path) in str(error.value) or "xpected" in str(error.value))
@@ -154,8 +161,8 @@ def test_words_of_answers():
     vocabulary = frozenset(["dog", "fire truck", "truck", "berry", "leaf", "bus", "glass"])
     said = "Two dogs, a fire truck and TRUCKS; berries on leaves. Buses? A glass of glasses."
     assert mentions(said, vocabulary) == ["dog", "fire truck", "truck", "berry", "leaf", "bus", "glass", "glass"]
-    answers = ["Yes, it is.", "No.", "There isn't one", "It is not there, yes?", "A dog.", "Nothing yesterday"]
-    assert [yes_or_no(answer) for answer in answers] == [True, False, False, False, None, None]
+    answers = ["Yes, it is.", "No.", "There isn't one", "It is not there, yes?", "A dog.", "Nothing yesterday", "It isn’t."]
+    assert [yes_or_no(answer) for answer in answers] == [True, False, False, False, None, None, False]
 
 
 def row(answer: str, **more) -> dict:
@@ -192,8 +199,9 @@ def test_polling_by_hand():
 def test_chair_by_hand():
     """Named: dog, grass, cat, frisbee, people (harmless). Invented: cat (expected to be), frisbee."""
     words = frozenset(["dog", "puppy", "grass", "cat", "frisbee", "people", "tree"])
-    objects = Objects({"dog": "dog", "puppy": "dog", "grass": "grass", "tree": "tree"}, {"cat": "cat", "bird": "bird"},
-                      words, frozenset(["people"]))  # fmt: skip
+    dog, grass, tree, cat, bird = (frozenset([name]) for name in ("dog", "grass", "tree", "cat", "bird"))
+    objects = Objects({"dog": dog, "puppy": dog, "grass": grass, "tree": tree}, {"cat": cat, "bird": bird}, words,
+                      frozenset(["people"]))  # fmt: skip
     item = Item("1", "v", ("q",), "", "generative", objects=objects)
     said = "A dog on the grass with cats, people and a frisbee; nobody else."
     found = total(hallucination.tally_amber, [(item, row(said)), (item._replace(id="2"), row("A puppy, dogs."))])
@@ -203,6 +211,19 @@ def test_chair_by_hand():
     pairs = [(item, row(said)), (item, row("A dog, a dog, a puppy.")), (item, row("Nothing to be seen."))]
     found = total(hallucination.tally_objhal, pairs)  # each word once per answer; the last names no object
     assert found == {"chair_response": 1 / 2, "chair_mention": 3 / 7, "recall": 3 / 9}
+
+
+def test_a_word_may_stand_for_several_objects(tmp_path):
+    """A man is a person: "a person" covers one of the two objects, "a man" both, as in AMBER's script."""
+    written = {"q": [{"id": 1, "image": "a", "query": "q"}],
+               "n": [{"id": 1, "type": "generative", "truth": ["man", "person"], "hallu": ["boy", "child"]}],
+               "r": [{"person": ["man"], "man": [], "child": ["boy"], "boy": []}]}  # fmt: skip
+    for name, what in written.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(what))
+    (item,) = hallucination.load_amber([tmp_path / f"{name}.json" for name in written])
+    found = [hallucination.tally_amber(item, row(said)) for said in ("A person.", "A man.", "A boy.", "A child.")]
+    assert [each["cover"] for each in found] == [(1, 2), (2, 2), (0, 2), (0, 2)]
+    assert [each["cog"] for each in found] == [(0, 2), (0, 2), (2, 2), (1, 2)]
 
 
 def verdict(correct=None, score=None, problem=None) -> dict:
@@ -323,7 +344,7 @@ def test_from_the_command_line(run_dir, videos, tmp_path):
     command = ("msvd-qa", *asked, "--videos", tmp_path / "videos", "--judge", "rules", "--role", "sft", "--out", out)
     said = bench(run_dir, *command)
     found, items = results(out)
-    assert (found["items"], found["videos"], found["judge"]) == (12, 4, "rules:words-and-token-f1@1")
+    assert (found["items"], found["videos"], found["judge"]) == (12, 4, "rules:words-and-token-f1@2")
     assert found["missing"] == ["00005"] and list(found["broken"]) == ["00003"]
     assert (found["missing_items"], found["broken_items"]) == (3, 3)
     assert "1 videos missing, 3 items left out: 00005" in said and "1 videos broken, 3 items left out: 00003" in said
@@ -391,6 +412,21 @@ def test_every_benchmark_runs(run_dir, videos, tmp_path, name):
             assert item["rank"] == 1 + sorted(column, reverse=True).index(column[number])
     if name == "claims":
         assert all(set(item["claims"]) == {"true", "true_elsewhere", "said", "said_by_itself"} for item in items)
+
+
+def test_a_claim_audit_has_one_judge(run_dir, videos, tmp_path):
+    """What the judge was told makes it another one, whose verdicts are not put beside those that are there."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    asked, out = files.write("claims", tmp_path / "files", VIDEOS[:2]), tmp_path / "out"
+    command = (tmp_path / "run", "claims", *asked, "--videos", videos, "--role", "sft", "--out", out)
+    bench(*command)
+    lines = (out / "claims.jsonl").read_bytes()
+    for change in ("context.max_new_tokens=4", "preference.claims.prompt='<video> {context} said :'"):
+        recipe = load_recipe(run_dir / "recipe.yaml", [change])
+        (tmp_path / "run" / "recipe.yaml").write_text(dump_yaml(recipe))
+        refused = CliRunner().invoke(cli.app, ["bench", *map(str, command)])
+        assert refused.exit_code == 2 and "judge was claims/" in refused.stderr
+    assert (out / "claims.jsonl").read_bytes() == lines
 
 
 def test_a_plain_base_and_pictures_inside_the_file(checkpoint, tmp_path):

@@ -6,7 +6,6 @@ frame. Decoding is greedy (published: sampled at T = 0.2).
 """
 
 import base64
-import binascii
 import hashlib
 import json
 import os
@@ -226,7 +225,7 @@ def write_pictures(items: list[Item], folder: Path) -> dict[str, str]:
             path = folder / f"{os.path.basename(item.video)}.jpg"
             try:
                 content = base64.b64decode(item.picture, validate=True)
-            except (binascii.Error, TypeError) as error:
+            except (ValueError, TypeError) as error:
                 raise DataError(f"The picture of item {item.id} is not base64 ({error}).") from None
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)

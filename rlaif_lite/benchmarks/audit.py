@@ -20,7 +20,7 @@ from ..judge.claims import Item as Claimed
 from ..judge.claims import Verdict, judge_claims
 from ..model.inputs import VIDEO_MARK
 from ..model.roles import ActiveRole
-from ..recipe import Claims
+from ..recipe import Claims, Context
 from ..video.cache import FeatureRecord
 from .items import Item, Tally
 
@@ -81,7 +81,8 @@ def tally(item: Item, row: dict) -> Tally:
     }
 
 
-def judge_id(base: str, role: str, section: Claims) -> str:
-    """base: name and digest of the base; role: name and digest of the role."""
-    prompts = hashlib.sha256(json.dumps(section.model_dump(), sort_keys=True).encode()).hexdigest()[:12]
+def judge_id(base: str, role: str, section: Claims, context: Context) -> str:
+    """base: its name; role: its name and digest; context: how the narratives that it reads are made."""
+    asked = [section.model_dump(mode="json"), context.model_dump(mode="json", exclude={"batch_size"})]
+    prompts = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
     return f"claims/{base}/{role}/{prompts}"

@@ -22,7 +22,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from ..errors import DataError
-from .items import Item, Objects, Tally, entries, mentions, one_file, text, texts, unique, yes_or_no
+from .items import Item, Objects, Tally, entries, lines_of, meant, mentions, one_file, text, texts, unique, yes_or_no
 
 POPE = "POPE's JSON lines {question_id, image or video, text, label}"
 AMBER = "AMBER's query_*.json and annotations.json, and relation.json and safe_words.txt where you have them"
@@ -84,7 +84,7 @@ def load_amber(paths: list[Path]) -> list[Item]:
     queries, notes, relation, safe = [], {}, {}, frozenset()
     for path in paths:
         if path.suffix == ".txt":
-            safe = frozenset(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+            safe = frozenset(lines_of(path))
             continue
         found = entries(path, AMBER)
         if "query" in found[0]:
@@ -111,13 +111,21 @@ def load_amber(paths: list[Path]) -> list[Item]:
         asked = (text(entry, "query", place),)
         video, kind = text(entry, "image", place), text(note, "type", f"annotation {name}")
         if kind == "generative":
-            present, traps = ({word: each for each in texts(note, key, f"annotation {name}")
-                               for word in (*relation.get(each, []), each)} for key in ("truth", "hallu"))  # fmt: skip
+            present, traps = (_by_word(texts(note, key, f"annotation {name}"), relation) for key in ("truth", "hallu"))
             objects = Objects(present, traps, vocabulary, safe)
             items.append(Item(name, video, asked, "", kind, objects=objects))
         else:
             items.append(Item(name, video, asked, _label(note, "truth", f"annotation {name}"), kind))
     return unique(items)
+
+
+def _by_word(names: list[str], relation: dict[str, list[str]]) -> dict[str, frozenset[str]]:
+    """{word: the objects it names}, of objects and AMBER's words for them; one word may stand for several."""
+    found = defaultdict(set)
+    for name in names:
+        for word in (name, *relation.get(name, [])):
+            found[word].add(name)
+    return {word: frozenset(named) for word, named in found.items()}
 
 
 def tally_amber(item: Item, row: dict) -> Tally:
@@ -129,14 +137,11 @@ def tally_amber(item: Item, row: dict) -> Tally:
         return {f"disc_{name}": value for name, value in (_polled(item, row, "no") | _bias(row)).items()}
     named = mentions(row["answers"][0], objects.vocabulary)
     invented = [word for word in named if word not in objects.harmless and word not in objects.present]
-    all_present, all_traps = set(objects.present.values()), set(objects.traps.values())
-    covered = {objects.present[word] for word in named if word in objects.present}
-    expected = {objects.traps[word] for word in invented if word in objects.traps}
     return {
         "chair": (len(invented), len(named)),
-        "cover": (len(covered), len(all_present)),
+        "cover": (len(meant(named, objects.present)), len(meant(objects.present, objects.present))),
         "hal": (float(bool(invented)), 1.0),
-        "cog": (len(expected), len(all_traps)),
+        "cog": (len(meant(invented, objects.traps)), len(meant(objects.traps, objects.traps))),
     }
 
 
@@ -148,7 +153,7 @@ def load_objhal(paths: list[Path]) -> list[Item]:
     prompts, objects, captions, synonyms = [], defaultdict(set), [], {}
     for path in paths:
         if path.suffix == ".txt":
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in lines_of(path):
                 names = [name.strip().lower() for name in line.split(",") if name.strip()]
                 synonyms |= {name: names[0] for name in names}
             continue
@@ -181,7 +186,7 @@ def _with_objects(
     if number not in objects:
         raise DataError(f"{place}: picture {number} is in no list of objects; of another split, perhaps.")
     here = {synonyms[each.lower()] for each in objects[number]}
-    present = {word: meant for word, meant in synonyms.items() if meant in here}
+    present = {word: frozenset([name]) for word, name in synonyms.items() if name in here}
     by_path = "image_path" in entry
     return Item(
         number, text(entry, "image_path", place) if by_path else number, (text(entry, "question", place),), "",
@@ -210,15 +215,14 @@ def _read_coco(found: dict, objects: dict[str, set[str]], place: str) -> list[tu
 
 
 def tally_objhal(item: Item, row: dict) -> Tally:
-    """CHAIR by response (of the answers that name an object) and by mention (each object once per answer), and recall."""
+    """CHAIR by response (of the answers that name an object) and by mention (each word once per answer), and recall."""
     objects = item.objects
     named = list(dict.fromkeys(mentions(row["answers"][0], objects.vocabulary)))
     invented = [word for word in named if word not in objects.present]
-    covered = {objects.present[word] for word in named if word in objects.present}
     return {
         "chair_response": (float(bool(invented)), float(bool(named))),
         "chair_mention": (len(invented), len(named)),
-        "recall": (len(covered), len(set(objects.present.values()))),
+        "recall": (len(meant(named, objects.present)), len(meant(objects.present, objects.present))),
     }
 
 
@@ -227,13 +231,13 @@ def tally_objhal(item: Item, row: dict) -> Tally:
 
 def load_mmhal(paths: list[Path]) -> list[Item]:
     """Questions with the answer that people gave; the picture by the file name of its address, or by its id."""
-    path = one_file(paths, MMHAL)
+    path, keys = one_file(paths, MMHAL), ("question_type", "question", "gt_answer", "image_content", "image_id")
     items = []
-    for index, entry in enumerate(entries(path, MMHAL, "question_type", "question", "gt_answer", "image_id")):
+    for index, entry in enumerate(entries(path, MMHAL, *keys)):
         place = f"{path}, entry {index}"
         address = str(entry.get("image_src") or "")
         video = os.path.basename(re.split(r"[?#]", address)[0]) or text(entry, "image_id", place)
-        content = ", ".join(texts(entry, "image_content", place)) if "image_content" in entry else None
+        content = ", ".join(texts(entry, "image_content", place)) or "nothing"
         kind, asked = text(entry, "question_type", place), text(entry, "question", place)
         items.append(Item(str(index), video, (asked,), text(entry, "gt_answer", place), kind, content))
     return items

@@ -18,10 +18,10 @@ from ..video.decode import IMAGES
 class Objects(NamedTuple):
     """What may be named in the answer to one item."""
 
-    present: dict[str, str]
-    "word or words -> the object in the picture that they name"
-    traps: dict[str, str]
-    "... -> the object that is not in the picture and that people expect to be invented there"
+    present: dict[str, frozenset[str]]
+    "word or words -> the objects in the picture that they name: `person` may name a man and a child"
+    traps: dict[str, frozenset[str]]
+    "... -> the objects that are not in the picture and that people expect to be invented there"
     vocabulary: frozenset[str]
     "all that counts as an object; shared by the items of a benchmark"
     harmless: frozenset[str]
@@ -78,18 +78,27 @@ def entries(path: Path, format: str, *keys: str) -> list[dict]:
 
 def text(entry: dict, key: str, place: str) -> str:
     """A text or a number as text. Raises DataError for anything else, and for an empty text."""
-    value = entry[key]
+    value = entry.get(key)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
         raise DataError(f"{place}: `{key}` is {value!r}, expected a text.")
     return str(value).strip()
 
 
 def texts(entry: dict, key: str, place: str) -> list[str]:
-    """A list of texts."""
-    value = entry[key]
+    """A list of texts. Raises DataError for anything else."""
+    value = entry.get(key)
     if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
         raise DataError(f"{place}: `{key}` is {value!r}, expected a list of texts.")
     return value
+
+
+def lines_of(path: Path) -> list[str]:
+    """Lines of a text that are not empty, stripped. Raises DataError where it is no text."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: it cannot be read as text ({error}).") from None
+    return [line for line in lines if line]
 
 
 def one_file(paths: list[Path], format: str) -> Path:
@@ -163,8 +172,13 @@ def _has_frames(folder: str) -> bool:
 
 
 def words_of(answer: str) -> list[str]:
-    """Lower-case words without punctuation."""
-    return re.findall(r"[a-z0-9]+(?:['-][a-z0-9]+)*", answer.lower())
+    """Lower-case words without punctuation; an apostrophe in any form."""
+    return re.findall(r"[a-z0-9]+(?:['-][a-z0-9]+)*", answer.lower().replace("’", "'"))
+
+
+def meant(words: Iterable[str], objects: dict[str, frozenset[str]]) -> set[str]:
+    """All that the words name of `objects`."""
+    return set().union(*(objects[word] for word in words if word in objects))
 
 
 def mentions(answer: str, vocabulary: frozenset[str]) -> list[str]:

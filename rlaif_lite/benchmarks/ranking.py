@@ -29,7 +29,7 @@ from rlaif_kernels import linear_logprob
 from ..errors import DataError
 from ..model.inputs import Sequence, branch, collate
 from ..model.roles import ActiveRole
-from .items import Item, Tally, entries
+from .items import Item, Tally, entries, lines_of
 
 CAPTIONS = "MSR-VTT's csv or json of captions, or MSVD's lines or csv of captions, and a list of test videos"
 ACTIONS = "UCF101's testlist01.txt and classInd.txt, or HMDB51's <class>_test_split1.txt"
@@ -45,7 +45,7 @@ def load_captions(paths: list[Path]) -> list[Item]:
     for path in paths:
         if path.suffix == ".pkl":
             raise DataError(f"{path} is a pickle, which can run any code and is not read. Give the captions as text.")
-        lines = _lines(path) if path.suffix != ".json" else []
+        lines = _named_lines(path) if path.suffix not in (".json", ".csv") else []
         if path.suffix == ".json":
             pairs += _from_json(path)
         elif path.suffix == ".csv":
@@ -80,10 +80,15 @@ def _from_json(path: Path) -> list[tuple[str, str]]:
 
 
 def _from_csv(path: Path) -> list[tuple[str, str]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: it cannot be read as CSV ({error}).") from None
     columns = set(rows[0]) if rows else set()
     if {"video_id", "sentence"} <= columns:
+        if short := [number for number, row in enumerate(rows, 2) if not (row["video_id"] and row["sentence"])]:
+            raise DataError(f"{path}, line {short[0]}: it has no video_id or no sentence. Expected {CAPTIONS}.")
         return [(row["video_id"], row["sentence"].strip()) for row in rows]
     if {"VideoID", "Start", "End", "Language", "Description"} <= columns:
         return [(f"{row['VideoID']}_{row['Start']}_{row['End']}", row["Description"].strip())
@@ -95,7 +100,7 @@ def load_actions(paths: list[Path]) -> list[Item]:
     """Test videos; the reference of an item is its class in words, among all classes of the files."""
     items, classes = [], set()
     for path in paths:
-        lines = [line.split() for line in _lines(path)]
+        lines = [line.split() for line in _named_lines(path)]
         of_hmdb = re.fullmatch(r"(.+)_test_split\d+", path.stem)
         if all(len(line) == 2 and line[0].isdecimal() for line in lines):  # classInd.txt
             classes |= {words_of_class(name) for _, name in lines}
@@ -122,13 +127,9 @@ def words_of_class(name: str) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|_", " ", name).lower()
 
 
-def _lines(path: Path) -> list[str]:
-    """Lines that say something. `# ` begins a comment in MSVD's file, `#437` the name of a video in HMDB51's."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: it cannot be read as text ({error}).") from None
-    lines = [line for line in lines if line and not re.match(r"#(\W|$)", line)]
+def _named_lines(path: Path) -> list[str]:
+    """`# ` begins a comment in MSVD's file, `#437` the name of a video in HMDB51's."""
+    lines = [line for line in lines_of(path) if not re.match(r"#(\W|$)", line)]
     if not lines:
         raise DataError(f"{path}: it is empty.")
     return lines

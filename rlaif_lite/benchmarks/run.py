@@ -1,6 +1,6 @@
 """One benchmark, one role, one judge: from files to `results.json`.
 
-    OUT/settings.json   what the answers depend on; other settings are refused here
+    OUT/settings.json   what the answers depend on, and the verdicts of a claim audit; other settings are refused here
     OUT/answers.jsonl   (scores.jsonl, claims.jsonl) as they are made
     OUT/items.jsonl     one line per item, in the file's order: answer, length, stopped, verdicts, judge, counts
     OUT/results.json    figures with intervals, who was examined, who judged, what was missing
@@ -37,19 +37,24 @@ def run(
     """Put a role to benchmark `name` -> its `results.json`. `make_judge` is called where the benchmark needs a judge.
 
     Raises DataError: files in another shape, no video at all, a folder that holds other answers."""
-    benchmark = BENCHMARKS[name]
+    benchmark, recipe = BENCHMARKS[name], examinee.work.recipe
     items = benchmark.load(files)[:limit]
     found, missing = _videos(items, videos, out)
     settings = {
         "benchmark": name, "files": {path.name: _digest(path.read_bytes()) for path in files},
         "answers": examinee.digest(examinee.role), "prompt": prompt or benchmark.prompt,
-        "max_new_tokens": max_new_tokens or examinee.work.recipe.evaluate.max_new_tokens,
-        "features": examinee.work.recipe.features.model_dump(mode="json", exclude={"cache", "workers"}),
+        "max_new_tokens": max_new_tokens or recipe.evaluate.max_new_tokens,
+        "weights": {"quantization": recipe.model.quantization, "dtype": recipe.model.dtype},
+        "features": recipe.features.model_dump(mode="json", exclude={"cache", "workers"}),
     }  # fmt: skip
     broken = examinee.look(found, out / "videos.json", clips=benchmark.kind == "claims")
     usable = [item for item in items if item.video in found and item.video not in broken]
     if not usable:
         raise DataError(f"None of the {len(found)} videos can be used; the first: {next(iter(broken.values()))}")
+    if benchmark.kind == "claims":  # its verdicts lie in the folder, beside the answers
+        role = examinee.judge_role
+        judged_by = f"{role} {examinee.digest(role)}"
+        settings["judge"] = judge_id(recipe.model.base, judged_by, recipe.preference.claims, recipe.context)
     if benchmark.kind == "retrieval":
         settings["texts"] = _digest("\n".join(item.reference for item in usable).encode())
     _same_settings(out / "settings.json", settings)
@@ -93,9 +98,7 @@ def _rows(
     rows = [{key: value for key, value in answers[item.id].items() if key != "id"} for item in items]
     if benchmark.kind == "claims":
         found = examinee.audits(items, answers, out)
-        section, role = examinee.work.recipe.preference.claims, examinee.judge_role
-        judge = judge_id(examinee.work.recipe.model.base, f"{role} {examinee.digest(role)}", section)
-        return [row | {"claims": found[item.id]["claims"]} for item, row in zip(items, rows)], judge
+        return [row | {"claims": found[item.id]["claims"]} for item, row in zip(items, rows)], settings["judge"]
     if not benchmark.tasks:
         return rows, None
     examinee.work.release_roles()

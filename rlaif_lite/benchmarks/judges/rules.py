@@ -26,7 +26,7 @@ NAMED = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?:?\s*\(?([A-H])\b")
 class Rules:
     """Judges by the rules above."""
 
-    id = "rules:words-and-token-f1@1"  # another number when a rule changes
+    id = "rules:words-and-token-f1@2"  # another number when a rule changes
 
     def judge(self, cases: Sequence[Case]) -> list[Verdict]:
         """One verdict for each case, in order; there is never a problem."""

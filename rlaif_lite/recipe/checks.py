@@ -65,6 +65,16 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "ppo.interventions.takeover",
             "is replace, which makes several parts of an answer, but ppo.baseline compares whole ones. Set it to batch.",
         )
+    if ppo.whiten_rewards and ppo.value == "none" and ppo.baseline != "batch":
+        yield "ppo.whiten_rewards", "scales rewards of tokens, but ppo.baseline compares whole answers. Set it false."
+    if ppo.kl_target is not None and ppo.kl_coef == 0:
+        yield "ppo.kl_target", "adapts ppo.kl_coef, which is 0 and stays 0 however it is scaled. Give it a start."
+    if recipe.method == "ppo" and ppo.feedback != "reward_model":
+        for key, given in (("model.reward_base", recipe.model.reward_base), ("data.pairs", recipe.data.pairs)):
+            if given:
+                yield key, f"is for a reward model, but ppo.feedback: {ppo.feedback} does without one. Leave it out."
+    if recipe.evaluate.best_of is not None and "policy" not in recipe.evaluate.roles:
+        yield "evaluate.best_of", "is about the policy, which evaluate.roles leaves out. Put it there, or set null."
     if ppo.rollouts % ppo.group_size:
         yield "ppo.rollouts", f"is {ppo.rollouts}, no multiple of ppo.group_size: {ppo.group_size}. Change either."
     if ppo.minibatch > ppo.rollouts:
@@ -77,12 +87,16 @@ def _dpo_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     dpo, preference = recipe.dpo, recipe.preference
     if recipe.data.pairs:
         yield "data.pairs", "is read by `method: ppo` only; rounds answer prompts anew. Give `data.preference` instead."
+    if recipe.model.reward_base is not None:
+        yield "model.reward_base", "is for a reward model, which `method: dpo` does without. Leave it out."
     if dpo.describe is not None and not preference.context:
         yield "dpo.describe", "makes the judge's context, but preference.context is false. Set that to true."
     if dpo.divide is None:
         return
     if preference.claims.mode != "ask":
         yield "preference.claims.mode", "is inline, but dpo.divide asks about claims. Set it to ask, with {claim}."
+    if preference.consistent_only:
+        yield "preference.consistent_only", "is about two orders, but dpo.divide judges single answers. Set it false."
     if dpo.divide.train is not None and recipe.data.world is None:
         yield "dpo.divide.train", "learns from the synthetic world's texts, and data.world is null. Set it to null."
     if dpo.divide.train is not None and dpo.divide.split is None and dpo.divide.ask is None:

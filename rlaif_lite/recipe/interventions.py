@@ -22,7 +22,7 @@ class Checklist(Section):
 
 class Interventions(Section):
     """A judge reads the policy's answers claim by claim and intervenes (RLIF). It is the SFT role with
-    `preference.claims`, and with the narrative where `preference.context` says so."""
+    `preference.claims`, and with the narrative where `ppo.judge_context` says so."""
 
     takeover: Literal["label", "stop", "replace"] = Field(
         "label", description="mark unsupported claims; end the answer at the first; or have it written anew"

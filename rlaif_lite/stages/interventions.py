@@ -14,7 +14,8 @@ that the policy sampled is learnt from once, where it was sampled, and blame fal
 the answer no longer holds.
 
 What an answer leaves out of the narrative is counted at its end, wherever that is: at its EOS, at the length limit, or
-where the judge stopped it, or stopping would be the cheap way out.
+where the judge stopped it, or stopping would be the cheap way out. An answer that ends with what was put in (`replace`)
+is charged nothing: no token of the policy's stands there.
 
 Departures from RLIF: on-policy PPO instead of off-policy actor-critic with prior data; a judge's log-odds instead of a
 reference critic's values; a takeover lasts one claim instead of a fixed number of steps.

@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             said = {"error": {"message": f"no {self.headers['Authorization']}" + (" insufficient_quota" * ("quota" in rest))}}
             self.answer(int(what), said, {"Retry-After": wait[1]} if wait else {"Location": server.url + "/other"})
         elif what == "garbage":
-            self.raw(200, b"<html>502 Bad Gateway</html>")
+            self.raw(200, f"<html>502 Bad Gateway {self.headers['Authorization']}</html>".encode())
         elif what == "close":
             self.close_connection = True
         elif what == "half":
@@ -220,6 +220,10 @@ def test_a_server_is_asked_again_when_it_says(server, judge):
     started = time.monotonic()
     model.judge(cases("429 once after=0.5", "fine"))
     assert time.monotonic() - started >= 0.5
+    server.calls.clear()
+    started = time.monotonic()
+    judge(concurrency=1, pause=0.8).judge(cases("503 once after=0"))  # no time at all is no pause
+    assert time.monotonic() - started >= 0.4 and server.calls["503 once after=0"] == 2
     in_a_minute = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
     assert 55 < _seconds(in_a_minute) <= 60
     assert [_seconds(text) for text in ("3", "-1", "soon", None)] == [3.0, 0.0, None, None]
@@ -264,6 +268,9 @@ def test_addresses_and_keys(monkeypatch):
             Endpoint(url, "m", revision="x")
     with pytest.raises(JudgeError, match="Put the key into an environment variable") as error:
         Endpoint("http://me:hunter2@host/v1", "m", revision="x")
+    assert "hunter2" not in str(error.value)
+    with pytest.raises(JudgeError, match="127.0.0.1:9/v1/chat/completions does not judge") as error:
+        Endpoint("http://127.0.0.1:9/v1?key=hunter2", "m", attempts=1)
     assert "hunter2" not in str(error.value)
     with pytest.raises(JudgeError, match="environment variable NO_SUCH_KEY.* is not set"):
         Endpoint("http://host/v1", "m", key="NO_SUCH_KEY", revision="x")

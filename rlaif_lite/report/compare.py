@@ -18,7 +18,7 @@ from rlaif_lite.report.page import MEASURES, MODES, duration, size
 from rlaif_lite.report.stats import NEEDS_TRUTH, RATIOS, Interval, paired_bootstrap, tally
 
 SEED_NOTE = "One run of each: with another seed, the same recipe may differ by more than these intervals say."
-SETTINGS = ("answers", "prompt", "max_new_tokens", "features")  # of a benchmark
+SETTINGS = ("answers", "prompt", "max_new_tokens", "weights", "features")  # of a benchmark
 SHOWN_KEYS = 60  # characters of a value
 
 
@@ -266,7 +266,7 @@ def compare_benchmarks(a: Path, b: Path) -> Comparison:
         table = one.summary["benchmark"] if len(common) == 1 else name
         lines += _metrics(table, one, other)
         videos[table] = len({item["video"] for item in one.items.values()})
-        settings = {key: (one.summary[key], other.summary[key]) for key in SETTINGS}
+        settings = {key: (one.summary.get(key), other.summary.get(key)) for key in SETTINGS}
         keys |= {f"{table}: {key}": pair for key, pair in settings.items() if pair[0] != pair[1]}
         notes.append(f"Judge of {table}: {one.summary['judge'] or 'none; counted by rules'}.")
     names = tuple(

@@ -32,7 +32,7 @@ def judge_run(run: Run, greedy: Changes, sample: Changes) -> Verdict:
     """The verdict on a run, from what the policy changed against SFT (`folder.changes`; empty where nothing was evaluated)."""
     items, warnings = len({row["id"] for row in run.rows}), cautions(run)
     if not greedy and not sample:
-        done = [name for name, stage in run.summary.get("stages", {}).items() if stage["status"] in ("done", "skipped")]
+        done = list(run.summary.get("stages", {}))  # done, skipped or shared: it has those that finished
         so_far = f"Stages finished: {', '.join(done)}." if done else "No stage has finished."
         if "ppo" in run.metrics and "ppo" not in done:
             so_far += f" PPO has done {run.metrics['ppo'][-1]['step'] + 1} steps."

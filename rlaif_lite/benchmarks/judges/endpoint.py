@@ -75,6 +75,7 @@ class Endpoint:
             raise JudgeError("The judge's address holds a name or password. Put the key into an environment variable.")
         path = parts.path.rstrip("/").removesuffix("/chat/completions")
         self._url = urllib.parse.urlunsplit(parts._replace(path=f"{path}/chat/completions"))
+        self._where = self._url.partition("?")[0]  # as messages name it: some providers take the key behind the "?"
         self._key = None if key is None else _key_of(key)
         self._model = model
         self._body = body or {}
@@ -92,7 +93,7 @@ class Endpoint:
             try:
                 self._answer(PROBE, threading.Event())
             except (_Refused, _Unanswered) as error:
-                raise JudgeError(f"{self._url} does not judge: {error}. {_ADVICE}") from None
+                raise JudgeError(f"{self._where} does not judge: {error}. {_ADVICE}") from None
         self.revision = revision or self._served
 
     def ask(self, prompts: Sequence[Prompt], keep: Callable[[int, Reply], None]) -> None:
@@ -144,7 +145,7 @@ class Endpoint:
             failed |= refused
         if failed:
             raise JudgeError(
-                f"{self._url}: {answered} of {count} prompts were answered, and their verdicts are kept. "
+                f"{self._where}: {answered} of {count} prompts were answered, and their verdicts are kept. "
                 f"{count - answered} are left; the last error: {list(failed.values())[-1]}. {_ADVICE}"
             )
 
@@ -170,12 +171,12 @@ class Endpoint:
             except _Again as error:
                 last = error
             if last.after is not None and last.after > LONGEST_WAIT_S:
-                raise JudgeError(f"{self._url} asks to wait for {last.after:.0f} s ({last}). {_ADVICE}")
+                raise JudgeError(f"{self._where} asks to wait for {last.after:.0f} s ({last}). {_ADVICE}")
             if attempt == self._attempts:
                 break
             pause = min(LONGEST_PAUSE_S, self._pause * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
             self._tell(last)
-            if last.after is None:
+            if not last.after:  # 0 as well: all attempts would be gone at once
                 stop.wait(pause)
             else:
                 with self._lock:
@@ -219,8 +220,7 @@ class Endpoint:
             words = " ".join(error.read(2000).decode(errors="replace").split())[:300]
         except (OSError, http.client.HTTPException):
             words = ""
-        said = f"HTTP {error.code} {error.reason}: {words}"
-        said = said if self._key is None else said.replace(self._key, "***")
+        said = self._masked(f"HTTP {error.code} {error.reason}: {words}")
         used_up = error.code == 429 and "insufficient_quota" in words  # OpenAI's; no waiting helps
         if error.code in (408, 409, 425, 429) and not used_up or error.code >= 500:
             return _Again(said, _seconds(error.headers.get("Retry-After")))
@@ -232,7 +232,11 @@ class Endpoint:
         moved = (
             f"It has moved to {error.headers.get('Location')}: give that address." if 300 <= error.code < 400 else ""
         )
-        return JudgeError(f"{self._url}, model {self._model}: {said}. {moved or do.get(error.code, '')} {_ADVICE}")
+        return JudgeError(f"{self._where}, model {self._model}: {said}. {moved or do.get(error.code, '')} {_ADVICE}")
+
+    def _masked(self, said: str) -> str:
+        """What a server says, which may repeat the key."""
+        return said if self._key is None else said.replace(self._key, "***")
 
     def _reply(self, data: bytes) -> Reply:
         try:
@@ -241,7 +245,8 @@ class Endpoint:
             if not isinstance(content, (str, type(None))):
                 raise TypeError
         except (ValueError, KeyError, IndexError, TypeError):
-            raise _Again(f"a body that is no chat completion: {data[:100]!r}") from None
+            words = self._masked(data.decode(errors="replace"))[:100].encode()
+            raise _Again(f"a body that is no chat completion: {words!r}") from None
         served, usage = str(body.get("model") or "unstated"), body.get("usage")
         with self._lock:
             self._served = self._served or served
@@ -254,7 +259,7 @@ class Endpoint:
                 self._unstated += 1
         if served != self._served:
             raise JudgeError(
-                f"{self._url}: the name {self._model} stood for {self._served} and now stands for {served}: another "
+                f"{self._where}: the name {self._model} stood for {self._served} and now stands for {served}: another "
                 f"judge. Name {served} as the model, and judge all of it anew; the verdicts of the other are kept."
             )
         return Reply(content or "", tokens=tokens)

@@ -5,6 +5,7 @@ Shapes: B answers of a step, T answer tokens, N real tokens, V vocabulary, K ans
 """
 
 import math
+import weakref
 from dataclasses import replace
 from itertools import permutations
 
@@ -161,6 +162,21 @@ def test_the_kl_in_the_loss_is_what_autograd_makes_of_it(finished, kind):
     assert max(move.abs().max() for move in want) > 1e-5
     if kind == "k3":
         assert history[0]["kl"].item() == pytest.approx(experience.kl_BT.sum().item() / sum(RAGGED), rel=1e-3)
+
+
+def test_the_exact_kl_in_the_loss_holds_the_reference_of_one_micro_batch(finished, monkeypatch):
+    step = Step(finished, minibatch=8, micro_batch=2, epochs=1, kl_in="loss", kl_estimator="exact")
+    _, experience = step.score(ragged(step))
+    backward, given, held = ppo.policy_backward, [], []
+
+    def watched(work, policy, micro, experience, own, ref_hidden_ND):
+        given.append(weakref.ref(ref_hidden_ND))
+        held.append(sum(hidden() is not None for hidden in given))
+        return backward(work, policy, micro, experience, own, ref_hidden_ND)
+
+    monkeypatch.setattr(ppo, "policy_backward", watched)
+    step.update(experience)
+    assert held == [1] * 4
 
 
 # ---- advantages without a critic

@@ -257,13 +257,12 @@ def update(
             rows = torch.cat([micro.index_b for micro in minibatch])
             real, own = experience.mask_BT[rows].sum(), experience.own_BT[rows].sum()
             stats: list[dict[str, Tensor]] = []
-            beside = reference_hidden(work, minibatch)
-            with roles.use("policy") as policy:
-                parts = [
-                    policy_backward(work, policy, micro, experience, own, ref_hidden_ND)
-                    for micro, ref_hidden_ND in zip(minibatch, beside, strict=True)
-                ]
-                stats.append(merge(parts))
+            parts = []
+            for micro in minibatch:
+                ref_hidden_ND = reference_hidden(work, micro)
+                with roles.use("policy") as policy:
+                    parts.append(policy_backward(work, policy, micro, experience, own, ref_hidden_ND))
+            stats.append(merge(parts))
             clip_and_step(roles.parameters("policy"), optimizers["policy"], section.max_grad_norm)
             if section.value == "adapter":
                 with roles.use("value") as value:
@@ -277,14 +276,13 @@ def update(
 
 
 @torch.no_grad()
-def reference_hidden(work: Workspace, minibatch: list[Micro]) -> list[Tensor | None]:
-    """ref_hidden_ND of each micro-batch where the loss holds the exact KL, else None."""
+def reference_hidden(work: Workspace, micro: Micro) -> Tensor | None:
+    """ref_hidden_ND of a micro-batch where the loss holds the exact KL, else None."""
     section = work.recipe.ppo
     if section.kl_in != "loss" or section.kl_estimator != "exact":
-        return [None] * len(minibatch)
-    tokens = sum(micro.batch.ids_BS.numel() for micro in minibatch)
-    with work.roles.use("reference") as reference, phase("update reference", tokens):
-        return [answer_hidden(reference, micro) for micro in minibatch]
+        return None
+    with work.roles.use("reference") as reference, phase("update reference", micro.batch.ids_BS.numel()):
+        return answer_hidden(reference, micro)
 
 
 def policy_backward(

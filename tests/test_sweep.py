@@ -21,6 +21,7 @@ from rlaif_lite import cli
 from rlaif_lite.errors import RecipeError
 from rlaif_lite.report import grid as tables
 from rlaif_lite.report.across import ROWS
+from rlaif_lite.report.stats import t_quantile
 from rlaif_lite.sweep import axis, folder_name, grid, sweep
 
 ROOT = Path(__file__).parent.parent
@@ -222,7 +223,7 @@ def test_a_single_seed_has_the_interval_over_videos(tmp_path):
 
 def test_the_t_quantile_beyond_the_table():
     """Against printed tables."""
-    assert [tables.t_quantile(df) for df in (2, 10, 11, 20, 60)] == pytest.approx(
+    assert [t_quantile(df) for df in (2, 10, 11, 20, 60)] == pytest.approx(
         [4.303, 2.228, 2.201, 2.086, 2.000], abs=3e-3
     )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
-from ..report.stats import paired_bootstrap
+from ..report.stats import paired_bootstrap, ratio
 from .items import Tally
 
 RESAMPLES = 2000
@@ -33,13 +33,9 @@ def figures(tallies: list[tuple[str, Tally]], seed: int = 0) -> dict[str, dict]:
         out[metric] = {"value": None, "low": None, "high": None, "items": counted[metric]}
         if counts_N2[:, 1].sum() > 0:
             # the change from nothing at all is the figure itself: a ratio of nothing is 0 here
-            found = paired_bootstrap(np.zeros_like(counts_N2), counts_N2, _ratio, RESAMPLES, seed)
+            found = paired_bootstrap(np.zeros_like(counts_N2), counts_N2, ratio, RESAMPLES, seed)
             out[metric] |= {"value": found.delta, "low": found.low, "high": found.high}
     return out
-
-
-def _ratio(sums_R2: np.ndarray) -> np.ndarray:
-    return sums_R2[..., 0] / np.where(sums_R2[..., 1] == 0, 1.0, sums_R2[..., 1])
 
 
 def table(results: list[dict]) -> str:

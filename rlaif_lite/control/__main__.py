@@ -16,18 +16,14 @@ import numpy as np
 import torch
 
 from ..progress import say
+from ..report.stats import stat
 from .study import ARMS, Outcome, Settings, learn, make_cast
 from .tasks import PENDULUM, returns
 
-# 97.5 % quantiles of Student's t with 1 to 9 degrees of freedom
-T_QUANTILE = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
 def interval(seeds: list[float]) -> dict:
-    """Mean and 95 % interval over 2 to 10 seeds."""
-    mean, sd = float(np.mean(seeds)), float(np.std(seeds, ddof=1))
-    half = T_QUANTILE[len(seeds) - 2] * sd / len(seeds) ** 0.5
-    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": list(seeds)}
+    """Mean and 95 % interval over two seeds or more."""
+    one = stat(seeds)
+    return {"mean": one.mean, "low": one.low, "high": one.high, "seeds": list(seeds)}
 
 
 def by_quality(value_R: np.ndarray, settings: Settings) -> dict[str, list[float]]:

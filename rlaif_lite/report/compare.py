@@ -15,7 +15,7 @@ import numpy as np
 from rlaif_lite.errors import StageError
 from rlaif_lite.report.folder import Run, method_of, read_run
 from rlaif_lite.report.page import MEASURES, MODES, duration, size
-from rlaif_lite.report.stats import NEEDS_TRUTH, RATIOS, Interval, paired_bootstrap, tally
+from rlaif_lite.report.stats import NEEDS_TRUTH, RATIOS, Interval, paired_bootstrap, ratio, tally
 
 SEED_NOTE = "One run of each: with another seed, the same recipe may differ by more than these intervals say."
 SETTINGS = ("answers", "prompt", "max_new_tokens", "weights", "features")  # of a benchmark
@@ -317,8 +317,8 @@ def _metrics(table: str, a: Result, b: Result) -> list[Line]:
         counts_N2 = [np.stack([of.get(video, np.zeros(2)) for video in videos]) for of in of_videos]
         if not all(found[:, 1].sum() for found in counts_N2):
             continue
-        ends = [float(_ratio(found.sum(0))) for found in counts_N2]
-        lines.append(Line(table, metric, *ends, paired_bootstrap(*counts_N2, _ratio), 0, False))
+        ends = [float(ratio(found.sum(0))) for found in counts_N2]
+        lines.append(Line(table, metric, *ends, paired_bootstrap(*counts_N2, ratio), 0, False))
     return lines
 
 
@@ -330,10 +330,6 @@ def _counts(result: Result) -> dict[str, dict[str, np.ndarray]]:
             of_video = out.setdefault(metric, {})
             of_video[item["video"]] = of_video.get(item["video"], 0.0) + np.array(pair, dtype=np.float64)
     return out
-
-
-def _ratio(sums_R2: np.ndarray) -> np.ndarray:
-    return sums_R2[..., 0] / np.where(sums_R2[..., 1] == 0, 1.0, sums_R2[..., 1])
 
 
 # ------------------------------------------------------------------------------------------------------------- showing

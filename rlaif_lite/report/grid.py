@@ -6,16 +6,15 @@ seed by seed first, so that what a seed does to both drops out.
 """
 
 import json
-import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import StageError
 from .across import METHOD, ROWS, Row, figures, value_of
 from .plots import Spread, panels
+from .stats import Stat, stat
 
 SWEPT = [row for row in ROWS if row.swept]
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 1 to 10 degrees of freedom
 
 
 class Ran(NamedTuple):
@@ -25,32 +24,6 @@ class Ran(NamedTuple):
     draw: str  # its seeds
     folder: Path
     reason: str | None  # why it did not finish
-
-
-class Stat(NamedTuple):
-    """Some draws of one figure."""
-
-    n: int
-    mean: float
-    sd: float | None  # None for a single draw
-    low: float | None  # the 95 % interval of the mean
-    high: float | None
-
-
-def stat(values: list[float]) -> Stat:
-    """Mean, standard deviation and t interval of at least one value."""
-    n, mean = len(values), statistics.fmean(values)
-    if n == 1:
-        return Stat(1, mean, None, None, None)
-    sd = statistics.stdev(values)
-    half = t_quantile(n - 1) * sd / n**0.5
-    return Stat(n, mean, sd, mean - half, mean + half)
-
-
-def t_quantile(df: int) -> float:
-    """The 97.5 % quantile of Student's t; above ten degrees of freedom by its expansion around the normal's
-    (Abramowitz and Stegun 26.7.5), right to 0.003."""
-    return T_975[df - 1] if df <= len(T_975) else 1.96 + 2.372 / df + 2.823 / df**2
 
 
 def write(out: Path, ran: list[Ran], of: int) -> None:

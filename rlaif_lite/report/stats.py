@@ -4,9 +4,12 @@ Precision over a test set is (sum of what was right) / (sum of what was said), n
 short answer must not count as much as a long one. Such a ratio has no standard error to look up, so its change gets a
 percentile bootstrap interval that resamples VIDEOS, all answers to a video together (Efron and Tibshirani 1993).
 
+Over seeds, which are few, Student's t.
+
 Shapes: N items (videos), K counts per item (`COUNTS`, in that order), R resamples.
 """
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,6 +18,9 @@ from numpy.typing import NDArray
 
 COUNTS = ("answers", "correct", "wrong", "total", "mentions", "hallucinated", "malformed", "length", "stopped")
 Metric = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 1 to 10 degrees of freedom
 
 
 class Interval(NamedTuple):
@@ -76,6 +82,11 @@ RATIOS: dict[str, Metric] = {
 NEEDS_TRUTH = ("precision", "recall", "f1", "hallucination", "mentions", "malformed", "right", "wrong", "score")
 
 
+def ratio(sums_R2: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(part, whole) -> the share; 0 where nothing was counted."""
+    return sums_R2[..., 0] / np.where(sums_R2[..., 1] == 0, 1.0, sums_R2[..., 1])
+
+
 def paired_bootstrap(
     before: NDArray | Sequence, after: NDArray | Sequence, metric: Metric | None = None, n: int = 2000, seed: int = 0
 ) -> Interval:
@@ -101,3 +112,29 @@ def paired_bootstrap(
     deltas_R = np.concatenate([change(rng.multinomial(items, even_N, size=piece)) for piece in pieces])
     low, high = np.percentile(deltas_R, [2.5, 97.5])
     return Interval(float(change(np.ones((1, items)))[0]), float(low), float(high))
+
+
+class Stat(NamedTuple):
+    """Some draws of one figure."""
+
+    n: int
+    mean: float
+    sd: float | None  # None for a single draw
+    low: float | None  # the 95 % interval of the mean
+    high: float | None
+
+
+def stat(values: list[float]) -> Stat:
+    """Mean, standard deviation and t interval of at least one value."""
+    n, mean = len(values), statistics.fmean(values)
+    if n == 1:
+        return Stat(1, mean, None, None, None)
+    sd = statistics.stdev(values)
+    half = t_quantile(n - 1) * sd / n**0.5
+    return Stat(n, mean, sd, mean - half, mean + half)
+
+
+def t_quantile(df: int) -> float:
+    """The 97.5 % quantile of Student's t; above ten degrees of freedom by its expansion around the normal's
+    (Abramowitz and Stegun 26.7.5), right to 0.003."""
+    return T_975[df - 1] if df <= len(T_975) else 1.96 + 2.372 / df + 2.823 / df**2

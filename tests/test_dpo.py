@@ -21,7 +21,7 @@ from rlaif_lite.recipe import Divide
 from rlaif_lite.rollout import Sampling, sample
 from rlaif_lite.rollout.score import answer_logps, best_of
 from rlaif_lite.stages import dpo
-from rlaif_lite.stages.dpo_judges import divide_answers, score_answers
+from rlaif_lite.stages.dpo_judges import Scores, divide_answers, score_answers
 from rlaif_lite.training import checkpoint, loop
 from rlaif_lite.workspace import Workspace, read_jsonl
 
@@ -203,6 +203,21 @@ def test_answers_that_cannot_be_judged_are_counted(work):
     ((first, empty, other, again),) = scored.scores
     assert empty is None and first == again and {first, other} <= {0, -1}
     assert len(read_jsonl(made.stage("dpo") / "judged.jsonl")[0]) == 2  # what stands twice is asked about once
+
+
+def test_held_out_answers_that_cannot_be_judged_do_not_win(work, monkeypatch):
+    made = work(ASKED, "dpo.divide={split: null, ask: null}")
+    held = dpo.split_by_video(made)[1]
+    said, judged = iter([["a . b . c .", "x .", ""], ["", "", ""]]), iter([[None, -2.0, None], [None] * 3])
+
+    def sampled(*_):
+        return [dpo.Answers(record, [text], [[1]]) for record, text in zip([*held, held[0]], next(said), strict=True)]
+
+    monkeypatch.setattr(dpo, "sample_answers", sampled)
+    monkeypatch.setattr(dpo, "score_answers", lambda *_: Scores([[score] for score in next(judged)], {}))
+    assert dpo.look(made, 0, made.adapter("reference"), held)["heldout_score"] == (-3 - 2 - 1) / 3
+    with pytest.raises(StageError, match="no held-out answer of 2 could be judged"):
+        dpo.look(made, 0, made.adapter("reference"), held)
 
 
 @pytest.fixture(scope="module")

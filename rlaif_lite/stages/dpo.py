@@ -12,9 +12,9 @@ starts, too) and goes
     6  `look`            the policy answers the held-out prompts greedily and is judged
 
 The judge of step 6 is the SFT adapter in every round, whoever judges in step 2, and it reads the narratives, if
-anything: only then can rounds be compared. Scores are means over answers; a judge of pairs compares with the answers
-that the run started from, and the score is the share won. Where the truth is known it stands beside the score, and
-chooses nothing.
+anything: only then can rounds be compared. Scores are means over answers, of which one that cannot be divided counts as
+rejected in all its sentences, or who says nothing would win; a judge of pairs compares with the answers that the run
+started from, and the score is the share won. Where the truth is known it stands beside the score, and chooses nothing.
 
 Every step goes on where a kill stopped it and a killed run ends with the same bits as one that was not.
 
@@ -34,6 +34,7 @@ import torch
 from ..data.records import Record
 from ..data.world_text import score as truth_score
 from ..errors import StageError
+from ..judge.claims import split_claims
 from ..model.inputs import encode_prompt
 from ..model.roles import ActiveRole
 from ..model.room import in_pieces
@@ -344,9 +345,13 @@ def look(work: Workspace, number: int, policy: Path, held: list[Record]) -> dict
             scores = [0.5 if not of else float(of[0].margin > 0) for of in found]
         else:
             scored = score_answers(work, role, answers, contexts, folder, f"dpo {number}: held out")
-            scores = [score for of in scored.scores for score in of if score is not None]
-    if not scores:
-        raise StageError(f"Round {number} of DPO: none of the {len(held)} held-out answers could be judged ({folder}).")
+            judged = [score for (score,) in scored.scores]
+            if all(score is None for score in judged):
+                raise StageError(f"Round {number} of DPO: no held-out answer of {len(held)} could be judged ({folder}).")
+            scores = [
+                -max(1, len(split_claims(of.texts[0]))) if score is None else score
+                for of, score in zip(answers, judged, strict=True)
+            ]
     truths = [truth_score(of.texts[0], of.record.facts) for of in answers if of.record.facts is not None]
     return {
         "heldout_score": sum(scores) / len(scores),

@@ -362,6 +362,14 @@ def test_from_the_command_line(run_dir, videos, tmp_path):
     again = results(out)[1]
     assert again[0]["answers"][0].startswith("kept ") and again[1:] == items[1:]  # what was there was not made anew
 
+    shutil.copy(videos / "00004.mp4", tmp_path / "videos" / "00000.mp4")  # the same name, another video
+    bench(run_dir, *command)
+    other = results(out)[1]
+    assert not other[0]["answers"][0].startswith("kept ") and other[3:] == items[3:]
+    shutil.copy(videos / "00000.mp4", tmp_path / "videos" / "00000.mp4")
+    bench(run_dir, *command)
+    assert results(out)[1] == items
+
     refused = CliRunner().invoke(cli.app, ["bench", str(run_dir), *map(str, command), "--max-new-tokens", "3"])
     assert refused.exit_code == 2 and "max_new_tokens was 8, is 3" in refused.stderr
     bench(run_dir, *command[:-3], "policy", "--out", tmp_path / "policy", "--limit", "5")

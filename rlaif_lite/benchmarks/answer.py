@@ -1,8 +1,9 @@
 """One role of a run, or a plain base, at a benchmark's items: answers, rankings and audits, item by item.
 
 What is done lies in JSON lines, written as it is done; a run that was stopped goes on after the last whole line. The
-videos are encoded first, through the run's own feature cache, and the tower is dropped. A picture is a video of one
-frame. Decoding is greedy (published: sampled at T = 0.2).
+videos are encoded first, through the run's own feature cache, and the tower is dropped; what was done about a video
+whose content has changed is done again. A picture is a video of one frame. Decoding is greedy (published: sampled at
+T = 0.2).
 """
 
 import base64
@@ -124,7 +125,8 @@ class Examinee:
                     "stopped": [each.stopped for each in mine],
                 }
 
-        return resumed(path, "id", {item.id: item for item in items}, 4 * size, work, "answers")
+        seen = {item.id: self._keys[item.video] for item in items}
+        return resumed(path, "id", {item.id: item for item in items}, seen, 4 * size, work, "answers")
 
     def rankings(self, items: list[Item], path: Path, request: str, retrieval: bool) -> dict[str, dict]:
         """{id: {rank, ...}}, from the scores of all texts for every video, one line of `path` per video."""
@@ -137,7 +139,7 @@ class Examinee:
                 for name in batch:
                     yield {"video": name, "scores": score_texts(role, self.prompt(request, name), ids)}
 
-        lines = resumed(path, "video", videos, 16, work, "scores")
+        lines = resumed(path, "video", videos, self._keys, 16, work, "scores")
         scores = {name: line["scores"] for name, line in lines.items()}
         right = {item.id: texts.index(item.reference) for item in items}
         if retrieval:
@@ -171,7 +173,9 @@ class Examinee:
                 seconds = max((float(clip.time_T[-1]) for clip in of_video), default=0.0)
                 yield {"id": name, "narrative": narrative(captions, section.markers, seconds) if captions else None}
 
-        lines = resumed(path, "id", {name: name for name in videos}, section.batch_size, work, "narratives")
+        lines = resumed(
+            path, "id", {name: name for name in videos}, self._keys, section.batch_size, work, "narratives"
+        )
         return {name: line["narrative"] for name, line in lines.items()}
 
     def audits(self, items: list[Item], answers: dict[str, dict], folder: Path) -> dict[str, dict]:
@@ -181,40 +185,52 @@ class Examinee:
         told = self.narratives(videos, folder / "narratives.jsonl")
         after = dict(zip(videos, videos[1:] + videos[:1]))  # the control: each claim at the next video as well
 
-        def seen(name: str) -> Seen:
+        def shown(name: str) -> Seen:
             return Seen(self.views(name)[WHOLE], told[name])
 
         def work(batch: list[Item]) -> Iterable[dict]:
-            rows = [Audited(i, answers[i.id]["answers"][0], seen(i.video), seen(after[i.video])) for i in batch]
+            rows = [Audited(i, answers[i.id]["answers"][0], shown(i.video), shown(after[i.video])) for i in batch]
             with self.use(self.judge_role) as role:
                 found = audit(role, rows, section, size)
             return [{"id": item.id, "claims": claims} for item, claims in zip(batch, found, strict=True)]
 
-        return resumed(folder / "claims.jsonl", "id", {item.id: item for item in items}, 4 * size, work, "claims")
+        seen = {
+            item.id: _digest([self._keys[item.video], self._keys[after[item.video]], *answers[item.id]["answers"]])
+            for item in items
+        }
+        things = {item.id: item for item in items}
+        return resumed(folder / "claims.jsonl", "id", things, seen, 4 * size, work, "claims")
 
 
 def resumed(
-    path: Path, key: str, things: dict[str, T], at_once: int, work: Callable[[list[T]], Iterable[dict]], name: str
-) -> dict[str, dict]:
+    path: Path, key: str, things: dict[str, T], seen: dict[str, str], at_once: int,
+    work: Callable[[list[T]], Iterable[dict]], name: str,
+) -> dict[str, dict]:  # fmt: skip
     """Map `work` over {value of `key`: thing}, some at a time -> {value of `key`: its line}.
 
-    Lines that `path` holds already are read, the others appended as they are made."""
+    Lines that `path` holds already are read, if they came of the same `seen` (what was looked at: a video's content);
+    the others are appended as they are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = (
         path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
     )  # a kill may cut the last line
     lines = {line[key]: line for line in map(json.loads, filter(None, whole.split("\n")))}
-    todo = [thing for value, thing in things.items() if value not in lines]
+    todo = [thing for value, thing in things.items() if lines.get(value, {}).get("seen") != seen[value]]
     with open(path, "a+", encoding="utf-8") as file, progress(len(things), name, unit="item") as bar:
         file.truncate(len(f"{whole}\n".encode()) if whole else 0)
         bar.advance(len(things) - len(todo))
         for batch in chunks(todo, at_once):
             for line in work(batch):
+                line["seen"] = seen[line[key]]
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
                 lines[line[key]] = line
                 bar.advance(1)
     return {value: lines[value] for value in things}
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def write_pictures(items: list[Item], folder: Path) -> dict[str, str]:

@@ -95,7 +95,7 @@ def _rows(
         found = examinee.rankings(items, out / "scores.jsonl", prompt, benchmark.kind == "retrieval")
         return [found[item.id] for item in items], None
     answers = examinee.answers(items, out / "answers.jsonl", prompt, settings["max_new_tokens"])
-    rows = [{key: value for key, value in answers[item.id].items() if key != "id"} for item in items]
+    rows = [{key: value for key, value in answers[item.id].items() if key not in ("id", "seen")} for item in items]
     if benchmark.kind == "claims":
         found = examinee.audits(items, answers, out)
         return [row | {"claims": found[item.id]["claims"]} for item, row in zip(items, rows)], settings["judge"]

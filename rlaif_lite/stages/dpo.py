@@ -347,7 +347,7 @@ def look(work: Workspace, number: int, policy: Path, held: list[Record]) -> dict
             scored = score_answers(work, role, answers, contexts, folder, f"dpo {number}: held out")
             judged = [score for (score,) in scored.scores]
             if all(score is None for score in judged):
-                raise StageError(f"Round {number} of DPO: no held-out answer of {len(held)} could be judged ({folder}).")
+                raise StageError(f"Round {number} of DPO: no held-out answer of {len(held)} could be judged: {folder}")
             scores = [
                 -max(1, len(split_claims(of.texts[0]))) if score is None else score
                 for of, score in zip(answers, judged, strict=True)

@@ -10,8 +10,9 @@ takes over (`rl.interventions`); the policy's last token before a takeover gets 
 
 `replace` makes of one answer several rows for the update, one for each time the policy spoke. A row holds everything
 before as context that is not learnt from, and ends with the claim that was taken back or with the answer. So each token
-that the policy sampled is learnt from once, where it was sampled, and blame falls on the words that earned it, which
-the answer no longer holds.
+that the policy sampled is learnt from once, where it was sampled (but what it said after such a claim, which nobody
+heard), and blame falls on the words that earned it, which the answer no longer holds. Nothing is bootstrapped beyond a
+row's end: what is taken back costs 1, whatever would have come.
 
 What an answer leaves out of the narrative is counted at its end, wherever that is: at its EOS, at the length limit, or
 where the judge stopped it, or stopping would be the cheap way out. An answer that ends with what was put in (`replace`)

@@ -121,16 +121,14 @@ def of_role(work: Workspace, role: str, words: bool = False, batch_size: int = 1
     return LocalRole(work.roles, role, name, revision, words, batch_size)
 
 
-def of_model(
-    name: str, device: torch.device, revision: str | None = None, words: bool = False, batch_size: int = 16
-) -> Model:
+def of_model(name: str, device: torch.device, words: bool = False, batch_size: int = 16) -> Model:
     """A checkpoint: a folder or a hub id, of a family that can be a base or a causal language model.
 
     Raises ModelError for one that is neither, and where `words` is asked of a text model."""
-    section = Section(base=name, revision=revision)
+    section = Section(base=name)
     config = read_config(section)
     # of a hub id the commit, which is the folder's name in the hub's cache
-    found = base_digest(section) if Path(name).is_dir() else _commit(name, revision)
+    found = base_digest(section) if Path(name).is_dir() else _commit(name)
     if config.model_type in FAMILIES:
         if config.get_text_config().hidden_size % 64:
             section = section.model_copy(update={"quantization": "none"})
@@ -142,8 +140,8 @@ def of_model(
     return LocalText(text, f"local:{_short(name)}:{'nf4' if device.type == 'cuda' else 'full'}", found)
 
 
-def _commit(name: str, revision: str | None) -> str:
-    return Path(cached_file(name, "config.json", revision=revision)).parent.name
+def _commit(name: str) -> str:
+    return Path(cached_file(name, "config.json")).parent.name
 
 
 def _short(name: str) -> str:

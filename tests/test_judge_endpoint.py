@@ -230,11 +230,13 @@ def test_a_server_is_asked_again_when_it_says(server, judge):
 
 
 JUDGING = """
+import signal
 import sys
 from pathlib import Path
 from rlaif_lite.benchmarks.judges import Case
 from rlaif_lite.benchmarks.judges.cached import CachedJudge
 from rlaif_lite.benchmarks.judges.endpoint import Endpoint
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts us in the background has it ignored
 url, folder, *wishes = sys.argv[1:]
 cases = [Case(wish, "correctness", "what ?", "a dog", wish) for wish in wishes]
 CachedJudge(Endpoint(url, "judge", concurrency=2, timeout=60.0), Path(folder)).judge(cases)

@@ -50,8 +50,9 @@ class Point(NamedTuple):
 
 
 def sweep(paths: list[str], over: list[str], overrides: list[str], out: Path) -> bool:
-    """Run the grid of `paths` (recipes) times `over` (see `axis`) and write `sweep.md`, `.json`, `.svg` and `.png` into `out`, anew after each point. Returns whether every
-    point finished. Raises RecipeError, before anything runs, for a point that is no valid recipe."""
+    """Run the grid of `paths` (recipes) times `over` (see `axis`) and write `sweep.md`, `.json`, `.svg` and `.png`
+    into `out`, anew after each point. Returns whether every point finished. Raises RecipeError, before anything
+    runs, for a point that is no valid recipe."""
     points = grid(paths, [axis(text) for text in over], overrides, out)
     for point in points:
         check_files(point.recipe)

@@ -8,7 +8,8 @@ import torch
 from .data.records import Message
 from .errors import StageError
 from .model.base import Base, load_base
-from .model.inputs import VIDEO_MARK, decode_answer, encode_prompt
+from .data.records import VIDEO_MARK
+from .model.inputs import decode_answer, encode_prompt
 from .model.roles import BASE, Roles
 from .recipe import Recipe, load_recipe
 from .rollout import Sampling, sample

@@ -28,7 +28,8 @@ from .report import page
 from .stages import context, data, dpo, evaluate, features, ppo, preference, reward, sft
 from .training.meter import Meter, describe_machine, versions
 from .video.cache import read_index
-from .workspace import Workspace, write_json
+from .workspace import Workspace
+from .files import write_json
 
 STAGES = {"data": data, "features": features, "sft": sft, "context": context, "preference": preference, "reward": reward,
           "ppo": ppo, "dpo": dpo, "evaluate": evaluate}  # fmt: skip
@@ -186,11 +187,6 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
         for path in work.own_files():
             found[f"file {path}"] = file_digest(path)
     return found | {"version": __version__}
-
-
-def file_digest(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def folder_digest(folder: Path) -> str:

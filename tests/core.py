@@ -18,7 +18,7 @@ from rlaif_lite.model.base import Base, load_base  # noqa: E402
 from rlaif_lite.model.inputs import collate, encode_prompt  # noqa: E402
 from rlaif_lite.model.roles import Roles  # noqa: E402
 from rlaif_lite.recipe import Lora, Model, Recipe, load_recipe  # noqa: E402
-from rlaif_lite.tiny import architecture  # noqa: E402
+from lab.embedded_base import architecture  # noqa: E402
 from rlaif_lite.video.cache import FeatureRecord  # noqa: E402
 
 torch.set_num_threads(1)
@@ -178,8 +178,8 @@ def gradients(base: Base) -> list[torch.Tensor]:
 
 
 def bench_module(name: str):
-    """A script of kernels/bench, which is no package."""
-    path = Path(__file__).parent.parent / "kernels" / "bench" / f"{name}.py"
+    """A script of lab/bench, which is no package."""
+    path = Path(__file__).parent.parent / "lab" / "bench" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from rlaif_lite.control import study
-from rlaif_lite.control.learner import Batch, Critics, Learner, Replay, assemble
-from rlaif_lite.control.rule import Rule, Takeovers, disapproved
-from rlaif_lite.control.study import ARMS, Cast, Settings, learn, make_cast
-from rlaif_lite.control.tasks import PENDULUM, Copies, Task, returns
+from lab.control import study
+from lab.control.learner import Batch, Critics, Learner, Replay, assemble
+from lab.control.rule import Rule, Takeovers, disapproved
+from lab.control.study import ARMS, Cast, Settings, learn, make_cast
+from lab.control.tasks import PENDULUM, Copies, Task, returns
 
 CERTAIN = Rule(beta=1.0, spurious=0.0, steps=3)
 
@@ -153,7 +153,7 @@ def test_what_a_student_of_rlif_stores(monkeypatch):
 
 @pytest.mark.slow
 def test_rlif_ends_better_than_its_intervener_and_than_its_imitator():
-    """The claim in small: four seeds, one poor intervener each. The whole study: python -m rlaif_lite.control."""
+    """The claim in small: four seeds, one poor intervener each. The whole study: python -m lab.control."""
     settings = Settings(
         seeds=4, qualities=(0.3,), reference_steps=3000, checkpoint=150, steps=2500, every=2500, episodes=10
     )

@@ -20,10 +20,11 @@ from rlaif_lite.model.inputs import encode_prompt
 from rlaif_lite.recipe import Divide
 from rlaif_lite.rollout import Sampling, sample
 from rlaif_lite.rollout.score import answer_logps, best_of
-from rlaif_lite.stages import dpo
-from rlaif_lite.stages.dpo_judges import Scores, divide_answers, score_answers
+from rlaif_lite.stages.dpo import rounds as dpo
+from rlaif_lite.stages.dpo.judges import Scores, divide_answers, score_answers
 from rlaif_lite.training import checkpoint, loop
-from rlaif_lite.workspace import Workspace, read_jsonl
+from rlaif_lite.workspace import Workspace
+from rlaif_lite.files import read_jsonl
 
 ROUNDS = "dpo={rounds: 2, steps: 3, batch_size: 4, lr: 1e-3, heldout: 0.25, sft_weight: 0.1}"
 ASKED = "preference.claims={mode: ask, prompt: '<video> {context} {claim}', context_prefix: 'context : {context}'}"

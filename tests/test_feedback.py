@@ -18,9 +18,11 @@ from rlaif_lite import pipeline
 from rlaif_lite.judge.claims import Item, judge_claims
 from rlaif_lite.judge.pairwise import Pair, judge_pairs
 from rlaif_lite.model.inputs import IGNORE, decode_answer
-from rlaif_lite.stages import ppo
-from rlaif_lite.stages.ppo_log import check_first_step
-from rlaif_lite.workspace import Workspace, question_of, read_jsonl
+from rlaif_lite.stages.ppo import step as ppo
+from rlaif_lite.stages.ppo.log import check_first_step
+from rlaif_lite.workspace import Workspace
+from rlaif_lite.data.records import question_of
+from rlaif_lite.files import read_jsonl
 
 GROUPS = {"value": "none", "group_size": 4}
 DCG = [1 / ((1 + r) * math.log2(2 + r)) for r in range(4)]

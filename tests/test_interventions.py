@@ -38,9 +38,10 @@ from rlaif_lite.model.roles import Roles
 from rlaif_lite.recipe import Checklist, Claims, Lora
 from rlaif_lite.rl.interventions import end_reward, takeovers, token_rewards
 from rlaif_lite.rollout import Sampling, Trajectory, sample
-from rlaif_lite.stages import ppo
-from rlaif_lite.stages.interventions import InterventionFeedback
-from rlaif_lite.workspace import Workspace, read_jsonl
+from rlaif_lite.stages.ppo import step as ppo
+from rlaif_lite.stages.ppo.interventions import InterventionFeedback
+from rlaif_lite.workspace import Workspace
+from rlaif_lite.files import read_jsonl
 
 # ---- the arithmetic, by hand
 

@@ -9,7 +9,8 @@ from core import shake, video_of
 
 from rlaif_lite.data.records import Message
 from rlaif_lite.errors import ModelError
-from rlaif_lite.judge.claims import Item, judge_claims, single_token, split_claims, user_message
+from rlaif_lite.judge.claims import Item, judge_claims, split_claims, user_message
+from rlaif_lite.model.inputs import single_token
 from rlaif_lite.judge.narrative import narrative
 from rlaif_lite.judge.pairwise import Pair, judge_pairs
 from rlaif_lite.model.inputs import collate, encode_prompt

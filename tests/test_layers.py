@@ -19,11 +19,12 @@ FLOORS = [
     {"judge", "training"},
     {"rollout"},
     {"model"},
-    {"rl", "video", "tiny", "control"},
+    {"rl", "video", "tiny"},
     {"data"},
     {"report"},
     {"recipe"},
     {"progress", "phases"},
+    {"files"},
     {"errors"},
     {"__init__"},
 ]
@@ -36,7 +37,7 @@ def imports(path: Path) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             node.body = []
-    package = list(path.relative_to(ROOT).with_suffix("").parts[:-1])
+    package = [part for part in path.relative_to(ROOT).with_suffix("").parts[:-1] if part != "kernels"]
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -99,9 +100,56 @@ def test_the_report_reads_run_folders_only():
 
 
 def test_the_embedded_base_is_made_from_the_world_alone():
-    for path in (PACKAGE / "tiny").glob("*.py"):
+    for path in (ROOT / "lab" / "embedded_base").glob("*.py"):
         used = {unit(name) for name in imports(path) if name.split(".")[0] == "rlaif_lite"}
-        assert used <= {"tiny", "data", "errors"}, (path, used)
+        assert used <= {"data", "errors"}, (path, used)
+
+
+def module_of(name: str) -> str | None:
+    """The module of the checkout that an imported name lies in; None for other packages."""
+    for start in (ROOT, ROOT / "kernels"):
+        parts = name.split(".")
+        while parts:
+            path = start.joinpath(*parts)
+            if path.with_suffix(".py").exists() or (path / "__init__.py").exists():
+                return ".".join(parts)
+            parts.pop()
+    return None
+
+
+def every_module() -> dict[str, Path]:
+    roots = [(PACKAGE, ROOT), (ROOT / "lab", ROOT), (ROOT / "kernels" / "rlaif_kernels", ROOT / "kernels")]
+    named = {}
+    for folder, start in roots:
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(start).with_suffix("").parts
+            named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return named
+
+
+def test_no_module_imports_itself_in_a_circle():
+    """Package, lab and kernels, imports inside functions too. A package's own `__init__` may gather its modules."""
+    graph = {}
+    for name, path in every_module().items():
+        used = {module_of(full) for full in imports(path)} - {None, name}
+        graph[name] = {other for other in used if not name.startswith(f"{other}.")}
+    done: set[str] = set()
+
+    def walk(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for other in sorted(graph.get(name, ())):
+                walk(other, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        walk(name, ())
+
+
+def test_the_laboratory_is_imported_by_nothing_that_ships():
+    shipped = [*modules(), *(ROOT / "kernels").rglob("*.py")]
+    for path in shipped:
+        assert not any(name.split(".")[0] == "lab" for name in imports(path)), path
 
 
 def test_the_kernels_stand_alone():

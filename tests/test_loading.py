@@ -18,7 +18,7 @@ from transformers import LlavaNextVideoForConditionalGeneration, Qwen2Config
 
 from rlaif_lite.model.base import load_base
 from rlaif_lite.recipe import Model
-from rlaif_lite.tiny import architecture
+from lab.embedded_base import architecture
 
 CPU = torch.device("cpu")
 SHARD_MB = 8

@@ -15,7 +15,8 @@ from rlaif_lite import pipeline
 from rlaif_lite.errors import DataError, StageError
 from rlaif_lite.model.base import load_base
 from rlaif_lite.recipe import flatten, load_recipe
-from rlaif_lite.workspace import Workspace, by_batches, read_jsonl, write_jsonl
+from rlaif_lite.workspace import Workspace
+from rlaif_lite.files import by_batches, read_jsonl, write_jsonl
 
 STAGES = ["data", "features", "sft", "context", "preference", "reward", "ppo", "evaluate"]
 

@@ -10,11 +10,12 @@ from core import shake
 from rlaif_lite.errors import StageError
 from rlaif_lite.model.inputs import IGNORE, encode_prompt
 from rlaif_lite.rollout import Trajectory
-from rlaif_lite.stages import ppo
-from rlaif_lite.stages.experience import cut, place
-from rlaif_lite.stages.feedback import Taken
-from rlaif_lite.stages.ppo_log import check_first_step
-from rlaif_lite.workspace import Workspace, read_jsonl
+from rlaif_lite.stages.ppo import step as ppo
+from rlaif_lite.stages.ppo.experience import cut, place
+from rlaif_lite.stages.ppo.feedback import Taken
+from rlaif_lite.stages.ppo.log import check_first_step
+from rlaif_lite.workspace import Workspace
+from rlaif_lite.files import read_jsonl
 
 
 class Step:

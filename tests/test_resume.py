@@ -17,7 +17,7 @@ import pytest
 from core import small_recipe
 
 from rlaif_lite.recipe import dump_yaml
-from rlaif_lite.workspace import read_jsonl
+from rlaif_lite.files import read_jsonl
 
 STAGES = ["data", "features", "sft", "context", "preference", "reward", "ppo", "evaluate"]
 KILLS = [*STAGES, "sft", "ppo", "ppo"]  # where to kill, at least once in each; training and PPO more often

@@ -15,7 +15,8 @@ from rlaif_lite.model.inputs import encode_answer
 from rlaif_lite.stages import reward
 from rlaif_lite.stages.features import views_of
 from rlaif_lite.stages.reward import RewardInput, calibration, check_floor, split_by_video, stumbling
-from rlaif_lite.workspace import Workspace, read_jsonl
+from rlaif_lite.workspace import Workspace
+from rlaif_lite.files import read_jsonl
 
 ANSWERS = ["first a red circle left . also a red star .", "red", "", "a blue cross . green"]
 

@@ -15,7 +15,8 @@ from rlaif_lite.recipe import Training
 from rlaif_lite.stages import sft
 from rlaif_lite.training.fit import fit, steps_of
 from rlaif_lite.training.loop import MetricsLog
-from rlaif_lite.workspace import Workspace, read_jsonl
+from rlaif_lite.workspace import Workspace
+from rlaif_lite.files import read_jsonl
 
 HARD = "first a red circle left . then a blue square up ."
 

@@ -16,7 +16,8 @@ from rlaif_lite.model.roles import Roles
 from rlaif_lite.planner import make_plan
 from rlaif_lite.recipe import Lora, check_files
 from rlaif_lite.stages.reward import RewardInput, score_pairs
-from rlaif_lite.workspace import Workspace, read_jsonl
+from rlaif_lite.workspace import Workspace
+from rlaif_lite.files import read_jsonl
 
 NO_PHASES = ("sft.easy=null", "sft.hard=null", "sft.policy_init=null")
 WORDS = ("a red circle moves left .", "first a blue square moves up .")

@@ -19,11 +19,11 @@ from rlaif_lite.model import inputs
 from rlaif_lite.model.base import load_base
 from rlaif_lite.model.inputs import encode_prompt
 from rlaif_lite.recipe import Model
-from rlaif_lite.tiny import pretrain
-from rlaif_lite.tiny.card import to_nf4
-from rlaif_lite.tiny.network import forward, pooled_features
-from rlaif_lite.tiny.sheet import NUMBER, VIDEO_TOKENS, Sheet, collate, encode
-from rlaif_lite.tiny.tasks import BEFORE_PAIRS, SHEET, WITH_PAIRS, add_pair, clip_view, draw, whole_view
+from lab.embedded_base import pretrain
+from lab.embedded_base.card import to_nf4
+from lab.embedded_base.network import forward, pooled_features
+from lab.embedded_base.sheet import NUMBER, VIDEO_TOKENS, Sheet, collate, encode
+from lab.embedded_base.tasks import BEFORE_PAIRS, SHEET, WITH_PAIRS, add_pair, clip_view, draw, whole_view
 
 BASE = Path(str(files("rlaif_lite.tiny") / "base"))
 

@@ -18,7 +18,8 @@ from ..data.records import Message
 from ..errors import DataError, StageError
 from ..judge.narrative import narrative
 from ..model.base import Base, base_digest
-from ..model.inputs import VIDEO_MARK, Sequence, decode_answer, encode_answer, encode_prompt
+from ..data.records import VIDEO_MARK
+from ..model.inputs import Sequence, decode_answer, encode_answer, encode_prompt
 from ..model.roles import BASE
 from ..progress import progress
 from ..recipe import load_recipe
@@ -27,7 +28,8 @@ from ..stages.evaluate import ADAPTERS
 from ..stages.features import fill
 from ..video.cache import FeatureRecord
 from ..video.decode import IMAGES, View
-from ..workspace import WHOLE, Workspace, chunks
+from ..workspace import WHOLE, Workspace
+from ..files import chunks
 from .audit import Audited, Seen, audit
 from .items import Item
 from .ranking import rank, score_texts

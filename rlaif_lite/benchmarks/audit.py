@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from ..judge.claims import Item as Claimed
 from ..judge.claims import Verdict, judge_claims
-from ..model.inputs import VIDEO_MARK
+from ..data.records import VIDEO_MARK
 from ..model.roles import ActiveRole
 from ..recipe import Claims, Context
 from ..video.cache import FeatureRecord

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import DataError
-from ..workspace import write_json, write_jsonl
+from ..files import write_json, write_jsonl
 from .answer import Examinee, write_pictures
 from .audit import judge_id
 from .catalogue import BENCHMARKS, Benchmark

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import DataError
-from .records import VIDEO, Message, Record, check, from_json, texts
+from .records import VIDEO_MARK, Message, Record, check, from_json, texts
 
 log = logging.getLogger(__name__)
 
@@ -249,7 +249,7 @@ def _turn(found, source: str, what: str) -> Message:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind not in ("text", "video", "image"):
                 raise DataError(f"{source}: {what} has a part {part!r}; expected the type text, video or image.")
-            parts.append(str(part.get("text")) if kind == "text" else VIDEO)
+            parts.append(str(part.get("text")) if kind == "text" else VIDEO_MARK)
         content = "".join(parts)
     if not isinstance(content, str):
         raise DataError(f"{source}: {what} has no text (`value` or `content` is {content!r}).")
@@ -295,16 +295,16 @@ def _marked(text: str) -> str:
     """`<image>` becomes `<video>` on a line of its own before the rest, wherever it stood, as LLaVA and the release
     read their files."""
     if text.count("<image>") != 1:
-        return text.replace("<image>", VIDEO)
-    return f"{VIDEO}\n{text.replace('<image>', '').strip()}".strip()
+        return text.replace("<image>", VIDEO_MARK)
+    return f"{VIDEO_MARK}\n{text.replace('<image>', '').strip()}".strip()
 
 
 def _record(found: dict, source: str, turns: list[Message], video, chosen=None, rejected=None) -> Record:
     """Put the parts together; a mark that is missing is set before the first question."""
     turns = [Message(m.role, _marked(m.content) if m.role == "user" else m.content) for m in turns]
     first = next((i for i, m in enumerate(turns) if m.role == "user"), None)
-    if video is not None and first is not None and not any(VIDEO in m.content for m in turns):
-        turns[first] = Message("user", f"{VIDEO}\n{turns[first].content}")
+    if video is not None and first is not None and not any(VIDEO_MARK in m.content for m in turns):
+        turns[first] = Message("user", f"{VIDEO_MARK}\n{turns[first].content}")
     name = next((str(found[key]) for key in ("id", "uid", "question_id") if found.get(key) is not None), source)
     extras = {key: found[key] for key in ("caption_type", "length_bonus") if found.get(key) is not None}
     if strange := [key for key, value in extras.items() if type(value) not in (int, float)]:

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 
 from ..errors import DataError
 
-VIDEO = "<video>"  # marks in a user turn where the video stands
+VIDEO_MARK = "<video>"  # marks in a user turn where the video stands
 ROLES = ("system", "user", "assistant")
 
 
@@ -52,6 +52,11 @@ class Record:
         return self.messages[-1].content if self.messages[-1].role == "assistant" else None
 
 
+def question_of(record: Record) -> str:
+    """What the user asked, without the video's mark."""
+    return record.prompt[-1].content.replace(VIDEO_MARK, "").strip()
+
+
 def check(record: Record) -> Record:
     """Return `record` when it is one that every stage can use; raise DataError, naming its source, when it is not."""
 
@@ -70,13 +75,13 @@ def check(record: Record) -> Record:
         expected = ("user", "assistant")[i % 2]
         if message.role != expected:
             fail(f"turn {i} (after any system turn) is from the {message.role}, expected the {expected}.")
-        if message.role == "assistant" and VIDEO in message.content:
-            fail(f"turn {i}: an answer contains {VIDEO}; the video can stand in a user turn only.")
-    marks = sum(m.content.count(VIDEO) for m in record.messages)
+        if message.role == "assistant" and VIDEO_MARK in message.content:
+            fail(f"turn {i}: an answer contains {VIDEO_MARK}; the video can stand in a user turn only.")
+    marks = sum(m.content.count(VIDEO_MARK) for m in record.messages)
     if record.video is None and marks:
-        fail(f"{marks} {VIDEO} in the text, but the record has no video.")
+        fail(f"{marks} {VIDEO_MARK} in the text, but the record has no video.")
     if record.video is not None and marks != 1:
-        fail(f"{marks} {VIDEO} in the text, expected exactly one: a record has one video.")
+        fail(f"{marks} {VIDEO_MARK} in the text, expected exactly one: a record has one video.")
     if record.video is not None and not record.video:
         fail("its video is empty.")
     if (record.chosen is None) != (record.rejected is None):

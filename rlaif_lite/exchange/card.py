@@ -8,7 +8,8 @@ from statistics import median
 from .. import __version__
 from ..model.base import base_digest, resolve_base
 from ..recipe import recipe_hash
-from ..workspace import Workspace, read_jsonl
+from ..workspace import Workspace
+from ..files import read_jsonl
 
 SAYS = {
     "sft": "after supervised training",

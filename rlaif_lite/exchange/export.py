@@ -27,7 +27,8 @@ from ..model.inputs import collate, encode_answer, encode_prompt
 from ..model.roles import BASE, Roles
 from ..recipe import Model, load_recipe
 from ..stages.evaluate import ADAPTERS
-from ..workspace import Workspace, read_jsonl
+from ..workspace import Workspace
+from ..files import read_jsonl
 from .card import card
 from .files import SHARD_BYTES, ShardWriter, WeightFile, listed, local_folder, read_json, weight_files, whole_folder
 from .lora import refuse_not_plain

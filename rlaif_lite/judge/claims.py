@@ -26,9 +26,10 @@ from rlaif_kernels import linear_logprob
 from ..data.records import Message
 from ..errors import ModelError
 from ..model.base import Base
-from ..model.inputs import BRANCH_MARK, VIDEO_MARK, branch, collate, encode_prompt, encode_text, split_prompt
+from ..model.inputs import BRANCH_MARK, branch, collate, encode_prompt, encode_text, split_prompt
+from ..data.records import VIDEO_MARK
 from ..model.roles import ActiveRole
-from ..model.room import in_pieces
+from ..model.memory import in_pieces
 from ..recipe import Claims
 from ..video.cache import FeatureRecord
 
@@ -146,14 +147,3 @@ def _verdicts(base: Base, hidden_ND: torch.Tensor, claims: Sequence[Sequence[str
         out.append(Verdict(sum(values), list(found), values, odds, told))
         at += len(found)
     return out
-
-
-def single_token(base: Base, word: str, where: str) -> int:
-    """The id of a verdict word that must be one token; raises ModelError with the pieces when it is several."""
-    ids = encode_text(base, word)
-    if len(ids) != 1:
-        pieces = base.tokenizer.convert_ids_to_tokens(ids)
-        raise ModelError(
-            f"`{where}`: {word!r} is {len(ids)} tokens of this base ({pieces}); choose a word that is one token."
-        )
-    return ids[0]

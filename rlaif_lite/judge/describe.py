@@ -8,7 +8,8 @@ published). Decoding is greedy, so that it is a function of the policy and of wh
 from typing import Sequence
 
 from ..data.records import Message
-from ..model.inputs import VIDEO_MARK, decode_answer, encode_prompt
+from ..data.records import VIDEO_MARK
+from ..model.inputs import decode_answer, encode_prompt
 from ..model.roles import ActiveRole
 from ..recipe import Context, Describe
 from ..rollout import Sampling, sample

@@ -18,7 +18,7 @@ from typing import NamedTuple, Sequence
 
 from ..model.base import Base
 from ..model.roles import ActiveRole
-from ..model.room import in_pieces
+from ..model.memory import in_pieces
 from ..recipe import Checklist, Claims
 from ..video.cache import FeatureRecord
 from .claims import Item, Verdict, ask, judge_claims, split_claims

@@ -13,10 +13,11 @@ import torch
 
 from ..model.inputs import collate, encode_prompt
 from ..model.roles import ActiveRole
-from ..model.room import in_pieces
+from ..model.memory import in_pieces
 from ..recipe import Pairwise
 from ..video.cache import FeatureRecord
-from .claims import single_token, user_message
+from ..model.inputs import single_token
+from .claims import user_message
 
 
 class Pair(NamedTuple):

@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from ..data.records import Message
+from ..data.records import VIDEO_MARK, Message
 from ..errors import ModelError
 from ..video.cache import FeatureRecord
 from .base import Base
 
-VIDEO_MARK = "<video>"
 BRANCH_MARK = "<|>"  # in a message: prefix <|> branch <|> branch <|> closing
 CLOSING = -1  # group of the tokens that see every branch
 IGNORE = -100
@@ -265,3 +264,14 @@ def target_rows(rows: Seq[Sequence], answers: Seq[Seq[int]], length: int) -> Ten
         start = len(row.ids_S) - len(answer)
         targets_BS[b, start - 1 : start - 1 + len(answer)] = torch.tensor(answer)
     return targets_BS
+
+
+def single_token(base: Base, word: str, where: str) -> int:
+    """The id of a verdict word that must be one token; raises ModelError with the pieces when it is several."""
+    ids = encode_text(base, word)
+    if len(ids) != 1:
+        pieces = base.tokenizer.convert_ids_to_tokens(ids)
+        raise ModelError(
+            f"`{where}`: {word!r} is {len(ids)} tokens of this base ({pieces}); choose a word that is one token."
+        )
+    return ids[0]

@@ -14,7 +14,7 @@ from ..data.readers import read_records
 from ..data.records import Record, from_json
 from ..data.world import WorldConfig, WorldSplits, world_records
 from ..model.base import resolve_base
-from ..model.inputs import VIDEO_MARK
+from ..data.records import VIDEO_MARK
 from ..recipe import Recipe
 
 LOOK = 2000  # records of a file that are read

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from ..data.world import encode
 from ..model.random_base import checkpoint_of
 from ..recipe import Recipe
-from ..workspace import Workspace, write_json, write_jsonl
+from ..workspace import Workspace
+from ..files import write_json, write_jsonl
 
 PROMPT_TOKENS = 128  # of the question; the base's chat template adds its own
 VIDEOS = (2, 12)  # fewest and most; in between as many as the context stage has in flight

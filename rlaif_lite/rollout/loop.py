@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache
 
 from ..model.inputs import Sequence, collate, decode
 from ..model.roles import ActiveRole
-from ..model.room import out_of_memory
+from ..model.memory import out_of_memory
 from ..phases import phase
 from .dense import dense_copy
 from .sampling import Sampling, Trajectory, uniforms

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..model.inputs import IGNORE, Sequence, collate, target_rows
 from ..model.roles import ActiveRole, Roles
-from ..model.room import in_pieces
+from ..model.memory import in_pieces
 from ..rl.dpo import implicit_reward
 from .loop import sample
 from .sampling import Sampling, Trajectory

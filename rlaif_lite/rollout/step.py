@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..model.base import Base
 from ..model.inputs import rope_positions
-from ..model.room import out_of_memory
+from ..model.memory import out_of_memory
 from .sampling import Sampling, draw
 from .slots import ALIGN, SlotCache, round_up
 

@@ -8,10 +8,12 @@ many prompts it has.
 
 from ..data.records import Message
 from ..judge.narrative import narrative
-from ..model.inputs import VIDEO_MARK, decode_answer, encode_prompt
+from ..data.records import VIDEO_MARK
+from ..model.inputs import decode_answer, encode_prompt
 from ..progress import progress
 from ..rollout import Sampling, sample
-from ..workspace import Workspace, by_batches, chunks, write_json
+from ..workspace import Workspace
+from ..files import by_batches, chunks, write_json
 
 READS = ("seed", "context", "features.clips", "features.clip_frames", "data.preference", "data.pairs")
 NEEDS = ("data", "features", "sft")

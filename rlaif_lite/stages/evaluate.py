@@ -25,7 +25,9 @@ from ..rl.losses import repetition
 from ..rollout import Sampling, sample
 from ..rollout.score import best_of
 from ..video.decode import decode
-from ..workspace import Workspace, by_batches, chunks, question_of, write_json, write_jsonl
+from ..workspace import Workspace
+from ..files import by_batches, chunks, write_json, write_jsonl
+from ..data.records import question_of
 
 READS = ("seed", "method", "evaluate", "data.test")
 NEEDS = ("features", "sft", "ppo", "dpo")

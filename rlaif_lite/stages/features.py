@@ -22,7 +22,8 @@ from ..progress import progress, say
 from ..video.cache import FeatureRecord, feature_key, video_digest, write_index
 from ..video.decode import Frames, View
 from ..video.workers import decode_all
-from ..workspace import WHOLE, Workspace, write_json
+from ..workspace import WHOLE, Workspace
+from ..files import write_json
 
 READS = ("data", "features", "model.base", "model.revision", "model.dtype", "model.reward_base.base",
          "model.reward_base.revision")  # fmt: skip

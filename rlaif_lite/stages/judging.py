@@ -12,7 +12,9 @@ from ..model.inputs import decode_answer, encode_prompt
 from ..phases import phase
 from ..progress import progress
 from ..rollout import Sampling, sample
-from ..workspace import Workspace, by_batches, chunks, question_of
+from ..workspace import Workspace
+from ..files import by_batches, chunks
+from ..data.records import question_of
 
 
 class Judged(NamedTuple):

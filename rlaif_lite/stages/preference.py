@@ -13,10 +13,12 @@ Pairs that the recipe gives (`data.pairs`) are used as they are instead: nothing
 """
 
 from ..data.records import Record
-from ..model.inputs import VIDEO_MARK
+from ..data.records import VIDEO_MARK
 from ..progress import say
 from ..rollout import Sampling
-from ..workspace import Workspace, question_of, read_jsonl, write_json, write_jsonl
+from ..workspace import Workspace
+from ..data.records import question_of
+from ..files import read_jsonl, write_json, write_jsonl
 from .judging import Answers, Judged, compare_pairs, figures_of, sample_answers
 
 READS = ("seed", "preference", "data.preference", "data.pairs")

@@ -21,7 +21,8 @@ from ..data.records import Message, Record
 from ..data.world_text import score as truth_score
 from ..errors import StageError
 from ..model.base import Base
-from ..model.inputs import VIDEO_MARK, Sequence, collate, decode_answer, encode_answer, encode_prompt, encode_text
+from ..data.records import VIDEO_MARK
+from ..model.inputs import Sequence, collate, decode_answer, encode_answer, encode_prompt, encode_text
 from ..model.roles import ActiveRole
 from ..phases import phase
 from ..progress import say
@@ -29,7 +30,9 @@ from ..recipe import Recipe
 from ..rl.losses import pairwise_loss
 from ..training.fit import fit, steps_of
 from ..training.loop import batches, derive_seed, split_micro
-from ..workspace import Workspace, chunks, question_of, write_json
+from ..workspace import Workspace
+from ..files import chunks, write_json
+from ..data.records import question_of
 from .preference import read_pairs
 
 READS = ("seed", "model", "reward")

@@ -25,7 +25,7 @@ from rlaif_kernels import sft_loss
 
 from ..data.records import Record
 from ..errors import DataError
-from ..judge.claims import single_token
+from ..model.inputs import single_token
 from ..model.base import Base
 from ..model.inputs import IGNORE, Sequence, collate, encode_answer, encode_prompt, encode_text
 from ..model.roles import ActiveRole

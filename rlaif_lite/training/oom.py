@@ -13,7 +13,7 @@ from typing import Callable, NamedTuple, TypeVar
 import torch
 
 from ..errors import StageError
-from ..model.room import out_of_memory
+from ..model.memory import out_of_memory
 from ..model.roles import Roles
 from ..progress import say
 

@@ -16,13 +16,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.records import Record
-from ..model.inputs import Sequence, encode_prompt
-from ..phases import phase
-from ..rollout import Sampling, Trajectory, sample
-from ..workspace import Workspace, chunks
+from ...data.records import Record
+from ...model.inputs import Sequence, encode_prompt
+from ...phases import phase
+from ...rollout import Sampling, Trajectory, sample
+from ...workspace import Workspace
+from ...files import chunks
 from .experience import Micro, spread
-from .reward import RewardInput, check_floor, reward_prompt
+from ..reward import RewardInput, check_floor, reward_prompt
 
 
 class Taken(NamedTuple):

@@ -1,4 +1,4 @@
-"""The study on five seeds and three qualities of intervener: `python -m rlaif_lite.control --seeds 5 --out OUT.json`.
+"""The study on five seeds and three qualities of intervener: `python -m lab.control --seeds 5 --out OUT.json`.
 
 Writes OUT.json (every figure of every seed, settings, hardware, commit) and OUT.md. Minutes on one core. The seeds are
 runs of one stack and share its random generators; intervals are Student's t over seeds, paired where of a difference.
@@ -15,8 +15,8 @@ import gymnasium
 import numpy as np
 import torch
 
-from ..progress import say
-from ..report.stats import stat
+from rlaif_lite.progress import say
+from rlaif_lite.report.stats import stat
 from .study import ARMS, Outcome, Settings, learn, make_cast
 from .tasks import PENDULUM, returns
 
@@ -109,7 +109,7 @@ def page(found: dict) -> str:
         f"{found['task']['name']}, {settings['seeds']} seeds; mean [95 % interval over seeds] of the true return.",
         f"Every student had {settings['steps']} environment steps and as many updates.",
         f"{found['hardware']}, one thread, {found['seconds']:.0f} s; commit {found['commit']}.",
-        f"torch {versions['torch']}, gymnasium {versions['gymnasium']}. Written by `python -m rlaif_lite.control`.\n",
+        f"torch {versions['torch']}, gymnasium {versions['gymnasium']}. Written by `python -m lab.control`.\n",
         "An intervener at 0 does as well as random actions, one at 1 is the reference.\n",
     ]
     lines += table("return at the end", score, heads)
@@ -120,7 +120,7 @@ def page(found: dict) -> str:
 
 
 def main() -> None:
-    ask = argparse.ArgumentParser(prog="python -m rlaif_lite.control", description=__doc__)
+    ask = argparse.ArgumentParser(prog="python -m lab.control", description=__doc__)
     ask.add_argument("--seeds", type=int, default=5, choices=range(2, 11), help="2 to 10")
     ask.add_argument("--seed", type=int, default=0, help="of the random generators")
     ask.add_argument("--out", type=Path, required=True, help="OUT.json; OUT.md is written beside it")

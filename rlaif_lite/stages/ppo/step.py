@@ -29,25 +29,25 @@ import torch
 from rlaif_kernels import PpoStats, gae, ppo_policy_loss
 from torch import Tensor
 
-from ..data.records import Record
-from ..model.inputs import IGNORE, decode_answer, encode_prompt
-from ..model.roles import ActiveRole
-from ..phases import phase
-from ..phases import step as step_begins
-from ..progress import progress
-from ..recipe import Ppo
-from ..rl.advantages import group_relative, rloo, whiten
-from ..rl.losses import value_loss
-from ..rl.shaping import AdaptiveKL, FixedKL, kl_penalty, sequence_score, shaped_reward, symbolic_bonus
-from ..rollout import Sampling, Trajectory, sample
-from ..training.fit import keep, restore
-from ..training.loop import batches, derive_seed
-from ..training.oom import Backoff, put_back, remember
-from ..workspace import Workspace
+from ...data.records import Record
+from ...model.inputs import IGNORE, decode_answer, encode_prompt
+from ...model.roles import ActiveRole
+from ...phases import phase
+from ...phases import step as step_begins
+from ...progress import progress
+from ...recipe import Ppo
+from ...rl.advantages import group_relative, rloo, whiten
+from ...rl.losses import value_loss
+from ...rl.shaping import AdaptiveKL, FixedKL, kl_penalty, sequence_score, shaped_reward, symbolic_bonus
+from ...rollout import Sampling, Trajectory, sample
+from ...training.fit import keep, restore
+from ...training.loop import batches, derive_seed
+from ...training.oom import Backoff, put_back, remember
+from ...workspace import Workspace
 from .experience import Experience, Micro, answer_hidden, answer_logp, cut, place, spread, token_value
 from .feedback import Feedback, RewardModelFeedback, Taken
 from .interventions import InterventionFeedback
-from .ppo_log import check_first_step, describe, summary
+from .log import check_first_step, describe, summary
 from .ranking import RankingFeedback
 
 READS = ("seed", "model", "reward.prompt", "reward.pool", "reward.pool_tokens", "reward.floor", "ppo", "data.rl",

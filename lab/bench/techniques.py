@@ -1,6 +1,6 @@
 """What each technique is worth: one PPO step with one of them switched off at a time -> peak memory and tokens/s.
 
-    python kernels/bench/techniques.py RECIPE [KEY=VALUE ...] [--random-weights] [--small] [--only NAME ...] [--out F]
+    python lab/bench/techniques.py RECIPE [KEY=VALUE ...] [--random-weights] [--small] [--only NAME ...] [--out F]
 
 Every line is the project's own step (`plain_ppo.ours`) with a recipe key changed or one function replaced by what
 stands there without the technique. Answers to the same prompt come in groups of four, so that a shared prefill shows.
@@ -32,7 +32,8 @@ from rlaif_lite.model import roles
 from rlaif_lite.model.inputs import IGNORE, decode
 from rlaif_lite.recipe import Recipe, load_recipe
 from rlaif_lite.rollout import loop, sample
-from rlaif_lite.stages import features, ppo
+from rlaif_lite.stages import features
+from rlaif_lite.stages.ppo import step as ppo
 from rlaif_lite.training.meter import Meter, describe_machine, peak_bytes, versions
 from rlaif_lite.workspace import WHOLE, pick_device
 
@@ -209,7 +210,7 @@ def main(arguments: list[str] | None = None) -> dict:
     result: dict = {"schema": 1, "small": options.small, "machine": describe_machine(), "versions": versions()}
     given = sys.argv[1:] if arguments is None else arguments
     result |= {"commit": plain_ppo.commit(), "techniques": {}}
-    result["command"] = f"python kernels/bench/techniques.py {shlex.join(given)}"
+    result["command"] = f"python lab/bench/techniques.py {shlex.join(given)}"
     for technique in (each for each in TECHNIQUES if each.name in options.only):
         base = load_recipe(options.recipe).model.base
         keys = [key.replace("BASE", base) for key in technique.keys]

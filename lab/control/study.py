@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..progress import say
+from rlaif_lite.progress import say
 from .learner import Critics, Learner, Replay, assemble
 from .rule import Rule, Takeovers, disapproved
 from .tasks import Copies, Task, returns

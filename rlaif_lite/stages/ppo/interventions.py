@@ -25,14 +25,15 @@ reference critic's values; a takeover lasts one claim instead of a fixed number 
 from math import inf
 from typing import NamedTuple, Sequence
 
-from ..data.records import Record
-from ..judge.intervene import Claim, omissions, read_claims, spoken
-from ..model.inputs import decode_answer, encode_prompt
-from ..phases import phase
-from ..rl.interventions import end_reward, takeovers, token_rewards
-from ..rollout import Sampling, Trajectory, sample
-from ..rollout.sampling import uniforms
-from ..workspace import Workspace, question_of
+from ...data.records import Record
+from ...judge.intervene import Claim, omissions, read_claims, spoken
+from ...model.inputs import decode_answer, encode_prompt
+from ...phases import phase
+from ...rl.interventions import end_reward, takeovers, token_rewards
+from ...rollout import Sampling, Trajectory, sample
+from ...rollout.sampling import uniforms
+from ...workspace import Workspace
+from ...data.records import question_of
 from .feedback import Feedback, Taken
 
 

@@ -1,6 +1,6 @@
 """Tokens per second of our rollouts beside transformers' `generate`: same 4-bit base, LoRA and prompts, same run.
 
-    python tests/bench_rollout.py [--out docs/results/rollout] [--base FOLDER --adapter FOLDER --device cuda ...]
+    python lab/bench/rollout.py [--out docs/results/rollout] [--base FOLDER --adapter FOLDER --device cuda ...]
 
 Run by hand, not collected by pytest. Every way of sampling is timed in turn, round after round, and the medians are
 compared. On a CPU one thread is used and its CPU seconds are counted, which other programs disturb little; on a GPU it
@@ -30,7 +30,7 @@ from rlaif_lite.model.inputs import Sequence, collate, encode_prompt
 from rlaif_lite.model.roles import ActiveRole, Roles
 from rlaif_lite.recipe import Lora, Model
 from rlaif_lite.rollout import Sampling, sample, slot_bytes, slot_length
-from rlaif_lite.tiny import architecture
+from lab.embedded_base import architecture
 
 QUESTIONS = ("describe the video", "what is the colour first ?", "what is true ?", "how many shape then ?")
 
@@ -208,7 +208,7 @@ def page(facts: dict) -> str:
         "rounds; nf4 base and LoRA of rank 16 in every row.",
         f"{given['prompts']} answers of at most {given['new_tokens']} tokens to prompts of three video lengths (up to "
         f"{given['video_tokens']} tokens), {given['slots']} in flight (a quarter of it in the queue). Written by "
-        "`tests/bench_rollout.py`.",
+        "`lab/bench/rollout.py`.",
     ]  # fmt: skip
     for name, rows in facts["settings"].items():
         lines += ["", f"| {name} | tokens/s | x generate | spread | tokens per round |", "|---|---|---|---|---|"]

@@ -13,12 +13,13 @@ import torch
 from rlaif_kernels import LinearLogprob, linear_logprob
 from torch import Tensor
 
-from ..data.records import Record
-from ..model.inputs import IGNORE, Batch, Sequence, collate, encode_prompt, target_rows
-from ..model.roles import ActiveRole
-from ..rollout import Trajectory
-from ..training.loop import derive_seed, split_micro
-from ..workspace import Workspace, chunks
+from ...data.records import Record
+from ...model.inputs import IGNORE, Batch, Sequence, collate, encode_prompt, target_rows
+from ...model.roles import ActiveRole
+from ...rollout import Trajectory
+from ...training.loop import derive_seed, split_micro
+from ...workspace import Workspace
+from ...files import chunks
 
 
 class Micro(NamedTuple):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from rlaif_lite.tiny.architecture import TOKENS_PER_FRAME, VOCABULARY
+from lab.embedded_base.architecture import TOKENS_PER_FRAME, VOCABULARY
 
 VIEW_FRAMES = 6
 VIDEO_TOKENS = VIEW_FRAMES * TOKENS_PER_FRAME

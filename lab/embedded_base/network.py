@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import LlavaNextVideoForConditionalGeneration
 
-from rlaif_lite.tiny.sheet import VIDEO_TOKENS, Batch
+from lab.embedded_base.sheet import VIDEO_TOKENS, Batch
 
 VERDICT_LAYER = 4  # verdicts of a pair are complete after this many layers,
 VOTE_LAYER = 5  # after one more each word votes for A or B, and the last layer counts

@@ -1,6 +1,6 @@
 """The card of the embedded base: its skills in float32 and in the 4-bit form that a run uses, and how it was made.
 
-`python -m rlaif_lite.tiny.card FOLDER` measures a checkpoint anew on freshly made videos, which were not trained on,
+`python -m lab.embedded_base.card FOLDER` measures a checkpoint anew on freshly made videos, which were not trained on,
 and prints the table.
 """
 
@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 from rlaif_lite.data.world import WorldConfig
-from rlaif_lite.tiny.network import pooled_features
-from rlaif_lite.tiny.skills import measure
-from rlaif_lite.tiny.videos import WORLD_SEED, make_videos
+from lab.embedded_base.network import pooled_features
+from lab.embedded_base.skills import measure
+from lab.embedded_base.videos import WORLD_SEED, make_videos
 
 HARDER = WorldConfig(dropout=0.4)  # as in recipes/tiny.yaml
 FRESH = 100_000  # index of the first freshly made video: far beyond those of any pretraining
@@ -80,7 +80,7 @@ def card_text(made: dict, table: dict[str, dict[str, float]], videos: int) -> st
         omitted = "the full description"
     return f"""# {title}
 
-A LLaVA-NeXT-Video of {made["parameters"]:,} parameters, trained from scratch by `python -m rlaif_lite.tiny.pretrain` on
+A LLaVA-NeXT-Video of {made["parameters"]:,} parameters, trained from scratch by `python -m lab.embedded_base.pretrain` on
 synthetic videos (`rlaif_lite/data/world.py`). It exists so that the whole of RLAIF can be run and measured within
 minutes on a CPU; it knows nothing else.
 

@@ -1,6 +1,6 @@
 """One PPO step of ours beside a plain implementation of the same step, in the same process, on the same weights.
 
-    python kernels/bench/plain_ppo.py RECIPE [KEY=VALUE ...] [--random-weights] [--small] [--rounds 2] [--out FILE]
+    python lab/bench/plain_ppo.py RECIPE [KEY=VALUE ...] [--random-weights] [--small] [--rounds 2] [--out FILE]
 
 Plain is what TRL's and LLaMA-Factory's trainers do: `generate` of transformers, the vision tower in every forward,
 logits of every position materialised, one forward per role after switching the adapter. All else is as ours, so that
@@ -36,12 +36,14 @@ from rlaif_lite.profiler.inputs import stand_ins
 from rlaif_lite.recipe import load_recipe
 from rlaif_lite.rl.losses import value_loss
 from rlaif_lite.rollout import Trajectory
-from rlaif_lite.stages import features, ppo
-from rlaif_lite.stages.experience import Experience, Micro, cut, place, token_value
-from rlaif_lite.stages.feedback import RewardModelFeedback
+from rlaif_lite.stages import features
+from rlaif_lite.stages.ppo import step as ppo
+from rlaif_lite.stages.ppo.experience import Experience, Micro, cut, place, token_value
+from rlaif_lite.stages.ppo.feedback import RewardModelFeedback
 from rlaif_lite.training.meter import Meter, describe_machine, versions
 from rlaif_lite.video.decode import Frames, View, decode_views
-from rlaif_lite.workspace import WHOLE, Workspace, chunks
+from rlaif_lite.workspace import WHOLE, Workspace
+from rlaif_lite.files import chunks
 
 
 class Step(NamedTuple):

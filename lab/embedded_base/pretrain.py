@@ -1,4 +1,4 @@
-"""Pretrains the embedded base from scratch: `python -m rlaif_lite.tiny.pretrain --out DIR --minutes M [--weak-video]`.
+"""Pretrains the embedded base from scratch: `python -m lab.embedded_base.pretrain --out DIR --minutes M [--weak-video]`.
 
 One clean schedule on CPU cores, data-parallel over processes of one thread each:
   1. videos are made, encoded to mp4 and decoded;
@@ -28,13 +28,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from rlaif_lite.data.world_text import COLOURS
-from rlaif_lite.tiny.architecture import build_model, save
-from rlaif_lite.tiny.card import write_card
-from rlaif_lite.tiny.network import Hidden, forward, pooled_features, tower_features, use_bf16_products
-from rlaif_lite.tiny.sheet import NUMBER, Batch, collate
-from rlaif_lite.tiny.skills import measure
-from rlaif_lite.tiny.tasks import BEFORE_PAIRS, SHEET, WITH_PAIRS, draw
-from rlaif_lite.tiny.videos import VideoSet, make_videos
+from lab.embedded_base.architecture import build_model, save
+from lab.embedded_base.card import write_card
+from lab.embedded_base.network import Hidden, forward, pooled_features, tower_features, use_bf16_products
+from lab.embedded_base.sheet import NUMBER, Batch, collate
+from lab.embedded_base.skills import measure
+from lab.embedded_base.tasks import BEFORE_PAIRS, SHEET, WITH_PAIRS, draw
+from lab.embedded_base.videos import VideoSet, make_videos
 
 PAIRS_FROM = 0.40  # share of the steps before pairs join
 MARGINS = ((0.50, 3), (0.62, 2), (2.0, 0))  # until this share of the steps, pairs have at least this margin
@@ -277,7 +277,7 @@ def work(rank: int, options: Options) -> None:
             "seconds": round(time.time() - started),
             "train_seconds": round(time.time() - begun),
             "hardware": f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}",
-            "command": f"python -m rlaif_lite.tiny.pretrain --out DIR --steps {steps}"
+            "command": f"python -m lab.embedded_base.pretrain --out DIR --steps {steps}"
             + (" --weak-video" if options.weak else ""),
         }
         write_card(options.out, made, options.card_videos)

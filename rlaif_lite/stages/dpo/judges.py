@@ -7,23 +7,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Mapping, NamedTuple
 
-from ..data.records import Message, Record
-from ..data.world import facts_of
-from ..data.world_text import claim_question, claims_of, garbled, narrative_share, sentences_of
-from ..data.world_text import describe as description_of
-from ..judge.claims import ask, judge_claims
-from ..judge.describe import describe_again
-from ..judge.divide import Divided, TextModel, Writer, divide, rejected, write_by_role
-from ..model.roles import BASE, ActiveRole
-from ..model.room import in_pieces
-from ..phases import phase
-from ..progress import progress
-from ..recipe import Divide
-from ..training.fit import fit
-from ..training.loop import split_micro
-from ..workspace import Workspace, by_batches, chunks, question_of, write_json
-from .judging import Answers, item_of
-from .sft import backward, example
+from ...data.records import Message, Record
+from ...data.world import facts_of
+from ...data.world_text import claim_question, claims_of, garbled, narrative_share, sentences_of
+from ...data.world_text import describe as description_of
+from ...judge.claims import ask, judge_claims
+from ...judge.describe import describe_again
+from ...judge.divide import Divided, TextModel, Writer, divide, rejected, write_by_role
+from ...model.roles import BASE, ActiveRole
+from ...model.memory import in_pieces
+from ...phases import phase
+from ...progress import progress
+from ...recipe import Divide
+from ...training.fit import fit
+from ...training.loop import split_micro
+from ...workspace import Workspace
+from ...files import by_batches, chunks, write_json
+from ...data.records import question_of
+from ..judging import Answers, item_of
+from ..sft import backward, example
 
 DIVIDER = "divider"  # the adapter that divides answers, where the recipe trains one
 GARBLED = 0.15  # share of the texts it learns from that stumble, as sampled answers do

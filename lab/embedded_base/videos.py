@@ -18,7 +18,7 @@ import numpy as np
 
 from rlaif_lite.data.world import WorldConfig, facts_of, write_video
 from rlaif_lite.data.world_text import COLOURS, SHAPES, Facts
-from rlaif_lite.tiny.architecture import FRAME_SIZE
+from lab.embedded_base.architecture import FRAME_SIZE
 
 WORLD_SEED = 1_000_003
 FRAMES = 24

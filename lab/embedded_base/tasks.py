@@ -27,7 +27,7 @@ from rlaif_lite.data.world_text import (
     star_question,
     verdicts,
 )
-from rlaif_lite.tiny.sheet import Sheet
+from lab.embedded_base.sheet import Sheet
 
 SHEET = 192  # columns of a training sheet
 WHOLE = (2, 6, 10, 14, 18, 22)  # middle of each of 6 equal parts of 24 frames

@@ -31,23 +31,24 @@ from typing import Iterator, Mapping, NamedTuple
 
 import torch
 
-from ..data.records import Record
-from ..data.world_text import score as truth_score
-from ..errors import StageError
-from ..judge.claims import split_claims
-from ..model.inputs import encode_prompt
-from ..model.roles import ActiveRole
-from ..model.room import in_pieces
-from ..phases import phase
-from ..progress import progress, say
-from ..rl.dpo import DpoStats, Scored, balance_lengths, dpo_loss, draw_pairs, pairs_by_score
-from ..rollout import Sampling
-from ..rollout.score import answer_logps
-from ..training.fit import fit, steps_of
-from ..training.loop import batches, split_micro
-from ..workspace import Workspace, by_batches, chunks, read_jsonl, write_json, write_jsonl
-from .dpo_judges import describe_videos, prepare_divider, score_answers
-from .judging import Answers, Judged, compare_pairs, figures_of, sample_answers
+from ...data.records import Record
+from ...data.world_text import score as truth_score
+from ...errors import StageError
+from ...judge.claims import split_claims
+from ...model.inputs import encode_prompt
+from ...model.roles import ActiveRole
+from ...model.memory import in_pieces
+from ...phases import phase
+from ...progress import progress, say
+from ...rl.dpo import DpoStats, Scored, balance_lengths, dpo_loss, draw_pairs, pairs_by_score
+from ...rollout import Sampling
+from ...rollout.score import answer_logps
+from ...training.fit import fit, steps_of
+from ...training.loop import batches, split_micro
+from ...workspace import Workspace
+from ...files import by_batches, chunks, read_jsonl, write_json, write_jsonl
+from .judges import describe_videos, prepare_divider, score_answers
+from ..judging import Answers, Judged, compare_pairs, figures_of, sample_answers
 
 READS = ("seed", "model", "preference", "dpo", "data.preference")
 NEEDS = ("features", "sft", "context")

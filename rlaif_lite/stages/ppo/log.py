@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
-from ..data.records import Record
-from ..data.world_text import score as truth_score
-from ..errors import StageError
-from ..model.inputs import decode_answer
-from ..rl.losses import explained_variance, repetition
-from ..rollout import Trajectory
-from ..workspace import Workspace, read_jsonl, write_json
+from ...data.records import Record
+from ...data.world_text import score as truth_score
+from ...errors import StageError
+from ...model.inputs import decode_answer
+from ...rl.losses import explained_variance, repetition
+from ...rollout import Trajectory
+from ...workspace import Workspace
+from ...files import read_jsonl, write_json
 from .experience import Experience
 
 

@@ -7,9 +7,9 @@ from collections import defaultdict
 
 import torch
 
-from rlaif_lite.tiny.network import forward
-from rlaif_lite.tiny.sheet import NUMBER, collate
-from rlaif_lite.tiny.tasks import skill_sheets
+from lab.embedded_base.network import forward
+from lab.embedded_base.sheet import NUMBER, collate
+from lab.embedded_base.tasks import skill_sheets
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def parts(rehearsal: bool) -> list[Part]:
         Part("ppo qwen2_5_vl_3b_24gb", MODEL, 120, profiled("qwen2_5_vl_3b_24gb", "ppo.epochs=1")),
         Part("ppo qwen2_5_vl_7b_24gb", MODEL, 120, profiled("qwen2_5_vl_7b_24gb", "ppo.epochs=1")),
         Part("plain step", MODEL, 150, lambda out: [
-            "kernels/bench/plain_ppo.py", "recipes/vlm_rlaif_7b_24gb.yaml", *(SMALL if rehearsal else LLAVA),
+            "lab/bench/plain_ppo.py", "recipes/vlm_rlaif_7b_24gb.yaml", *(SMALL if rehearsal else LLAVA),
             *bounds(CAP), "--rounds", "1", "--out", str(out),
         ]),
         Part("ppo vlm_rlaif_7b_rm13b_48gb", MODEL, 120, profiled("vlm_rlaif_7b_rm13b_48gb", *LLAVA, cap="40GB")),

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import torch
 
-from .data.records import Message
+from .data.records import VIDEO_MARK, Message
 from .errors import StageError
 from .model.base import Base, load_base
-from .data.records import VIDEO_MARK
 from .model.inputs import decode_answer, encode_prompt
 from .model.roles import BASE, Roles
 from .recipe import Recipe, load_recipe
@@ -56,10 +55,16 @@ class Chat:
         if self.best_of:
             sampling = Sampling(section.max_new_tokens, temperature or section.temperature)
             (best,) = best_of(
-                self.roles, self.role, "reference", [prompt], sampling, count=self.best_of,
-                seeds=[derive_seed(seed, j) for j in range(self.best_of)], beta=self.recipe.dpo.beta,
+                self.roles,
+                self.role,
+                "reference",
+                [prompt],
+                sampling,
+                count=self.best_of,
+                seeds=[derive_seed(seed, j) for j in range(self.best_of)],
+                beta=self.recipe.dpo.beta,
                 batch_size=section.batch_size,
-            )  # fmt: skip
+            )
             return decode_answer(self.base, best.answer.ids)
         sampling = Sampling(section.max_new_tokens, temperature)
         with self.roles.use(self.role) as role:

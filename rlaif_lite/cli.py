@@ -38,9 +38,12 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Group, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
     help="Align a video language model by its own feedback, on one GPU (or, small, on a CPU).",
-)  # fmt: skip
+)
 recipes_app = typer.Typer(no_args_is_help=True, help="List, explain and check recipes.")
 app.add_typer(recipes_app, name="recipes")
 
@@ -121,7 +124,9 @@ def bench(
     videos: Annotated[Path | None, typer.Option(help="The folder with its videos or pictures, at any depth.")] = None,
     role: Annotated[str, typer.Option(help="Who is examined: base, sft, reference or policy.")] = "policy",
     judge: Annotated[str, typer.Option(help="local, rules, or the URL of an OpenAI-compatible endpoint.")] = "local",
-    judge_model: Annotated[str | None, typer.Option(help="Its model: a name there; a folder or hub id if local.")] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(help="Its model: a name there; a folder or hub id if local.")
+    ] = None,
     judge_words: Annotated[
         bool, typer.Option("--judge-words", help="local: yes or no by their probabilities, without a score.")
     ] = False,
@@ -154,9 +159,7 @@ def bench(
     elif run is None or name is None or not files or videos is None:
         raise RlaifError("Give a run, a benchmark, its files and --videos; `rlaif-lite bench --list` names them.")
     else:
-        asked = command.Judging(
-            judge, judge_model, judge_words, judge_key, judge_body, concurrency, price, again
-        )
+        asked = command.Judging(judge, judge_model, judge_words, judge_key, judge_body, concurrency, price, again)
         typer.echo(command.bench(run, name, files, videos, role, asked, out, limit, prompt, max_new_tokens))
 
 
@@ -189,8 +192,7 @@ def across(
 @app.command()
 def sweep(
     what: Annotated[
-        list[str],
-        typer.Argument(metavar="RECIPE... KEY=VALUE...", help="Recipes, and keys to set in every point."),
+        list[str], typer.Argument(metavar="RECIPE... KEY=VALUE...", help="Recipes, and keys to set in every point.")
     ],
     over: Annotated[
         list[str] | None,

@@ -13,9 +13,10 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
 
@@ -92,13 +93,15 @@ def _gpus() -> list[dict[str, Any]]:
     gpus = []
     for index in range(torch.cuda.device_count()):
         props = torch.cuda.get_device_properties(index)
-        gpus.append({
-            "name": props.name,
-            "memory_gib": round(props.total_memory / GIB, 1),
-            "capability": f"{props.major}.{props.minor}",
-            "driver": _driver(),
-            "cuda": torch.version.cuda,
-        })  # fmt: skip
+        gpus.append(
+            {
+                "name": props.name,
+                "memory_gib": round(props.total_memory / GIB, 1),
+                "capability": f"{props.major}.{props.minor}",
+                "driver": _driver(),
+                "cuda": torch.version.cuda,
+            }
+        )
     return gpus
 
 

@@ -4,8 +4,9 @@ The real functions name their phases (`with phase("decode", tokens): ...`) and w
 a listener that costs a comparison. Phases do not nest.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Iterator, Protocol
+from typing import Protocol
 
 
 class Listener(Protocol):

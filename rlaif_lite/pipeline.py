@@ -12,14 +12,16 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 
 from . import __version__
 from .errors import StageError
+from .files import file_digest, write_json
 from .model.base import base_digest
 from .planner import Plan, make_plan, refuse, settle
 from .progress import say
@@ -29,15 +31,29 @@ from .stages import context, data, dpo, evaluate, features, ppo, preference, rew
 from .training.meter import Meter, describe_machine, versions
 from .video.cache import read_index
 from .workspace import Workspace
-from .files import write_json
 
-STAGES = {"data": data, "features": features, "sft": sft, "context": context, "preference": preference, "reward": reward,
-          "ppo": ppo, "dpo": dpo, "evaluate": evaluate}  # fmt: skip
+STAGES = {
+    "data": data,
+    "features": features,
+    "sft": sft,
+    "context": context,
+    "preference": preference,
+    "reward": reward,
+    "ppo": ppo,
+    "dpo": dpo,
+    "evaluate": evaluate,
+}
 # Roles that each stage leaves behind; emptied with it when it is stale.
 LEAVES = {"sft": ("sft", "reference"), "reward": ("reward",), "ppo": ("policy", "value"), "dpo": ("policy", "divider")}
 # Where and how fast, not what: a change of these makes nothing stale.
-NEUTRAL = ("data.folder", "data.world.workers", "features.cache", "features.workers", "model.gradient_checkpointing",
-           "ppo.checkpoint_every")  # fmt: skip
+NEUTRAL = (
+    "data.folder",
+    "data.world.workers",
+    "features.cache",
+    "features.workers",
+    "model.gradient_checkpointing",
+    "ppo.checkpoint_every",
+)
 GATES = {"reward": "reward.floor"}  # a key of the stage's section that only a later stage acts on
 # What makes a stage run again, but changes nothing that a later stage reads without asking for it by itself.
 INWARD = {"features": ("splits with a narrative", "features.clips", "features.clip_frames")}
@@ -172,8 +188,13 @@ def link(source: str, target: str) -> None:
 def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]:
     """What a stage depends on beside the stages before it: recipe keys, the base's files, the data files, this
     version."""
-    found = {key: value for key, value in flatten(work.recipe).items()
-             if key not in NEUTRAL and key != GATES.get(name) and any(key == prefix or key.startswith(prefix + ".") for prefix in reads)}  # fmt: skip
+    found = {
+        key: value
+        for key, value in flatten(work.recipe).items()
+        if key not in NEUTRAL
+        and key != GATES.get(name)
+        and any(key == prefix or key.startswith(prefix + ".") for prefix in reads)
+    }
     if "model.base" in found:
         found["files of model.base"] = base_digest(work.recipe.model)
     if "model.reward_base.base" in found:
@@ -238,28 +259,32 @@ def write_summary(work: Workspace, stages: list[str], finished: bool) -> None:
     found = {name: read(work.folder / name / "done.json") for name in stages}
     results = {name: done["result"] for name, done in found.items() if done is not None}
     evaluation = results.get("evaluate", {})
-    write_json(work.folder / "summary.json", {
-        "recipe": recipe.name,
-        "recipe_hash": recipe_hash(recipe),
-        "method": recipe.method,
-        "feedback": recipe.ppo.feedback if recipe.method == "ppo" else None,
-        "seed": recipe.seed,
-        "world_seed": recipe.data.world.seed if recipe.data.world else None,
-        "device": torch.cuda.get_device_name(work.device) if work.device.type == "cuda" else "cpu",
-        "machine": describe_machine(),
-        "versions": versions(),
-        "finished": finished,
-        "stages": {
-            name: done["cost"] | {key: done[key] for key in ("status", "shared_from") if key in done}
-            for name, done in found.items() if done is not None
+    write_json(
+        work.folder / "summary.json",
+        {
+            "recipe": recipe.name,
+            "recipe_hash": recipe_hash(recipe),
+            "method": recipe.method,
+            "feedback": recipe.ppo.feedback if recipe.method == "ppo" else None,
+            "seed": recipe.seed,
+            "world_seed": recipe.data.world.seed if recipe.data.world else None,
+            "device": torch.cuda.get_device_name(work.device) if work.device.type == "cuda" else "cpu",
+            "machine": describe_machine(),
+            "versions": versions(),
+            "finished": finished,
+            "stages": {
+                name: done["cost"] | {key: done[key] for key in ("status", "shared_from") if key in done}
+                for name, done in found.items()
+                if done is not None
+            },
+            "features": results.get("features"),
+            "evaluation": evaluation.get("evaluation", {}),
+            "evaluation_intervals": evaluation.get("evaluation_intervals", {}),
+            "preference": results.get("preference", {}),
+            "reward": results["reward"] | {"floor": recipe.reward.floor} if "reward" in results else {},
+            recipe.method: results.get(recipe.method, {}),
         },
-        "features": results.get("features"),
-        "evaluation": evaluation.get("evaluation", {}),
-        "evaluation_intervals": evaluation.get("evaluation_intervals", {}),
-        "preference": results.get("preference", {}),
-        "reward": results["reward"] | {"floor": recipe.reward.floor} if "reward" in results else {},
-        recipe.method: results.get(recipe.method, {}),
-    })  # fmt: skip
+    )
 
 
 def read(path: Path) -> dict | None:

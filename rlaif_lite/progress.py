@@ -1,8 +1,8 @@
 """Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere (files, pipes, CI logs)."""
 
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -73,9 +73,14 @@ def progress(total: int | None, description: str, unit: str = "it") -> Iterator[
 
 def _bar(total: int | None, description: str, unit: str) -> Iterator[Counter]:
     global _bar_is_up
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
-               MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-               TextColumn("{task.fields[note]}", markup=False))  # fmt: skip
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
     with Progress(*columns, console=_console, transient=True, refresh_per_second=4) as bar:
         task = bar.add_task(description, total=total, note="")
 

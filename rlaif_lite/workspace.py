@@ -11,8 +11,9 @@ A stage takes what it needs from here and leaves its results in the run folder:
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Iterable, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -20,7 +21,6 @@ from .data.readers import read_records, split_by_answer_length, with_videos
 from .data.records import Record
 from .errors import DataError, StageError
 from .model.base import Base, load_base
-from .data.records import VIDEO_MARK
 from .model.roles import Roles
 from .progress import say
 from .recipe import Recipe

@@ -62,10 +62,16 @@ def qa(folder, videos):
 
 def _asked(videos):
     return [
-        {"video_name": v, "question_id": f"v_{v}_{place}", "question": f"what is the {kind} first ?",
-         "answer": f["events"][0][place], "type": str(place)}
-        for v, f in videos for place, kind in enumerate(("colour", "shape", "motion"))
-    ]  # fmt: skip
+        {
+            "video_name": v,
+            "question_id": f"v_{v}_{place}",
+            "question": f"what is the {kind} first ?",
+            "answer": f["events"][0][place],
+            "type": str(place),
+        }
+        for v, f in videos
+        for place, kind in enumerate(("colour", "shape", "motion"))
+    ]
 
 
 def qa_two(folder, videos):
@@ -122,10 +128,12 @@ def ucf101(folder, videos):
 def hmdb51(folder, videos):
     """A file per class: the first shape. 1: to train on, 2: to test on, 0: neither."""
     return [
-        _lines(folder / f"{shape}_test_split1.txt",
-               [f"{v}.avi {2 if f['events'][0][1] == shape else n % 2} " for n, (v, f) in enumerate(videos)])
+        _lines(
+            folder / f"{shape}_test_split1.txt",
+            [f"{v}.avi {2 if f['events'][0][1] == shape else n % 2} " for n, (v, f) in enumerate(videos)],
+        )
         for shape in SHAPES
-    ]  # fmt: skip
+    ]
 
 
 def pope(folder, videos):
@@ -159,20 +167,29 @@ def amber(folder, videos):
         kind = rng.choice(["discriminative-hallucination", "discriminative-relation"])
         notes.append({"id": len(notes) + 1, "type": kind, "truth": "yes" if is_true else "no"})
     relation = {f"{colour} {shape}": [] for colour in COLOURS for shape in (*SHAPES, "star")}
-    return [_json(folder / "query_all.json", queries), _json(folder / "annotations.json", notes),
-            _json(folder / "relation.json", relation), _lines(folder / "safe_words.txt", ["video"])]  # fmt: skip
+    return [
+        _json(folder / "query_all.json", queries),
+        _json(folder / "annotations.json", notes),
+        _json(folder / "relation.json", relation),
+        _lines(folder / "safe_words.txt", ["video"]),
+    ]
 
 
 def objhal(folder, videos):
     """The file of each picture is named; COCO's instances know two of its objects, and its captions the third."""
     prompts = [{"image_id": int(v), "question": DESCRIBE, "image_path": f"{v}.mp4"} for v, _ in videos]
     categories = [{"id": n, "name": shape} for n, shape in enumerate(SHAPES)]
-    notes = [{"image_id": int(v), "category_id": SHAPES.index(shape)} for v, f in videos
-             for _, shape, _ in f["events"][:2]]  # fmt: skip
+    notes = [
+        {"image_id": int(v), "category_id": SHAPES.index(shape)} for v, f in videos for _, shape, _ in f["events"][:2]
+    ]
     captions = {"annotations": [{"image_id": int(v), "caption": caption(f, 2).title()} for v, f in videos]}
     coco = {"images": [{"id": int(v)} for v, _ in videos], "annotations": notes, "categories": categories}
-    return [_lines(folder / "obj_halbench.jsonl", prompts), _json(folder / "instances_val2014.json", coco),
-            _json(folder / "captions_val2014.json", captions), _lines(folder / "synonyms.txt", ["circle, disc", "square, box"])]  # fmt: skip
+    return [
+        _lines(folder / "obj_halbench.jsonl", prompts),
+        _json(folder / "instances_val2014.json", coco),
+        _json(folder / "captions_val2014.json", captions),
+        _lines(folder / "synonyms.txt", ["circle, disc", "square, box"]),
+    ]
 
 
 def objhal_inside(folder, videos, picture: bytes):
@@ -186,16 +203,33 @@ def objhal_inside(folder, videos, picture: bytes):
 
 def mmhal(folder, videos):
     rows = [
-        {"question_type": kind, "question_topic": "shapes", "image_id": f"id{v}", "image_src": f"https://a.org/b/{v}.jpg?c=1",
-         "image_content": things(f), "question": f"what is the {kind} first ?", "gt_answer": f["events"][0][place],
-         "model_answer": ""}
-        for v, f in videos for place, kind in enumerate(("colour", "shape"))
-    ]  # fmt: skip
+        {
+            "question_type": kind,
+            "question_topic": "shapes",
+            "image_id": f"id{v}",
+            "image_src": f"https://a.org/b/{v}.jpg?c=1",
+            "image_content": things(f),
+            "question": f"what is the {kind} first ?",
+            "gt_answer": f["events"][0][place],
+            "model_answer": "",
+        }
+        for v, f in videos
+        for place, kind in enumerate(("colour", "shape"))
+    ]
     return [_json(folder / "response_template.json", rows)]
 
 
 WRITERS = {
-    "videochatgpt": generic, "videochatgpt-temporal": temporal, "videochatgpt-consistency": consistency, "qa": qa,
-    "retrieval": retrieval, "ucf101": ucf101, "hmdb51": hmdb51, "pope": pope, "amber": amber, "objhal": objhal,
-    "mmhal": mmhal, "claims": generic,
-}  # fmt: skip
+    "videochatgpt": generic,
+    "videochatgpt-temporal": temporal,
+    "videochatgpt-consistency": consistency,
+    "qa": qa,
+    "retrieval": retrieval,
+    "ucf101": ucf101,
+    "hmdb51": hmdb51,
+    "pope": pope,
+    "amber": amber,
+    "objhal": objhal,
+    "mmhal": mmhal,
+    "claims": generic,
+}

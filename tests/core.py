@@ -12,20 +12,23 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 
+from lab.embedded_base import architecture  # noqa: E402
 from rlaif_lite.data.records import Message, Record, from_json  # noqa: E402
 from rlaif_lite.data.world import WorldSplits, write_world  # noqa: E402
 from rlaif_lite.model.base import Base, load_base  # noqa: E402
 from rlaif_lite.model.inputs import collate, encode_prompt  # noqa: E402
 from rlaif_lite.model.roles import Roles  # noqa: E402
 from rlaif_lite.recipe import Lora, Model, Recipe, load_recipe  # noqa: E402
-from lab.embedded_base import architecture  # noqa: E402
 from rlaif_lite.video.cache import FeatureRecord  # noqa: E402
 
 torch.set_num_threads(1)
 VIDEOS = 8  # of each split of the world
 
 RECIPE = {
-    "name": "test", "seed": 3, "device": "cpu", "threads": 1,
+    "name": "test",
+    "seed": 3,
+    "device": "cpu",
+    "threads": 1,
     "data": {
         "world": {"seed": 5, "sft": VIDEOS, "preference": VIDEOS, "rl": VIDEOS, "test": VIDEOS, "workers": 1},
         **{name: [f"world:{name}"] for name in ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")},
@@ -33,23 +36,57 @@ RECIPE = {
     "model": {"lora": {"rank": 4, "alpha": 8}},
     "features": {"frames": 6, "clips": 3, "clip_frames": 6, "workers": 0},
     "sft": {
-        "easy": {"steps": 3, "batch_size": 6, "lr": 2e-3}, "hard": {"steps": 3, "batch_size": 6, "lr": 2e-3},
-        "policy_init": {"steps": 2, "batch_size": 6, "lr": 1e-3}, "replay": 0.34, "loss_per": "record",
+        "easy": {"steps": 3, "batch_size": 6, "lr": 2e-3},
+        "hard": {"steps": 3, "batch_size": 6, "lr": 2e-3},
+        "policy_init": {"steps": 2, "batch_size": 6, "lr": 1e-3},
+        "replay": 0.34,
+        "loss_per": "record",
     },
-    "context": {"prompt": "describe the clip", "markers": ["first", "then", "finally"], "max_new_tokens": 5, "batch_size": 12},
+    "context": {
+        "prompt": "describe the clip",
+        "markers": ["first", "then", "finally"],
+        "max_new_tokens": 5,
+        "batch_size": 12,
+    },
     "preference": {
-        "samples": 4, "max_new_tokens": 9, "batch_size": 16, "compare_pairs": 5,
+        "samples": 4,
+        "max_new_tokens": 9,
+        "batch_size": 16,
+        "compare_pairs": 5,
         "claims": {"mode": "inline", "prompt": "<video> {context} response :", "context_prefix": "context : {context}"},
         "pairwise": {
             "prompt": "<video> {context} <|> response A : {a} <|> response B : {b} <|> better ?",
             "context_prefix": "context : {context}",
         },
     },
-    "reward": {"steps": 3, "batch_size": 4, "lr": 1e-3, "pool": "tokens", "pool_tokens": [".", "red"], "prompt": "response :",
-               "floor": 0.0, "heldout": 0.3},
-    "ppo": {"steps": 4, "rollouts": 8, "minibatch": 4, "lr": 5e-4, "value_lr": 1e-3, "max_new_tokens": 8, "checkpoint_every": 2},
-    "evaluate": {"samples": 2, "max_new_tokens": 8, "batch_size": 16, "bootstrap": 50, "examples": 2, "temperatures": [0.5]},
-}  # fmt: skip
+    "reward": {
+        "steps": 3,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "pool": "tokens",
+        "pool_tokens": [".", "red"],
+        "prompt": "response :",
+        "floor": 0.0,
+        "heldout": 0.3,
+    },
+    "ppo": {
+        "steps": 4,
+        "rollouts": 8,
+        "minibatch": 4,
+        "lr": 5e-4,
+        "value_lr": 1e-3,
+        "max_new_tokens": 8,
+        "checkpoint_every": 2,
+    },
+    "evaluate": {
+        "samples": 2,
+        "max_new_tokens": 8,
+        "batch_size": 16,
+        "bootstrap": 50,
+        "examples": 2,
+        "temperatures": [0.5],
+    },
+}
 
 
 @pytest.fixture(scope="session")
@@ -151,9 +188,16 @@ def record_of(features_ND: torch.Tensor, layout: int, keep: list[int], per_frame
     """A record of one run of 1-D positions: token `keep[i]` of `layout` is features_ND[keep[i]]; frames one second apart."""
     place_K, frames = torch.tensor(keep), layout // per_frame
     return FeatureRecord(
-        features_ND[keep], place_K[None], place_K // per_frame, torch.arange(frames).double(),
-        torch.tensor([len(keep)]), torch.tensor([layout]), layout, frames, float(frames),
-    )  # fmt: skip
+        features_ND[keep],
+        place_K[None],
+        place_K // per_frame,
+        torch.arange(frames).double(),
+        torch.tensor([len(keep)]),
+        torch.tensor([layout]),
+        layout,
+        frames,
+        float(frames),
+    )
 
 
 def record(prompt: str, answer: str | None = None, video: str | None = "v.mp4", **more) -> Record:

@@ -47,26 +47,36 @@ TINY = {
     ),
     "video_llava": Tiny(hf.VideoLlavaConfig, hf.VideoLlavaForConditionalGeneration, LLAVA_TOKENS, None, "</s>", "<s>"),
     "llava_onevision": Tiny(
-        hf.LlavaOnevisionConfig, hf.LlavaOnevisionForConditionalGeneration, ["<|im_start|>", *LLAVA_TOKENS],
+        hf.LlavaOnevisionConfig,
+        hf.LlavaOnevisionForConditionalGeneration,
+        ["<|im_start|>", *LLAVA_TOKENS],
         CHATML.replace("VIDEO", "<video>\n"),
     ),
     "qwen2_vl": Tiny(hf.Qwen2VLConfig, hf.Qwen2VLForConditionalGeneration, QWEN_TOKENS, QWEN),
     "qwen2_5_vl": Tiny(hf.Qwen2_5_VLConfig, hf.Qwen2_5_VLForConditionalGeneration, QWEN_TOKENS, QWEN),
     "qwen3_vl": Tiny(hf.Qwen3VLConfig, hf.Qwen3VLForConditionalGeneration, QWEN_TOKENS, QWEN),
     "video_llama_3": Tiny(
-        hf.VideoLlama3Config, hf.VideoLlama3ForConditionalGeneration, ["<|im_start|>", *LLAVA_TOKENS],
+        hf.VideoLlama3Config,
+        hf.VideoLlama3ForConditionalGeneration,
+        ["<|im_start|>", *LLAVA_TOKENS],
         CHATML.replace("VIDEO", "<video>\n"),
     ),
     "internvl": Tiny(
-        hf.InternVLConfig, hf.InternVLForConditionalGeneration,
-        ["<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"], CHATML.replace("VIDEO", "<video>\n"), embeddings=0.12, seed=4,
+        hf.InternVLConfig,
+        hf.InternVLForConditionalGeneration,
+        ["<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"],
+        CHATML.replace("VIDEO", "<video>\n"),
+        embeddings=0.12,
+        seed=4,
     ),
     "smolvlm": Tiny(
-        hf.SmolVLMConfig, hf.SmolVLMForConditionalGeneration,
+        hf.SmolVLMConfig,
+        hf.SmolVLMForConditionalGeneration,
         ["<|im_start|>", "<image>", "<fake_token_around_image>", "<global-img>", "<row_1_col_1>"],
-        CHATML.replace("VIDEO", "<video>"), "<end_of_utterance>",
+        CHATML.replace("VIDEO", "<video>"),
+        "<end_of_utterance>",
     ),
-}  # fmt: skip
+}
 
 
 def build_tokenizer(tiny: Tiny) -> PreTrainedTokenizerFast:
@@ -79,16 +89,28 @@ def build_tokenizer(tiny: Tiny) -> PreTrainedTokenizerFast:
         trainers.BpeTrainer(vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=tiny.bos, eos_token=tiny.eos, pad_token="<pad>",
-        additional_special_tokens=tiny.special, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=core,
+        bos_token=tiny.bos,
+        eos_token=tiny.eos,
+        pad_token="<pad>",
+        additional_special_tokens=tiny.special,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _text(kind: str, vocabulary: int, **more) -> dict:
     return dict(
-        model_type=kind, hidden_size=WIDTH, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=vocabulary, max_position_embeddings=4096, tie_word_embeddings=False, **more,
-    )  # fmt: skip
+        model_type=kind,
+        hidden_size=WIDTH,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocabulary,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        **more,
+    )
 
 
 def build_config(name: str, tokenizer: PreTrainedTokenizerFast):
@@ -125,14 +147,27 @@ def build_config(name: str, tokenizer: PreTrainedTokenizerFast):
             vision = dict(embed_dim=32, hidden_size=WIDTH, depth=2, num_heads=2, mlp_ratio=2, **patches)
         elif name == "qwen2_5_vl":
             vision = dict(
-                hidden_size=32, intermediate_size=64, out_hidden_size=WIDTH, depth=2, num_heads=2, fullatt_block_indexes=[1],
-                window_size=32, tokens_per_second=2, **patches,
-            )  # fmt: skip
+                hidden_size=32,
+                intermediate_size=64,
+                out_hidden_size=WIDTH,
+                depth=2,
+                num_heads=2,
+                fullatt_block_indexes=[1],
+                window_size=32,
+                tokens_per_second=2,
+                **patches,
+            )
         else:
             vision = dict(
-                hidden_size=32, intermediate_size=64, out_hidden_size=WIDTH, depth=3, num_heads=2, num_position_embeddings=64,
-                deepstack_visual_indexes=[0, 1], **patches,
-            )  # fmt: skip
+                hidden_size=32,
+                intermediate_size=64,
+                out_hidden_size=WIDTH,
+                depth=3,
+                num_heads=2,
+                num_position_embeddings=64,
+                deepstack_visual_indexes=[0, 1],
+                **patches,
+            )
             mrope["rope_parameters"]["mrope_interleaved"] = True
             mrope["head_dim"] = 16
         text = _text(f"{name}_text", vocabulary, **ends, **mrope)
@@ -144,13 +179,20 @@ def build_config(name: str, tokenizer: PreTrainedTokenizerFast):
     if name == "internvl":
         vision |= {"image_size": [FRAME, FRAME], "patch_size": [PATCH, PATCH]}
         return TINY[name].config(
-            text_config=_text("qwen2", vocabulary, **ends), vision_config=vision, image_token_id=ids["<IMG_CONTEXT>"],
-            image_seq_length=4, downsample_ratio=0.5,
-        )  # fmt: skip
+            text_config=_text("qwen2", vocabulary, **ends),
+            vision_config=vision,
+            image_token_id=ids["<IMG_CONTEXT>"],
+            image_seq_length=4,
+            downsample_ratio=0.5,
+        )
     return TINY[name].config(
-        text_config=_text("llama", vocabulary, **ends), vision_config=vision, image_token_id=ids["<image>"], scale_factor=2,
-        tie_word_embeddings=False, pad_token_id=ends["pad_token_id"],
-    )  # fmt: skip
+        text_config=_text("llama", vocabulary, **ends),
+        vision_config=vision,
+        image_token_id=ids["<image>"],
+        scale_factor=2,
+        tie_word_embeddings=False,
+        pad_token_id=ends["pad_token_id"],
+    )
 
 
 def processor_files(name: str) -> dict[str, dict]:

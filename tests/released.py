@@ -9,23 +9,51 @@ from safetensors.torch import save_file
 WIDTH, FFN, LAYERS, HEADS = 64, 96, 2, 4
 CLIP_WIDTH, CLIP_FFN, CLIP_LAYERS, SIDE, PATCH = 32, 48, 3, 28, 14
 WORDS = 320  # of the tokenizer
-CLIP = {"model_type": "clip_vision_model", "hidden_size": CLIP_WIDTH, "intermediate_size": CLIP_FFN,
-        "num_hidden_layers": CLIP_LAYERS,
-        "num_attention_heads": 2, "image_size": SIDE, "patch_size": PATCH, "projection_dim": 16}  # fmt: skip
+CLIP = {
+    "model_type": "clip_vision_model",
+    "hidden_size": CLIP_WIDTH,
+    "intermediate_size": CLIP_FFN,
+    "num_hidden_layers": CLIP_LAYERS,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+    "projection_dim": 16,
+}
 CONFIG = {  # as LlavaLlamaForCausalLM of transformers 4.34 writes it
-    "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "torch_dtype": "float16", "vocab_size": WORDS,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "hidden_act": "silu", "hidden_size": WIDTH,
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "model_type": "llava",
+    "torch_dtype": "float16",
+    "vocab_size": WORDS,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "hidden_act": "silu",
+    "hidden_size": WIDTH,
     "intermediate_size": FFN,
-    "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
     "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5, "rope_scaling": None, "image_aspect_ratio": "pad", "mm_hidden_size": CLIP_WIDTH,
-    "mm_projector_type": "mlp2x_gelu", "mm_use_im_patch_token": False, "mm_use_im_start_end": False,
-    "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": None,
+    "image_aspect_ratio": "pad",
+    "mm_hidden_size": CLIP_WIDTH,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
     "mm_vision_tower": "openai/clip-vit-large-patch14-336",
-}  # fmt: skip
-LINEARS = {"self_attn.q_proj": (WIDTH, WIDTH), "self_attn.k_proj": (WIDTH, WIDTH), "self_attn.v_proj": (WIDTH, WIDTH),
-           "self_attn.o_proj": (WIDTH, WIDTH), "mlp.gate_proj": (FFN, WIDTH), "mlp.up_proj": (FFN, WIDTH),
-           "mlp.down_proj": (WIDTH, FFN)}  # fmt: skip
+}
+LINEARS = {
+    "self_attn.q_proj": (WIDTH, WIDTH),
+    "self_attn.k_proj": (WIDTH, WIDTH),
+    "self_attn.v_proj": (WIDTH, WIDTH),
+    "self_attn.o_proj": (WIDTH, WIDTH),
+    "mlp.gate_proj": (FFN, WIDTH),
+    "mlp.up_proj": (FFN, WIDTH),
+    "mlp.down_proj": (WIDTH, FFN),
+}
 
 
 def draw(shapes: dict[str, tuple[int, ...]], seed: int, dtype=torch.float16) -> dict[str, torch.Tensor]:
@@ -103,15 +131,32 @@ def write_tokenizer(folder: Path) -> None:
         )
     )
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=WORDS, model_type="bpe", byte_fallback=True,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, num_threads=1, minloglevel=2,
-    )  # fmt: skip
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=WORDS,
+        model_type="bpe",
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
     text.unlink()
     (folder / "tokenizer.vocab").unlink()
-    settings = {"add_bos_token": True, "add_eos_token": False, "legacy": False, "model_max_length": 2048,
-                "pad_token": None, "padding_side": "right", "sp_model_kwargs": {},
-                "tokenizer_class": "LlamaTokenizer"}  # fmt: skip
+    settings = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": False,
+        "model_max_length": 2048,
+        "pad_token": None,
+        "padding_side": "right",
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+    }
     settings |= {f"{name}_token": token for name, token in (("bos", "<s>"), ("eos", "</s>"), ("unk", "<unk>"))}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>"}
@@ -152,12 +197,24 @@ def write_lora(
     adapter = folder / inside
     adapter.mkdir(parents=True)
     torch.save(tensors, adapter / "adapter_model.bin")
-    settings = {"auto_mapping": None, "base_model_name_or_path": "checkpoints/sft", "bias": "none",
-                "fan_in_fan_out": False,
-                "inference_mode": True, "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None,
-                "lora_alpha": alpha, "lora_dropout": 0.0, "modules_to_save": None, "peft_type": "LORA",
-                "r": rank, "revision": None,
-                "target_modules": [name.split(".")[1] for name in LINEARS], "task_type": "CAUSAL_LM"}  # fmt: skip
+    settings = {
+        "auto_mapping": None,
+        "base_model_name_or_path": "checkpoints/sft",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": rank,
+        "revision": None,
+        "target_modules": [name.split(".")[1] for name in LINEARS],
+        "task_type": "CAUSAL_LM",
+    }
     (adapter / "adapter_config.json").write_text(json.dumps(settings))
     if head:
         torch.save(draw({"weight": (1, width), "bias": (1,)}, 5, torch.float32), folder / "reward_head")

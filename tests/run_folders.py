@@ -111,12 +111,19 @@ def _metrics(path: Path, kind: str, rng: random.Random) -> None:
     for step in range({"unfinished": 11, "dpo": 0}.get(kind, 20)):
         x = 1 - math.exp(-step / 6)
         line = {
-            "objective/scores": 1.6 * x + rng.gauss(0, 0.05), "objective/rlhf_reward": 1.3 * x + rng.gauss(0, 0.05),
-            "objective/kl": 1.5 * x, "objective/kl_coef": 0.2, "policy/clipfrac_avg": 0.1 * x + 0.01,
-            "policy/entropy_avg": 0.8 - 0.5 * x, "policy/approxkl_avg": 0.01, "val/explained_variance": 0.7 * x,
-            "loss/value_avg": 0.5 - 0.3 * x, "rollout/length": 23 - 2 * x, "rollout/stop_rate": 0.97 + 0.02 * x,
+            "objective/scores": 1.6 * x + rng.gauss(0, 0.05),
+            "objective/rlhf_reward": 1.3 * x + rng.gauss(0, 0.05),
+            "objective/kl": 1.5 * x,
+            "objective/kl_coef": 0.2,
+            "policy/clipfrac_avg": 0.1 * x + 0.01,
+            "policy/entropy_avg": 0.8 - 0.5 * x,
+            "policy/approxkl_avg": 0.01,
+            "val/explained_variance": 0.7 * x,
+            "loss/value_avg": 0.5 - 0.3 * x,
+            "rollout/length": 23 - 2 * x,
+            "rollout/stop_rate": 0.97 + 0.02 * x,
             "rollout/repetition": 0.01,
-        }  # fmt: skip
+        }
         if kind != "no_truth":
             line["rollout/oracle_score"] = (3 - 2.5 * x if kind == "hacked" else 3 + 3 * x) + rng.gauss(0, 0.15)
         lines.append({"stage": "ppo", "step": step, **line, "time": {"seconds": 4.0}})
@@ -132,17 +139,31 @@ JUDGES = [
 BLOCKS = {
     "features": {"videos": 2140, "missing": 0, "frames": 6, "tokens_before": 96, "tokens_after": 24},
     "preference": {
-        "pairs": 1100, "judge": "claims", "judge_agreement_with_truth": 0.949, "judge_agreement_without_context": 0.861,
-        "position_consistency": 0.812, "length_bias": 0.55, "truth_length_bias": 0.53, "judges": JUDGES,
+        "pairs": 1100,
+        "judge": "claims",
+        "judge_agreement_with_truth": 0.949,
+        "judge_agreement_without_context": 0.861,
+        "position_consistency": 0.812,
+        "length_bias": 0.55,
+        "truth_length_bias": 0.53,
+        "judges": JUDGES,
     },
     "reward": {
-        "heldout_accuracy": 0.85, "heldout_accuracy_truth": 0.84, "floor": 0.6,
+        "heldout_accuracy": 0.85,
+        "heldout_accuracy_truth": 0.84,
+        "floor": 0.6,
         "calibration": [{"predicted": 0.55 + i / 10, "observed": 0.53 + i / 11, "count": 60 - 8 * i} for i in range(5)],
     },
-    "ppo": {"kl_start": 0.0, "kl_end": 1.42, "reward_start": 0.02, "reward_end": 1.55, "steps": 20,
-            "base_bytes": {"quantised": 430_000, "other": 900_000},
-            "roles": {"policy": {"parameters": 160_000, "bytes": 640_000}}},
-}  # fmt: skip
+    "ppo": {
+        "kl_start": 0.0,
+        "kl_end": 1.42,
+        "reward_start": 0.02,
+        "reward_end": 1.55,
+        "steps": 20,
+        "base_bytes": {"quantised": 430_000, "other": 900_000},
+        "roles": {"policy": {"parameters": 160_000, "bytes": 640_000}},
+    },
+}
 
 
 def _summary(kind: str, rows: list[dict]) -> dict:
@@ -190,13 +211,32 @@ def rounds() -> list[dict]:
     table = [{"round": 0, "heldout_score": 3.1, "heldout_truth": 3.0, "heldout_words": 21.5, "selected": False}]
     for t in (1, 2, 3):
         told = [{"video": "videos/a.mp4", "read": f"a <b> {t - 1}", "written": f"a <b> {t}"}]
-        table.append({
-            "round": t, "prompts": 200, "answers": 1200, "answer_words": 21.0 + t, "pairs": 380 - t, "dropped": {"tied": 9},
-            "chosen_words": 21.5, "rejected_words": 22.5, "length_bias": 0.47, "agreement": 0.9 - t / 100, "steps": 9,
-            "truth_length_bias": 0.45, "loss": 0.5, "heldout_score": 4.0 + (t == 2), "heldout_truth": 3.5 + t / 10,
-            "heldout_words": 22.0 + t, "selected": t == 2, "descriptions": told, "description_changed": 0.8,
-            "description_words": 30.0, "description_true_read": 0.7, "description_true_written": 0.75,
-        })  # fmt: skip
+        table.append(
+            {
+                "round": t,
+                "prompts": 200,
+                "answers": 1200,
+                "answer_words": 21.0 + t,
+                "pairs": 380 - t,
+                "dropped": {"tied": 9},
+                "chosen_words": 21.5,
+                "rejected_words": 22.5,
+                "length_bias": 0.47,
+                "agreement": 0.9 - t / 100,
+                "steps": 9,
+                "truth_length_bias": 0.45,
+                "loss": 0.5,
+                "heldout_score": 4.0 + (t == 2),
+                "heldout_truth": 3.5 + t / 10,
+                "heldout_words": 22.0 + t,
+                "selected": t == 2,
+                "descriptions": told,
+                "description_changed": 0.8,
+                "description_words": 30.0,
+                "description_true_read": 0.7,
+                "description_true_written": 0.75,
+            }
+        )
     return table
 
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from core import gradients
 from safetensors.torch import load_file
 
+from core import gradients
 from rlaif_lite.data.records import Message
 from rlaif_lite.errors import ModelError
 from rlaif_lite.model.base import load_base
-from rlaif_lite.model.pixels import image_spec, to_pixels
 from rlaif_lite.model.inputs import collate, encode_prompt
+from rlaif_lite.model.pixels import image_spec, to_pixels
 from rlaif_lite.model.roles import Roles
 from rlaif_lite.recipe import Lora, Model
 
@@ -102,8 +102,12 @@ def test_the_fingerprint_follows_every_base_parameter(load):
     base = load(tower=True)
     first = base.fingerprint()
     assert load(tower=True).fingerprint() == first
-    for name in ("model.language_model.layers.3.mlp.up_proj.weight", "model.language_model.embed_tokens.weight",
-                 "model.language_model.norm.weight", "model.multi_modal_projector.linear_1.bias"):  # fmt: skip
+    for name in (
+        "model.language_model.layers.3.mlp.up_proj.weight",
+        "model.language_model.embed_tokens.weight",
+        "model.language_model.norm.weight",
+        "model.multi_modal_projector.linear_1.bias",
+    ):
         parameter = dict(base.model.named_parameters())[name]
         flat = parameter.data.view(torch.uint8).view(-1)
         flat[5] ^= 1  # one bit
@@ -162,9 +166,13 @@ def test_pixels_are_what_the_processor_makes(base, checkpoint):
 
 @pytest.mark.parametrize(
     "size, expected",
-    [({"size": {"height": 20, "width": 30}}, (20, 30)), ({"size": {"shortest_edge": 24}}, (24, 24)),
-     ({"size": {"shortest_edge": 30}, "crop_size": {"height": 24, "width": 26}}, (24, 26)), ({"size": 40}, (40, 40))],
-)  # fmt: skip
+    [
+        ({"size": {"height": 20, "width": 30}}, (20, 30)),
+        ({"size": {"shortest_edge": 24}}, (24, 24)),
+        ({"size": {"shortest_edge": 30}, "crop_size": {"height": 24, "width": 26}}, (24, 26)),
+        ({"size": 40}, (40, 40)),
+    ],
+)
 def test_every_spelling_of_the_frame_size(tmp_path, size, expected):
     (tmp_path / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0, 0, 0], "image_std": [1, 1, 1], **size})

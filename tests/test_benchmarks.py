@@ -5,14 +5,14 @@ import math
 import shutil
 from pathlib import Path
 
-import benchmark_files as files
 import numpy as np
 import pytest
 import torch
-from core import shake, small_recipe, video_of
 from PIL import Image
 from typer.testing import CliRunner
 
+import benchmark_files as files
+from core import shake, small_recipe, video_of
 from rlaif_lite import cli
 from rlaif_lite.benchmarks import hallucination, questions, ranking
 from rlaif_lite.benchmarks.catalogue import BENCHMARKS
@@ -86,24 +86,57 @@ def test_hallucination_files_are_read(tmp_path):
 
 
 WRONG = [
-    ("pope", [("p.json", [{"video_name": "a", "Q": "q", "A": "a"}])], "entry 0: found the keys video_name, Q, A; no question_id"),
-    ("pope", [("p.json", [{"question_id": 1, "image": "a", "text": "q", "label": "maybe"}])], "entry 0: `label` is 'maybe'"),
+    (
+        "pope",
+        [("p.json", [{"video_name": "a", "Q": "q", "A": "a"}])],
+        "entry 0: found the keys video_name, Q, A; no question_id",
+    ),
+    (
+        "pope",
+        [("p.json", [{"question_id": 1, "image": "a", "text": "q", "label": "maybe"}])],
+        "entry 0: `label` is 'maybe'",
+    ),
     ("pope", [("p.json", [{"question_id": 1, "text": "q", "label": "yes"}])], "names neither `image` nor `video`"),
     ("pope", [("a.json", [{}]), ("b.json", [{}])], "2 files were given"),
     ("videochatgpt", [("g.json", [{"video_name": "a", "Q": None, "A": "a"}])], "`Q` is None, expected a text"),
     ("videochatgpt", [("g.json", ["a"])], "entry 0: found a str, expected the list of {video_name, Q, A}"),
     ("videochatgpt-consistency", [("g.json", [{"video_name": "a", "Q": "q", "A": "a"}])], "no Q1, Q2"),
-    ("msvd-qa", [("q.json", [{"video_name": "a", "question_id": 1, "question": "q"}]),
-                 ("a.json", [{"question_id": 2, "answer": "x"}])], "question 1 has no answer in"),
+    (
+        "msvd-qa",
+        [
+            ("q.json", [{"video_name": "a", "question_id": 1, "question": "q"}]),
+            ("a.json", [{"question_id": 2, "answer": "x"}]),
+        ],
+        "question 1 has no answer in",
+    ),
     ("amber", [("q.json", [{"id": 1, "image": "a", "query": "q"}])], "There are no annotations"),
-    ("amber", [("q.json", [{"id": 1, "image": "a", "query": "q"}]),
-               ("n.json", [{"id": 2, "type": "generative", "truth": []}])], "query 1 has no annotation"),
-    ("amber", [("q.json", [{"id": 1, "image": "a", "query": "q"}]),
-               ("n.json", [{"id": 1, "type": "generative", "truth": ["dog"]}])], "annotation 1: `hallu` is None, expected"),
+    (
+        "amber",
+        [
+            ("q.json", [{"id": 1, "image": "a", "query": "q"}]),
+            ("n.json", [{"id": 2, "type": "generative", "truth": []}]),
+        ],
+        "query 1 has no annotation",
+    ),
+    (
+        "amber",
+        [
+            ("q.json", [{"id": 1, "image": "a", "query": "q"}]),
+            ("n.json", [{"id": 1, "type": "generative", "truth": ["dog"]}]),
+        ],
+        "annotation 1: `hallu` is None, expected",
+    ),
     ("objhal", [("p.jsonl", [{"image_id": 1, "question": "q"}])], "There are no objects"),
-    ("objhal", [("o.jsonl", [{"image_id": 1, "objects": ["cat"]}, {"image_id": 2}])], "entry 1: `objects` is None, expected"),
-    ("objhal", [("p.jsonl", [{"image_id": 1, "question": "q"}]), ("o.jsonl", [{"image_id": 2, "objects": ["cat"]}])],
-     "picture 1 is in no list of objects"),
+    (
+        "objhal",
+        [("o.jsonl", [{"image_id": 1, "objects": ["cat"]}, {"image_id": 2}])],
+        "entry 1: `objects` is None, expected",
+    ),
+    (
+        "objhal",
+        [("p.jsonl", [{"image_id": 1, "question": "q"}]), ("o.jsonl", [{"image_id": 2, "objects": ["cat"]}])],
+        "picture 1 is in no list of objects",
+    ),
     ("mmhal", [("m.json", [{"question": "q", "gt_answer": "a"}])], "no question_type, image_content, image_id"),
     ("msvd-retrieval", [("c.pkl", [])], "is a pickle, which can run any code"),
     ("msvd-retrieval", [("c.json", [{"video": 1}])], "found the keys video"),
@@ -114,7 +147,7 @@ WRONG = [
     ("ucf101", [("testlist01.txt", "what is this\n")], "lines such as 'what is this' were found"),
     ("ucf101", [("testlist01.txt", "Run/v_a.avi\n"), ("classInd.txt", "1 Walk\n")], "The class 'run' of a test video"),
     ("hmdb51", [("run_test_split1.txt", "a.avi 1\n")], "There are no test videos"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "content", "said"), WRONG, ids=[f"{name}-{n}" for n, (name, *_) in enumerate(WRONG)])
@@ -143,9 +176,13 @@ def test_videos_are_found_by_name(tmp_path):
     names = ["one", "two", "Class/three.avi", "three.mp4", "four", "five", "six", "v_one"]
     found, missing = find_videos(names, tmp_path)
     assert {name: str(Path(path).relative_to(tmp_path)) for name, path in found.items()} == {
-        "one": "deep/er/one.webm", "two": "v_two.mkv", "Class/three.avi": "Class/three.avi",
-        "three.mp4": "Class/three.avi", "four": "frames/four", "v_one": "deep/er/one.webm",
-    }  # fmt: skip
+        "one": "deep/er/one.webm",
+        "two": "v_two.mkv",
+        "Class/three.avi": "Class/three.avi",
+        "three.mp4": "Class/three.avi",
+        "four": "frames/four",
+        "v_one": "deep/er/one.webm",
+    }
     assert missing == ["five", "six"]
     (tmp_path / "one.mp4").touch()
     with pytest.raises(DataError, match="Two videos are called one"):
@@ -161,7 +198,15 @@ def test_words_of_answers():
     vocabulary = frozenset(["dog", "fire truck", "truck", "berry", "leaf", "bus", "glass"])
     said = "Two dogs, a fire truck and TRUCKS; berries on leaves. Buses? A glass of glasses."
     assert mentions(said, vocabulary) == ["dog", "fire truck", "truck", "berry", "leaf", "bus", "glass", "glass"]
-    answers = ["Yes, it is.", "No.", "There isn't one", "It is not there, yes?", "A dog.", "Nothing yesterday", "It isn’t."]
+    answers = [
+        "Yes, it is.",
+        "No.",
+        "There isn't one",
+        "It is not there, yes?",
+        "A dog.",
+        "Nothing yesterday",
+        "It isn’t.",
+    ]
     assert [yes_or_no(answer) for answer in answers] == [True, False, False, False, None, None, False]
 
 
@@ -170,8 +215,10 @@ def row(answer: str, **more) -> dict:
 
 
 def total(tally, items_and_rows) -> dict[str, float]:
-    return {name: found["value"] for name, found in
-            figures([(str(n), tally(item, row)) for n, (item, row) in enumerate(items_and_rows)]).items()}  # fmt: skip
+    return {
+        name: found["value"]
+        for name, found in figures([(str(n), tally(item, row)) for n, (item, row) in enumerate(items_and_rows)]).items()
+    }
 
 
 def test_polling_by_hand():
@@ -200,8 +247,12 @@ def test_chair_by_hand():
     """Named: dog, grass, cat, frisbee, people (harmless). Invented: cat (expected to be), frisbee."""
     words = frozenset(["dog", "puppy", "grass", "cat", "frisbee", "people", "tree"])
     dog, grass, tree, cat, bird = (frozenset([name]) for name in ("dog", "grass", "tree", "cat", "bird"))
-    objects = Objects({"dog": dog, "puppy": dog, "grass": grass, "tree": tree}, {"cat": cat, "bird": bird}, words,
-                      frozenset(["people"]))  # fmt: skip
+    objects = Objects(
+        {"dog": dog, "puppy": dog, "grass": grass, "tree": tree},
+        {"cat": cat, "bird": bird},
+        words,
+        frozenset(["people"]),
+    )
     item = Item("1", "v", ("q",), "", "generative", objects=objects)
     said = "A dog on the grass with cats, people and a frisbee; nobody else."
     found = total(hallucination.tally_amber, [(item, row(said)), (item._replace(id="2"), row("A puppy, dogs."))])
@@ -215,9 +266,11 @@ def test_chair_by_hand():
 
 def test_a_word_may_stand_for_several_objects(tmp_path):
     """A man is a person: "a person" covers one of the two objects, "a man" both, as in AMBER's script."""
-    written = {"q": [{"id": 1, "image": "a", "query": "q"}],
-               "n": [{"id": 1, "type": "generative", "truth": ["man", "person"], "hallu": ["boy", "child"]}],
-               "r": [{"person": ["man"], "man": [], "child": ["boy"], "boy": []}]}  # fmt: skip
+    written = {
+        "q": [{"id": 1, "image": "a", "query": "q"}],
+        "n": [{"id": 1, "type": "generative", "truth": ["man", "person"], "hallu": ["boy", "child"]}],
+        "r": [{"person": ["man"], "man": [], "child": ["boy"], "boy": []}],
+    }
     for name, what in written.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(what))
     (item,) = hallucination.load_amber([tmp_path / f"{name}.json" for name in written])
@@ -394,8 +447,19 @@ REQUESTS = {
     "ucf101": "what is the colour first ?",
     "hmdb51": "what is the shape first ?",
 }
-COUNTED = {"videochatgpt": 6, "pope": 24, "amber": 12, "objhal": 6, "mmhal": 12, "msrvtt-retrieval": 6, "ucf101": 6,
-           "hmdb51": 6, "claims": 6, "videochatgpt-temporal": 6, "videochatgpt-consistency": 6}  # fmt: skip
+COUNTED = {
+    "videochatgpt": 6,
+    "pope": 24,
+    "amber": 12,
+    "objhal": 6,
+    "mmhal": 12,
+    "msrvtt-retrieval": 6,
+    "ucf101": 6,
+    "hmdb51": 6,
+    "claims": 6,
+    "videochatgpt-temporal": 6,
+    "videochatgpt-consistency": 6,
+}
 
 
 @pytest.mark.parametrize("name", COUNTED)

@@ -84,9 +84,12 @@ def test_the_other_commands_pass_on_their_arguments(calls):
     assert command("chat", "runs/a", "clip.mp4", "--best-of", "4").exit_code == 0
     run, video = Path("runs/a"), "clip.mp4"
     assert calls == [
-        ("evaluate", run, None), ("evaluate", run, 8), ("report", run), ("chat", run, video, "sft", "what ?", None),
+        ("evaluate", run, None),
+        ("evaluate", run, 8),
+        ("report", run),
+        ("chat", run, video, "sft", "what ?", None),
         ("chat", run, video, "policy", None, 4),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("args", [("eval", "run"), ("report", "run"), ("chat", "run", "clip.mp4")])
@@ -164,8 +167,11 @@ def environment():
 def test_signals_clean_up_and_leave_a_resumable_run(sent, code):
     process = subprocess.Popen(
         [sys.executable, "-c", SLEEPER.format(pool=sent == signal.SIGTERM)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
     assert process.stdout.readline() == "started\n"
     process.send_signal(sent)
     out, err = process.communicate(timeout=120)

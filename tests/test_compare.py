@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_folders import make_run
 from typer.testing import CliRunner
 
 from rlaif_lite import cli
 from rlaif_lite.errors import StageError
 from rlaif_lite.report.compare import SEED_NOTE, as_json, as_text, compare
 from rlaif_lite.report.stats import RATIOS, paired_bootstrap, tally
+from run_folders import make_run
 
 DATA = {"data.test": ["world:test"], "data.world.seed": 5, "data.world.dropout": 0.3, "version": "0.1.0"}
 EVALUATE = {"seed": 0, "evaluate.temperature": 1.0, "version": "0.1.0", "stage ppo": "abc"}
@@ -88,7 +88,9 @@ def test_every_metric_of_both_modes_with_its_paired_interval(two):
 
 def test_a_run_against_itself_differs_in_nothing(two):
     found = compare(two[0], two[0])
-    assert {line.interval for line in found.lines} == {(0.0, 0.0, 0.0)} and not any(line.verdict for line in found.lines)
+    assert {line.interval for line in found.lines} == {(0.0, 0.0, 0.0)} and not any(
+        line.verdict for line in found.lines
+    )
     assert found.keys == {} and found.alone == ({}, {})
 
 
@@ -154,8 +156,9 @@ def test_who_says_nothing_has_no_share_of_hallucinations(copies):
 def test_samples_of_different_temperatures_are_left_out(copies):
     finish(copies[1], evaluate=EVALUATE | {"evaluate.temperature": 0.5})
     for name in ("greedy@0", "sample@1"):
-        change(copies[1] / "evaluate" / f"ppo.{name}.jsonl",
-               lambda row: row | {"temperature": row["temperature"] and 0.5})  # fmt: skip
+        change(
+            copies[1] / "evaluate" / f"ppo.{name}.jsonl", lambda row: row | {"temperature": row["temperature"] and 0.5}
+        )
     found = compare(*copies)
     assert {line.table for line in found.lines} == {"greedy"}
     assert "Sampled answers are not compared: A and B were sampled at temperature 1 and 0.5." in found.notes
@@ -171,13 +174,18 @@ def other_question(folder: Path) -> None:
         change(path, lambda row: row | {"prompt": "what then ?"} if row["id"] == "test/00007" else row)
 
 
-@pytest.mark.parametrize(("alter", "reason"), [
-    (lambda run: finish(run, DATA | {"data.world.seed": 6}), r"`data.world.seed` is 5 in A and 6 in B"),
-    (lambda run: finish(run, {"data.test": ["~/t.json"], f"file {Path.home()}/t.json": "f0"}),
-     r"the content of `data.test\[0\]` is not there in A and f0 in B"),
-    (fewer, "A has 60 videos and B 50, 50 of them the same"),
-    (other_question, "1 questions or truths differ, among them that of test/00007"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("alter", "reason"),
+    [
+        (lambda run: finish(run, DATA | {"data.world.seed": 6}), r"`data.world.seed` is 5 in A and 6 in B"),
+        (
+            lambda run: finish(run, {"data.test": ["~/t.json"], f"file {Path.home()}/t.json": "f0"}),
+            r"the content of `data.test\[0\]` is not there in A and f0 in B",
+        ),
+        (fewer, "A has 60 videos and B 50, 50 of them the same"),
+        (other_question, "1 questions or truths differ, among them that of test/00007"),
+    ],
+)
 def test_other_test_sets_are_refused(copies, alter, reason):
     alter(copies[1])
     with pytest.raises(StageError, match=f"evaluated on different test sets: .*{reason}"):
@@ -204,14 +212,27 @@ def test_what_is_no_finished_run_is_refused(copies, tmp_path):
 def bench(folder: Path, right: list[int], judge: str | None = "rules@1", who: str = "run:sft", **more) -> Path:
     """Results as `rlaif-lite bench` writes them: two questions about each video."""
     items = [
-        {"id": f"q{n}", "video": f"v{n // 2}", "question": ["what ?"], "judge": judge,
-         "counts": {"accuracy": [score, 1], "length": [3 + n, 1], "qa_score": [0, 0]}}
+        {
+            "id": f"q{n}",
+            "video": f"v{n // 2}",
+            "question": ["what ?"],
+            "judge": judge,
+            "counts": {"accuracy": [score, 1], "length": [3 + n, 1], "qa_score": [0, 0]},
+        }
         for n, score in enumerate(right)
-    ]  # fmt: skip
+    ]
     folder.mkdir(parents=True)
     (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    summary = {"benchmark": "msvd-qa", "files": {"qa.json": "f0"}, "judge": judge, "who": who, "answers": who,
-               "prompt": "{question}", "max_new_tokens": 9, "features": {"frames": 6}}  # fmt: skip
+    summary = {
+        "benchmark": "msvd-qa",
+        "files": {"qa.json": "f0"},
+        "judge": judge,
+        "who": who,
+        "answers": who,
+        "prompt": "{question}",
+        "max_new_tokens": 9,
+        "features": {"frames": 6},
+    }
     write(folder / "results.json", summary | more)
     return folder
 
@@ -239,13 +260,16 @@ def test_benchmarks_below_two_folders_by_name(tmp_path):
         compare(tmp_path / "a", tmp_path / "b" / "msvd-qa-policy")
 
 
-@pytest.mark.parametrize(("other", "reason"), [
-    ({"judge": "endpoint:x@1"}, "judged by different judges, rules@1 and endpoint:x@1"),
-    ({"benchmark": "pope"}, "the benchmark is msvd-qa in A and pope in B"),
-    ({"files": {"qa.json": "f1"}}, "the content of the files is"),
-    ({"texts": "t1"}, "the texts to choose from is None in A and t1 in B"),
-    ({"right": [1, 0]}, "A has 4 items and B 2, 2 of them the same"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({"judge": "endpoint:x@1"}, "judged by different judges, rules@1 and endpoint:x@1"),
+        ({"benchmark": "pope"}, "the benchmark is msvd-qa in A and pope in B"),
+        ({"files": {"qa.json": "f1"}}, "the content of the files is"),
+        ({"texts": "t1"}, "the texts to choose from is None in A and t1 in B"),
+        ({"right": [1, 0]}, "A has 4 items and B 2, 2 of them the same"),
+    ],
+)
 def test_figures_that_do_not_belong_side_by_side(tmp_path, other, reason):
     a, b = bench(tmp_path / "a", [1, 0, 1, 0]), bench(tmp_path / "b", **({"right": [1, 0, 1, 0]} | other))
     with pytest.raises(StageError, match=f"cannot be compared: .*{reason}"):
@@ -264,5 +288,9 @@ def test_the_command(two):
     shown = CliRunner().invoke(cli.app, ["compare", *map(str, two)])
     assert shown.exit_code == 0 and shown.stdout == as_text(compare(*two)) + "\n"
     told = json.loads(CliRunner().invoke(cli.app, ["compare", *map(str, two), "--role", "sft", "--json"]).stdout)
-    assert told["looked_at"] == 20 == len(told["metrics"]) and told["metrics"][0]["verdict"] in ("noise", "better", "worse")
+    assert told["looked_at"] == 20 == len(told["metrics"]) and told["metrics"][0]["verdict"] in (
+        "noise",
+        "better",
+        "worse",
+    )
     assert CliRunner().invoke(cli.app, ["compare", str(two[0]), "nowhere"]).exit_code == 2

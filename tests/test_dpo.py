@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from core import shake, small_recipe, video_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from core import shake, small_recipe, video_of
 from rlaif_lite import pipeline, workspace
 from rlaif_lite.data.records import Message
 from rlaif_lite.data.world_text import claim_question, claims_of
 from rlaif_lite.errors import ModelError, StageError
+from rlaif_lite.files import read_jsonl
 from rlaif_lite.judge.claims import Verdict
 from rlaif_lite.judge.divide import Divided, TextModel, divide, parse_list, rejected
 from rlaif_lite.model.inputs import encode_prompt
@@ -24,7 +25,6 @@ from rlaif_lite.stages.dpo import rounds as dpo
 from rlaif_lite.stages.dpo.judges import Scores, divide_answers, score_answers
 from rlaif_lite.training import checkpoint, loop
 from rlaif_lite.workspace import Workspace
-from rlaif_lite.files import read_jsonl
 
 ROUNDS = "dpo={rounds: 2, steps: 3, batch_size: 4, lr: 1e-3, heldout: 0.25, sft_weight: 0.1}"
 ASKED = "preference.claims={mode: ask, prompt: '<video> {context} {claim}', context_prefix: 'context : {context}'}"
@@ -190,8 +190,12 @@ def test_the_score_counts_what_is_not_likelier_true():
 
 def test_the_worlds_own_division():
     assert claims_of("first a red circle left . then red . also a blue star .") == [
-        "first red", "first circle", "first left", "then red", "also a blue star",
-    ]  # fmt: skip
+        "first red",
+        "first circle",
+        "first left",
+        "then red",
+        "also a blue star",
+    ]
     assert claim_question("first red") == "claim : first red ?"
 
 
@@ -228,8 +232,15 @@ def text_model(checkpoint, tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("text")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=2, eos_token_id=tokenizer.eos_token_id, bos_token_id=1)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=1,
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.chat_template = None

@@ -5,15 +5,7 @@ import math
 import pytest
 import torch
 
-from rlaif_lite.rl.dpo import (
-    Pair,
-    Scored,
-    balance_lengths,
-    dpo_loss,
-    draw_pairs,
-    implicit_reward,
-    pairs_by_score,
-)
+from rlaif_lite.rl.dpo import Pair, Scored, balance_lengths, dpo_loss, draw_pairs, implicit_reward, pairs_by_score
 
 
 def column(*values: float) -> torch.Tensor:
@@ -80,8 +72,12 @@ def test_the_reward_of_best_of_n_does_not_favour_the_short_answer():
 
 def test_pairs_are_all_answers_that_differ_by_a_claim():
     assert pairs_by_score([-2, 0, -2, -1], 0) == [
-        Pair(1, 0, 2), Pair(1, 2, 2), Pair(1, 3, 1), Pair(3, 0, 1), Pair(3, 2, 1),
-    ]  # fmt: skip
+        Pair(1, 0, 2),
+        Pair(1, 2, 2),
+        Pair(1, 3, 1),
+        Pair(3, 0, 1),
+        Pair(3, 2, 1),
+    ]
     assert pairs_by_score([-2, 0, -2, -1], 1) == [Pair(1, 0, 2), Pair(1, 2, 2)]
     assert pairs_by_score([-1, -1], 0) == []
 

@@ -12,6 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoTokenizer, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
+from typer.testing import CliRunner
+
 from released import (
     CLIP,
     CONFIG,
@@ -26,12 +32,6 @@ from released import (
     write_llava,
     write_lora,
 )
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch.nn import functional as F
-from transformers import AutoTokenizer, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
-from typer.testing import CliRunner
-
 from rlaif_lite import cli
 from rlaif_lite.data.records import Message
 from rlaif_lite.errors import ModelError
@@ -182,8 +182,10 @@ def test_prompts_are_tokenised_as_the_release_does(source, converted):
     pieces = sentencepiece.SentencePieceProcessor(str(source / "tokenizer.model"))
     tokenizer = AutoTokenizer.from_pretrained(converted)
     turns = [{"role": "user", "content": "<image>\nwhat happens ?"}]
-    system = ("A chat between a curious user and an artificial intelligence assistant. "
-              "The assistant gives helpful, detailed, and polite answers to the user's questions.")  # fmt: skip
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text == f"<s>{system} USER: <image>\nwhat happens ? ASSISTANT:"
     want = [1, *pieces.encode(f"{system} USER: "), WORDS, *pieces.encode("\nwhat happens ? ASSISTANT:")]
@@ -197,7 +199,8 @@ def test_prompts_are_tokenised_as_the_release_does(source, converted):
         {"role": "user", "content": "And ?"},
     ]
     assert tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True) == (
-        f"{text} A man runs.</s>USER: And ? ASSISTANT:")  # fmt: skip
+        f"{text} A man runs.</s>USER: And ? ASSISTANT:"
+    )
     assert tokenizer.apply_chat_template(
         [{"role": "system", "content": "Be brief."}, *turns], tokenize=False
     ).startswith("<s>Be brief. USER")
@@ -218,9 +221,14 @@ def test_the_names_of_a_7b_are_all_there(source):
     """686 tensors: 3 + 32 x 9 of Llama, 4 of the projector, 7 + 24 x 16 of CLIP's tower. None is allocated."""
     from rlaif_lite.exchange.llava import _config
 
-    real = CONFIG | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-                     "num_attention_heads": 32,
-                     "num_key_value_heads": 32, "max_position_embeddings": 4096}  # fmt: skip
+    real = CONFIG | {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 4096,
+    }
     shapes = shapes_of(_config(real, None, rows=32064, image_id=32000))
     assert len(shapes) == 686
     assert shapes["vision_tower.vision_model.embeddings.position_embedding.weight"] == (577, 1024)

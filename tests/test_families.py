@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from core import small_recipe
-from family_checkpoints import FRAME, PATCH, TINY, write
 from PIL import Image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.video_utils import VideoMetadata
 
+from core import small_recipe
+from family_checkpoints import FRAME, PATCH, TINY, write
 from rlaif_lite import pipeline
 from rlaif_lite.data.records import Message
 from rlaif_lite.errors import ModelError, RecipeError
@@ -137,8 +137,10 @@ def own_text(case: Case) -> str:
     torchvision is missing, so the method is called on one that was not initialised."""
     processor_type = getattr(transformers, PROCESSOR_MAPPING_NAMES[case.name])
     tokenizer, count = case.base.tokenizer, FRAMES
-    turns = [{"role": "system", "content": [{"type": "text", "text": "be short"}]},
-             {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what happens in the video ?"}]}]  # fmt: skip
+    turns = [
+        {"role": "system", "content": [{"type": "text", "text": "be short"}]},
+        {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what happens in the video ?"}]},
+    ]
     if case.name == "llava":
         turns[1]["content"][:1] = [{"type": "image"}] * count
     template = tokenizer.chat_template
@@ -149,8 +151,12 @@ def own_text(case: Case) -> str:
         total_num_frames=int(SECONDS * FPS), fps=FPS, duration=SECONDS, frames_indices=[STEP * i for i in range(count)]
     )
     grid_13 = torch.tensor([case.grid])
-    inputs = {"video_metadata": [metadata], "video_grid_thw": grid_13, "pixel_values_videos": case.pixels_TCHW[None].numpy(),
-              "pixel_values": case.pixels_TCHW if case.name == "llava" else case.pixels_TCHW[None]}  # fmt: skip
+    inputs = {
+        "video_metadata": [metadata],
+        "video_grid_thw": grid_13,
+        "pixel_values_videos": case.pixels_TCHW[None].numpy(),
+        "pixel_values": case.pixels_TCHW if case.name == "llava" else case.pixels_TCHW[None],
+    }
     processor = processor_type.__new__(processor_type)
     processor.tokenizer, processor.image_token, processor.video_token = tokenizer, "<image>", "<video>"
     processor.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
@@ -201,9 +207,13 @@ def test_the_prompt_is_what_the_familys_processor_writes(case, words_of_numbers)
     tokenizer = case.base.tokenizer
     bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     assert case.row().ids_S == tokenizer.encode(text, add_special_tokens=not bos)
-    said = {"qwen3_vl": ["<0.5 seconds>", "<4.5 seconds>"], "video_llama_3": ["Time 0.0s:", ",Time 5.0s:"],
-            "smolvlm": ["series of six frames from a 0:00:06 [H:MM:SS]", "\nFrame from 00:05:"], "internvl": ["Frame1: <img>", "\nFrame6: "],
-            "llava": ["USER: <image>", "<image>\n<image>"]}  # fmt: skip
+    said = {
+        "qwen3_vl": ["<0.5 seconds>", "<4.5 seconds>"],
+        "video_llama_3": ["Time 0.0s:", ",Time 5.0s:"],
+        "smolvlm": ["series of six frames from a 0:00:06 [H:MM:SS]", "\nFrame from 00:05:"],
+        "internvl": ["Frame1: <img>", "\nFrame6: "],
+        "llava": ["USER: <image>", "<image>\n<image>"],
+    }
     for part in said.get(case.name, ["what happens"]):
         assert part in text
 
@@ -215,9 +225,13 @@ def test_greedy_sampling_is_generate_from_pixels(case):
         (got,) = sample(role, [row], Sampling(12, temperature=0.0), seeds=[0])
     with torch.no_grad():
         want = base.model.generate(
-            **case.pixel_inputs(row), do_sample=False, max_new_tokens=12, pad_token_id=base.tokenizer.pad_token_id,
-            eos_token_id=base.eos_id, suppress_tokens=base.ban_bias_V.nonzero()[:, 0].tolist(),
-        )[0, len(row.ids_S) :].tolist()  # fmt: skip
+            **case.pixel_inputs(row),
+            do_sample=False,
+            max_new_tokens=12,
+            pad_token_id=base.tokenizer.pad_token_id,
+            eos_token_id=base.eos_id,
+            suppress_tokens=base.ban_bias_V.nonzero()[:, 0].tolist(),
+        )[0, len(row.ids_S) :].tolist()
     assert got.ids == want[: len(got.ids)] and (len(got.ids) == 12 or got.ids[-1] == base.eos_id)
     assert len(set(got.ids)) > 3
 
@@ -421,8 +435,17 @@ def test_frames_are_decoded_to_the_size_that_fits_them(tmp_path):
 
 
 def test_numbers_in_words():
-    words = {1: "one", 13: "thirteen", 20: "twenty", 21: "twenty-one", 50: "fifty", 64: "sixty-four", 100: "one hundred",
-             101: "one hundred and one", 345: "three hundred and forty-five"}  # fmt: skip
+    words = {
+        1: "one",
+        13: "thirteen",
+        20: "twenty",
+        21: "twenty-one",
+        50: "fifty",
+        64: "sixty-four",
+        100: "one hundred",
+        101: "one hundred and one",
+        345: "three hundred and forty-five",
+    }
     assert {n: _in_words(n) for n in words} == words
 
 
@@ -437,16 +460,29 @@ def test_a_system_message_replaces_vicunas_own(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, chain", [("llava", "[{st_mean: true}]"), ("llava_onevision", "[{evs: 0.5}]"), ("qwen3_vl", "[{pool: 2}, {evs: 0.5}]"),
-                    ("smolvlm", "[{evs: 0.5}]")]
-)  # fmt: skip
+    "name, chain",
+    [
+        ("llava", "[{st_mean: true}]"),
+        ("llava_onevision", "[{evs: 0.5}]"),
+        ("qwen3_vl", "[{pool: 2}, {evs: 0.5}]"),
+        ("smolvlm", "[{evs: 0.5}]"),
+    ],
+)
 def test_every_stage_runs_on_it(tmp_path, name, chain):
     """From mp4 to PPO in 4 bits, with gradients recomputed: positions, features and deepstack all the way."""
     checkpoint = write(name, tmp_path / "base")
     recipe = small_recipe(
-        checkpoint, tmp_path, f"features.prune={chain}", "model.gradient_checkpointing=true", "reward.pool=last",
-        "reward.pool_tokens=['.']", "preference.max_new_tokens=6", "ppo.max_new_tokens=6", "ppo.steps=2", "evaluate.temperatures=[]",
-    )  # fmt: skip
+        checkpoint,
+        tmp_path,
+        f"features.prune={chain}",
+        "model.gradient_checkpointing=true",
+        "reward.pool=last",
+        "reward.pool_tokens=['.']",
+        "preference.max_new_tokens=6",
+        "ppo.max_new_tokens=6",
+        "ppo.steps=2",
+        "evaluate.temperatures=[]",
+    )
     summary = pipeline.run(recipe)
     assert summary["finished"] and summary["ppo"]["kl_start"] == 0 and np.isfinite(summary["ppo"]["kl_end"])
     kept = {"llava": 6 + 16, "llava_onevision": 12 + 1, "qwen3_vl": 6, "smolvlm": 12}[name]

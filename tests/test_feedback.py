@@ -11,18 +11,18 @@ from itertools import permutations
 
 import pytest
 import torch
-from core import shake
-from test_ppo import PLAIN, RAGGED, Step, ragged
 
+from core import shake
 from rlaif_lite import pipeline
+from rlaif_lite.data.records import question_of
+from rlaif_lite.files import read_jsonl
 from rlaif_lite.judge.claims import Item, judge_claims
 from rlaif_lite.judge.pairwise import Pair, judge_pairs
 from rlaif_lite.model.inputs import IGNORE, decode_answer
 from rlaif_lite.stages.ppo import step as ppo
 from rlaif_lite.stages.ppo.log import check_first_step
 from rlaif_lite.workspace import Workspace
-from rlaif_lite.data.records import question_of
-from rlaif_lite.files import read_jsonl
+from test_ppo import PLAIN, RAGGED, Step, ragged
 
 GROUPS = {"value": "none", "group_size": 4}
 DCG = [1 / ((1 + r) * math.log2(2 + r)) for r in range(4)]
@@ -41,8 +41,15 @@ def test_the_stages_of_a_run_without_a_reward_model(recipe):
 
 @pytest.mark.parametrize("value", ["none", "adapter"])
 def test_a_run_that_learns_from_ranks(rerun, value):
-    keys = {"feedback": "ranking", "value": value, "baseline": "group", "group_size": 4, "steps": 2, "kl_in": "loss",
-            "kl_estimator": "k3"}  # fmt: skip
+    keys = {
+        "feedback": "ranking",
+        "value": value,
+        "baseline": "group",
+        "group_size": 4,
+        "steps": 2,
+        "kl_in": "loss",
+        "kl_estimator": "k3",
+    }
     recipe = rerun(*(f"ppo.{key}={setting}" for key, setting in keys.items()), "evaluate.temperatures=[]")
     work = Workspace(recipe)
     summary = pipeline.run(recipe)

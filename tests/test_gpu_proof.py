@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from core import bench_module
 
+from core import bench_module
 
 
 @pytest.fixture(scope="module")

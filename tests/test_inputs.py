@@ -7,10 +7,10 @@ import copy
 
 import pytest
 import torch
-from core import record_of, video_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from core import record_of, video_of
 from rlaif_lite.data.records import Message
 from rlaif_lite.errors import ModelError
 from rlaif_lite.model.inputs import (
@@ -81,8 +81,11 @@ def test_cached_features_give_the_models_own_logits(load, quantization):
         rows.append(encode_prompt(base, user(question), record))
         assert rows[-1].ids_S.count(base.placeholder_id) == 4 * frames
         with torch.no_grad():
-            output = base.model(input_ids=torch.tensor([rows[-1].ids_S]), pixel_values_videos=pixels_TCHW[None],
-                                attention_mask=torch.ones(1, len(rows[-1].ids_S), dtype=torch.long))  # fmt: skip
+            output = base.model(
+                input_ids=torch.tensor([rows[-1].ids_S]),
+                pixel_values_videos=pixels_TCHW[None],
+                attention_mask=torch.ones(1, len(rows[-1].ids_S), dtype=torch.long),
+            )
         theirs.append(output.logits[0])
     for row, want_SV in zip(rows, theirs):
         assert (alone(base, row) @ base.head_weight_VD.T - want_SV).abs().max() <= 1e-5
@@ -123,9 +126,14 @@ def test_positions_of_a_pruned_video_by_hand(base):
 
 
 def test_padding_on_the_right_changes_nothing(base):
-    rows = [encode_prompt(base, user(text), video) for text, video in
-            (("<video> describe", video_of(base, 4)), ("what is true ? what is true ? star", None),
-             ("<video> what is the colour first ?", video_of(base, 16, seed=3)))]  # fmt: skip
+    rows = [
+        encode_prompt(base, user(text), video)
+        for text, video in (
+            ("<video> describe", video_of(base, 4)),
+            ("what is true ? what is true ? star", None),
+            ("<video> what is the colour first ?", video_of(base, 16, seed=3)),
+        )
+    ]
     together_BSD = hidden(base, collate(base, rows, length=40))
     for hidden_SD, row in zip(together_BSD, rows):
         assert (hidden_SD[: len(row.ids_S)] - alone(base, row)).abs().max() <= 1e-5
@@ -210,8 +218,11 @@ def test_branches_by_hand(base):
 
 def test_marks_in_a_message_make_branches(base):
     row = encode_prompt(base, user("<video> what <|> red circle <|> blue <|> better ?"), video_of(base, 4))
-    want = branch(encode_prompt_without_end(base, "<video> what", video_of(base, 4)),
-                  [ids(base, "red circle"), ids(base, "blue")], ids(base, "better ? <ans>"))  # fmt: skip
+    want = branch(
+        encode_prompt_without_end(base, "<video> what", video_of(base, 4)),
+        [ids(base, "red circle"), ids(base, "blue")],
+        ids(base, "better ? <ans>"),
+    )
     assert (row.ids_S, places(row), row.group_S) == (want.ids_S, places(want), want.group_S)
     prefix, tail = split_prompt(base, "<video> what <|>", video_of(base, 4))
     assert words(base, prefix.ids_S) == ["<s>", *["<video>"] * 4, "what"] and words(base, tail) == ["<ans>"]
@@ -226,10 +237,29 @@ def encode_prompt_without_end(base, text: str, video: FeatureRecord) -> Sequence
 
 
 def test_the_chat_template(base):
-    turns = [Message("system", "what"), Message("user", "<video> describe the video"), Message("assistant", "red ."),
-             Message("user", "star ?")]  # fmt: skip
+    turns = [
+        Message("system", "what"),
+        Message("user", "<video> describe the video"),
+        Message("assistant", "red ."),
+        Message("user", "star ?"),
+    ]
     row = encode_prompt(base, turns, video_of(base, 2, layout=4, keep=[0, 1]))
-    assert words(base, row.ids_S) == "<s> what <video> <video> describe the video <ans> red . </s> star ? <ans>".split()
+    assert words(base, row.ids_S) == [
+        "<s>",
+        "what",
+        "<video>",
+        "<video>",
+        "describe",
+        "the",
+        "video",
+        "<ans>",
+        "red",
+        ".",
+        "</s>",
+        "star",
+        "?",
+        "<ans>",
+    ]
 
 
 def test_a_template_that_ends_in_a_newline_keeps_it(base):
@@ -254,9 +284,12 @@ def test_a_template_that_ends_in_a_newline_keeps_it(base):
 
 @pytest.mark.parametrize(
     "text, given, says",
-    [("describe", True, "marks 0 videos .* and 1 was given"), ("<video> describe", False, "marks 1 videos .* and 0 was given"),
-     ("<video> <video> describe", True, "marks 2 videos .* and 1 was given")],
-)  # fmt: skip
+    [
+        ("describe", True, "marks 0 videos .* and 1 was given"),
+        ("<video> describe", False, "marks 1 videos .* and 0 was given"),
+        ("<video> <video> describe", True, "marks 2 videos .* and 1 was given"),
+    ],
+)
 def test_marks_and_features_must_agree(base, text, given, says):
     with pytest.raises(ModelError, match=says):
         encode_prompt(base, user(text), video_of(base) if given else None)

@@ -9,18 +9,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from core import shake, video_of
-from family_checkpoints import TINY, build_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from core import shake, video_of
+from family_checkpoints import TINY, build_tokenizer
 from rlaif_lite import pipeline
 from rlaif_lite.data.records import Message
 from rlaif_lite.data.world_text import COLOURS
 from rlaif_lite.errors import RecipeError
+from rlaif_lite.files import read_jsonl
 from rlaif_lite.judge import intervene
 from rlaif_lite.judge.claims import split_claims
 from rlaif_lite.judge.intervene import (
@@ -41,7 +42,6 @@ from rlaif_lite.rollout import Sampling, Trajectory, sample
 from rlaif_lite.stages.ppo import step as ppo
 from rlaif_lite.stages.ppo.interventions import InterventionFeedback
 from rlaif_lite.workspace import Workspace
-from rlaif_lite.files import read_jsonl
 
 # ---- the arithmetic, by hand
 
@@ -224,8 +224,14 @@ def test_omissions(judge):
 
 # ---- what follows: a judge by hand, who takes every colour for a claim and red for false
 
-CERTAIN = ("ppo.feedback=interventions", "ppo.interventions.beta=1", "ppo.interventions.spurious=0",
-           "ppo.interventions.checklist.by=words", "ppo.rollouts=4", "ppo.max_new_tokens=14")  # fmt: skip
+CERTAIN = (
+    "ppo.feedback=interventions",
+    "ppo.interventions.beta=1",
+    "ppo.interventions.spurious=0",
+    "ppo.interventions.checklist.by=words",
+    "ppo.rollouts=4",
+    "ppo.max_new_tokens=14",
+)
 
 
 class AgainstRed(InterventionFeedback):
@@ -280,12 +286,18 @@ def test_labels(against_red):
     # "also a red star": a, red of the one, a, star of the other; "red cross red": red, cross, and nothing of the other
     left = [1 / 3 + 1 / 3, 1 / 3 + 1, 2, 2]
     assert taken.rewards == [
-        [0] * 8 + [-1, 0, 0, pytest.approx(-left[0] / 2)], [-1, 0, -1, pytest.approx(-left[1] / 2)], [-1], [0, 0, 0, -1],
-    ]  # fmt: skip
+        [0] * 8 + [-1, 0, 0, pytest.approx(-left[0] / 2)],
+        [-1, 0, -1, pytest.approx(-left[1] / 2)],
+        [-1],
+        [0, 0, 0, -1],
+    ]
     assert taken.metrics == {
-        "interventions/claims": 4 / 4, "interventions/rate": 3 / 4, "interventions/unsupported": 3 / 4,
-        "interventions/answers": 2 / 4, "interventions/omitted": pytest.approx(sum(left) / 4),
-    }  # fmt: skip
+        "interventions/claims": 4 / 4,
+        "interventions/rate": 3 / 4,
+        "interventions/unsupported": 3 / 4,
+        "interventions/answers": 2 / 4,
+        "interventions/omitted": pytest.approx(sum(left) / 4),
+    }
 
 
 def test_stops(against_red):
@@ -402,22 +414,35 @@ FIGURES = {"interventions/claims", "interventions/rate", "interventions/omitted"
 def test_labels_end_to_end(rerun):
     """By asking, with the narratives of the RL videos, and without a critic."""
     recipe = rerun(
-        "ppo.feedback=interventions", "ppo.steps=2", "ppo.value=none", "ppo.baseline=batch", "ppo.gamma=0.9",
-        "preference.claims.mode=ask", "preference.claims.prompt='<video> {context} claim : {claim} ?'",
-        "ppo.interventions.checklist.prompt='context : {context} claim : {claim} ?'", "evaluate.roles=[policy]",
-    )  # fmt: skip
+        "ppo.feedback=interventions",
+        "ppo.steps=2",
+        "ppo.value=none",
+        "ppo.baseline=batch",
+        "ppo.gamma=0.9",
+        "preference.claims.mode=ask",
+        "preference.claims.prompt='<video> {context} claim : {claim} ?'",
+        "ppo.interventions.checklist.prompt='context : {context} claim : {claim} ?'",
+        "evaluate.roles=[policy]",
+    )
     assert recipe.stages == ("data", "features", "sft", "context", "ppo", "evaluate") and recipe.narrated == ("rl",)
     pipeline.run(recipe)
     lines = [line for line in read_jsonl(Workspace(recipe).log.path) if line["stage"] == "ppo"]
-    assert len(lines) == 2 and all(FIGURES <= set(line) for line in lines) and lines[0]["objective/kl"] == 0
+    assert len(lines) == 2 and all(set(line) >= FIGURES for line in lines) and lines[0]["objective/kl"] == 0
     assert lines[0]["interventions/claims"] > 0 and lines[0]["interventions/omitted"] > 0
 
 
 @pytest.mark.parametrize("takeover", ["stop", "replace"])
 def test_an_interrupted_run_ends_the_same(rerun, takeover, monkeypatch):
     monkeypatch.setattr(intervene, "VERDICT", 0.02)  # this judge was trained for three steps: it is sure of nothing
-    asked = ("ppo.feedback=interventions", f"ppo.interventions.takeover={takeover}", "ppo.interventions.omission=0",
-             "ppo.judge_context=false", "ppo.interventions.takeovers=2", "ppo.steps=2", "ppo.checkpoint_every=1")  # fmt: skip
+    asked = (
+        "ppo.feedback=interventions",
+        f"ppo.interventions.takeover={takeover}",
+        "ppo.interventions.omission=0",
+        "ppo.judge_context=false",
+        "ppo.interventions.takeovers=2",
+        "ppo.steps=2",
+        "ppo.checkpoint_every=1",
+    )
     lines, adapter = run_ppo(rerun(*asked))
     assert sum(line["interventions/claims"] for line in lines) > 0 and lines[0]["objective/kl"] == 0
     recipe = rerun(*asked)  # the run folder as it was before

@@ -5,15 +5,14 @@ Shapes: S positions, D width, V vocabulary.
 
 import pytest
 import torch
-from core import shake, video_of
 
+from core import shake, video_of
 from rlaif_lite.data.records import Message
 from rlaif_lite.errors import ModelError
 from rlaif_lite.judge.claims import Item, judge_claims, split_claims, user_message
-from rlaif_lite.model.inputs import single_token
 from rlaif_lite.judge.narrative import narrative
 from rlaif_lite.judge.pairwise import Pair, judge_pairs
-from rlaif_lite.model.inputs import collate, encode_prompt
+from rlaif_lite.model.inputs import collate, encode_prompt, single_token
 from rlaif_lite.model.roles import Roles
 from rlaif_lite.recipe import Claims, Pairwise
 
@@ -43,11 +42,16 @@ def judge(load) -> Roles:
 def items(base) -> list[Item]:
     video, other = video_of(base, layout=12, keep=[1, 2, 8]), video_of(base, 8, seed=2)
     return [
-        Item(video, "describe the video", "first a red circle left . then a blue square up . also a yellow star .", "first a green cross"),
+        Item(
+            video,
+            "describe the video",
+            "first a red circle left . then a blue square up . also a yellow star .",
+            "first a green cross",
+        ),
         Item(other, "what is true ?", "finally a white cross grows .", None),
         Item(other, "describe the video", "", "a red circle ."),
         Item(None, "what is true ?", "first a red circle left . yes", None),
-    ]  # fmt: skip
+    ]
 
 
 def probabilities(judge: Roles, text: str, video) -> torch.Tensor:
@@ -69,9 +73,11 @@ def test_claims_asked_together_are_as_if_asked_one_by_one(judge):
     with judge.use("sft") as role:
         verdicts = judge_claims(role, given, ASK, batch_size=8)
     assert [v.claims for v in verdicts] == [
-        ["first a red circle left .", "then a blue square up .", "also a yellow star ."], ["finally a white cross grows ."], [],
+        ["first a red circle left .", "then a blue square up .", "also a yellow star ."],
+        ["finally a white cross grows ."],
+        [],
         ["first a red circle left .", "yes"],
-    ]  # fmt: skip
+    ]
     for item, verdict in zip(given, verdicts):
         context = f"context : {item.context}" if item.context else ""
         for claim, value in zip(verdict.claims, verdict.values, strict=True):
@@ -113,9 +119,11 @@ def test_claims_keep_their_order_in_any_batch(judge, section):
 
 def pairs(base) -> list[Pair]:
     video = video_of(base, 8)
-    return [Pair(video, "what", "first a red circle left .", "also a yellow star .", "a blue cross"),
-            Pair(video, "what", "star", "first a red circle left . then a blue square up .", None),
-            Pair(video_of(base, 12, seed=4), "what", "red", "green", None)]  # fmt: skip
+    return [
+        Pair(video, "what", "first a red circle left .", "also a yellow star .", "a blue cross"),
+        Pair(video, "what", "star", "first a red circle left . then a blue square up .", None),
+        Pair(video_of(base, 12, seed=4), "what", "red", "green", None),
+    ]
 
 
 def logit_gap(judge: Roles, text: str, video) -> float:
@@ -131,8 +139,10 @@ def test_a_margin_is_the_mean_of_both_orders(judge, section):
         choices = judge_pairs(role, pairs(judge.base), section, batch_size=2)
     for pair, choice in zip(pairs(judge.base), choices, strict=True):
         context = f"context : {pair.context}" if pair.context else ""
-        ab, ba = (logit_gap(judge, section.prompt.format(context=context, a=a, b=b, question=pair.question), pair.video)
-                  for a, b in ((pair.a, pair.b), (pair.b, pair.a)))  # fmt: skip
+        ab, ba = (
+            logit_gap(judge, section.prompt.format(context=context, a=a, b=b, question=pair.question), pair.video)
+            for a, b in ((pair.a, pair.b), (pair.b, pair.a))
+        )
         assert choice.margin == pytest.approx((ab - ba) / 2, abs=1e-4)
         assert choice.consistent == (ab * ba < 0)
     assert max(abs(choice.margin) for choice in choices) > 1e-3

@@ -62,7 +62,11 @@ class Handler(BaseHTTPRequestHandler):
             what = "fine"
         if what.isdigit():
             wait = re.search(r"after=(\S+)", rest)
-            said = {"error": {"message": f"no {self.headers['Authorization']}" + (" insufficient_quota" * ("quota" in rest))}}
+            said = {
+                "error": {
+                    "message": f"no {self.headers['Authorization']}" + (" insufficient_quota" * ("quota" in rest))
+                }
+            }
             self.answer(int(what), said, {"Retry-After": wait[1]} if wait else {"Location": server.url + "/other"})
         elif what == "garbage":
             self.raw(200, f"<html>502 Bad Gateway {self.headers['Authorization']}</html>".encode())
@@ -117,8 +121,18 @@ def cases(*wishes: str) -> list[Case]:
     return [Case(f"c{n}", "correctness", "what ?", "a dog", wish) for n, wish in enumerate(wishes)]
 
 
-TROUBLES = ["fine", "429 once after=0.2", "500 once", "503 once", "garbage once", "close once", "half once", "hang once",
-            "nonsense", "null"]  # fmt: skip
+TROUBLES = [
+    "fine",
+    "429 once after=0.2",
+    "500 once",
+    "503 once",
+    "garbage once",
+    "close once",
+    "half once",
+    "hang once",
+    "nonsense",
+    "null",
+]
 
 
 def test_what_passes_is_tried_again_and_nothing_is_asked_twice(server, judge, tmp_path):
@@ -127,8 +141,9 @@ def test_what_passes_is_tried_again_and_nothing_is_asked_twice(server, judge, tm
     assert [v.id for v in verdicts] == [f"c{n}" for n in range(11)]
     assert [v.score for v in verdicts] == [4.0] * 8 + [None, None, 4.0]
     assert [v.problem for v in verdicts[8:10]] == [
-        "no score from 0 to 5: 'I am only a language model.'", "no score from 0 to 5: the reply is empty",
-    ]  # fmt: skip
+        "no score from 0 to 5: 'I am only a language model.'",
+        "no score from 0 to 5: the reply is empty",
+    ]
     asked = {"probe": 1} | {wish: 2 if "once" in wish else 1 for wish in TROUBLES}
     assert server.calls == asked  # "fine" stands for two cases and was asked once
     assert first.id.startswith(f"endpoint:127.0.0.1:{server.server_port}/v1:judge@judge-2026-01-01#")
@@ -161,7 +176,9 @@ def test_cost(server, capsys, tmp_path):
 
 def test_what_does_not_pass_stops_at_the_end_and_the_rest_is_kept(server, judge):
     given = cases("fine", "500 until", "hang until", "also fine")
-    with pytest.raises(JudgeError, match=r"2 of 4 prompts were answered, and their verdicts are kept.*run the same command"):
+    with pytest.raises(
+        JudgeError, match=r"2 of 4 prompts were answered, and their verdicts are kept.*run the same command"
+    ):
         judge(timeout=0.5, attempts=2).judge(given)
     assert server.calls["500 until"] == server.calls["hang until"] == 2
     server.healed.set()
@@ -178,11 +195,19 @@ def test_a_server_that_is_down_is_not_asked_for_everything(server, judge):
     assert GIVE_UP <= sum(server.calls.values()) <= GIVE_UP + 4
 
 
-@pytest.mark.parametrize(("everybody", "message"), [
-    ("401", "Check the API key"), ("404", "Check the address and the model's name"), ("429 quota", "quota is used up"),
-    ("429 after=4000", "asks to wait for 4000 s"), ("400", "does not judge: HTTP 400"), ("500", r"HTTP 500 .*\(tried 3 times\)"),
-    ("hang", "no answer within 0.3 s"), ("garbage", "no chat completion: b'<html>"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("everybody", "message"),
+    [
+        ("401", "Check the API key"),
+        ("404", "Check the address and the model's name"),
+        ("429 quota", "quota is used up"),
+        ("429 after=4000", "asks to wait for 4000 s"),
+        ("400", "does not judge: HTTP 400"),
+        ("500", r"HTTP 500 .*\(tried 3 times\)"),
+        ("hang", "no answer within 0.3 s"),
+        ("garbage", "no chat completion: b'<html>"),
+    ],
+)
 def test_a_judge_that_cannot_judge_is_found_before_anything_is_asked(server, judge, everybody, message):
     server.everybody = everybody
     with pytest.raises(JudgeError, match=message) as error:

@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 import torch
-from core import shake
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from core import shake
 from rlaif_lite.benchmarks.judges import Case, local
 from rlaif_lite.benchmarks.judges.cached import CachedJudge
 from rlaif_lite.benchmarks.judges.local import LocalRole, LocalText
@@ -82,9 +82,14 @@ def test_yes_and_no_by_their_probabilities(judges, tmp_path):
     assert judge.id.endswith("+words")
 
 
-@pytest.mark.parametrize(("prediction", "problem"), [
-    ("a <video> of it", "marks 1 videos"), ("a <|> b <|> c", "holds '<|>'"), ("red " * 600, "the model has 512 positions"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prediction", "problem"),
+    [
+        ("a <video> of it", "marks 1 videos"),
+        ("a <|> b <|> c", "holds '<|>'"),
+        ("red " * 600, "the model has 512 positions"),
+    ],
+)
 def test_a_text_that_cannot_be_put_to_the_model_is_a_problem_of_that_case(judges, tmp_path, prediction, problem):
     judge = CachedJudge(LocalRole(judges, "base", "local:base", "1", words=True), tmp_path)
     wrong, right = judge.judge([qa(1, prediction), qa(2, "red")])

@@ -13,13 +13,31 @@ def verdict(task: str, reference: str, prediction: str | tuple[str, str]):
     return found
 
 
-@pytest.mark.parametrize(("reference", "prediction", "right"), [
-    ("dog", "It is a dog.", True), ("the big dog", "A big dog runs", True), ("dog", "a hotdog", False), ("puppy", "a dog", False),
-    ("two", "There are 2 men", True), ("dog cat", "cat dog", False), ("dog", "", False), ("?", "anything", False),
-    ("yes", "Yes, it does.", True), ("yes", "It does not", False), ("no", "There isn't one, yes?", True), ("no", "a dog", False),
-    ("B", "B", True), ("(B)", "b", False), ("B", "(B) a cat", True), ("B. a cat", "The answer is (B)", True), ("B", "A. yes", False),
-    ("B. a cat", "a cat", True), ("B", "A dog, a cat", False), ("A dog", "a dog", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("reference", "prediction", "right"),
+    [
+        ("dog", "It is a dog.", True),
+        ("the big dog", "A big dog runs", True),
+        ("dog", "a hotdog", False),
+        ("puppy", "a dog", False),
+        ("two", "There are 2 men", True),
+        ("dog cat", "cat dog", False),
+        ("dog", "", False),
+        ("?", "anything", False),
+        ("yes", "Yes, it does.", True),
+        ("yes", "It does not", False),
+        ("no", "There isn't one, yes?", True),
+        ("no", "a dog", False),
+        ("B", "B", True),
+        ("(B)", "b", False),
+        ("B", "(B) a cat", True),
+        ("B. a cat", "The answer is (B)", True),
+        ("B", "A. yes", False),
+        ("B. a cat", "a cat", True),
+        ("B", "A dog, a cat", False),
+        ("A dog", "a dog", True),
+    ],
+)
 def test_qa(reference, prediction, right):
     assert verdict("qa", reference, prediction).correct is right
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from core import gradients
 from transformers import LlavaNextVideoForConditionalGeneration, Qwen2Config
 
+from core import gradients
+from lab.embedded_base import architecture
 from rlaif_lite.model.base import load_base
 from rlaif_lite.recipe import Model
-from lab.embedded_base import architecture
 
 CPU = torch.device("cpu")
 SHARD_MB = 8
@@ -94,8 +94,12 @@ def test_four_bits_need_one_shard_beyond_themselves(checkpoint, tmp_path):
     assert len(shards) >= 8 and sum(shards) > 60e6 and max(shards) <= SHARD_MB * 1e6
     # The allocator keeps freed blocks below a bound that grows to 32 MB, below which all weights of this test lie and
     # hardly any of a 7B: let it give back what is freed.
-    found = subprocess.run([sys.executable, "-W", "ignore", "-c", MEASURE, str(checkpoint), str(folder)],
-                           env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}, capture_output=True, text=True)  # fmt: skip
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MEASURE, str(checkpoint), str(folder)],
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},
+        capture_output=True,
+        text=True,
+    )
     assert found.returncode == 0, found.stderr
     memory = json.loads(found.stdout)
     assert memory["samples"] > 20

@@ -5,26 +5,26 @@ import shutil
 
 import pytest
 import torch
-from core import shake, video_of
 from safetensors.torch import load_file
 
+from core import shake, video_of
 from rlaif_lite.errors import StageError
+from rlaif_lite.files import read_jsonl
 from rlaif_lite.judge.claims import Item, judge_claims
 from rlaif_lite.judge.pairwise import Pair, judge_pairs
-from rlaif_lite.model.roles import ActiveRole, Roles
 from rlaif_lite.model.memory import in_pieces, out_of_memory
+from rlaif_lite.model.roles import ActiveRole, Roles
 from rlaif_lite.recipe import Claims, Lora, Pairwise
 from rlaif_lite.stages import reward, sft
 from rlaif_lite.stages.ppo import step as ppo
 from rlaif_lite.training.oom import Backoff, snapshot
 from rlaif_lite.workspace import Workspace
-from rlaif_lite.files import read_jsonl
 
 ONE_STEP = {
     sft: ("sft.easy.steps=1", "sft.hard=null", "sft.policy_init=null"),
     reward: ("reward.steps=1", "reward.centering=0.0"),
     ppo: ("ppo.steps=1", "ppo.normalize_reward=false"),  # the scale is taken in micro-batches too, and rounds with them
-}  # fmt: skip
+}
 SIZE = {sft: "sft.easy.micro_batch", reward: "reward.micro_batch", ppo: "ppo.micro_batch"}
 TRAINED = {sft: ["sft"], reward: ["reward"], ppo: ["policy", "value"]}
 

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from core import VIDEOS, small_recipe
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
+from core import VIDEOS, small_recipe
 from rlaif_lite import pipeline
 from rlaif_lite.errors import DataError, StageError
+from rlaif_lite.files import by_batches, read_jsonl, write_jsonl
 from rlaif_lite.model.base import load_base
 from rlaif_lite.recipe import flatten, load_recipe
 from rlaif_lite.workspace import Workspace
-from rlaif_lite.files import by_batches, read_jsonl, write_jsonl
 
 STAGES = ["data", "features", "sft", "context", "preference", "reward", "ppo", "evaluate"]
 
@@ -184,10 +184,13 @@ FROM = {name: STAGES[i:] for i, name in enumerate(STAGES)}
         ("data.world.dropout=0.2", FROM["data"], "`data.world.dropout` was"),
         ("reward.floor=0.01", FROM["ppo"], "`reward.floor` was 0.0 and is 0.01"),
         # where and how fast, not what
-        ("ppo.checkpoint_every=1", [], ""), ("features.workers=1", [], ""), ("threads=2", [], ""), ("name=other", [], ""),
+        ("ppo.checkpoint_every=1", [], ""),
+        ("features.workers=1", [], ""),
+        ("threads=2", [], ""),
+        ("name=other", [], ""),
         ("model.gradient_checkpointing=true", [], ""),
     ],
-)  # fmt: skip
+)
 def test_a_changed_key_makes_stale_what_depends_on_it(rerun, monkeypatch, capsys, override, stale, why):
     ran = Ran(monkeypatch)
     recipe = rerun(override)
@@ -443,8 +446,15 @@ def test_the_narrative_may_have_other_clips_than_the_records(rerun):
 
 
 def test_a_record_about_a_clip_that_is_not_there(recipe, tmp_path, world):
-    record = {"id": "x", "video": str(world / "videos/sft/00000.mp4"), "clip": 3, "messages": [
-        {"role": "user", "content": "<video> describe the clip"}, {"role": "assistant", "content": "red ."}]}  # fmt: skip
+    record = {
+        "id": "x",
+        "video": str(world / "videos/sft/00000.mp4"),
+        "clip": 3,
+        "messages": [
+            {"role": "user", "content": "<video> describe the clip"},
+            {"role": "assistant", "content": "red ."},
+        ],
+    }
     write_jsonl(tmp_path / "own.jsonl", [record])
     with pytest.raises(DataError, match="own.jsonl#0: the record is about clip 3, but `features.clips` is 3"):
         pipeline.run(recipe(f"data.sft_easy=[{tmp_path / 'own.jsonl'}]"), until="features")

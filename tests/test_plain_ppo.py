@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from core import bench_module
 
+from core import bench_module
 from rlaif_lite import profiler
 from rlaif_lite.model.base import Base
 from rlaif_lite.profiler import inputs
@@ -11,8 +11,18 @@ from rlaif_lite.recipe import load_recipe
 from rlaif_lite.stages.ppo import step as ppo
 from rlaif_lite.stages.ppo.experience import cut
 
-KEYS = ["ppo.rollouts=4", "ppo.minibatch=2", "ppo.micro_batch=2", "ppo.max_new_tokens=5", "ppo.epochs=1", "device=cpu",
-        "threads=1", "features.frames=4", "features.clip_frames=2", "preference.batch_size=4"]  # fmt: skip
+KEYS = [
+    "ppo.rollouts=4",
+    "ppo.minibatch=2",
+    "ppo.micro_batch=2",
+    "ppo.max_new_tokens=5",
+    "ppo.epochs=1",
+    "device=cpu",
+    "threads=1",
+    "features.frames=4",
+    "features.clip_frames=2",
+    "preference.batch_size=4",
+]
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from rlaif_kernels import sft_loss
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from typer.testing import CliRunner
 
+from rlaif_kernels import sft_loss
 from rlaif_lite import pipeline
 from rlaif_lite.cli import app
 from rlaif_lite.errors import ModelError, StageError
 from rlaif_lite.model.inputs import Sequence, collate
 from rlaif_lite.model.roles import Roles
-from rlaif_lite.planner import make_plan, memory, plan as planning, process, refuse, settle
+from rlaif_lite.planner import make_plan, memory, process, refuse, settle
+from rlaif_lite.planner import plan as planning
 from rlaif_lite.planner.lengths import Lengths, Texts, lengths_of
 from rlaif_lite.planner.process import videos_of
 from rlaif_lite.planner.shapes import shapes_of, video_tokens
@@ -207,8 +208,10 @@ def test_features_that_were_read_stay_and_belong_to_the_stage_that_read_them_las
     evaluate = left["evaluate"]
     assert evaluate.own == held["test"]
     assert {name: size for name, size in evaluate.features.items() if size} == {
-        "ppo": held["rl"], "reward": held["preference"], "sft": held["sft_easy"]
-    }  # fmt: skip
+        "ppo": held["rl"],
+        "reward": held["preference"],
+        "sft": held["sft_easy"],
+    }
     assert {name: size for name, size in evaluate.heap.items() if size} == {"ppo": 60, "reward": 30}
 
 

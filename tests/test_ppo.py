@@ -5,9 +5,10 @@ Shapes: B answers of a step, T answer tokens, N real tokens.
 
 import pytest
 import torch
-from core import shake
 
+from core import shake
 from rlaif_lite.errors import StageError
+from rlaif_lite.files import read_jsonl
 from rlaif_lite.model.inputs import IGNORE, encode_prompt
 from rlaif_lite.rollout import Trajectory
 from rlaif_lite.stages.ppo import step as ppo
@@ -15,7 +16,6 @@ from rlaif_lite.stages.ppo.experience import cut, place
 from rlaif_lite.stages.ppo.feedback import Taken
 from rlaif_lite.stages.ppo.log import check_first_step
 from rlaif_lite.workspace import Workspace
-from rlaif_lite.files import read_jsonl
 
 
 class Step:
@@ -65,7 +65,7 @@ RAGGED = [3, 8, 1, 5, 8, 2, 6, 4]  # tokens of the eight answers; 8 is the lengt
 def ragged(step: Step, lengths: list[int] = RAGGED) -> list[Trajectory]:
     """Answers of known lengths; those at the limit did not stop."""
     base = step.work.base()
-    words = base.tokenizer.convert_tokens_to_ids("first a red circle left . also star".split())
+    words = base.tokenizer.convert_tokens_to_ids(["first", "a", "red", "circle", "left", ".", "also", "star"])
     out = []
     for i, length in enumerate(lengths):
         stopped = length < step.section.max_new_tokens
@@ -294,8 +294,12 @@ def test_micro_batches_update_as_the_whole_minibatch(rerun, value_clip):
             for role in ("policy", "value")
         }
         history = step.update(experience._replace(logp_BT=old_BT * experience.mask_BT))
-        moves = {role: [now - then for now, then in zip(step.work.roles.parameters(role, head=role == "value"), before[role])]
-                 for role in before}  # fmt: skip
+        moves = {
+            role: [
+                now - then for now, then in zip(step.work.roles.parameters(role, head=role == "value"), before[role])
+            ]
+            for role in before
+        }
         found[micro_batch] = (moves, history[0])
     (whole, stats), (micro, micro_stats) = found[None], found[2]
     for role in whole:
@@ -334,8 +338,11 @@ def test_only_policy_and_value_move(finished):
     before = {name: [p.clone() for p in roles.parameters(name, head=name in roles.heads)] for name in roles.names}
     fingerprint = step.work.base().fingerprint()
     step.update(experience)
-    moved = {name for name in roles.names
-             if any((a != b).any() for a, b in zip(before[name], roles.parameters(name, head=name in roles.heads)))}  # fmt: skip
+    moved = {
+        name
+        for name in roles.names
+        if any((a != b).any() for a, b in zip(before[name], roles.parameters(name, head=name in roles.heads)))
+    }
     assert moved == {"policy", "value"} and step.work.base().fingerprint() == fingerprint
 
 
@@ -367,9 +374,23 @@ def test_the_reward_is_standardised_on_the_references_answers(finished):
 def test_what_a_run_logs(finished):
     lines = [line for line in read_jsonl(Workspace(finished).log.path) if line["stage"] == "ppo"]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
-    names = {"objective/kl", "objective/scores", "objective/rlhf_reward", "objective/entropy", "policy/approxkl_avg", "policy/clipfrac_avg",
-             "loss/policy_avg", "loss/value_avg", "val/ratio", "val/num_eos_tokens", "val/explained_variance", "rollout/length",
-             "rollout/stop_rate", "rollout/repetition", "rollout/oracle_score"}  # fmt: skip
+    names = {
+        "objective/kl",
+        "objective/scores",
+        "objective/rlhf_reward",
+        "objective/entropy",
+        "policy/approxkl_avg",
+        "policy/clipfrac_avg",
+        "loss/policy_avg",
+        "loss/value_avg",
+        "val/ratio",
+        "val/num_eos_tokens",
+        "val/explained_variance",
+        "rollout/length",
+        "rollout/stop_rate",
+        "rollout/repetition",
+        "rollout/oracle_score",
+    }
     assert all(names <= line.keys() for line in lines)
     assert lines[0]["objective/kl"] == 0 and lines[1]["objective/kl"] != 0
     assert abs(lines[0]["objective/scores"]) < 3  # standardised: near 0 at the start

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from core import small_recipe
 from typer.testing import CliRunner
 
+from core import small_recipe
 from rlaif_lite import phases, profiler
 from rlaif_lite.cli import app
 from rlaif_lite.errors import RlaifError, StageError
@@ -106,8 +106,15 @@ def test_the_real_stages_are_timed(taken):
     updates = {f"update {role} {way}" for role in ("policy", "value") for way in ("forward", "backward")}
     ppo = stages["ppo"]
     assert set(ppo["phases"]) == roles | updates | {
-        "dense copy", "prefill", "fill slots", "decode", "advantages", "optimiser", "copy to undo", "other",
-    }  # fmt: skip
+        "dense copy",
+        "prefill",
+        "fill slots",
+        "decode",
+        "advantages",
+        "optimiser",
+        "copy to undo",
+        "other",
+    }
     # 8 answers in 2 minibatches, twice: one micro-batch each; a policy and a value step for each minibatch and epoch
     assert ppo["steps"] == 1 and ppo["phases"]["score value"]["calls"] == 2
     assert ppo["phases"]["update policy backward"]["calls"] == 4 and ppo["phases"]["optimiser"]["calls"] == 8

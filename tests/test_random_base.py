@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from core import video_of
 from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from core import video_of
 from rlaif_lite import profiler
 from rlaif_lite.data.records import Message
 from rlaif_lite.model.base import load_base
@@ -78,8 +78,17 @@ def test_profile_of_a_shipped_recipe_on_random_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, "PROMPT_TOKENS", 6)
     monkeypatch.setattr(inputs, "FRAME", (56, 56))
     monkeypatch.setattr(inputs, "VIDEOS", (2, 2))
-    keys = ["ppo.rollouts=4", "ppo.minibatch=4", "ppo.micro_batch=4", "ppo.max_new_tokens=6", "device=cpu", "threads=1",
-            "features.frames=4", "features.clip_frames=2", "preference.batch_size=4"]  # fmt: skip
+    keys = [
+        "ppo.rollouts=4",
+        "ppo.minibatch=4",
+        "ppo.micro_batch=4",
+        "ppo.max_new_tokens=6",
+        "device=cpu",
+        "threads=1",
+        "features.frames=4",
+        "features.clip_frames=2",
+        "preference.batch_size=4",
+    ]
     recipe = load_recipe("recipes/qwen2_5_vl_3b_24gb.yaml", keys)
     found = profiler.profile(recipe, 1, ("ppo",), random=profiler.Random(small=True))
     phases = found["stages"]["ppo"]["phases"]

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rlaif_lite.recipe import marked_yaml
 from rlaif_lite.errors import RecipeError
 from rlaif_lite.recipe import (
     NOT_SCIENCE,
@@ -17,9 +16,10 @@ from rlaif_lite.recipe import (
     flatten,
     json_schema,
     load_recipe,
+    marked_yaml,
     recipe_hash,
     show_fields,
-)  # fmt: skip
+)
 
 SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -113,8 +113,12 @@ def test_all_errors_are_listed():
 
 
 def test_numbers_and_words_are_read_as_they_look():
-    recipe = load_recipe(write("name: a\nppo: {lr: 1e-4, kl_coef: .5}\nsft: {easy: {lr: 1E-3, weight_decay: 1}}\n"
-                               "preference: {claims: {yes: yes, no: no}}\n"))  # fmt: skip
+    recipe = load_recipe(
+        write(
+            "name: a\nppo: {lr: 1e-4, kl_coef: .5}\nsft: {easy: {lr: 1E-3, weight_decay: 1}}\n"
+            "preference: {claims: {yes: yes, no: no}}\n"
+        )
+    )
     assert recipe.ppo.lr == 0.0001 and recipe.ppo.kl_coef == 0.5
     assert recipe.sft.easy.lr == 0.001 and isinstance(recipe.sft.easy.weight_decay, float)
     assert (recipe.preference.claims.yes, recipe.preference.claims.no) == ("yes", "no")
@@ -154,10 +158,13 @@ def test_binary_file():
 @example("a\x85b\u2028")  # line breaks that PyYAML folds unless they stand in double quotes
 @example({"no": ["no", "1e-4", "1_0", "~", "0x1", "2024-01-01", " a: b #", "x\n\n y\n"]})
 @settings(deadline=None, max_examples=60)
-@given(st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8,
-))  # fmt: skip
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+        max_leaves=8,
+    )
+)
 def test_dump_reads_back_to_the_same(data):
     assert marked_yaml.parse(marked_yaml.dump(data), "x.yaml").data == data
 
@@ -186,9 +193,16 @@ def test_a_bare_name_is_a_shipped_recipe():
 def test_overrides_are_yaml_and_reach_sections_that_are_null():
     recipe = load_recipe(
         write("name: a\ndata: {world: null}\nsft: {policy_init: null}\n"),
-        ["data.world.seed=3", "sft.policy_init.lr=1e-3", "ppo.kl_target=null", "features.prune=[{pool: 4}, {evs: 0.5}]",
-         "data.rl=[a.json]", "data.rl=[b.json]", "context.prompt=What happens?"],
-    )  # fmt: skip
+        [
+            "data.world.seed=3",
+            "sft.policy_init.lr=1e-3",
+            "ppo.kl_target=null",
+            "features.prune=[{pool: 4}, {evs: 0.5}]",
+            "data.rl=[a.json]",
+            "data.rl=[b.json]",
+            "context.prompt=What happens?",
+        ],
+    )
     assert recipe.data.world.seed == 3 and recipe.data.world.test == 300
     assert recipe.sft.policy_init.lr == 0.001 and recipe.sft.policy_init.schedule == "cosine"
     assert recipe.ppo.kl_target is None
@@ -285,11 +299,15 @@ def test_values_that_contradict_each_other(body, said):
 
 
 def test_what_belongs_together_passes():
-    load_recipe(write("name: a\nppo: {value: none, group_size: 4, minibatch: 96, micro_batch: 96}\n"
-                      "preference: {samples: 4, judge: pairwise, consistent_only: true}\n"
-                      "features: {clips: 2, prune: [{pool: 4}, {st_mean: true}]}\ncontext: {markers: [a, b]}\n"
-                      "reward: {pool: tokens, pool_tokens: [.], prompt: 'rate: {question} {{}}'}\n"
-                      "data: {world: {}, sft: ['world:sft_easy']}\n"))  # fmt: skip
+    load_recipe(
+        write(
+            "name: a\nppo: {value: none, group_size: 4, minibatch: 96, micro_batch: 96}\n"
+            "preference: {samples: 4, judge: pairwise, consistent_only: true}\n"
+            "features: {clips: 2, prune: [{pool: 4}, {st_mean: true}]}\ncontext: {markers: [a, b]}\n"
+            "reward: {pool: tokens, pool_tokens: [.], prompt: 'rate: {question} {{}}'}\n"
+            "data: {world: {}, sft: ['world:sft_easy']}\n"
+        )
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -352,7 +370,11 @@ def test_output_is_filled_in_and_where_survives():
 def test_flatten_has_every_key_that_is_written_or_default():
     flat = flatten(load_recipe(write("name: a\ndata: {rl: [x.json]}\n")))
     assert flat["ppo.kl_coef"] == 0.1 and flat["data.rl"] == ["x.json"] and flat["data.world"] is None
-    flat = flatten(load_recipe("x.yaml", ["data.world={}", "model.reward_base={base: b}", "dpo.divide={train: {}}", "dpo.describe={}"]))
+    flat = flatten(
+        load_recipe(
+            "x.yaml", ["data.world={}", "model.reward_base={base: b}", "dpo.divide={train: {}}", "dpo.describe={}"]
+        )
+    )
     assert set(flat) == {key for key, info in fields().items() if not info.section and "[]" not in key}
 
 
@@ -360,8 +382,14 @@ def test_hash_follows_results_and_nothing_else():
     plain = recipe_hash(load_recipe(write("name: a\ndata: {world: {}}\n")))
     assert len(plain) == 12
     assert recipe_hash(load_recipe(write("data: {world: {seed: 0}}\nname: z\nppo: {kl_coef: 1e-1}\n"))) == plain
-    other = {"name": "b", "output": "elsewhere", "device": "cpu", "model.gradient_checkpointing": "true",
-             "data.folder": "w", "features.cache": "c"}  # fmt: skip
+    other = {
+        "name": "b",
+        "output": "elsewhere",
+        "device": "cpu",
+        "model.gradient_checkpointing": "true",
+        "data.folder": "w",
+        "features.cache": "c",
+    }
     for key in NOT_SCIENCE:
         assert key in fields(), key
         assert recipe_hash(load_recipe("x.yaml", [f"{key}={other.get(key, 7)}"])) == plain, key

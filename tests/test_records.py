@@ -260,10 +260,18 @@ def test_names_of_videos_are_looked_up(tmp_path):
         (root / name).touch()
     (tmp_path / "beside.mp4").touch()
     expected = {
-        "v_one": "videos/v_one", "one": "videos/v_one", "one.mp4": "videos/v_one", "two": "videos/two.mp4",
-        "v_two": "videos/two.mp4", "three": "videos/v_three.webm", "four": "videos/four.mkv",
-        "v_five": "videos/v_five.avi", "five.mp4": "videos/v_five.avi", "beside.mp4": "beside.mp4", "gone": "videos/gone",
-    }  # fmt: skip
+        "v_one": "videos/v_one",
+        "one": "videos/v_one",
+        "one.mp4": "videos/v_one",
+        "two": "videos/two.mp4",
+        "v_two": "videos/two.mp4",
+        "three": "videos/v_three.webm",
+        "four": "videos/four.mkv",
+        "v_five": "videos/v_five.avi",
+        "five.mp4": "videos/v_five.avi",
+        "beside.mp4": "beside.mp4",
+        "gone": "videos/gone",
+    }
     path = write(tmp_path, *({"id": name, "video": name, "conversations": ASKED} for name in expected))
     records = read_records(path, video_root=root).records
     assert {record.id: record.video for record in records} == {k: str(tmp_path / v) for k, v in expected.items()}

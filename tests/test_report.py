@@ -76,17 +76,34 @@ def row(video: str, correct: int, wrong: int, hallucinated: int = 0, malformed: 
 def test_metrics_are_ratios_of_sums():
     counts = tally([row("a", 9, 1, 1), row("a", 5, 5, 3, malformed=2, stopped=False), row("b", 2, 0, length=6)])
     assert dict(zip(COUNTS, counts["a"])) == {
-        "answers": 2, "correct": 14, "wrong": 6, "total": 20, "mentions": 8, "hallucinated": 4, "malformed": 1,
-        "length": 40, "stopped": 1,
-    }  # fmt: skip
+        "answers": 2,
+        "correct": 14,
+        "wrong": 6,
+        "total": 20,
+        "mentions": 8,
+        "hallucinated": 4,
+        "malformed": 1,
+        "length": 40,
+        "stopped": 1,
+    }
     sums = sum(counts.values())
     found = {name: float(metric(sums)) for name, metric in RATIOS.items()}
     precision, recall = 16 / 22, 16 / 30  # not the mean of 14/20 and 2/2
-    assert found == pytest.approx({
-        "precision": precision, "recall": recall, "f1": 2 * precision * recall / (precision + recall),
-        "hallucination": 4 / 12, "malformed": 1 / 3, "mentions": 4.0, "right": 16 / 3, "wrong": 2.0, "score": 10 / 3,
-        "length": 46 / 3, "stop_rate": 2 / 3,
-    })  # fmt: skip
+    assert found == pytest.approx(
+        {
+            "precision": precision,
+            "recall": recall,
+            "f1": 2 * precision * recall / (precision + recall),
+            "hallucination": 4 / 12,
+            "malformed": 1 / 3,
+            "mentions": 4.0,
+            "right": 16 / 3,
+            "wrong": 2.0,
+            "score": 10 / 3,
+            "length": 46 / 3,
+            "stop_rate": 2 / 3,
+        }
+    )
 
 
 def test_an_empty_answer_is_no_division_by_zero():
@@ -185,9 +202,14 @@ def test_a_careful_reader_is_warned(tmp_path):
     (run / "summary.json").write_text(json.dumps(summary))
     text = text_of(write(run))
     for warning in (
-        "a KL of 0.013, not 0", "31.0 nats per answer", "only 58.0 % of held-out pairs", "on only 61.0 % of pairs",
-        "7 videos were missing", "5.0 % of PPO's sampled answers", "Only 30 videos were evaluated",
-    ):  # fmt: skip
+        "a KL of 0.013, not 0",
+        "31.0 nats per answer",
+        "only 58.0 % of held-out pairs",
+        "on only 61.0 % of pairs",
+        "7 videos were missing",
+        "5.0 % of PPO's sampled answers",
+        "Only 30 videos were evaluated",
+    ):
         assert warning in text.replace("&#39;", "'"), warning
 
 
@@ -392,8 +414,16 @@ def test_numbers_read_well():
 # ------------------------------------------------------------------------------------------------------------- browser
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-FLAGS = """--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking
-    --disable-component-update --disable-sync --hide-scrollbars""".split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--hide-scrollbars",
+]
 PROBE = """<script>onload = () => { document.title = JSON.stringify({
     overflow: document.documentElement.scrollWidth - innerWidth,
     images: [...document.images].map(i => i.complete && i.naturalWidth > 0),

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
-from core import small_recipe
 
-from rlaif_lite.recipe import dump_yaml
+from core import small_recipe
 from rlaif_lite.files import read_jsonl
+from rlaif_lite.recipe import dump_yaml
 
 STAGES = ["data", "features", "sft", "context", "preference", "reward", "ppo", "evaluate"]
 KILLS = [*STAGES, "sft", "ppo", "ppo"]  # where to kill, at least once in each; training and PPO more often
@@ -68,8 +68,13 @@ class Runner:
         self.folder = Path(recipe.output)
         path.write_text(dump_yaml(recipe))
         self.errors = open(path.with_suffix(".log"), "w+")
-        self.server = subprocess.Popen([sys.executable, "-c", SERVER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       stderr=self.errors, text=True)  # fmt: skip
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
 
     def start(self) -> int:
         self.server.stdin.write("go\n")

@@ -8,15 +8,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from core import record, shake
 
+from core import record, shake
 from rlaif_lite.errors import StageError
+from rlaif_lite.files import read_jsonl
 from rlaif_lite.model.inputs import encode_answer
 from rlaif_lite.stages import reward
 from rlaif_lite.stages.features import views_of
 from rlaif_lite.stages.reward import RewardInput, calibration, check_floor, split_by_video, stumbling
 from rlaif_lite.workspace import Workspace
-from rlaif_lite.files import read_jsonl
 
 ANSWERS = ["first a red circle left . also a red star .", "red", "", "a blue cross . green"]
 

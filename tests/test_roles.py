@@ -8,11 +8,11 @@ import warnings
 
 import pytest
 import torch
-from core import shake, video_of
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from core import shake, video_of
 from rlaif_lite.data.records import Message
 from rlaif_lite.errors import ModelError
 from rlaif_lite.model.inputs import Batch, collate, encode_prompt
@@ -21,8 +21,10 @@ from rlaif_lite.recipe import Lora
 
 
 def batch_of(base) -> Batch:
-    rows = [encode_prompt(base, [Message("user", "<video> describe the video")], video_of(base)),
-            encode_prompt(base, [Message("user", "what is true ?")], None)]  # fmt: skip
+    rows = [
+        encode_prompt(base, [Message("user", "<video> describe the video")], video_of(base)),
+        encode_prompt(base, [Message("user", "what is true ?")], None),
+    ]
     return collate(base, rows)
 
 
@@ -84,18 +86,16 @@ def test_a_scope_inside_another_is_refused(roles):
                 pass
         with pytest.raises(ModelError, match="removed inside the scope of `policy`"):
             roles.remove("value")
-    with pytest.raises(ZeroDivisionError):
-        with roles.use("policy"):
-            1 / 0
+    with pytest.raises(ZeroDivisionError), roles.use("policy"):
+        1 / 0
     with roles.use("value") as role:  # an error in a scope closes it
         assert role.name == "value"
 
 
 def test_unknown_and_doubled_names(roles):
     roles.add("policy")
-    with pytest.raises(ModelError, match="no role `polcy`; there are base, policy"):
-        with roles.use("polcy"):
-            pass
+    with pytest.raises(ModelError, match="no role `polcy`; there are base, policy"), roles.use("polcy"):
+        pass
     for name in ("policy", "base"):
         with pytest.raises(ModelError, match=f"Role `{name}` exists already"):
             roles.add(name)
@@ -168,7 +168,10 @@ def test_saved_roles_come_back_bit_for_bit(roles, load, tmp_path):
     roles.save("reward", tmp_path / "adapters" / "reward")  # over an older one
     assert sorted(p.name for p in (tmp_path / "adapters").iterdir()) == ["reward"]
     assert sorted(p.name for p in (tmp_path / "adapters" / "reward").iterdir() if p.suffix != ".md") == [
-        "adapter_config.json", "adapter_model.safetensors", "head.safetensors"]  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "head.safetensors",
+    ]
 
     other = Roles(load(), Lora(rank=2, alpha=1.0))  # the file's shape counts, not the recipe's
     other.load("again", tmp_path / "adapters" / "reward")

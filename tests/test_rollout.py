@@ -8,11 +8,11 @@ from collections import Counter
 
 import pytest
 import torch
-from core import shake, video_of
-from rlaif_kernels import linear_logprob
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, Qwen2Config
 
+from core import shake, video_of
+from rlaif_kernels import linear_logprob
 from rlaif_lite import rollout
 from rlaif_lite.data.records import Message
 from rlaif_lite.model.base import load_base
@@ -28,9 +28,13 @@ from rlaif_lite.rollout.step import DecodeStep
 
 def prompts_of(base) -> list[Sequence]:
     """Ragged: a pruned video, a whole one, and none."""
-    given = [("<video> describe the video", video_of(base, layout=12, keep=[0, 3, 4, 9])),
-             ("what is the colour first ? what is true ?", None), ("<video> describe", video_of(base, 24, seed=5)),
-             ("star", None), ("<video> what is the shape then ?", video_of(base, 4, seed=6))]  # fmt: skip
+    given = [
+        ("<video> describe the video", video_of(base, layout=12, keep=[0, 3, 4, 9])),
+        ("what is the colour first ? what is true ?", None),
+        ("<video> describe", video_of(base, 24, seed=5)),
+        ("star", None),
+        ("<video> what is the shape then ?", video_of(base, 4, seed=6)),
+    ]
     return [encode_prompt(base, [Message("user", text)], video) for text, video in given]
 
 
@@ -64,11 +68,16 @@ def test_greedy_is_transformers_generate(policy, slots, dense, graph):
         with torch.no_grad():
             want = base.model.generate(
                 inputs_embeds=pad_sequence(embeds, batch_first=True).flip(1),
-                attention_mask=pad_sequence([torch.ones(len(e), dtype=torch.long) for e in embeds], batch_first=True).flip(1),
+                attention_mask=pad_sequence(
+                    [torch.ones(len(e), dtype=torch.long) for e in embeds], batch_first=True
+                ).flip(1),
                 position_ids=pad_sequence([p.position_CS[0].flip(0) for p in prompts], batch_first=True).flip(1),
-                do_sample=False, max_new_tokens=12, suppress_tokens=banned, pad_token_id=base.tokenizer.pad_token_id,
+                do_sample=False,
+                max_new_tokens=12,
+                suppress_tokens=banned,
+                pad_token_id=base.tokenizer.pad_token_id,
                 eos_token_id=base.eos_id,
-            )  # fmt: skip
+            )
     for trajectory, row in zip(got, want.tolist(), strict=True):
         end = row.index(base.eos_id) + 1 if base.eos_id in row else len(row)
         assert trajectory.ids == row[:end]
@@ -98,8 +107,9 @@ def test_a_sample_does_not_depend_on_its_batch(load, checkpointing):
         turned = sample(role, prompts[::-1], sampling, seeds=seeds[::-1], per_prompt=3, batch_size=4)[::-1]
         single = [
             sample(role, [prompt], sampling, seeds=[seed])[0]
-            for i, prompt in enumerate(prompts) for seed in seeds[3 * i : 3 * i + 3]
-        ]  # fmt: skip
+            for i, prompt in enumerate(prompts)
+            for seed in seeds[3 * i : 3 * i + 3]
+        ]
     for other in (split, fixed, turned, single):
         assert [t.ids for t in together] == [t.ids for t in other]
         logps = [torch.tensor([x for t in found for x in t.logp]) for found in (together, other)]
@@ -231,8 +241,13 @@ def test_the_samplers_logp_is_the_rescored_one(policy, temperature):
         target_BS = target_rows(rows, answers, batch.ids_BS.shape[1])
         with torch.no_grad():
             hidden_ND = role.hidden(batch)[target_BS != IGNORE]
-        logp_N = linear_logprob(hidden_ND, base.head_weight_VD, target_BS[target_BS != IGNORE], bias_V=base.ban_bias_V,
-                                temperature=temperature).logp_N  # fmt: skip
+        logp_N = linear_logprob(
+            hidden_ND,
+            base.head_weight_VD,
+            target_BS[target_BS != IGNORE],
+            bias_V=base.ban_bias_V,
+            temperature=temperature,
+        ).logp_N
     uniform_N = torch.cat([uniforms([seed], 10)[0, : len(t.ids)] for seed, t in enumerate(found)])
     again_N, _ = draw(base.head_weight_VD, base.ban_bias_V, hidden_ND, uniform_N, Sampling(10, temperature))
     assert again_N.tolist() == [token for t in found for token in t.ids]
@@ -338,8 +353,12 @@ def test_a_step_that_cannot_be_captured_is_launched_instead(policy, monkeypatch,
     with policy.use("policy") as role:
         want = sample(role, prompts, Sampling(6), seeds=seeds, per_prompt=2, graph=True)
         monkeypatch.setattr(DecodeStep, "__init__", on_gpu)
-        for name, value in (("current_stream", lambda: "mine"), ("set_stream", streams.append), ("CUDAGraph", object),
-                            ("graph", capture)):  # fmt: skip
+        for name, value in (
+            ("current_stream", lambda: "mine"),
+            ("set_stream", streams.append),
+            ("CUDAGraph", object),
+            ("graph", capture),
+        ):
             monkeypatch.setattr(cuda, name, value)
         got = sample(role, prompts, Sampling(6), seeds=seeds, per_prompt=2, graph=True)
     assert [t.ids for t in got] == [t.ids for t in want] and not faults

@@ -7,22 +7,22 @@ import json
 
 import pytest
 import torch
-from core import shake
 from safetensors.torch import load_file
 
+from core import shake
+from lab.embedded_base import architecture
 from rlaif_lite import pipeline
 from rlaif_lite.data.records import Message
 from rlaif_lite.errors import RecipeError
+from rlaif_lite.files import read_jsonl
 from rlaif_lite.model.inputs import collate, encode_prompt
 from rlaif_lite.recipe import Model, RewardBase, check_files
 from rlaif_lite.stages import features, reward
 from rlaif_lite.stages.ppo import step as ppo
 from rlaif_lite.stages.ppo.experience import cut
 from rlaif_lite.stages.ppo.feedback import RewardModelFeedback
-from lab.embedded_base import architecture
 from rlaif_lite.video.cache import read_index
 from rlaif_lite.workspace import Workspace
-from rlaif_lite.files import read_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,16 @@ import json
 
 import pytest
 import torch
-from core import record, shake, video_of
 
+from core import record, shake, video_of
 from rlaif_lite.errors import DataError, ModelError
+from rlaif_lite.files import read_jsonl
 from rlaif_lite.model.inputs import IGNORE, collate
 from rlaif_lite.recipe import Training
 from rlaif_lite.stages import sft
 from rlaif_lite.training.fit import fit, steps_of
 from rlaif_lite.training.loop import MetricsLog
 from rlaif_lite.workspace import Workspace
-from rlaif_lite.files import read_jsonl
 
 HARD = "first a red circle left . then a blue square up ."
 
@@ -54,8 +54,22 @@ def test_only_the_last_answer_is_learnt(base):
     from rlaif_lite.data.records import from_json
 
     row, targets_S, _ = sft.example(base, from_json({"id": "x", "messages": turns}, "made up"), None, "token")
-    assert words(base, row.ids_S) == "<s> what ? <ans> red . </s> shape ? <ans> cross . </s>".split()
-    assert words(base, targets_S) == "- - - - - - - - - cross . </s> -".split()
+    assert words(base, row.ids_S) == [
+        "<s>",
+        "what",
+        "?",
+        "<ans>",
+        "red",
+        ".",
+        "</s>",
+        "shape",
+        "?",
+        "<ans>",
+        "cross",
+        ".",
+        "</s>",
+    ]
+    assert words(base, targets_S) == ["-", "-", "-", "-", "-", "-", "-", "-", "-", "cross", ".", "</s>", "-"]
 
 
 def test_verdicts_stand_at_the_words_they_judge(base):
@@ -193,7 +207,8 @@ def test_fit_learns_and_goes_on_where_it_was(roles, load, tmp_path):
             checkpoint_every=2,
         )
         return [p.detach().clone() for p in roles.parameters("sft")], [
-            {k: v for k, v in line.items() if k != "time"} for line in read_jsonl(folder / "metrics.jsonl")]  # fmt: skip
+            {k: v for k, v in line.items() if k != "time"} for line in read_jsonl(folder / "metrics.jsonl")
+        ]
 
     roles.add("sft", seed=3)
     whole, lines = run(roles, tmp_path / "whole", None)
@@ -244,7 +259,8 @@ def test_phases_replay_and_what_they_train(rerun, monkeypatch):
     own = {"hard": {r.id for r in work.records("sft_hard")}, "policy_init": {r.id for r in work.records("policy_init")}}
     assert all(r.id in easy | own[phase] for phase in own for r in drawn[phase])
     assert (work.folder / "adapters" / "reference" / "adapter_model.safetensors").read_bytes() != (
-        work.folder / "adapters" / "sft" / "adapter_model.safetensors").read_bytes()  # fmt: skip
+        work.folder / "adapters" / "sft" / "adapter_model.safetensors"
+    ).read_bytes()
     lines = [line for line in read_jsonl(work.log.path) if line["stage"].startswith("sft.")]
     assert [line["stage"] for line in lines] == ["sft.easy"] * 3 + ["sft.hard"] * 3 + ["sft.policy_init"] * 2
 
@@ -263,8 +279,15 @@ def test_phases_can_be_left_out(rerun):
 
 def test_sft_files_are_split_by_the_length_of_the_answer(finished, tmp_path):
     work = Workspace(finished)
-    lines = [json.dumps({"id": str(i), "messages": [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "red " * n}]})
-             for i, n in enumerate((1, 5, 6, 40))]  # fmt: skip
+    lines = [
+        json.dumps(
+            {
+                "id": str(i),
+                "messages": [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "red " * n}],
+            }
+        )
+        for i, n in enumerate((1, 5, 6, 40))
+    ]
     (tmp_path / "own.jsonl").write_text("\n".join(lines) + "\n")
     data = finished.data.model_copy(
         update={"sft": (str(tmp_path / "own.jsonl"),), "sft_easy": (), "sft_hard": (), "max_easy_words": 5}

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from core import VIDEOS, shake, small_recipe
 from safetensors.torch import load_file, save_file
 
+from core import VIDEOS, shake, small_recipe
 from rlaif_lite import pipeline
 from rlaif_lite.data.readers import read_records
 from rlaif_lite.errors import DataError, ModelError, RecipeError, StageError
+from rlaif_lite.files import read_jsonl
 from rlaif_lite.model.roles import Roles
 from rlaif_lite.planner import make_plan
 from rlaif_lite.recipe import Lora, check_files
 from rlaif_lite.stages.reward import RewardInput, score_pairs
 from rlaif_lite.workspace import Workspace
-from rlaif_lite.files import read_jsonl
 
 NO_PHASES = ("sft.easy=null", "sft.hard=null", "sft.policy_init=null")
 WORDS = ("a red circle moves left .", "first a blue square moves up .")
@@ -45,19 +45,28 @@ def given(checkpoint, world, tmp_path):
     records = read_records(world / "preference.jsonl").records
     rows = [
         {
-            "id": "same", "video": r.video, "preference": 1 + i % 2,
-            "conversations": [{"from": "human", "value": f"<video>\nwhat is there {i} ?"}, {"from": "gpt", "value": "stand-in"}],
+            "id": "same",
+            "video": r.video,
+            "preference": 1 + i % 2,
+            "conversations": [
+                {"from": "human", "value": f"<video>\nwhat is there {i} ?"},
+                {"from": "gpt", "value": "stand-in"},
+            ],
             **{f"output_{n + 1}": {"from": "llm", "value": text} for n, text in enumerate(WORDS)},
         }
         for i, r in enumerate(records)
-    ]  # fmt: skip
+    ]
     rows[-1]["output_1"] = rows[-1]["output_2"]
 
     def make(*overrides: str, pairs: list[dict] = rows):
         (tmp_path / "pairs.json").write_text(json.dumps(pairs))
-        files = [f"data.{name}=[{world / name}.jsonl]" for name in ("sft_easy", "sft_hard", "policy_init", "rl", "test")]
+        files = [
+            f"data.{name}=[{world / name}.jsonl]" for name in ("sft_easy", "sft_hard", "policy_init", "rl", "test")
+        ]
         own = [*files, "data.world=null", "data.preference=[]", f"data.pairs=[{tmp_path / 'pairs.json'}]"]
-        return small_recipe(checkpoint, tmp_path, *own, "ppo.steps=1", "sft.easy.steps=1", "sft.hard.steps=1", *overrides)
+        return small_recipe(
+            checkpoint, tmp_path, *own, "ppo.steps=1", "sft.easy.steps=1", "sft.hard.steps=1", *overrides
+        )
 
     return make
 
@@ -158,9 +167,17 @@ def test_given_pairs_have_narratives_where_the_reward_role_reads_them(given, sta
     assert summary["preference"]["pairs"] == VIDEOS - 3  # and one is no choice
     assert done(recipe, "context")["videos"] == 2 * VIDEOS - 2  # of the pairs, and of PPO
     with pytest.raises(DataError, match="(?s)data.pairs: 1 records have a video that is not there.*00002.mp4.gone"):
-        pipeline.run(small_recipe(Path(recipe.model.base), tmp_path, "data.world=null", "output=" + str(tmp_path / "other"), *(
-            f"data.{name}=[]" for name in ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")
-        ), f"data.pairs=[{tmp_path / 'pairs.json'}]"), until="data")  # fmt: skip
+        pipeline.run(
+            small_recipe(
+                Path(recipe.model.base),
+                tmp_path,
+                "data.world=null",
+                "output=" + str(tmp_path / "other"),
+                *(f"data.{name}=[]" for name in ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")),
+                f"data.pairs=[{tmp_path / 'pairs.json'}]",
+            ),
+            until="data",
+        )
 
 
 # ---- what is refused
@@ -169,16 +186,22 @@ def test_given_pairs_have_narratives_where_the_reward_role_reads_them(given, sta
 @pytest.mark.parametrize(
     "overrides, said",
     [
-        (["sft.adapter={start}/sft", "model.lora.rank=8"], r"`sft.adapter` \(override `sft.adapter=.*\) names .*, whose rank is 4, but "
-         r"`model.lora.rank` \(override `model.lora.rank=8`\) is 8"),
+        (
+            ["sft.adapter={start}/sft", "model.lora.rank=8"],
+            r"`sft.adapter` \(override `sft.adapter=.*\) names .*, whose rank is 4, but "
+            r"`model.lora.rank` \(override `model.lora.rank=8`\) is 8",
+        ),
         (["sft.adapter={start}/sft", "model.lora.alpha=16"], "whose alpha is 8.0, but `model.lora.alpha` .* is 16.0"),
-        (["reward.adapter={start}/rm", "model.lora.targets=[q_proj]"], r"whose targets is \['down_proj', .*\], but .* is \['q_proj'\]"),
+        (
+            ["reward.adapter={start}/rm", "model.lora.targets=[q_proj]"],
+            r"whose targets is \['down_proj', .*\], but .* is \['q_proj'\]",
+        ),
         (["sft.adapter={start}/gone"], "lacks adapter_config.json, adapter_model.safetensors. `rlaif-lite import`"),
         (["reward.adapter={start}/sft"], "`reward.adapter` .* lacks head.safetensors"),
         (["sft.adapter={start}/sft", "output={start}"], "inside this run's own folder"),
         (["data.pairs=[nowhere.json]"], r"`data.pairs\[0\]` .* names nowhere.json, which is not a file"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_started_from_is_refused_by_line(given, start, overrides, said):
     with pytest.raises(RecipeError, match=said):
         check_files(given(*(override.format(start=start) for override in overrides)))
@@ -195,7 +218,10 @@ def test_an_adapter_with_layers_that_the_base_has_not(roles, start, tmp_path):
     shutil.copytree(start / "sft", tmp_path / "deeper")
     tensors = weights(start / "sft")
     key = next(key for key in tensors if ".layers.0." in key)
-    save_file({**tensors, key.replace(".layers.0.", ".layers.9."): tensors[key].clone()}, tmp_path / "deeper" / "adapter_model.safetensors")
+    save_file(
+        {**tensors, key.replace(".layers.0.", ".layers.9."): tensors[key].clone()},
+        tmp_path / "deeper" / "adapter_model.safetensors",
+    )
     with pytest.raises(ModelError, match=r"layers\.9\..*has no place on this base"):
         roles.load("sft", tmp_path / "deeper")
 

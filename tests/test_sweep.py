@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from core import RECIPE
 from typer.testing import CliRunner
 
+from core import RECIPE
 from rlaif_lite import cli
 from rlaif_lite.errors import RecipeError
 from rlaif_lite.report import grid as tables
@@ -25,9 +25,17 @@ from rlaif_lite.report.stats import t_quantile
 from rlaif_lite.sweep import axis, folder_name, grid, sweep
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["sft.easy.steps=1", "sft.hard.steps=1", "sft.policy_init.steps=1", "reward.steps=1", "ppo.steps=1",
-         "evaluate.temperatures=[]", "evaluate.samples=1", "preference.compare_context=false",
-         "preference.compare_pairs=0"]  # fmt: skip
+SMALL = [
+    "sft.easy.steps=1",
+    "sft.hard.steps=1",
+    "sft.policy_init.steps=1",
+    "reward.steps=1",
+    "ppo.steps=1",
+    "evaluate.temperatures=[]",
+    "evaluate.samples=1",
+    "preference.compare_context=false",
+    "preference.compare_pairs=0",
+]
 EARLY = ["data", "features", "sft", "context", "preference", "reward"]
 
 
@@ -181,12 +189,27 @@ def run_of(folder: Path, change: float, f1: float | None = 0.5, method: str = "p
     folder.mkdir(parents=True)
     interval = {"greedy_hallucination": {"delta": change, "low": change - 0.01, "high": change + 0.02}}
     stage = {"seconds": 10.0, "peak_memory_bytes": 2**20, "status": "done"}
-    (folder / "summary.json").write_text(json.dumps({
-        "recipe": "r", "recipe_hash": "0", "seed": 0, "world_seed": 0, "device": "cpu", "machine": {}, "versions": {},
-        "method": method, "finished": True, "evaluation": {"sft": before, method: after}, "preference": {}, "reward": {},
-        method: {}, "evaluation_intervals": {f"{method}-sft": interval},
-        "stages": {"sft": stage | {"shared_from": "other"}, method: stage},
-    }))  # fmt: skip
+    (folder / "summary.json").write_text(
+        json.dumps(
+            {
+                "recipe": "r",
+                "recipe_hash": "0",
+                "seed": 0,
+                "world_seed": 0,
+                "device": "cpu",
+                "machine": {},
+                "versions": {},
+                "method": method,
+                "finished": True,
+                "evaluation": {"sft": before, method: after},
+                "preference": {},
+                "reward": {},
+                method: {},
+                "evaluation_intervals": {f"{method}-sft": interval},
+                "stages": {"sft": stage | {"shared_from": "other"}, method: stage},
+            }
+        )
+    )
     return folder
 
 
@@ -238,8 +261,11 @@ def test_a_difference_that_counts_is_bold(tmp_path):
 
 def test_every_ablation_of_the_docs_is_a_grid(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    commands = [line.split("rlaif-lite ")[1] for line in (ROOT / "docs" / "ablations.md").read_text().splitlines()
-                if line.startswith("    rlaif-lite sweep ")]  # fmt: skip
+    commands = [
+        line.split("rlaif-lite ")[1]
+        for line in (ROOT / "docs" / "ablations.md").read_text().splitlines()
+        if line.startswith("    rlaif-lite sweep ")
+    ]
     assert len(commands) >= 12
     for command in commands:
         _, *words = shlex.split(command)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from core import bench_module
 
+from core import bench_module
 from rlaif_lite import profiler
 from rlaif_lite.model.base import Base
 from rlaif_lite.phases import listen
@@ -14,9 +14,19 @@ from rlaif_lite.profiler.recorder import Recorder
 from rlaif_lite.recipe import load_recipe
 
 BENCH = Path(__file__).parent.parent / "kernels" / "bench"
-KEYS = ["ppo.rollouts=4", "ppo.group_size=4", "ppo.minibatch=4", "ppo.micro_batch=2", "ppo.max_new_tokens=5",
-        "ppo.epochs=1", "device=cpu", "threads=1", "features.frames=4", "features.clip_frames=2",
-        "preference.batch_size=4"]  # fmt: skip
+KEYS = [
+    "ppo.rollouts=4",
+    "ppo.group_size=4",
+    "ppo.minibatch=4",
+    "ppo.micro_batch=2",
+    "ppo.max_new_tokens=5",
+    "ppo.epochs=1",
+    "device=cpu",
+    "threads=1",
+    "features.frames=4",
+    "features.clip_frames=2",
+    "preference.batch_size=4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +76,16 @@ def test_page_of_the_table(bench):
         "4-bit base": {"peak_memory_bytes": 2**20 * 250, "tokens_per_second": 60.0, "instead": "its weights in full"},
         "checkpointing": {"why": "out of memory", "instead": "all activations kept"},
     }
-    text = bench.as_markdown({"recipe": "r", "small": True, "machine": {"device": "cpu"}, "techniques": rows,
-                              "commit": "abc", "command": "python x"})  # fmt: skip
+    text = bench.as_markdown(
+        {
+            "recipe": "r",
+            "small": True,
+            "machine": {"device": "cpu"},
+            "techniques": rows,
+            "commit": "abc",
+            "command": "python x",
+        }
+    )
     assert "| none |  | 100.0 | 1.00 | 50.0 | 1.00 |" in text
     assert "| 4-bit base | its weights in full | 250.0 | 2.50 | 60.0 | 1.20 |" in text
     assert "| checkpointing | all activations kept | out of memory |" in text and "no forecast of a GPU's" in text

@@ -9,9 +9,14 @@ import decord
 import numpy as np
 import pytest
 import torch
-from core import record_of
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+from core import record_of
+from lab.embedded_base import pretrain
+from lab.embedded_base.card import to_nf4
+from lab.embedded_base.network import forward, pooled_features
+from lab.embedded_base.sheet import NUMBER, VIDEO_TOKENS, Sheet, collate, encode
+from lab.embedded_base.tasks import BEFORE_PAIRS, SHEET, WITH_PAIRS, add_pair, clip_view, draw, whole_view
 from rlaif_lite.data.records import Message
 from rlaif_lite.data.world import facts_of, write_video
 from rlaif_lite.data.world_text import caption, describe, pair, verdicts
@@ -19,11 +24,6 @@ from rlaif_lite.model import inputs
 from rlaif_lite.model.base import load_base
 from rlaif_lite.model.inputs import encode_prompt
 from rlaif_lite.recipe import Model
-from lab.embedded_base import pretrain
-from lab.embedded_base.card import to_nf4
-from lab.embedded_base.network import forward, pooled_features
-from lab.embedded_base.sheet import NUMBER, VIDEO_TOKENS, Sheet, collate, encode
-from lab.embedded_base.tasks import BEFORE_PAIRS, SHEET, WITH_PAIRS, add_pair, clip_view, draw, whole_view
 
 BASE = Path(str(files("rlaif_lite.tiny") / "base"))
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 from bitsandbytes.nn import Linear4bit
-from core import RECIPE, shake, video_of
 
+from core import RECIPE, shake, video_of
 from rlaif_lite.data.records import Message
 from rlaif_lite.errors import ModelError
 from rlaif_lite.model import unsloth_loader
@@ -74,10 +74,23 @@ def test_it_is_asked_for_the_recipes_base_and_the_rest_is_ours(stand_in, checkpo
     (call,) = stand_in.CALLS
     quantization = call.pop("quantization_config")
     assert quantization.bnb_4bit_use_double_quant and quantization.bnb_4bit_quant_type == "nf4"
-    asked = {"model_name": str(checkpoint), "revision": None, "max_seq_length": 512, "dtype": torch.float32,
-             "load_in_4bit": True, "load_in_8bit": False, "load_in_16bit": False, "full_finetuning": False,
-             "device_map": {"": GPU}, "attn_implementation": "sdpa", "use_gradient_checkpointing": False,
-             "use_exact_model_name": True, "trust_remote_code": False, "rope_scaling": None, "token": None}  # fmt: skip
+    asked = {
+        "model_name": str(checkpoint),
+        "revision": None,
+        "max_seq_length": 512,
+        "dtype": torch.float32,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "load_in_16bit": False,
+        "full_finetuning": False,
+        "device_map": {"": GPU},
+        "attn_implementation": "sdpa",
+        "use_gradient_checkpointing": False,
+        "use_exact_model_name": True,
+        "trust_remote_code": False,
+        "rope_scaling": None,
+        "token": None,
+    }
     assert call == asked
     assert not base.model.training and not any(parameter.requires_grad for parameter in base.model.parameters())
     assert base.gradient_checkpointing and not base.has_tower
@@ -105,9 +118,12 @@ def test_the_command_line_imports_it_before_transformers(tmp_path, command):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE | {"model": {"loader": "unsloth"}, "output": str(tmp_path / "run")}))
     done = subprocess.run(
-        [sys.executable, "-m", "rlaif_lite.cli", command, str(recipe if command == "run" else tmp_path)], cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{site}:{ROOT}:{ROOT / 'kernels'}"}, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "rlaif_lite.cli", command, str(recipe if command == "run" else tmp_path)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{site}:{ROOT}:{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stdout.strip()) == (7, "[]"), done.stderr
 
 
@@ -171,7 +187,12 @@ for loader in ("transformers", "unsloth"):
     assert any(parameter.grad.abs().sum() > 0 for parameter in roles.parameters("policy"))
 print(((hidden[0] - hidden[1]).norm() / hidden[0].norm()).item())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"},
+    )
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) < 0.05

@@ -93,7 +93,7 @@ def test_clips_cover_the_video_once_and_are_never_empty():
     for frames in range(1, 40):
         for clips in range(1, 8):
             parts = [sample_indices(frames, View(400, k, clips)) for k in range(clips)]
-            assert all(0 <= part.min() and part.max() < frames for part in parts)
+            assert all(part.min() >= 0 and part.max() < frames for part in parts)
             if frames >= clips:
                 assert np.concatenate([np.unique(part) for part in parts]).tolist() == list(range(frames))
 

@@ -14,15 +14,15 @@ import av
 import numpy as np
 import pytest
 import torch
-from core import small_recipe
-from test_video import CLOSED, OPEN, assert_pyav_is_right, make, number_of, numbered, numbers, stream_copy
 
+from core import small_recipe
 from rlaif_lite.errors import DataError, VideoError
 from rlaif_lite.stages import features
 from rlaif_lite.video import workers
 from rlaif_lite.video.decode import View, decode, probe
 from rlaif_lite.video.workers import decode_all
 from rlaif_lite.workspace import Workspace
+from test_video import CLOSED, OPEN, assert_pyav_is_right, make, number_of, numbered, numbers, stream_copy
 
 TURNED = {1: (0, 1, -1, 0), 2: (-1, 0, 0, -1), 3: (0, -1, 1, 0)}  # quarter turns clockwise -> the header's matrix
 
@@ -226,9 +226,13 @@ def spoil(videos: Path, monkeypatch) -> dict[str, str]:
         return {n: v._replace(features_KD=v.features_KD / 0) for n, v in found.items()} if which == 4 else found
 
     monkeypatch.setattr(features, "encode", failing)
-    reasons = ("it cannot be read", "the file is empty", "it is not a video",
-               "the vision tower failed on it (out of memory)",
-               "the vision tower failed on it (its features are not all finite)")  # fmt: skip
+    reasons = (
+        "it cannot be read",
+        "the file is empty",
+        "it is not a video",
+        "the vision tower failed on it (out of memory)",
+        "the vision tower failed on it (its features are not all finite)",
+    )
     return {f"{i:05d}": reason for i, reason in enumerate(reasons)}
 
 

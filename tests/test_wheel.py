@@ -20,8 +20,19 @@ def wheel(tmp_path_factory) -> Path:
         ".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".pytest_cache", ".hypothesis"
     )
     shutil.copytree(ROOT, folder / "source", ignore=leave)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet",
-               "--wheel-dir", str(folder), str(folder / "source")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--disable-pip-version-check",
+        "--quiet",
+        "--wheel-dir",
+        str(folder),
+        str(folder / "source"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (built,) = folder.glob("*.whl")
@@ -36,12 +47,20 @@ def test_the_wheel_holds_what_it_needs(wheel):
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name and ".data/" not in name}
     assert tops == {"rlaif_lite", "rlaif_kernels"}
     assert {
-        "rlaif_lite/cli.py", "rlaif_lite/stages/ppo.py", "rlaif_lite/model/base.py", "rlaif_lite/tiny/architecture.py",
-        "rlaif_kernels/linear_logprob.py", "rlaif_lite/report/page.html.jinja", "rlaif_lite/tiny/base/config.json",
-        "rlaif_lite/tiny/base/model.safetensors", "rlaif_lite/tiny/base/tokenizer.json", "rlaif_lite/tiny/base/chat_template.jinja",
-        "rlaif_lite/tiny/base/preprocessor_config.json", "rlaif_lite/tiny/base/README.md",
-        "rlaif_lite/tiny/base_weak/model.safetensors", "rlaif_lite/tiny/base_weak/README.md",
-    } <= set(names)  # fmt: skip
+        "rlaif_lite/cli.py",
+        "rlaif_lite/stages/ppo/step.py",
+        "rlaif_lite/model/base.py",
+        "rlaif_kernels/linear_logprob.py",
+        "rlaif_lite/report/page.html.jinja",
+        "rlaif_lite/tiny/base/config.json",
+        "rlaif_lite/tiny/base/model.safetensors",
+        "rlaif_lite/tiny/base/tokenizer.json",
+        "rlaif_lite/tiny/base/chat_template.jinja",
+        "rlaif_lite/tiny/base/preprocessor_config.json",
+        "rlaif_lite/tiny/base/README.md",
+        "rlaif_lite/tiny/base_weak/model.safetensors",
+        "rlaif_lite/tiny/base_weak/README.md",
+    } <= set(names)
     assert any(name.endswith(".data/data/share/rlaif-lite/recipes/tiny.yaml") for name in names)
     own = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rlaif_lite").rglob("*.py")}
     own |= {

@@ -17,10 +17,11 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import triton
-from rlaif_kernels import triton_kernels as kernels
-from rlaif_kernels.configs import TABLE, Config, Configs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from rlaif_kernels import triton_kernels as kernels
+from rlaif_kernels.configs import TABLE, Config, Configs
 
 # Shared memory that one block may opt in to, bytes (CUDA C++ programming guide, compute capabilities)
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}

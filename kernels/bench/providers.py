@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rlaif_kernels import linear_logprob, ppo_policy_loss, sft_loss
 from torch import Tensor
+
+from rlaif_kernels import linear_logprob, ppo_policy_loss, sft_loss
 
 MATMULS = {"score": 1, "train": 2, "sft": 2, "grpo": 2, "kl": 3}
 CLIP, KL_COEF, ROWS_PER_ANSWER = 0.2, 0.1, 8

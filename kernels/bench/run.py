@@ -21,6 +21,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
 from providers import MATMULS, PROVIDERS, CannotRun, Problem, make_problem
+
 from rlaif_kernels import reference
 
 MAIN = (8192, 3584, 152064)

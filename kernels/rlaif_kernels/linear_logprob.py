@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .checks import FLOATS, need, need_tensor, use_triton
-from .rows import BANNED, Head, run_rows
+from .head import BANNED, Head
+from .rows import run_rows
 
 
 class LinearLogprob(NamedTuple):
@@ -170,7 +171,7 @@ def checked_target(target_N: Tensor, hidden_ND: Tensor, weight_VD: Tensor, ignor
     V = weight_VD.shape[0]
     valid_N = target_N != ignore_index
     target_N = target_N.long().where(valid_N, 0)
-    if not target_N.is_cuda and target_N.numel() and not (0 <= target_N.min() and target_N.max() < V):
+    if not target_N.is_cuda and target_N.numel() and not (target_N.min() >= 0 and target_N.max() < V):
         row = int(((target_N < 0) | (target_N >= V)).nonzero()[0])
         raise ValueError(
             f"target_N[{row}] is {int(target_N[row])}; expected an id in 0..{V - 1} (the head has V={V} rows) "

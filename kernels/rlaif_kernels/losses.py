@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import FLOATS, need, need_tensor, use_triton
+from .head import PpoInputs, capped_exp
 from .linear_logprob import checked_head, checked_reference, checked_target
-from .rows import PpoInputs, capped_exp, run_rows
+from .rows import run_rows
 
 
 class SftStats(NamedTuple):
@@ -145,7 +146,7 @@ def ppo_policy_loss(
     for name, value in (("old_logp_N", old_logp_N), ("advantage_N", advantage_N)):
         need_tensor(name, value, tuple(target_N.shape), hidden_ND, FLOATS)
     need_tensor("mask_N", mask_N, tuple(target_N.shape), hidden_ND, (torch.bool, torch.int64, *FLOATS))
-    need(0 < clip, "clip", clip, "a number above 0")
+    need(clip > 0, "clip", clip, "a number above 0")
     need(kl in ("none", "k3", "exact"), "kl", kl, '"none", "k3" or "exact"')
     if kl == "k3":
         need(

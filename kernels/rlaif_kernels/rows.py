@@ -15,74 +15,17 @@ the D-vector after the second matmul.
 Shapes: N tokens (rows), R rows of a chunk, D channels, V vocabulary.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-# A bias at or below this bans its token id: the logit is set to BANNED after the softcap, and never yields inf or NaN.
-BANNED = -1e30
+from .head import BANNED, Head, PpoInputs, Rows, dz_unit, take
+
 # Bytes of one chunk of logits. On a GPU wide enough for full matmul speed (384 rows of a 152k vocabulary), on a CPU for
 # its caches.
 LOGITS_BYTES_GPU = 256 << 20
 LOGITS_BYTES_CPU = 32 << 20
 # Where no matmul takes low precision in and gives float32 out (the CPU), the head is upcast this many bytes at a time.
 UPCAST_BYTES = 32 << 20
-
-
-class Head(NamedTuple):
-    """A frozen output layer and what is done to its logits."""
-
-    weight_VD: Tensor
-    bias_V: Tensor | None  # float32 (float64 for a float64 head), nothing below BANNED
-    temperature: float
-    softcap: float | None
-
-
-class PpoInputs(NamedTuple):
-    """What the PPO loss needs per row; constants of the loss beside it."""
-
-    old_logp_N: Tensor
-    advantage_N: Tensor
-    mask_N: Tensor  # 1.0 on rows that count
-    reference_logp_N: Tensor | None  # for the k3 penalty
-    clip: float
-    entropy_coef: float
-    k3_coef: float
-    kl_coef: float  # of the exact KL
-
-    def upstream(self, logp_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(g, h, k): derivatives of each row's loss by logp, entropy and exact KL; 0 on masked rows."""
-        ratio_N = capped_exp(logp_N - self.old_logp_N)
-        unclipped_N = -self.advantage_N * ratio_N
-        clipped_N = -self.advantage_N * ratio_N.clamp(1 - self.clip, 1 + self.clip)
-        g_N = unclipped_N.where(unclipped_N >= clipped_N, 0.0)
-        if self.reference_logp_N is not None:
-            g_N = g_N + self.k3_coef * (1 - capped_exp(self.reference_logp_N - logp_N))
-        real_N = self.mask_N > 0
-        return g_N.where(real_N, 0.0), -self.entropy_coef * self.mask_N, self.kl_coef * self.mask_N
-
-
-class Rows(NamedTuple):
-    """Per-row results, float32 (float64 for float64 inputs); 0 on rows whose target is the ignore index."""
-
-    logp_N: Tensor
-    lse_N: Tensor
-    entropy_N: Tensor
-    kl_N: Tensor | None
-    # how much of W[y] to add to -grad for T * d lse / d hidden: T dz_y/ds_y, less the rounding of dz
-    at_target_N: Tensor | None
-    grad_ND: Tensor | None  # d/d hidden: of logp times T in float32, or of the loss's sum in the dtype of hidden
-
-
-def take(fields: Rows | PpoInputs, rows: slice) -> Rows | PpoInputs:
-    """The same for these rows only; views."""
-    return type(fields)(*(field[rows] if isinstance(field, Tensor) else field for field in fields))
-
-
-def capped_exp(x: Tensor) -> Tensor:
-    """exp(x), x held within +-80: float32 stays finite, and no probability ratio that means anything is touched."""
-    return x.clamp(-80.0, 80.0).exp()
 
 
 def chunk_size(rows: int, vocabulary: int, itemsize: int, on_gpu: bool) -> int:
@@ -97,9 +40,18 @@ def chunk_size(rows: int, vocabulary: int, itemsize: int, on_gpu: bool) -> int:
 
 
 def run_rows(
-    hidden_ND: Tensor, head: Head, target_N: Tensor, valid_N: Tensor, *, reference_hidden_ND: Tensor | None = None,
-    want_grad: bool, gain_N: Tensor | None = None, ppo: PpoInputs | None = None, triton: bool, chunk_rows: int | None,
-) -> Rows:  # fmt: skip
+    hidden_ND: Tensor,
+    head: Head,
+    target_N: Tensor,
+    valid_N: Tensor,
+    *,
+    reference_hidden_ND: Tensor | None = None,
+    want_grad: bool,
+    gain_N: Tensor | None = None,
+    ppo: PpoInputs | None = None,
+    triton: bool,
+    chunk_rows: int | None,
+) -> Rows:
     """Statistics of every row and, with `want_grad`, the gradient.
 
     Neither `gain_N` nor `ppo`: grad_ND is T * d logp / d hidden, float32. With `gain_N`: gain * d logp / d hidden. With
@@ -171,14 +123,6 @@ def times_weight(dz_RV: Tensor, weight_VD: Tensor, out_RD: Tensor) -> Tensor:
     return out_RD if dz_RV.dtype == out_RD.dtype else out_RD.div_(dz_unit(weight_VD.dtype))
 
 
-def dz_unit(dtype: torch.dtype) -> float:
-    """What dz is multiplied by before it is rounded to `dtype`.
-
-    fp16 ends at 6e-8, the probabilities of a large vocabulary do not; dz lies in [-1, 1], so there is room above it.
-    """
-    return 8192.0 if dtype == torch.float16 else 1.0
-
-
 def upcast_blocks(weight_VD: Tensor) -> list[slice]:
     """Slices of the vocabulary whose float32 copy stays within UPCAST_BYTES."""
     V, D = weight_VD.shape
@@ -187,9 +131,16 @@ def upcast_blocks(weight_VD: Tensor) -> list[slice]:
 
 
 def row_pass_torch(
-    s_RV: Tensor, s_ref_RV: Tensor | None, head: Head, target_N: Tensor, valid_N: Tensor, out: Rows,
-    ppo: PpoInputs | None, want_grad: bool, row0: int,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    s_RV: Tensor,
+    s_ref_RV: Tensor | None,
+    head: Head,
+    target_N: Tensor,
+    valid_N: Tensor,
+    out: Rows,
+    ppo: PpoInputs | None,
+    want_grad: bool,
+    row0: int,
+) -> tuple[Tensor | None, Tensor | None]:
     """Fills `out` for one chunk of logits and returns dz/G and G (None: it is 1), or (None, None) without `want_grad`.
 
     The logits are consumed. Passes work in place: on a CPU a fresh buffer costs more in page faults than arithmetic.

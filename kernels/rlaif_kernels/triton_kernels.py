@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import configs_for
-from .rows import BANNED, Head, PpoInputs, Rows, dz_unit
+from .head import BANNED, Head, PpoInputs, Rows, dz_unit
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(BANNED)
@@ -69,12 +69,41 @@ def _bend(s_ptr, bias_ptr, at, live, inv_temperature, softcap, BIAS: tl.constexp
 
 @triton.jit(do_not_specialize=["row0"])
 def row_kernel(
-    s_ptr, ref_ptr, dz_ptr, s_stride, dz_stride, V, row0, bias_ptr, inv_temperature, softcap, target_ptr, valid_ptr,
-    logp_ptr, lse_ptr, entropy_ptr, kl_ptr, at_target_ptr, bound_ptr,
-    old_logp_ptr, advantage_ptr, real_ptr, ref_logp_ptr, clip, entropy_coef, k3_coef, kl_coef,
-    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, REF: tl.constexpr, GRAD: tl.constexpr,
-    PPO: tl.constexpr, K3: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    s_ptr,
+    ref_ptr,
+    dz_ptr,
+    s_stride,
+    dz_stride,
+    V,
+    row0,
+    bias_ptr,
+    inv_temperature,
+    softcap,
+    target_ptr,
+    valid_ptr,
+    logp_ptr,
+    lse_ptr,
+    entropy_ptr,
+    kl_ptr,
+    at_target_ptr,
+    bound_ptr,
+    old_logp_ptr,
+    advantage_ptr,
+    real_ptr,
+    ref_logp_ptr,
+    clip,
+    entropy_coef,
+    k3_coef,
+    kl_coef,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    REF: tl.constexpr,
+    GRAD: tl.constexpr,
+    PPO: tl.constexpr,
+    K3: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Statistics of one row of logits and, in their place, dz/G (see rows.py). `dz_ptr` may be `s_ptr`'s address."""
     local = tl.program_id(0)
     row = row0 + local
@@ -174,9 +203,16 @@ def row_kernel(
 
 
 def row_pass(
-    s_RV: Tensor, s_ref_RV: Tensor | None, head: Head, target_N: Tensor, valid_N: Tensor, out: Rows,
-    ppo: PpoInputs | None, want_grad: bool, row0: int,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    s_RV: Tensor,
+    s_ref_RV: Tensor | None,
+    head: Head,
+    target_N: Tensor,
+    valid_N: Tensor,
+    out: Rows,
+    ppo: PpoInputs | None,
+    want_grad: bool,
+    row0: int,
+) -> tuple[Tensor | None, Tensor | None]:
     """`row_pass_torch` as one launch; dz takes the place of the logits."""
     R, V = s_RV.shape
     dtype = head.weight_VD.dtype
@@ -191,14 +227,36 @@ def row_pass(
         return out.logp_N if tensor is None else tensor  # one that is not used must still be one
 
     row_kernel[(R,)](
-        s_RV, s_RV if s_ref_RV is None else s_ref_RV, dz_RV, s_RV.stride(0), dz_RV.stride(0), V, row0,
-        pointer(head.bias_V), 1.0 / head.temperature, head.softcap or 1.0, target_N, valid_N.view(torch.uint8),
-        out.logp_N, out.lse_N, out.entropy_N, pointer(out.kl_N), pointer(out.at_target_N), pointer(bound_N),
-        *map(pointer, ppo[:4] if ppo else [None] * 4), *(ppo[4:] if ppo else [0.0] * 4),
-        BIAS=head.bias_V is not None, SOFTCAP=head.softcap is not None, REF=s_ref_RV is not None, GRAD=want_grad,
-        PPO=ppo is not None, K3=ppo is not None and ppo.reference_logp_N is not None, UNIT=dz_unit(dtype),
-        BLOCK=min(config.block, triton.next_power_of_2(V)), num_warps=config.num_warps,
-    )  # fmt: skip
+        s_RV,
+        s_RV if s_ref_RV is None else s_ref_RV,
+        dz_RV,
+        s_RV.stride(0),
+        dz_RV.stride(0),
+        V,
+        row0,
+        pointer(head.bias_V),
+        1.0 / head.temperature,
+        head.softcap or 1.0,
+        target_N,
+        valid_N.view(torch.uint8),
+        out.logp_N,
+        out.lse_N,
+        out.entropy_N,
+        pointer(out.kl_N),
+        pointer(out.at_target_N),
+        pointer(bound_N),
+        *map(pointer, ppo[:4] if ppo else [None] * 4),
+        *(ppo[4:] if ppo else [0.0] * 4),
+        BIAS=head.bias_V is not None,
+        SOFTCAP=head.softcap is not None,
+        REF=s_ref_RV is not None,
+        GRAD=want_grad,
+        PPO=ppo is not None,
+        K3=ppo is not None and ppo.reference_logp_N is not None,
+        UNIT=dz_unit(dtype),
+        BLOCK=min(config.block, triton.next_power_of_2(V)),
+        num_warps=config.num_warps,
+    )
     return (dz_RV if want_grad else None), (None if bound_N is None else bound_N[row0 : row0 + R])
 
 
@@ -298,9 +356,19 @@ def dissimilarity(features_TPC: Tensor, tiny_norm: float) -> Tensor:
 
 @triton.jit
 def gather_kernel(
-    index_ptr, features_ptr, position_ptr, frame_ptr, features_out_ptr, position_out_ptr, frame_out_ptr, N, K, C,
-    AXES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    index_ptr,
+    features_ptr,
+    position_ptr,
+    frame_ptr,
+    features_out_ptr,
+    position_out_ptr,
+    frame_out_ptr,
+    N,
+    K,
+    C,
+    AXES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One kept token: its features, its position on every axis and its frame."""
     k = tl.program_id(0)
     n = tl.load(index_ptr + k)

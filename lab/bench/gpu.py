@@ -15,9 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -25,11 +26,26 @@ SECONDS = 580.0  # for all parts together
 CAP = "24GB"
 MODEL = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "av", "triton")
 # The published layout (50 temporal + 576 spatial tokens), and one round of answers in flight in each step.
-LLAVA = ("features.frames=50", "features.prune=[{st_mean: true}]", "ppo.rollouts=12", "ppo.minibatch=12",
-         "ppo.epochs=1")  # fmt: skip
-SMALL = ("device=cpu", "threads=1", "ppo.rollouts=4", "ppo.minibatch=4", "ppo.micro_batch=2", "ppo.max_new_tokens=6",
-         "ppo.epochs=1", "features.frames=4", "features.clip_frames=2", "preference.batch_size=4",
-         "context.batch_size=2")  # fmt: skip
+LLAVA = (
+    "features.frames=50",
+    "features.prune=[{st_mean: true}]",
+    "ppo.rollouts=12",
+    "ppo.minibatch=12",
+    "ppo.epochs=1",
+)
+SMALL = (
+    "device=cpu",
+    "threads=1",
+    "ppo.rollouts=4",
+    "ppo.minibatch=4",
+    "ppo.micro_batch=2",
+    "ppo.max_new_tokens=6",
+    "ppo.epochs=1",
+    "features.frames=4",
+    "features.clip_frames=2",
+    "preference.batch_size=4",
+    "context.batch_size=2",
+)
 
 
 class Part(NamedTuple):
@@ -67,26 +83,49 @@ def parts(rehearsal: bool) -> list[Part]:
     def profiled(recipe: str, *keys: str, cap: str = CAP) -> Callable[[Path], list[str]]:
         keys = SMALL if rehearsal else keys
         return lambda out: [
-            "-m", "rlaif_lite.cli", "profile", f"recipes/{recipe}.yaml", *keys, *bounds(cap), "--steps", "1",
-            "--stage", "features", "--stage", "ppo", "--json", str(out),
-        ]  # fmt: skip
+            "-m",
+            "rlaif_lite.cli",
+            "profile",
+            f"recipes/{recipe}.yaml",
+            *keys,
+            *bounds(cap),
+            "--steps",
+            "1",
+            "--stage",
+            "features",
+            "--stage",
+            "ppo",
+            "--json",
+            str(out),
+        ]
 
     bench = ["--rounds", "1"] if rehearsal else ["--rounds", "10", "--shapes", "8192x3584x152064"]
     collect = ["--collect-only"] if rehearsal else []
     return [
         Part("tests", ("torch", "pytest"), 120, lambda out: ["-m", "pytest", "-q", "-m", "gpu", *collect, "tests"]),
-        Part("kernels", ("torch", "triton"), 90, lambda out: [
-            "kernels/bench/run.py", *bench, "--out", str(out.parent)
-        ]),
+        Part(
+            "kernels", ("torch", "triton"), 90, lambda out: ["kernels/bench/run.py", *bench, "--out", str(out.parent)]
+        ),
         Part("ppo vlm_rlaif_7b_24gb", MODEL, 120, profiled("vlm_rlaif_7b_24gb", *LLAVA)),
         Part("ppo qwen2_5_vl_3b_24gb", MODEL, 120, profiled("qwen2_5_vl_3b_24gb", "ppo.epochs=1")),
         Part("ppo qwen2_5_vl_7b_24gb", MODEL, 120, profiled("qwen2_5_vl_7b_24gb", "ppo.epochs=1")),
-        Part("plain step", MODEL, 150, lambda out: [
-            "lab/bench/plain_ppo.py", "recipes/vlm_rlaif_7b_24gb.yaml", *(SMALL if rehearsal else LLAVA),
-            *bounds(CAP), "--rounds", "1", "--out", str(out),
-        ]),
+        Part(
+            "plain step",
+            MODEL,
+            150,
+            lambda out: [
+                "lab/bench/plain_ppo.py",
+                "recipes/vlm_rlaif_7b_24gb.yaml",
+                *(SMALL if rehearsal else LLAVA),
+                *bounds(CAP),
+                "--rounds",
+                "1",
+                "--out",
+                str(out),
+            ],
+        ),
         Part("ppo vlm_rlaif_7b_rm13b_48gb", MODEL, 120, profiled("vlm_rlaif_7b_rm13b_48gb", *LLAVA, cap="40GB")),
-    ]  # fmt: skip
+    ]
 
 
 def run(part: Part, folder: Path, left: float) -> dict:
@@ -100,9 +139,13 @@ def run(part: Part, folder: Path, left: float) -> dict:
     limit, began = min(part.limit, left), time.monotonic()
     with open(folder / "log", "w+b") as log:
         process = subprocess.Popen(
-            [sys.executable, *part.command(out)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True, env=os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
+            [sys.executable, *part.command(out)],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+        )
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -123,8 +166,12 @@ def as_markdown(result: dict) -> str:
     lines = ["# GPU proof", "", "Written by `make gpu`."]
     if result["rehearsal"]:
         lines += ["", "**A rehearsal on a CPU with bases of two narrow layers: no figure below means anything.**"]
-    lines += ["", f"Commit {result['commit']}, {result['machine'].get('device', 'unknown')}; "
-              + ", ".join(f"{name} {number}" for name, number in result["versions"].items()) + "."]  # fmt: skip
+    lines += [
+        "",
+        f"Commit {result['commit']}, {result['machine'].get('device', 'unknown')}; "
+        + ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+        + ".",
+    ]
     lines += ["", "| target | wanted | measured |", "|---|---|---|"]
     for part, what, bound, value, at_most in TARGETS:
         figures = result["parts"][part].get("figures")
@@ -134,8 +181,11 @@ def as_markdown(result: dict) -> str:
     for name, found in result["parts"].items():
         why = found.get("why", "").replace("|", "/").replace("\n", " ")
         lines.append(f"| {name} | {found['status']} | {found['seconds']:.0f} | {why} |")
-    lines += ["", "| recipe | stage | peak, GB | planned, GB | phase | ms a step | tokens a second | of matmul |",
-              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        "",
+        "| recipe | stage | peak, GB | planned, GB | phase | ms a step | tokens a second | of matmul |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, found in result["parts"].items():
         stages = (found.get("figures") or {}).get("stages", {}) if name.startswith("ppo ") else {}
         for stage, cost in stages.items():
@@ -168,8 +218,14 @@ def main(only: list[Part] | None = None, out: Path | None = None, patience: floa
     out = out or (ROOT / "docs" / "results" if on_gpu else Path("gpu_rehearsal"))
     out.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    result = {"schema": 1, "rehearsal": not on_gpu, "commit": commit or "unknown", "machine": machine,
-              "versions": found_versions, "parts": {}}  # fmt: skip
+    result = {
+        "schema": 1,
+        "rehearsal": not on_gpu,
+        "commit": commit or "unknown",
+        "machine": machine,
+        "versions": found_versions,
+        "parts": {},
+    }
     chosen = parts(rehearsal=not on_gpu) if only is None else only
     result["parts"] = {target.part: {"status": "skipped", "seconds": 0.0, "why": "not run"} for target in TARGETS}
     with tempfile.TemporaryDirectory() as folder:

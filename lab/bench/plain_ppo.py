@@ -30,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 from rlaif_lite import profiler
 from rlaif_lite.data.records import Record
+from rlaif_lite.files import chunks
 from rlaif_lite.model.inputs import IGNORE, Batch, Sequence, collate, encode_prompt, rope_positions
 from rlaif_lite.planner.plan import size_in_bytes
 from rlaif_lite.profiler.inputs import stand_ins
@@ -43,7 +44,6 @@ from rlaif_lite.stages.ppo.feedback import RewardModelFeedback
 from rlaif_lite.training.meter import Meter, describe_machine, versions
 from rlaif_lite.video.decode import Frames, View, decode_views
 from rlaif_lite.workspace import WHOLE, Workspace
-from rlaif_lite.files import chunks
 
 
 class Step(NamedTuple):
@@ -105,11 +105,15 @@ def plain_rollout(given: Step) -> list[Trajectory]:
                 inputs_embeds=left([collate(base, [row]).embed(base)[0] for row in rows]),
                 attention_mask=left([torch.ones(len(row.ids_S), dtype=torch.long, device=base.device) for row in rows]),
                 position_ids=left_positions(rows).to(base.device),
-                do_sample=True, temperature=section.temperature, top_p=section.top_p, top_k=section.top_k,
-                max_new_tokens=section.max_new_tokens, eos_token_id=base.eos_id,
+                do_sample=True,
+                temperature=section.temperature,
+                top_p=section.top_p,
+                top_k=section.top_k,
+                max_new_tokens=section.max_new_tokens,
+                eos_token_id=base.eos_id,
                 suppress_tokens=base.ban_bias_V.nonzero()[:, 0].tolist(),
                 pad_token_id=base.eos_id if base.tokenizer.pad_token_id is None else base.tokenizer.pad_token_id,
-            ).tolist()  # fmt: skip
+            ).tolist()
         for ids in found:
             stopped = base.eos_id in ids
             out.append(Trajectory(len(out), ids[: ids.index(base.eos_id) + 1] if stopped else ids, stopped, []))
@@ -292,9 +296,11 @@ def main(arguments: list[str] | None = None) -> dict:
     found |= {"recipe": recipe.name, "overrides": options.overrides, "commit": commit()}
     found |= {"small": options.small, "machine": describe_machine(), "versions": versions()}
     least, most = found["times_faster_least_and_most"]
-    print(f"{recipe.name}: ours {found['seconds']['ours']:.2f} s, plain {found['seconds']['plain']:.2f} s a step: "
-          f"{found['times_faster']:.2f} x ({least:.2f} to {most:.2f}); "
-          f"log-probs differ by {found['largest_logp_gap']:.1e} at most")  # fmt: skip
+    print(
+        f"{recipe.name}: ours {found['seconds']['ours']:.2f} s, plain {found['seconds']['plain']:.2f} s a step: "
+        f"{found['times_faster']:.2f} x ({least:.2f} to {most:.2f}); "
+        f"log-probs differ by {found['largest_logp_gap']:.1e} at most"
+    )
     if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
     return found

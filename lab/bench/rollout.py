@@ -21,16 +21,16 @@ from pathlib import Path
 
 import torch
 import transformers
-from core import shake, video_of
 from torch.nn.utils.rnn import pad_sequence
 
+from core import shake, video_of
+from lab.embedded_base import architecture
 from rlaif_lite.data.records import Message
 from rlaif_lite.model.base import Base, load_base
 from rlaif_lite.model.inputs import Sequence, collate, encode_prompt
 from rlaif_lite.model.roles import ActiveRole, Roles
 from rlaif_lite.recipe import Lora, Model
 from rlaif_lite.rollout import Sampling, sample, slot_bytes, slot_length
-from lab.embedded_base import architecture
 
 QUESTIONS = ("describe the video", "what is the colour first ?", "what is true ?", "how many shape then ?")
 
@@ -175,8 +175,11 @@ def main() -> None:
         shake(roles, "policy", size=0.01)
     sampling = Sampling(args.new_tokens)
     prompts = made_up_prompts(base, args.prompts, args.video_tokens)
-    settings = {"all at once": (prompts, 1, args.slots), "a queue of 4 batches": (prompts, 1, args.slots // 4),
-                "4 answers per prompt": (prompts[: args.prompts // 4], 4, args.slots)}  # fmt: skip
+    settings = {
+        "all at once": (prompts, 1, args.slots),
+        "a queue of 4 batches": (prompts, 1, args.slots // 4),
+        "4 answers per prompt": (prompts[: args.prompts // 4], 4, args.slots),
+    }
     table = {}
     with roles.use("policy") as role:
         for name, (given, per_prompt, slots) in settings.items():
@@ -202,14 +205,15 @@ def page(facts: dict) -> str:
     """The figures as Markdown."""
     given = facts["arguments"]
     lines = [
-        "# Rollouts beside transformers' `generate`", "",
+        "# Rollouts beside transformers' `generate`",
+        "",
         f"{facts['hardware']}, {facts['clock']}, torch {facts['versions']['torch']}, transformers "
         f"{facts['versions']['transformers']}, commit {facts['commit']}. Medians of {given['rounds']} interleaved "
         "rounds; nf4 base and LoRA of rank 16 in every row.",
         f"{given['prompts']} answers of at most {given['new_tokens']} tokens to prompts of three video lengths (up to "
         f"{given['video_tokens']} tokens), {given['slots']} in flight (a quarter of it in the queue). Written by "
         "`lab/bench/rollout.py`.",
-    ]  # fmt: skip
+    ]
     for name, rows in facts["settings"].items():
         lines += ["", f"| {name} | tokens/s | x generate | spread | tokens per round |", "|---|---|---|---|---|"]
         lines += [
@@ -218,8 +222,12 @@ def page(facts: dict) -> str:
             for way, row in rows.items()
         ]
     more = facts["sequences_in_memory"]
-    lines += ["", "Sequences in the same memory, video pruned from 626 to 157 tokens (+ 128 of prompt + 256 of "
-              f"answer): {more:.2f} x.", ""]  # fmt: skip
+    lines += [
+        "",
+        "Sequences in the same memory, video pruned from 626 to 157 tokens (+ 128 of prompt + 256 of "
+        f"answer): {more:.2f} x.",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -14,19 +14,20 @@ import contextlib
 import json
 import shlex
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import NamedTuple
 from unittest.mock import patch
 
 import plain_ppo
 import torch
 from plain_ppo import ROOT, Step
-from rlaif_kernels import LinearLogprob, PpoStats
 from torch import Tensor
 from torch.nn.functional import linear
 
+from rlaif_kernels import LinearLogprob, PpoStats
 from rlaif_lite import profiler
 from rlaif_lite.model import roles
 from rlaif_lite.model.inputs import IGNORE, decode
@@ -81,8 +82,24 @@ def whole_logits(given: Step) -> Iterator[None]:
         entropy_N = -(logp_NV.exp() * logp_NV).sum(1)
         return LinearLogprob(logp_NV.gather(1, target_N[:, None])[:, 0], torch.zeros_like(entropy_N), entropy_N, None)
 
-    def loss(hidden_ND, weight_VD, target_N, old_N, advantage_N, mask_N, *, clip, entropy_coef, kl, kl_coef,
-             reference_logp_N, reference_hidden_ND, denominator, bias_V, temperature):  # fmt: skip
+    def loss(
+        hidden_ND,
+        weight_VD,
+        target_N,
+        old_N,
+        advantage_N,
+        mask_N,
+        *,
+        clip,
+        entropy_coef,
+        kl,
+        kl_coef,
+        reference_logp_N,
+        reference_hidden_ND,
+        denominator,
+        bias_V,
+        temperature,
+    ):
         (logp_NV,) = last
         ratio_N = (logp_NV.gather(1, target_N[:, None])[:, 0] - old_N).exp()
         clipped_N = ratio_N.clamp(1 - clip, 1 + clip)
@@ -176,12 +193,19 @@ def measure(recipe: Recipe, technique: Technique, random: profiler.Random | None
 def as_markdown(result: dict) -> str:
     full = result["techniques"].get("all of them", {})  # what the ratios are to
     where = result["machine"]["device"]
-    lines = ["# What each technique is worth", "", f"`{result['recipe']}`, PPO step, one technique off at a time. "
-             f"Device: {where}. Commit {result['commit']}. Written by `{result['command']}`."]  # fmt: skip
+    lines = [
+        "# What each technique is worth",
+        "",
+        f"`{result['recipe']}`, PPO step, one technique off at a time. "
+        f"Device: {where}. Commit {result['commit']}. Written by `{result['command']}`.",
+    ]
     if where == "cpu":
         made = "a base of two narrow layers" if result["small"] else "a small base"
-        lines += ["", f"**CPU figures of {made}: they are no forecast of a GPU's.** There is no graph to decode with on "
-                  "a CPU, rollouts run on a dense copy of the weights, and the peak is the process's."]  # fmt: skip
+        lines += [
+            "",
+            f"**CPU figures of {made}: they are no forecast of a GPU's.** There is no graph to decode with on "
+            "a CPU, rollouts run on a dense copy of the weights, and the peak is the process's.",
+        ]
     columns = ("switched off", "instead", "peak, MiB", "ratio", "answer tokens/s", "ratio")
     lines += ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     for name, found in result["techniques"].items():

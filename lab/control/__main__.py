@@ -17,8 +17,10 @@ import torch
 
 from rlaif_lite.progress import say
 from rlaif_lite.report.stats import stat
+
 from .study import ARMS, Outcome, Settings, learn, make_cast
 from .tasks import PENDULUM, returns
+
 
 def interval(seeds: list[float]) -> dict:
     """Mean and 95 % interval over two seeds or more."""

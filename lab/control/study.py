@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from rlaif_lite.progress import say
+
 from .learner import Critics, Learner, Replay, assemble
 from .rule import Rule, Takeovers, disapproved
 from .tasks import Copies, Task, returns

@@ -23,10 +23,39 @@ from transformers import (
 from rlaif_lite.data.world_text import COLOURS, MOTIONS, ORDINALS, SHAPES
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<video>", "<image>", "<ans>")
-WORDS = (
-    ". ? : - A B a and also star describe the clip video context claim response better yes no what is "
-    "colour shape motion question true answer short how many"
-).split()
+WORDS = [
+    ".",
+    "?",
+    ":",
+    "-",
+    "A",
+    "B",
+    "a",
+    "and",
+    "also",
+    "star",
+    "describe",
+    "the",
+    "clip",
+    "video",
+    "context",
+    "claim",
+    "response",
+    "better",
+    "yes",
+    "no",
+    "what",
+    "is",
+    "colour",
+    "shape",
+    "motion",
+    "question",
+    "true",
+    "answer",
+    "short",
+    "how",
+    "many",
+]
 VOCABULARY = (*SPECIAL, *WORDS, *ORDINALS, *COLOURS, *SHAPES, *MOTIONS)
 
 FRAME_SIZE = 32  # pixels the tower sees, width and height

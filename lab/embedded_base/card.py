@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from rlaif_lite.data.world import WorldConfig
 from lab.embedded_base.network import pooled_features
 from lab.embedded_base.skills import measure
 from lab.embedded_base.videos import WORLD_SEED, make_videos
+from rlaif_lite.data.world import WorldConfig
 
 HARDER = WorldConfig(dropout=0.4)  # as in recipes/tiny.yaml
 FRESH = 100_000  # index of the first freshly made video: far beyond those of any pretraining

@@ -27,7 +27,6 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 
-from rlaif_lite.data.world_text import COLOURS
 from lab.embedded_base.architecture import build_model, save
 from lab.embedded_base.card import write_card
 from lab.embedded_base.network import Hidden, forward, pooled_features, tower_features, use_bf16_products
@@ -35,6 +34,7 @@ from lab.embedded_base.sheet import NUMBER, Batch, collate
 from lab.embedded_base.skills import measure
 from lab.embedded_base.tasks import BEFORE_PAIRS, SHEET, WITH_PAIRS, draw
 from lab.embedded_base.videos import VideoSet, make_videos
+from rlaif_lite.data.world_text import COLOURS
 
 PAIRS_FROM = 0.40  # share of the steps before pairs join
 MARGINS = ((0.50, 3), (0.62, 2), (2.0, 0))  # until this share of the steps, pairs have at least this margin
@@ -114,10 +114,7 @@ def train_tower(model, videos: VideoSet, options: Options, rank: int) -> None:
     if rank == 0:
         with torch.no_grad():
             loss, right = losses(torch.arange(usable, min(usable + 2400, len(frames_MHWC))))
-        print(
-            f"tower held out: loss {loss.item():.3f}, colour/shape/star {right.tolist()}",
-            flush=True,
-        )
+        print(f"tower held out: loss {loss.item():.3f}, colour/shape/star {right.tolist()}", flush=True)
 
 
 def loss_of(model, batch: Batch, hidden: Hidden) -> tuple[torch.Tensor, dict[str, float]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
+from lab.embedded_base.sheet import Sheet
 from rlaif_lite.data.world_text import (
     Facts,
     Noise,
@@ -27,7 +28,6 @@ from rlaif_lite.data.world_text import (
     star_question,
     verdicts,
 )
-from lab.embedded_base.sheet import Sheet
 
 SHEET = 192  # columns of a training sheet
 WHOLE = (2, 6, 10, 14, 18, 22)  # middle of each of 6 equal parts of 24 frames

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lab.embedded_base.architecture import FRAME_SIZE
 from rlaif_lite.data.world import WorldConfig, facts_of, write_video
 from rlaif_lite.data.world_text import COLOURS, SHAPES, Facts
-from lab.embedded_base.architecture import FRAME_SIZE
 
 WORLD_SEED = 1_000_003
 FRAMES = 24

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from ..data.records import Message
+from ..data.records import VIDEO_MARK, Message
 from ..errors import DataError, StageError
+from ..files import chunks
 from ..judge.narrative import narrative
 from ..model.base import Base, base_digest
-from ..data.records import VIDEO_MARK
 from ..model.inputs import Sequence, decode_answer, encode_answer, encode_prompt
 from ..model.roles import BASE
 from ..progress import progress
@@ -29,7 +29,6 @@ from ..stages.features import fill
 from ..video.cache import FeatureRecord
 from ..video.decode import IMAGES, View
 from ..workspace import WHOLE, Workspace
-from ..files import chunks
 from .audit import Audited, Seen, audit
 from .items import Item
 from .ranking import rank, score_texts
@@ -175,9 +174,7 @@ class Examinee:
                 seconds = max((float(clip.time_T[-1]) for clip in of_video), default=0.0)
                 yield {"id": name, "narrative": narrative(captions, section.markers, seconds) if captions else None}
 
-        lines = resumed(
-            path, "id", {name: name for name in videos}, self._keys, section.batch_size, work, "narratives"
-        )
+        lines = resumed(path, "id", {name: name for name in videos}, self._keys, section.batch_size, work, "narratives")
         return {name: line["narrative"] for name, line in lines.items()}
 
     def audits(self, items: list[Item], answers: dict[str, dict], folder: Path) -> dict[str, dict]:
@@ -205,9 +202,14 @@ class Examinee:
 
 
 def resumed(
-    path: Path, key: str, things: dict[str, T], seen: dict[str, str], at_once: int,
-    work: Callable[[list[T]], Iterable[dict]], name: str,
-) -> dict[str, dict]:  # fmt: skip
+    path: Path,
+    key: str,
+    things: dict[str, T],
+    seen: dict[str, str],
+    at_once: int,
+    work: Callable[[list[T]], Iterable[dict]],
+    name: str,
+) -> dict[str, dict]:
     """Map `work` over {value of `key`: thing}, some at a time -> {value of `key`: its line}.
 
     Lines that `path` holds already are read, if they came of the same `seen` (what was looked at: a video's content);

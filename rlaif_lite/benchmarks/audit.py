@@ -16,9 +16,9 @@ import hashlib
 import json
 from typing import NamedTuple
 
+from ..data.records import VIDEO_MARK
 from ..judge.claims import Item as Claimed
 from ..judge.claims import Verdict, judge_claims
-from ..data.records import VIDEO_MARK
 from ..model.roles import ActiveRole
 from ..recipe import Claims, Context
 from ..video.cache import FeatureRecord

@@ -27,17 +27,18 @@ CAPTION = "Describe this video in one sentence."
 _QA = Benchmark(questions.load_qa, questions.QA, questions.tally, tasks=("qa",))
 _RETRIEVAL = Benchmark(ranking.load_captions, ranking.CAPTIONS, ranking.tally_retrieval, "retrieval", prompt=CAPTION)
 _ACTIONS = Benchmark(
-    ranking.load_actions, ranking.ACTIONS, ranking.tally_recognition, "recognition",
+    ranking.load_actions,
+    ranking.ACTIONS,
+    ranking.tally_recognition,
+    "recognition",
     prompt="What is being done in this video? Answer with the name of the action.",
-)  # fmt: skip
+)
 
 BENCHMARKS = {
     "videochatgpt": Benchmark(
         questions.load_generic, questions.GENERIC, questions.tally, tasks=("correctness", "detail", "context")
     ),
-    "videochatgpt-temporal": Benchmark(
-        questions.load_generic, questions.GENERIC, questions.tally, tasks=("temporal",)
-    ),
+    "videochatgpt-temporal": Benchmark(questions.load_generic, questions.GENERIC, questions.tally, tasks=("temporal",)),
     "videochatgpt-consistency": Benchmark(
         questions.load_consistency, questions.CONSISTENCY, questions.tally, tasks=("consistency",)
     ),
@@ -54,4 +55,4 @@ BENCHMARKS = {
     "objhal": Benchmark(hallucination.load_objhal, hallucination.OBJHAL, hallucination.tally_objhal),
     "mmhal": Benchmark(hallucination.load_mmhal, hallucination.MMHAL, hallucination.tally_mmhal, tasks=("mmhal",)),
     "claims": Benchmark(questions.load_generic, questions.GENERIC, audit.tally, "claims"),
-}  # fmt: skip
+}

@@ -61,9 +61,16 @@ def bench(
     if BENCHMARKS[name].tasks and judging.kind != "local":  # a wrong address is said before hours of answers
         ready = make_judge(judging, examinee, verdicts)
     found = run_benchmark(
-        examinee, name, files, videos, lambda: ready or make_judge(judging, examinee, verdicts), out, limit, prompt,
+        examinee,
+        name,
+        files,
+        videos,
+        lambda: ready or make_judge(judging, examinee, verdicts),
+        out,
+        limit,
+        prompt,
         max_new_tokens,
-    )  # fmt: skip
+    )
     return as_text(found, out)
 
 
@@ -76,9 +83,13 @@ def make_judge(judging: Judging, examinee: Examinee, folder: Path) -> Judge:
             raise RlaifError("An endpoint serves several models. Name one with --judge-model.")
         prices = Prices(*judging.price) if judging.price else None
         model = Endpoint(
-            judging.kind, judging.model, judging.key, concurrency=judging.concurrency, prices=prices,
+            judging.kind,
+            judging.model,
+            judging.key,
+            concurrency=judging.concurrency,
+            prices=prices,
             body=_settings(judging.body),
-        )  # fmt: skip
+        )
         return CachedJudge(model, folder, judging.again)
     if judging.kind == "local":
         if judging.model is None:

@@ -97,8 +97,13 @@ def load_amber(paths: list[Path]) -> list[Item]:
             raise DataError(f"{path}: found the keys {', '.join(list(found[0])[:8])}. Expected {AMBER}.")
     if not queries or not notes:
         raise DataError(f"There are no {'annotations' if queries else 'queries'} in the files. Expected {AMBER}.")
-    named = [word for note in notes.values() for key in ("truth", "hallu") if isinstance(note.get(key), list)
-             for word in note[key]]  # fmt: skip
+    named = [
+        word
+        for note in notes.values()
+        for key in ("truth", "hallu")
+        if isinstance(note.get(key), list)
+        for word in note[key]
+    ]
     vocabulary = (
         frozenset(relation) | frozenset(word for words in relation.values() for word in words) | frozenset(named)
     )
@@ -189,9 +194,13 @@ def _with_objects(
     present = {word: frozenset([name]) for word, name in synonyms.items() if name in here}
     by_path = "image_path" in entry
     return Item(
-        number, text(entry, "image_path", place) if by_path else number, (text(entry, "question", place),), "",
-        objects=Objects(present, {}, vocabulary, frozenset()), picture=None if by_path else entry.get("image"),
-    )  # fmt: skip
+        number,
+        text(entry, "image_path", place) if by_path else number,
+        (text(entry, "question", place),),
+        "",
+        objects=Objects(present, {}, vocabulary, frozenset()),
+        picture=None if by_path else entry.get("image"),
+    )
 
 
 def _number(name: str) -> str:

@@ -24,6 +24,7 @@ from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
+
 from rlaif_kernels import linear_logprob
 
 from ..errors import DataError
@@ -56,8 +57,9 @@ def load_captions(paths: list[Path]) -> list[Item]:
             pairs += [_named(path, number, line) for number, line in enumerate(lines, 1)]
     pairs = [(video, said) for video, said in pairs if listed is None or video in listed]
     if not pairs:
-        raise DataError(f"There are no captions{' of the listed videos' if listed else ''} in {_all(paths)}. "
-                        f"Expected {CAPTIONS}.")  # fmt: skip
+        raise DataError(
+            f"There are no captions{' of the listed videos' if listed else ''} in {_all(paths)}. Expected {CAPTIONS}."
+        )
     return [Item(str(number), video, (), said) for number, (video, said) in enumerate(pairs)]
 
 
@@ -91,8 +93,11 @@ def _from_csv(path: Path) -> list[tuple[str, str]]:
             raise DataError(f"{path}, line {short[0]}: it has no video_id or no sentence. Expected {CAPTIONS}.")
         return [(row["video_id"], row["sentence"].strip()) for row in rows]
     if {"VideoID", "Start", "End", "Language", "Description"} <= columns:
-        return [(f"{row['VideoID']}_{row['Start']}_{row['End']}", row["Description"].strip())
-                for row in rows if row["Language"] == "English" and (row["Description"] or "").strip()]  # fmt: skip
+        return [
+            (f"{row['VideoID']}_{row['Start']}_{row['End']}", row["Description"].strip())
+            for row in rows
+            if row["Language"] == "English" and (row["Description"] or "").strip()
+        ]
     raise DataError(f"{path}: found the columns {', '.join(map(str, columns)) or 'none'}. Expected {CAPTIONS}.")
 
 
@@ -186,5 +191,8 @@ def tally_retrieval(item: Item, row: dict) -> Tally:
 
 def tally_recognition(item: Item, row: dict) -> Tally:
     """With the prior taken off, and as the model says it."""
-    return {f"{name}_{k}": (float(row[which] <= k), 1.0)
-            for name, which in (("top", "rank"), ("uncalibrated_top", "uncalibrated_rank")) for k in (1, 5)}  # fmt: skip
+    return {
+        f"{name}_{k}": (float(row[which] <= k), 1.0)
+        for name, which in (("top", "rank"), ("uncalibrated_top", "uncalibrated_rank"))
+        for k in (1, 5)
+    }

@@ -99,6 +99,8 @@ def as_text(result: dict, folder: Path) -> str:
     for what in ("missing", "broken"):
         if result[what]:
             names = list(result[what])
-            lines.append(f"{len(names)} videos {what}, {result[f'{what}_items']} items left out: {', '.join(names[:5])}"
-                         + (", ..." if len(names) > 5 else ""))  # fmt: skip
+            lines.append(
+                f"{len(names)} videos {what}, {result[f'{what}_items']} items left out: {', '.join(names[:5])}"
+                + (", ..." if len(names) > 5 else "")
+            )
     return "\n".join([*lines, f"{folder / 'results.json'}"])

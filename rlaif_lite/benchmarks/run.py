@@ -41,12 +41,14 @@ def run(
     items = benchmark.load(files)[:limit]
     found, missing = _videos(items, videos, out)
     settings = {
-        "benchmark": name, "files": {path.name: _digest(path.read_bytes()) for path in files},
-        "answers": examinee.digest(examinee.role), "prompt": prompt or benchmark.prompt,
+        "benchmark": name,
+        "files": {path.name: _digest(path.read_bytes()) for path in files},
+        "answers": examinee.digest(examinee.role),
+        "prompt": prompt or benchmark.prompt,
         "max_new_tokens": max_new_tokens or recipe.evaluate.max_new_tokens,
         "weights": {"quantization": recipe.model.quantization, "dtype": recipe.model.dtype},
         "features": recipe.features.model_dump(mode="json", exclude={"cache", "workers"}),
-    }  # fmt: skip
+    }
     broken = examinee.look(found, out / "videos.json", clips=benchmark.kind == "claims")
     usable = [item for item in items if item.video in found and item.video not in broken]
     if not usable:
@@ -60,18 +62,34 @@ def run(
     _same_settings(out / "settings.json", settings)
     rows, judge = _rows(examinee, benchmark, usable, out, settings, make_judge)
     tallies = [benchmark.tally(item, row) | _manner(row) for item, row in zip(usable, rows, strict=True)]
-    write_jsonl(out / "items.jsonl", [
-        {"id": item.id, "video": item.video, "group": item.group, "question": item.questions, "reference": item.reference}
-        | row | {"judge": judge, "counts": tally} for item, row, tally in zip(usable, rows, tallies, strict=True)
-    ])  # fmt: skip
+    write_jsonl(
+        out / "items.jsonl",
+        [
+            {
+                "id": item.id,
+                "video": item.video,
+                "group": item.group,
+                "question": item.questions,
+                "reference": item.reference,
+            }
+            | row
+            | {"judge": judge, "counts": tally}
+            for item, row, tally in zip(usable, rows, tallies, strict=True)
+        ],
+    )
     result = settings | {
-        "who": str(examinee), "kind": benchmark.kind, "judge": judge,
-        "items": len(usable), "videos": len({item.video for item in usable}),
-        "missing": missing, "missing_items": sum(item.video in missing for item in items),
-        "broken": broken, "broken_items": sum(item.video in broken for item in items),
+        "who": str(examinee),
+        "kind": benchmark.kind,
+        "judge": judge,
+        "items": len(usable),
+        "videos": len({item.video for item in usable}),
+        "missing": missing,
+        "missing_items": sum(item.video in missing for item in items),
+        "broken": broken,
+        "broken_items": sum(item.video in broken for item in items),
         "metrics": figures([(item.video, tally) for item, tally in zip(usable, tallies)]),
         "groups": _groups(usable, tallies),
-    }  # fmt: skip
+    }
     write_json(out / "results.json", result)
     return result
 
@@ -86,9 +104,13 @@ def _videos(items: list[Item], root: Path, out: Path) -> tuple[dict[str, str], l
 
 
 def _rows(
-    examinee: Examinee, benchmark: Benchmark, items: list[Item], out: Path, settings: dict,
+    examinee: Examinee,
+    benchmark: Benchmark,
+    items: list[Item],
+    out: Path,
+    settings: dict,
     make_judge: Callable[[], Judge],
-) -> tuple[list[dict], str | None]:  # fmt: skip
+) -> tuple[list[dict], str | None]:
     """(what was found for each item, the judge's id or None)."""
     prompt = settings["prompt"]
     if benchmark.kind in ("retrieval", "recognition"):
@@ -133,8 +155,10 @@ def _groups(items: list[Item], tallies: list[Tally]) -> dict[str, dict]:
     names = list(dict.fromkeys(item.group for item in items))
     if len(names) < 2:
         return {}
-    return {name: figures([(item.video, tally) for item, tally in zip(items, tallies) if item.group == name])
-            for name in names}  # fmt: skip
+    return {
+        name: figures([(item.video, tally) for item, tally in zip(items, tallies) if item.group == name])
+        for name in names
+    }
 
 
 def _same_settings(path: Path, settings: dict) -> None:

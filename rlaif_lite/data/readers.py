@@ -24,7 +24,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,8 +34,14 @@ from .records import VIDEO_MARK, Message, Record, check, from_json, texts
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
-SPELLINGS = {"human": "user", "user": "user", "gpt": "assistant", "llm": "assistant", "assistant": "assistant",
-             "system": "system"}  # fmt: skip
+SPELLINGS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "llm": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 class Read(NamedTuple):
@@ -117,7 +123,7 @@ def with_videos(records: list[Record]) -> tuple[list[Record], list[Record]]:
         folder, name = os.path.split(os.path.normpath(path))
         return name in names(folder or ".")
 
-    @lru_cache(maxsize=None)
+    @cache
     def complete(video: str | tuple[str, ...] | None) -> bool:
         return video is None or all(there(path) for path in (video if isinstance(video, tuple) else (video,)))
 

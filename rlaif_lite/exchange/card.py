@@ -6,10 +6,10 @@ from pathlib import Path
 from statistics import median
 
 from .. import __version__
+from ..files import read_jsonl
 from ..model.base import base_digest, resolve_base
 from ..recipe import recipe_hash
 from ..workspace import Workspace
-from ..files import read_jsonl
 
 SAYS = {
     "sft": "after supervised training",

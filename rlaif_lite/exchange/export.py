@@ -22,21 +22,28 @@ from peft import LoraConfig
 from torch import Tensor
 
 from ..errors import ModelError, StageError
+from ..files import read_jsonl
 from ..model.base import load_base, resolve_base
 from ..model.inputs import collate, encode_answer, encode_prompt
 from ..model.roles import BASE, Roles
 from ..recipe import Model, load_recipe
 from ..stages.evaluate import ADAPTERS
 from ..workspace import Workspace
-from ..files import read_jsonl
 from .card import card
 from .files import SHARD_BYTES, ShardWriter, WeightFile, listed, local_folder, read_json, weight_files, whole_folder
 from .lora import refuse_not_plain
 
 SCALARS = ("reward", "value")
 ROLE_FILES = ("adapter_model.safetensors", "adapter_config.json", "head.safetensors")
-BESIDE = ("*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-          "chat_template*")  # fmt: skip
+BESIDE = (
+    "*config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
 NOT_THE_DECODER = re.compile("vision|visual|tower|encoder")  # their layers have the decoder's names at the end
 PROMPTS = 8
 ANSWER_TOKENS = 64  # of an answer that are compared

@@ -41,13 +41,30 @@ RENAMED_TOWER = {"vision_model.": "vision_tower.vision_model."}  # a CLIP checkp
 COMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")  # buffers that older versions stored
 CLIP_TEXT = re.compile(r"^(text_model\.|text_projection\.|visual_projection\.|logit_scale$)")
 # LLaVA-1.5 names its tower and leaves the settings to it. These are that tower's.
-CLIP_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-            "image_size": 336, "patch_size": 14, "projection_dim": 768}  # fmt: skip
+CLIP_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
 CLIP_336_NAME = "openai/clip-vit-large-patch14-336"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-TEXT_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-             "hidden_act", "rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id",
-             "pad_token_id")  # fmt: skip
+TEXT_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 
 
 class Imported(NamedTuple):
@@ -236,23 +253,33 @@ def _write_processor(folder: Path, settings: dict, tower: Path | None, config: L
     side = config.vision_config.image_size
     frames = {
         "image_processor_type": "LlavaImageProcessor",
-        "do_resize": True, "size": {"shortest_edge": side}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": side, "width": side},
-        "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "do_convert_rgb": True,
-    }  # fmt: skip
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "do_convert_rgb": True,
+    }
     if tower is not None and (tower / "preprocessor_config.json").is_file():
         given = read_json(tower / "preprocessor_config.json")
         frames |= {key: given[key] for key in ("image_mean", "image_std", "resample") if key in given}
     frames["do_pad"] = settings.get("image_aspect_ratio") == "pad"  # to a square of the mean colour, before resizing
     _write(folder / "preprocessor_config.json", frames)
-    _write(folder / "processor_config.json", {
-        "processor_class": "LlavaProcessor",
-        "image_token": IMAGE,
-        "patch_size": config.vision_config.patch_size,
-        "num_additional_image_tokens": 1,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-    })  # fmt: skip
+    _write(
+        folder / "processor_config.json",
+        {
+            "processor_class": "LlavaProcessor",
+            "image_token": IMAGE,
+            "patch_size": config.vision_config.patch_size,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        },
+    )
     ids = {key: settings.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write(folder / "generation_config.json", ids)
 

@@ -25,9 +25,16 @@ PLACES = ("adapter_model/lora_default", "adapter_model", "lora_default", ".")
 KEY = re.compile(r"^base_model\.model\.model\.(layers\.\d+\.\w+\.(\w+))\.lora_([AB])(?:\.\w+)?\.weight$")
 SOURCE_LAYERS = re.compile(r"^language_model\.model\.(layers\.\d+\.\w+\.(\w+))\.weight$")
 HEAD_FILE = "reward_head"
-PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "modules_to_save": (None, []), "rank_pattern": (None, {}),
-         "alpha_pattern": (None, {}), "use_dora": (None, False), "use_rslora": (None, False),
-         "fan_in_fan_out": (None, False)}  # fmt: skip
+PLAIN = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "use_dora": (None, False),
+    "use_rslora": (None, False),
+    "fan_in_fan_out": (None, False),
+}
 
 
 class ImportedLora(NamedTuple):
@@ -125,8 +132,12 @@ def _mapped(file: WeightFile, linears: dict[str, tuple[int, int]], rank: int, ba
         raise ModelError(
             f"{file.path} is not converted: {len(unmapped)} tensors have no place on {base}:{listed(unmapped)}"
         )
-    bare = [f"{name}.lora_{ab}" for name in linears for ab in "AB"
-            if f"base_model.model.model.language_model.{name}.lora_{ab}.weight" not in tensors]  # fmt: skip
+    bare = [
+        f"{name}.lora_{ab}"
+        for name in linears
+        for ab in "AB"
+        if f"base_model.model.model.language_model.{name}.lora_{ab}.weight" not in tensors
+    ]
     if bare:
         raise ModelError(f"{file.path} is not converted: {len(bare)} tensors are missing:{listed(bare)}")
     return tensors

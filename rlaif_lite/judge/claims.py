@@ -18,18 +18,18 @@ Shapes: B rows, S positions, D width, N scored positions.
 """
 
 import re
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+
 from rlaif_kernels import linear_logprob
 
-from ..data.records import Message
-from ..errors import ModelError
+from ..data.records import VIDEO_MARK, Message
 from ..model.base import Base
-from ..model.inputs import BRANCH_MARK, branch, collate, encode_prompt, encode_text, split_prompt
-from ..data.records import VIDEO_MARK
-from ..model.roles import ActiveRole
+from ..model.inputs import BRANCH_MARK, branch, collate, encode_prompt, encode_text, single_token, split_prompt
 from ..model.memory import in_pieces
+from ..model.roles import ActiveRole
 from ..recipe import Claims
 from ..video.cache import FeatureRecord
 

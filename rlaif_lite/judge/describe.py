@@ -5,10 +5,9 @@ A description is made clip by clip and joined as the narrative is (`features.cli
 published). Decoding is greedy, so that it is a function of the policy and of what it wrote before.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
-from ..data.records import Message
-from ..data.records import VIDEO_MARK
+from ..data.records import VIDEO_MARK, Message
 from ..model.inputs import decode_answer, encode_prompt
 from ..model.roles import ActiveRole
 from ..recipe import Context, Describe

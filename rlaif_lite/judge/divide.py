@@ -10,7 +10,8 @@ every round; an answer without a claim is left out where it would win with a sco
 """
 
 import re
-from typing import Callable, NamedTuple, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -81,9 +82,11 @@ class TextModel:
     def __init__(self, name: str, device: torch.device, section: Divide):
         """Raises ModelError where `name` is no such model."""
         nf4 = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # fmt: skip
+        )
         try:
             self.model = AutoModelForCausalLM.from_pretrained(
                 name, dtype="auto", device_map={"": device}, quantization_config=nf4 if device.type == "cuda" else None
@@ -104,12 +107,19 @@ class TextModel:
         out = []
         for start in range(0, len(prompts), self.section.batch_size):
             rows = self.tokenizer(
-                prompts[start : start + self.section.batch_size], return_tensors="pt", padding=True,
+                prompts[start : start + self.section.batch_size],
+                return_tensors="pt",
+                padding=True,
                 add_special_tokens=not self.tokenizer.chat_template,
-            ).to(self.model.device)  # fmt: skip
+            ).to(self.model.device)
             ids = self.model.generate(
-                input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], do_sample=False, temperature=None,
-                top_p=None, max_new_tokens=self.section.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id,
-            )  # fmt: skip
+                input_ids=rows["input_ids"],
+                attention_mask=rows["attention_mask"],
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                max_new_tokens=self.section.max_new_tokens,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
             out += self.tokenizer.batch_decode(ids[:, rows["input_ids"].shape[1] :], skip_special_tokens=True)
         return out

@@ -13,12 +13,13 @@ Also here: what of the narrative an answer leaves out.
 
 import re
 from bisect import bisect_left
+from collections.abc import Sequence
 from math import tanh
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 from ..model.base import Base
-from ..model.roles import ActiveRole
 from ..model.memory import in_pieces
+from ..model.roles import ActiveRole
 from ..recipe import Checklist, Claims
 from ..video.cache import FeatureRecord
 from .claims import Item, Verdict, ask, judge_claims, split_claims

@@ -4,7 +4,7 @@ The judge reads it beside the video. Each clip is seen with more frames per seco
 narrative holds what the judge's own view of the video misses.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 
 def narrative(captions: Sequence[str], markers: Sequence[str], seconds: float) -> str:

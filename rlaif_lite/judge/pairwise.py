@@ -7,16 +7,16 @@ agree is reported. A template with `<|>` marks lays the two answers side by side
 seeing the other and neither standing first (see `model.inputs`); a template without marks is the plain sequence.
 """
 
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from ..model.inputs import collate, encode_prompt
-from ..model.roles import ActiveRole
+from ..model.inputs import collate, encode_prompt, single_token
 from ..model.memory import in_pieces
+from ..model.roles import ActiveRole
 from ..recipe import Pairwise
 from ..video.cache import FeatureRecord
-from ..model.inputs import single_token
 from .claims import user_message
 
 

@@ -11,8 +11,9 @@ Shapes: T frames, G frames after merging in time (G = T in most families), P tok
 model, L = 1 + deepstack layers.
 """
 
+from collections.abc import Callable
 from math import isqrt
-from typing import Callable, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -143,11 +144,29 @@ def _write_smolvlm(video: FeatureRecord, token: str) -> str:
     return text + "\n\n"
 
 
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
 def _in_words(number: int) -> str:
@@ -203,9 +222,7 @@ def _time_is_written(config, seconds_G: Tensor) -> Tensor:
 LLAVA_TOWER = ("vision_tower", "multi_modal_projector")
 
 FAMILIES = {  # by config.model_type of transformers
-    "llava": Family(
-        "image", _encode_images, LLAVA_TOWER, content="image", per_frame=True, fallback_template=VICUNA
-    ),
+    "llava": Family("image", _encode_images, LLAVA_TOWER, content="image", per_frame=True, fallback_template=VICUNA),
     "llava_next_video": Family("video", _encode_video, (*LLAVA_TOWER, "vision_resampler")),
     "video_llava": Family(
         "video", _encode_video, ("video_tower", "image_tower", "multi_modal_projector"), fallback_template=VICUNA
@@ -214,19 +231,36 @@ FAMILIES = {  # by config.model_type of transformers
     "qwen2_vl": Family("video", _encode_patches, ("visual",), mrope=_time_is_order, any_size=True),
     "qwen2_5_vl": Family("video", _encode_patches, ("visual",), mrope=_time_in_steps, any_size=True),
     "qwen3_vl": Family(
-        "video", _encode_deepstack, ("visual",), per_frame=True, write=_write_qwen3_vl, mrope=_time_is_written,
-        any_size=True, of_video=(True, True),
+        "video",
+        _encode_deepstack,
+        ("visual",),
+        per_frame=True,
+        write=_write_qwen3_vl,
+        mrope=_time_is_written,
+        any_size=True,
+        of_video=(True, True),
     ),
     "video_llama_3": Family(
-        "video", _encode_video_llama_3, ("vision_model", "projector"), per_frame=True, write=_write_video_llama_3,
-        any_size=True, of_video=(False, True),
+        "video",
+        _encode_video_llama_3,
+        ("vision_model", "projector"),
+        per_frame=True,
+        write=_write_video_llama_3,
+        any_size=True,
+        of_video=(False, True),
     ),
     "internvl": Family("image", _encode_images, LLAVA_TOWER, per_frame=True, mark="<video>", write=_write_internvl),
     "smolvlm": Family(
-        "image", _encode_smolvlm, ("vision_model", "connector"), per_frame=True, mark="<video>", write=_write_smolvlm,
-        template=_smolvlm_template, frame_tokens=_smolvlm_tokens,
+        "image",
+        _encode_smolvlm,
+        ("vision_model", "connector"),
+        per_frame=True,
+        mark="<video>",
+        write=_write_smolvlm,
+        template=_smolvlm_template,
+        frame_tokens=_smolvlm_tokens,
     ),
-}  # fmt: skip
+}
 
 
 def family_of(config) -> Family:

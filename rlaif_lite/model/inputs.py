@@ -17,7 +17,8 @@ Shapes: B rows, S positions, C channels of a position, K video tokens, R runs of
 layers.
 """
 
-from typing import NamedTuple, Sequence as Seq
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

@@ -4,7 +4,8 @@ What belongs to an update is done again as a whole instead (`training/oom.py`).
 """
 
 import logging
-from typing import Callable, Sequence, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 

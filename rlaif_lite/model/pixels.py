@@ -96,9 +96,12 @@ def _any_size(settings: dict, patch: Patch, of_video: tuple[bool, bool]) -> Fram
     least = settings["min_pixels"] if "min_pixels" in settings else bounds["shortest_edge"]
     most = settings["max_pixels"] if "max_pixels" in settings else bounds["longest_edge"]
     return FrameSize(
-        multiple=patch.side * patch.merge, min_pixels=least, max_pixels=most,
-        min_of_video=of_video[0], max_of_video=of_video[1],
-    )  # fmt: skip
+        multiple=patch.side * patch.merge,
+        min_pixels=least,
+        max_pixels=most,
+        min_of_video=of_video[0],
+        max_of_video=of_video[1],
+    )
 
 
 def _one_size(settings: dict) -> FrameSize:
@@ -139,9 +142,16 @@ def to_patches(pixels_TCHW: Tensor, patch: Patch) -> tuple[Tensor, Tensor]:
     frames, channels, height, width = pixels_TCHW.shape
     groups, rows, columns = frames // patch.frames, height // patch.side, width // patch.side
     cut = pixels_TCHW.reshape(
-        groups, patch.frames, channels,
-        rows // patch.merge, patch.merge, patch.side, columns // patch.merge, patch.merge, patch.side,
-    )  # fmt: skip
+        groups,
+        patch.frames,
+        channels,
+        rows // patch.merge,
+        patch.merge,
+        patch.side,
+        columns // patch.merge,
+        patch.merge,
+        patch.side,
+    )
     cut = cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     grid_13 = torch.tensor([[groups, rows, columns]], device=pixels_TCHW.device)
     return cut.reshape(groups * rows * columns, -1), grid_13

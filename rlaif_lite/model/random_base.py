@@ -26,19 +26,42 @@ from .families import family_of
 STD = 0.02  # of every weight, as these models are initialised
 WORDS = "yes no A B video true false ."
 
-CLIP = dict(model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
-            num_attention_heads=16, image_size=336, patch_size=14, projection_dim=768)  # fmt: skip
-QWEN_VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, window_size=112, patch_size=14,
-                   fullatt_block_indexes=[7, 15, 23, 31], spatial_merge_size=2, temporal_patch_size=2,
-                   tokens_per_second=2)  # fmt: skip
+CLIP = dict(
+    model_type="clip_vision_model",
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    projection_dim=768,
+)
+QWEN_VISION = dict(
+    depth=32,
+    hidden_size=1280,
+    intermediate_size=3420,
+    num_heads=16,
+    window_size=112,
+    patch_size=14,
+    fullatt_block_indexes=[7, 15, 23, 31],
+    spatial_merge_size=2,
+    temporal_patch_size=2,
+    tokens_per_second=2,
+)
 QWEN_MARKS = ("vision_start", "vision_end", "image_pad", "video_pad")
 
 
 def _text(kind: str, width: int, ffn: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> dict:
     return dict(
-        model_type=kind, hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=vocabulary, max_position_embeddings=32768,
-    )  # fmt: skip
+        model_type=kind,
+        hidden_size=width,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        max_position_embeddings=32768,
+    )
 
 
 # From the config.json of each base: the text model, and whether head and embeddings are one.
@@ -49,8 +72,14 @@ FACTS = {
     "Qwen/Qwen2.5-VL-7B-Instruct": (_text("qwen2_5_vl_text", 3584, 18944, 28, 28, 4, 152064), False),
 }
 # To rehearse without a GPU: the same architecture with two narrow layers.
-SMALL_TEXT = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-                  num_key_value_heads=2, vocab_size=2048)  # fmt: skip
+SMALL_TEXT = dict(
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    vocab_size=2048,
+)
 SMALL_CLIP = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=168)
 SMALL_QWEN = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, fullatt_block_indexes=[1])
 CHATML = (
@@ -86,15 +115,23 @@ def checkpoint_of(name: str, folder: Path, words: tuple[str, ...], small: bool =
         config = transformers.Qwen2_5_VLConfig(
             text_config=text, vision_config=vision, tie_word_embeddings=tied, **marks
         )
-        frames = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280 if not small else 28 * 28 * 16,
-                  "patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}  # fmt: skip
+        frames = {
+            "min_pixels": 56 * 56,
+            "max_pixels": 28 * 28 * 1280 if not small else 28 * 28 * 16,
+            "patch_size": 14,
+            "merge_size": 2,
+            "temporal_patch_size": 2,
+        }
     else:
         vision = CLIP | (SMALL_CLIP if small else {})
         config = transformers.LlavaConfig(
             text_config=text, vision_config=vision, image_token_index=number("<image>"), tie_word_embeddings=tied
         )
-        frames = {"size": {"shortest_edge": vision["image_size"]}, "do_center_crop": True,
-                  "crop_size": {"height": vision["image_size"], "width": vision["image_size"]}}  # fmt: skip
+        frames = {
+            "size": {"shortest_edge": vision["image_size"]},
+            "do_center_crop": True,
+            "crop_size": {"height": vision["image_size"], "width": vision["image_size"]},
+        }
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     frames |= {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
@@ -112,9 +149,14 @@ def _tokenizer(
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token="<unk>", pad_token="<pad>", eos_token=eos, bos_token=bos,
-        additional_special_tokens=special, clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+        tokenizer_object=core,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token=eos,
+        bos_token=bos,
+        additional_special_tokens=special,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 @torch.no_grad()
@@ -155,11 +197,16 @@ def _quantised(layer: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     made = Linear4bit(
-        layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype,
-        compress_statistics=True, quant_type="nf4", device="meta",
-    )  # fmt: skip
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
     weight = _drawn("weight", layer.weight.shape, dtype, device)
-    made.weight = Params4bit(
-        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=made
-    ).to(device)  # fmt: skip
+    made.weight = Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4", module=made).to(
+        device
+    )
     return made

@@ -5,16 +5,16 @@ them, and otherwise assumed. Tokens are counted by the base's tokenizer where it
 characters.
 """
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Callable, Iterable, NamedTuple
+from typing import NamedTuple
 
 from transformers import AutoTokenizer
 
 from ..data.readers import read_records
-from ..data.records import Record, from_json
+from ..data.records import VIDEO_MARK, Record, from_json
 from ..data.world import WorldConfig, WorldSplits, world_records
 from ..model.base import resolve_base
-from ..data.records import VIDEO_MARK
 from ..recipe import Recipe
 
 LOOK = 2000  # records of a file that are read

@@ -2,8 +2,9 @@
 
 import os
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Callable, Iterable, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -135,10 +136,17 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
         peak, phase, terms = _peak(holding, device)
         change = None if peak <= device.room else _change(recipe, name, holding, device, stages_of)
         stages[name] = StagePlan(
-            peak, phase, terms, change is None, _proposals(holding, device), change,
-            ON_HOST + sum(holding.process.values()) if device.on_gpu else peak, disk.get(name, 0), *times[name],
+            peak,
+            phase,
+            terms,
+            change is None,
+            _proposals(holding, device),
+            change,
+            ON_HOST + sum(holding.process.values()) if device.on_gpu else peak,
+            disk.get(name, 0),
+            *times[name],
             Left(0, {}, {}) if device.on_gpu else holding.left,
-        )  # fmt: skip
+        )
     notes = [
         f"data.{name}: its files are not here; {texts.both} tokens a record are assumed"
         for name, texts in lengths.splits.items()

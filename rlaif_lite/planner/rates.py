@@ -11,8 +11,16 @@ BASIS = "docs/results/tiny.md: the embedded base on two cores of an AMD EPYC"
 UNKNOWN = "not measured for this base and device"
 # Seconds for each: video made, video encoded, record trained on, clip captioned, answer sampled and judged, pair
 # trained on, answer of PPO, answer of the evaluation.
-RATES = {"data": 0.0098, "features": 0.0154, "sft": 0.0129, "context": 0.0041, "preference": 0.0199, "reward": 0.0189,
-         "ppo": 0.055, "evaluate": 0.0058}  # fmt: skip
+RATES = {
+    "data": 0.0098,
+    "features": 0.0154,
+    "sft": 0.0129,
+    "context": 0.0041,
+    "preference": 0.0199,
+    "reward": 0.0189,
+    "ppo": 0.055,
+    "evaluate": 0.0058,
+}
 
 
 def seconds(recipe: Recipe, lengths: Lengths, on_gpu: bool) -> dict[str, tuple[float | None, str]]:

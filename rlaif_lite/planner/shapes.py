@@ -62,15 +62,24 @@ def shapes_of(section: Model, device: torch.device) -> Shapes:
     adapted = [m for name, m in linears.items() if name.rpartition(".")[2] in section.lora.targets]
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Shapes(
-        config, text, family, images, torch_dtype(section, device),
-        width=text.hidden_size, ffn=text.intermediate_size, query=text.num_attention_heads * head_width,
-        layers=text.num_hidden_layers, vocabulary=model.get_output_embeddings().weight.shape[0],
-        linear=linear, largest=max(layer.weight.numel() for layer in linears.values()),
-        rest=sum(p.numel() for p in model.parameters()) - linear - tower, tower=tower,
+        config,
+        text,
+        family,
+        images,
+        torch_dtype(section, device),
+        width=text.hidden_size,
+        ffn=text.intermediate_size,
+        query=text.num_attention_heads * head_width,
+        layers=text.num_hidden_layers,
+        vocabulary=model.get_output_embeddings().weight.shape[0],
+        linear=linear,
+        largest=max(layer.weight.numel() for layer in linears.values()),
+        rest=sum(p.numel() for p in model.parameters()) - linear - tower,
+        tower=tower,
         lora=sum(section.lora.rank * (m.in_features + m.out_features) for m in adapted),
         frame_tokens=0 if family.any_size else _frame_tokens(model, family, images),
         deepstack=len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ()),
-    )  # fmt: skip
+    )
 
 
 def text_model_bytes(name: str, on_gpu: bool) -> int:

@@ -21,15 +21,22 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "disk_bytes": sum(stage.disk or 0 for stage in plan.stages.values()),
         "stages": {
             name: {
-                "peak_memory_bytes": stage.peak, "phase": stage.phase, "terms": stage.terms, "fits": stage.fits,
-                "proposals": stage.proposals, "change": stage.change, "host_memory_bytes": stage.host,
-                "disk_bytes": stage.disk, "seconds": stage.seconds, "basis": stage.basis,
+                "peak_memory_bytes": stage.peak,
+                "phase": stage.phase,
+                "terms": stage.terms,
+                "fits": stage.fits,
+                "proposals": stage.proposals,
+                "change": stage.change,
+                "host_memory_bytes": stage.host,
+                "disk_bytes": stage.disk,
+                "seconds": stage.seconds,
+                "basis": stage.basis,
                 "left_by_earlier_stages": stage.left.features | stage.left.heap,
             }
             for name, stage in plan.stages.items()
         },
         "notes": plan.notes,
-    }  # fmt: skip
+    }
 
 
 def as_table(plan: Plan) -> Table:
@@ -45,10 +52,13 @@ def as_table(plan: Plan) -> Table:
         kind, size = max(stage.terms.items(), key=lambda term: term[1], default=("", 0))
         table.add_row(
             name if stage.fits else f"[red]{name}: does not fit[/red]",
-            f"{stage.peak / 2**30:.2f}", stage.phase, f"{kind} {size / 2**30:.2f}", f"{stage.host / 2**30:.1f}",
+            f"{stage.peak / 2**30:.2f}",
+            stage.phase,
+            f"{kind} {size / 2**30:.2f}",
+            f"{stage.host / 2**30:.1f}",
             "not known" if stage.disk is None else f"{stage.disk / 2**30:.2f}",
             "not known" if stage.seconds is None else duration(stage.seconds),
-        )  # fmt: skip
+        )
     return table
 
 

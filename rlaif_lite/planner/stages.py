@@ -3,7 +3,8 @@
 Sizes of batches stand in the recipe; a phase says which key shrinks it, so that the plan can propose a value that fits.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 from ..recipe import Recipe
 from . import memory
@@ -49,10 +50,16 @@ class Inventory:
     def stages(self) -> dict[str, Holding]:
         """The stages that the recipe runs."""
         plans = {
-            "data": lambda: Holding({}, []), "features": self.features, "sft": self.sft, "context": self.context,
-            "preference": self.preference, "reward": self.reward, "ppo": self.ppo, "dpo": self.dpo,
+            "data": lambda: Holding({}, []),
+            "features": self.features,
+            "sft": self.sft,
+            "context": self.context,
+            "preference": self.preference,
+            "reward": self.reward,
+            "ppo": self.ppo,
+            "dpo": self.dpo,
             "evaluate": self.evaluate,
-        }  # fmt: skip
+        }
         held = {name: plans[name]() for name in self.recipe.stages}
         activations = {
             name: max((phase.terms(phase.rows).get("activations", 0) for phase in stage.phases), default=0)
@@ -271,7 +278,5 @@ class Inventory:
 
     def reading(self, name: str, key: str, rows: int, length: int, most: int = MOST) -> Phase:
         """Rows that are read without gradients."""
-        terms = lambda rows: self.activations(
-            memory.forward(self.shapes, rows, length), rows * length, memory.READING
-        )
+        terms = lambda rows: self.activations(memory.forward(self.shapes, rows, length), rows * length, memory.READING)
         return Phase(name, key, rows, max(rows, most), terms)

@@ -5,9 +5,10 @@ tell a recorder what they are at (`phases.py`, `recorder.py`).
 """
 
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import AutoTokenizer
@@ -130,9 +131,14 @@ def describe(recorder: Recorder, base: Base, rate: float, planned: int) -> dict:
         }
     rest = total - sum(cost.seconds for cost in recorder.costs.values())
     phases["other"] = {
-        "calls": 1, "seconds": rest, "count": 0, "per_second": None, "share": rest / total, "peak_memory_bytes": 0,
+        "calls": 1,
+        "seconds": rest,
+        "count": 0,
+        "per_second": None,
+        "share": rest / total,
+        "peak_memory_bytes": 0,
         "of_matmul": None,
-    }  # fmt: skip
+    }
     return {
         "seconds": recorder.seconds,
         "measured_seconds": total,

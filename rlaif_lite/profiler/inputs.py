@@ -11,10 +11,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..data.world import encode
+from ..files import write_json, write_jsonl
 from ..model.random_base import checkpoint_of
 from ..recipe import Recipe
 from ..workspace import Workspace
-from ..files import write_json, write_jsonl
 
 PROMPT_TOKENS = 128  # of the question; the base's chat template adds its own
 VIDEOS = (2, 12)  # fewest and most; in between as many as the context stage has in flight

@@ -6,9 +6,9 @@ the peak is that of the process, free heap that it has not given back included.
 """
 
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Iterator
 
 import torch
 
@@ -17,10 +17,19 @@ from ..training.meter import Meter, peak_bytes, reset_peak
 # Floating-point operations per token and parameter of the decoder's linear layers. The base is frozen: its backward
 # has one matmul and not two. What checkpointing computes twice counts once: it is no progress.
 FLOPS = {
-    "prefill": 2, "decode": 2, "score policy": 2, "score reference": 2, "score reward": 2, "score value": 2,
-    "forward": 2, "backward": 2, "update policy forward": 2, "update policy backward": 2, "update value forward": 2,
+    "prefill": 2,
+    "decode": 2,
+    "score policy": 2,
+    "score reference": 2,
+    "score reward": 2,
+    "score value": 2,
+    "forward": 2,
+    "backward": 2,
+    "update policy forward": 2,
+    "update policy backward": 2,
+    "update value forward": 2,
     "update value backward": 2,
-}  # fmt: skip
+}
 
 
 @dataclass

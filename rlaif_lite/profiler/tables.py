@@ -14,15 +14,31 @@ def as_text(profile: dict) -> str:
     rows = []
     for stage, cost in profile["stages"].items():
         steps, planned = cost["steps"], gib(cost["planned_memory_bytes"])
-        rows.append((
-            stage, f"{steps} steps measured" if steps else "", "", f"{cost['seconds']:.2f}", "", "",
-            gib(cost["peak_memory_bytes"]), f"planned {planned}",
-        ))  # fmt: skip
+        rows.append(
+            (
+                stage,
+                f"{steps} steps measured" if steps else "",
+                "",
+                f"{cost['seconds']:.2f}",
+                "",
+                "",
+                gib(cost["peak_memory_bytes"]),
+                f"planned {planned}",
+            )
+        )
         for name, phase in cost["phases"].items():
-            rows.append((
-                "", name, str(phase["calls"]), f"{phase['seconds']:.3f}", number(phase["per_second"]),
-                f"{phase['share']:.1%}", gib(phase["peak_memory_bytes"]), percent(phase["of_matmul"]),
-            ))  # fmt: skip
+            rows.append(
+                (
+                    "",
+                    name,
+                    str(phase["calls"]),
+                    f"{phase['seconds']:.3f}",
+                    number(phase["per_second"]),
+                    f"{phase['share']:.1%}",
+                    gib(phase["peak_memory_bytes"]),
+                    percent(phase["of_matmul"]),
+                )
+            )
     made = "random weights, " if profile["random_weights"] else ""
     cap = profile["memory_cap_bytes"]
     head = (

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, ValidationError
 
@@ -39,17 +40,55 @@ from .sections import (
 )
 
 __all__ = [
-    "Checklist", "Claims", "Context", "Data", "Describe", "Divide", "Dpo", "Evaluate", "Features", "Interventions", "Lora",
-    "Model", "Pairwise", "Ppo", "Preference", "Prune", "Recipe", "Reward", "RewardBase", "Section", "Sft", "Training",
-    "World", "check_files", "dump_yaml", "fields", "flatten", "json_schema", "load_recipe", "raise_all", "recipe_hash", "show_fields",
-]  # fmt: skip
+    "Checklist",
+    "Claims",
+    "Context",
+    "Data",
+    "Describe",
+    "Divide",
+    "Dpo",
+    "Evaluate",
+    "Features",
+    "Interventions",
+    "Lora",
+    "Model",
+    "Pairwise",
+    "Ppo",
+    "Preference",
+    "Prune",
+    "Recipe",
+    "Reward",
+    "RewardBase",
+    "Section",
+    "Sft",
+    "Training",
+    "World",
+    "check_files",
+    "dump_yaml",
+    "fields",
+    "flatten",
+    "json_schema",
+    "load_recipe",
+    "raise_all",
+    "recipe_hash",
+    "show_fields",
+]
 
 # Keys that say where and how fast, not what: two runs that differ only here have the same hash.
 # Batch sizes of sampling are not among them: they change which random numbers an answer is drawn with.
 NOT_SCIENCE = (
-    "name", "output", "device", "threads", "data.folder", "data.world.workers", "model.gradient_checkpointing",
-    "features.workers", "features.cache", "context.batch_size", "ppo.checkpoint_every",
-)  # fmt: skip
+    "name",
+    "output",
+    "device",
+    "threads",
+    "data.folder",
+    "data.world.workers",
+    "model.gradient_checkpointing",
+    "features.workers",
+    "features.cache",
+    "context.batch_size",
+    "ppo.checkpoint_every",
+)
 
 
 class Recipe(Section):

@@ -6,9 +6,10 @@ Each check yields (key, message); `recipe.raise_all` adds where the key was writ
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Iterator
+from typing import TYPE_CHECKING
 
 from .dpo import Describe, Divide
 from .file import did_you_mean, files_near
@@ -46,8 +47,13 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "reward.pool", "is tokens, but reward.pool_tokens is empty. List the words, or set `reward.pool: last`."
 
     sft = recipe.sft
-    phases = (("sft.easy", sft.easy), ("sft.hard", sft.hard), ("sft.policy_init", sft.policy_init), ("reward", reward),
-              ("dpo", recipe.dpo))  # fmt: skip
+    phases = (
+        ("sft.easy", sft.easy),
+        ("sft.hard", sft.hard),
+        ("sft.policy_init", sft.policy_init),
+        ("reward", reward),
+        ("dpo", recipe.dpo),
+    )
     for key, phase in phases:
         if phase is not None and isinstance(phase.micro_batch, int) and phase.micro_batch > phase.batch_size:
             yield f"{key}.micro_batch", f"is {phase.micro_batch}, above batch_size: {phase.batch_size}. Lower it."
@@ -226,12 +232,16 @@ def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         ("sft_easy", data.sft or data.sft_easy, sft.easy, "sft.easy trains on it", "set `sft.easy: null`"),
         ("sft_hard", data.sft or data.sft_hard, sft.hard, "sft.hard trains on it", "set `sft.hard: null`"),
         ("policy_init", data.policy_init, sft.policy_init, "its phase needs it", "set `sft.policy_init: null`"),
-        ("preference", data.preference or data.pairs, dpo or rewarded and (not unmeasured or recipe.reward.floor > 0),
-         "the preference stage asks its questions",
-         "give `data.pairs`" + ", or set `reward.floor: 0` to use reward.adapter unmeasured" * unmeasured),
+        (
+            "preference",
+            data.preference or data.pairs,
+            dpo or rewarded and (not unmeasured or recipe.reward.floor > 0),
+            "the preference stage asks its questions",
+            "give `data.pairs`" + ", or set `reward.floor: 0` to use reward.adapter unmeasured" * unmeasured,
+        ),
         ("rl", data.rl, not dpo, "PPO takes its prompts from it", None),
         ("test", data.test, recipe.evaluate.roles, "the evaluation asks its questions", "set `evaluate.roles: []`"),
-    )  # fmt: skip
+    )
     for name, given, asked, why, without in needs:
         if asked and not given:
             world = f" (or [world:{name}])" if data.world else ""

@@ -6,8 +6,9 @@ import difflib
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import RecipeError
 from .marked_yaml import Marked, dotted, dump, merge, parse, read

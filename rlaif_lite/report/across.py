@@ -38,8 +38,11 @@ ROWS = [
     Row("... interval, high", ("evaluation_intervals", f"{METHOD}-sft", "sample_hallucination", "high")),
     _change("greedy_f1", "F1, greedy"),
     _change("sample_f1", "F1, sampled"),
-    Row("precision, greedy, policy - SFT", ("evaluation", METHOD, "greedy_precision"),
-        ("evaluation", "sft", "greedy_precision")),
+    Row(
+        "precision, greedy, policy - SFT",
+        ("evaluation", METHOD, "greedy_precision"),
+        ("evaluation", "sft", "greedy_precision"),
+    ),
     _change("greedy_recall", "recall, greedy"),
     _change("sample_recall", "recall, sampled"),
     _change("greedy_length", "length, greedy"),
@@ -81,7 +84,7 @@ ROWS = [
     Row("DPO, true score of held-out answers, round taken", ("rounds", "taken", "heldout_truth")),
     Row("seconds, all stages", ("cost", "seconds"), swept=True),
     Row("peak memory, MiB", ("cost", "peak_mib"), swept=True),
-]  # fmt: skip
+]
 
 
 def table(folders: list[Path]) -> tuple[str, list[dict]]:
@@ -121,8 +124,20 @@ def figures(folder: Path) -> dict[str, Any]:
         "seconds": sum(s["seconds"] for s in stages),
         "peak_mib": max(s["peak_memory_bytes"] for s in stages) / 2**20,
     }
-    kept = ("recipe", "recipe_hash", "seed", "world_seed", "device", "machine", "versions", "stages", "evaluation", "evaluation_intervals",
-            "reward", method)  # fmt: skip
+    kept = (
+        "recipe",
+        "recipe_hash",
+        "seed",
+        "world_seed",
+        "device",
+        "machine",
+        "versions",
+        "stages",
+        "evaluation",
+        "evaluation_intervals",
+        "reward",
+        method,
+    )
     own = {
         "name": folder.name,
         "method": method,

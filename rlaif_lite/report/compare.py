@@ -257,8 +257,12 @@ def compare_benchmarks(a: Path, b: Path) -> Comparison:
         raise StageError(
             f"{a} and {b} hold no benchmark under the same name: {names}. Give the folders of one benchmark."
         )
-    notes = [f"Only in {which}: {name}." for which, mine, other in (("A", *found), ("B", *found[::-1]))
-             for name in mine if name not in other]  # fmt: skip
+    notes = [
+        f"Only in {which}: {name}."
+        for which, mine, other in (("A", *found), ("B", *found[::-1]))
+        for name in mine
+        if name not in other
+    ]
     lines, videos, keys = [], {}, {}
     for name in common:
         one, other = found[0][name], found[1][name]
@@ -344,8 +348,12 @@ def as_text(found: Comparison) -> str:
         out += [_shown(line) for line in found.lines if line.table == table]
     beyond = [line for line in found.lines if line.verdict]
     looked_at = len(found.lines)
-    out += ["", f"{looked_at} metrics looked at, {len(beyond)} beyond noise: their interval leaves out 0. If nothing "
-            f"differed, about {0.05 * looked_at:.1f} of {looked_at} would too.", *found.notes]  # fmt: skip
+    out += [
+        "",
+        f"{looked_at} metrics looked at, {len(beyond)} beyond noise: their interval leaves out 0. If nothing "
+        f"differed, about {0.05 * looked_at:.1f} of {looked_at} would too.",
+        *found.notes,
+    ]
     if found.keys or any(found.alone):
         out += ["", f"{'Differs':<40}{'A':<24}  B"]
         out += [f"  {key:<38}{_brief(one):<24}  {_brief(other)}" for key, (one, other) in found.keys.items()]
@@ -378,12 +386,26 @@ def _brief(value: Any) -> str:
 def as_json(found: Comparison) -> dict[str, Any]:
     """For programs."""
     metrics = [
-        {"table": line.table, "metric": line.metric, "a": line.before, "b": line.after, **line.interval._asdict(),
-         "verdict": line.verdict or "noise"}
+        {
+            "table": line.table,
+            "metric": line.metric,
+            "a": line.before,
+            "b": line.after,
+            **line.interval._asdict(),
+            "verdict": line.verdict or "noise",
+        }
         for line in found.lines
-    ]  # fmt: skip
+    ]
     beyond = sum(bool(line.verdict) for line in found.lines)
-    return {"a": found.names[0], "b": found.names[1], "videos": found.videos, "looked_at": len(metrics),
-            "beyond_noise": beyond, "metrics": metrics, "differs": found.keys,
-            "read_by_one": {"a": found.alone[0], "b": found.alone[1]}, "cost": found.cost,
-            "notes": found.notes}  # fmt: skip
+    return {
+        "a": found.names[0],
+        "b": found.names[1],
+        "videos": found.videos,
+        "looked_at": len(metrics),
+        "beyond_noise": beyond,
+        "metrics": metrics,
+        "differs": found.keys,
+        "read_by_one": {"a": found.alone[0], "b": found.alone[1]},
+        "cost": found.cost,
+        "notes": found.notes,
+    }

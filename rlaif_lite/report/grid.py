@@ -37,8 +37,11 @@ def write(out: Path, ran: list[Ran], of: int) -> None:
         spreads = []
         for setting in settings:
             values, one = by_setting.get(setting, (None, None))
-            spreads.append(Spread(setting, [], None, None, None) if one is None else
-                           Spread(setting, list(values.values()), one["mean"], one["low"], one["high"]))  # fmt: skip
+            spreads.append(
+                Spread(setting, [], None, None, None)
+                if one is None
+                else Spread(setting, list(values.values()), one["mean"], one["low"], one["high"])
+            )
         drawn.append((label, spreads))
     if drawn:
         panels(drawn, out / "sweep")
@@ -106,18 +109,28 @@ def markdown(found: dict[str, Any], settings: list[str], of: int) -> str:
     state = f"{len(points) - len(failed)} of {of} points done" + (f", {len(failed)} failed" if failed else "")
     own, saved = (sum(point[f"seconds_{kind}"] for point in points) for kind in ("own", "shared"))
     lines = [
-        "# Sweep", "", f"{state}; {own:.0f} s in all, {saved:.0f} s saved by sharing stages.", "",
+        "# Sweep",
+        "",
+        f"{state}; {own:.0f} s in all, {saved:.0f} s saved by sharing stages.",
+        "",
         "Mean over the seeds, with Student's 95 % interval, n seeds; a single seed's change has its evaluation's interval",
-        "over videos. Seconds count a shared stage as if the run had done it.", "",
-        f"| figure | {' | '.join(settings)} |", "|---|" + "---|" * len(settings),
-    ]  # fmt: skip
+        "over videos. Seconds count a shared stage as if the run had done it.",
+        "",
+        f"| figure | {' | '.join(settings)} |",
+        "|---|" + "---|" * len(settings),
+    ]
     for label, by_setting in found["figures"].items():
         cells = (_cell(by_setting[one][1]) if one in by_setting else "" for one in settings)
         lines.append(f"| {label} | {' | '.join(cells)} |")
     if found["differences"]:
         others = settings[1:]
-        lines += ["", f"Differences from `{found['baseline']}`, paired by seed; **bold** where the interval leaves 0 out.",
-                  "", f"| figure | {' | '.join(others)} |", "|---|" + "---|" * len(others)]  # fmt: skip
+        lines += [
+            "",
+            f"Differences from `{found['baseline']}`, paired by seed; **bold** where the interval leaves 0 out.",
+            "",
+            f"| figure | {' | '.join(others)} |",
+            "|---|" + "---|" * len(others),
+        ]
         for label, by_setting in found["differences"].items():
             cells = (_cell(by_setting[one], bold=True) if one in by_setting else "" for one in others)
             lines.append(f"| {label} | {' | '.join(cells)} |")

@@ -67,11 +67,17 @@ ROUND_CURVES: list[tuple[str, dict[str, str], plots.Axis]] = [
 ]
 # heading, key in a round's line, factor, digits
 ROUND_COLUMNS = [
-    ("Pairs", "pairs", 1, 0), ("Judge agrees %", "agreement", 100, 1), ("Prefers the longer %", "length_bias", 100, 1),
-    ("Chosen, words", "chosen_words", 1, 1), ("Rejected, words", "rejected_words", 1, 1),
-    ("Descriptions changed %", "description_changed", 100, 1), ("true %", "description_true_written", 100, 1), ("Held out: judge", "heldout_score", 1, 2),
-    ("truth", "heldout_truth", 1, 2), ("words", "heldout_words", 1, 1),
-]  # fmt: skip
+    ("Pairs", "pairs", 1, 0),
+    ("Judge agrees %", "agreement", 100, 1),
+    ("Prefers the longer %", "length_bias", 100, 1),
+    ("Chosen, words", "chosen_words", 1, 1),
+    ("Rejected, words", "rejected_words", 1, 1),
+    ("Descriptions changed %", "description_changed", 100, 1),
+    ("true %", "description_true_written", 100, 1),
+    ("Held out: judge", "heldout_score", 1, 2),
+    ("truth", "heldout_truth", 1, 2),
+    ("words", "heldout_words", 1, 1),
+]
 MORE_CURVES: list[tuple[str, dict[str, str], plots.Axis]] = [
     ("Entropy, nats per token", {"entropy": "policy/entropy_avg"}, "free"),
     ("Explained variance of the value", {"explained variance": "val/explained_variance"}, "free"),
@@ -89,10 +95,7 @@ def write(run_dir: Path) -> Path:
     """
     run = read_run(Path(run_dir))
     templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     templates.filters.update(percent=percent, number=number, signed=signed, duration=duration, size=size)
     html = templates.get_template("page.html.jinja").render(view(run))

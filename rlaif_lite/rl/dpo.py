@@ -5,7 +5,8 @@ averaged over them, which is also what ranks samples at inference (RLAIF-V, arXi
 """
 
 import random
-from typing import Literal, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F

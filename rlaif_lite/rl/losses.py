@@ -84,12 +84,7 @@ def policy_loss(
 
 
 def value_loss(
-    value_BT: Tensor,
-    old_value_BT: Tensor,
-    return_BT: Tensor,
-    mask_BT: Tensor,
-    clip: float | None,
-    denominator: float,
+    value_BT: Tensor, old_value_BT: Tensor, return_BT: Tensor, mask_BT: Tensor, clip: float | None, denominator: float
 ) -> tuple[Tensor, ValueStats]:
     """0.5 * max((v - R)^2, (v' - R)^2), v' = v held within `clip` of the old value; without a clip 0.5 * (v - R)^2.
 

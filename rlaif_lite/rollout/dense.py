@@ -7,7 +7,7 @@ adapters stay as they are, and scoring and training never see the copy.
 """
 
 import contextlib
-from typing import Iterator
+from collections.abc import Iterator
 
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight

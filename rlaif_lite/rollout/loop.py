@@ -6,15 +6,16 @@ T new tokens.
 
 import contextlib
 import logging
-from typing import NamedTuple, Sequence as Seq
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from ..model.inputs import Sequence, collate, decode
-from ..model.roles import ActiveRole
 from ..model.memory import out_of_memory
+from ..model.roles import ActiveRole
 from ..phases import phase
 from .dense import dense_copy
 from .sampling import Sampling, Trajectory, uniforms

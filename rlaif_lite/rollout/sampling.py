@@ -3,7 +3,8 @@
 Shapes: R rows, D width, V vocabulary, T new tokens.
 """
 
-from typing import Literal, NamedTuple, Sequence as Seq
+from collections.abc import Sequence as Seq
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor

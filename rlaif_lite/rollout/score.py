@@ -3,15 +3,17 @@
 Shapes: B answers, S positions, N answer tokens.
 """
 
-from typing import NamedTuple, Sequence as Seq
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import torch
-from rlaif_kernels import linear_logprob
 from torch import Tensor
 
+from rlaif_kernels import linear_logprob
+
 from ..model.inputs import IGNORE, Sequence, collate, target_rows
-from ..model.roles import ActiveRole, Roles
 from ..model.memory import in_pieces
+from ..model.roles import ActiveRole, Roles
 from ..rl.dpo import implicit_reward
 from .loop import sample
 from .sampling import Sampling, Trajectory

@@ -6,14 +6,13 @@ Published: at most 20 frames a clip, 3 clips the best setting, "Describe this vi
 many prompts it has.
 """
 
-from ..data.records import Message
+from ..data.records import VIDEO_MARK, Message
+from ..files import by_batches, chunks, write_json
 from ..judge.narrative import narrative
-from ..data.records import VIDEO_MARK
 from ..model.inputs import decode_answer, encode_prompt
 from ..progress import progress
 from ..rollout import Sampling, sample
 from ..workspace import Workspace
-from ..files import by_batches, chunks, write_json
 
 READS = ("seed", "context", "features.clips", "features.clip_frames", "data.preference", "data.pairs")
 NEEDS = ("data", "features", "sft")

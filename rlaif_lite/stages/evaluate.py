@@ -11,13 +11,14 @@ single answers, sampled and greedy.
 """
 
 import re
-from typing import Callable
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
 from ..data import world_text
-from ..data.records import Record
+from ..data.records import Record, question_of
+from ..files import by_batches, chunks, write_json, write_jsonl
 from ..model.inputs import decode_answer, encode_prompt
 from ..progress import progress
 from ..report.stats import NEEDS_TRUTH, RATIOS, paired_bootstrap, tally
@@ -26,8 +27,6 @@ from ..rollout import Sampling, sample
 from ..rollout.score import best_of
 from ..video.decode import decode
 from ..workspace import Workspace
-from ..files import by_batches, chunks, write_json, write_jsonl
-from ..data.records import question_of
 
 READS = ("seed", "method", "evaluate", "data.test")
 NEEDS = ("features", "sft", "ppo", "dpo")
@@ -90,9 +89,15 @@ def answer_all(
         seeds = [work.seed("evaluate", r.id, j) for r in batch for j in range(per_prompt)]
         if best_count:
             best = best_of(
-                work.roles, *needed, prompts, sampling,
-                count=best_count, seeds=seeds, beta=work.recipe.dpo.beta, batch_size=section.batch_size,
-            )  # fmt: skip
+                work.roles,
+                *needed,
+                prompts,
+                sampling,
+                count=best_count,
+                seeds=seeds,
+                beta=work.recipe.dpo.beta,
+                batch_size=section.batch_size,
+            )
             found = [each.answer for each in best]
         else:
             with work.roles.use(ADAPTERS.get(role, role)) as active:

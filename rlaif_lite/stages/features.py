@@ -14,6 +14,7 @@ import torch
 
 from ..data.records import Record
 from ..errors import DataError, VideoError
+from ..files import write_json
 from ..model.base import Base
 from ..model.layout import check_chain, lay_out, merged_times
 from ..model.pixels import to_pixels
@@ -23,10 +24,16 @@ from ..video.cache import FeatureRecord, feature_key, video_digest, write_index
 from ..video.decode import Frames, View
 from ..video.workers import decode_all
 from ..workspace import WHOLE, Workspace
-from ..files import write_json
 
-READS = ("data", "features", "model.base", "model.revision", "model.dtype", "model.reward_base.base",
-         "model.reward_base.revision")  # fmt: skip
+READS = (
+    "data",
+    "features",
+    "model.base",
+    "model.revision",
+    "model.dtype",
+    "model.reward_base.base",
+    "model.reward_base.revision",
+)
 NEEDS = ("data",)
 
 

@@ -1,11 +1,13 @@
 """What every stage that learns from judged answers does: a role answers prompts, a role judges the answers, and the
 judge is held against the truth where that is known. All of it goes on batch by batch after a kill."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Callable, Mapping, NamedTuple
+from typing import NamedTuple
 
-from ..data.records import Record
+from ..data.records import Record, question_of
 from ..data.world_text import score as truth_score
+from ..files import by_batches, chunks
 from ..judge.claims import Item, judge_claims
 from ..judge.pairwise import Pair, judge_pairs
 from ..model.inputs import decode_answer, encode_prompt
@@ -13,8 +15,6 @@ from ..phases import phase
 from ..progress import progress
 from ..rollout import Sampling, sample
 from ..workspace import Workspace
-from ..files import by_batches, chunks
-from ..data.records import question_of
 
 
 class Judged(NamedTuple):

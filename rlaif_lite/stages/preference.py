@@ -12,13 +12,11 @@ narrative; everywhere, how often the longer answer wins.
 Pairs that the recipe gives (`data.pairs`) are used as they are instead: nothing is sampled or judged.
 """
 
-from ..data.records import Record
-from ..data.records import VIDEO_MARK
+from ..data.records import VIDEO_MARK, Record, question_of
+from ..files import read_jsonl, write_json, write_jsonl
 from ..progress import say
 from ..rollout import Sampling
 from ..workspace import Workspace
-from ..data.records import question_of
-from ..files import read_jsonl, write_json, write_jsonl
 from .judging import Answers, Judged, compare_pairs, figures_of, sample_answers
 
 READS = ("seed", "preference", "data.preference", "data.pairs")
@@ -33,11 +31,18 @@ def run(work: Workspace) -> dict:
         return write_given(work)
     work.load_role("sft")
     sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
-    pairs = make_pairs(sample_answers(
-        work, "sft", work.records("preference"), sampling, section.samples,
-        lambda record, j: work.seed("preference", record.id, j),
-        work.stage("preference") / "answers.jsonl", "preference: answers",
-    ))  # fmt: skip
+    pairs = make_pairs(
+        sample_answers(
+            work,
+            "sft",
+            work.records("preference"),
+            sampling,
+            section.samples,
+            lambda record, j: work.seed("preference", record.id, j),
+            work.stage("preference") / "answers.jsonl",
+            "preference: answers",
+        )
+    )
     narratives = work.narratives()
 
     def judged(judge: str, context: bool, count: int) -> list[Judged]:
@@ -81,17 +86,17 @@ def write_pairs(work: Workspace, kept: list[Judged]) -> None:
     released, own = [], []
     for judged in kept:
         record, better = judged.record, judged.a if judged.margin > 0 else judged.b
-        released.append({
-            "id": record.id,
-            "video": record.video,
-            "conversations": [
-                {"from": "human", "value": f"{VIDEO_MARK}\n{question_of(record)}"},
-            ],
-            "output_1": {"from": "llm", "value": judged.a},
-            "output_2": {"from": "llm", "value": judged.b},
-            "preference": 1 if judged.margin > 0 else 2,
-            "score_gap": judged.margin,
-        })  # fmt: skip
+        released.append(
+            {
+                "id": record.id,
+                "video": record.video,
+                "conversations": [{"from": "human", "value": f"{VIDEO_MARK}\n{question_of(record)}"}],
+                "output_1": {"from": "llm", "value": judged.a},
+                "output_2": {"from": "llm", "value": judged.b},
+                "preference": 1 if judged.margin > 0 else 2,
+                "score_gap": judged.margin,
+            }
+        )
         own.append(
             {
                 "id": record.id,
@@ -147,10 +152,16 @@ def summary(section, figures: list[dict], pairs: int, judged: int) -> dict:
     own = by_key[section.judge, section.context]
     out = {
         "source": "judged",
-        "judge": section.judge, "context": section.context, "pairs": pairs, "pairs_judged": judged, "dropped": judged - pairs,
-        "judge_agreement_with_truth": own.get("agreement"), "length_bias": own["length_bias"],
-        "truth_length_bias": own.get("truth_length_bias"), "judges": figures,
-    }  # fmt: skip
+        "judge": section.judge,
+        "context": section.context,
+        "pairs": pairs,
+        "pairs_judged": judged,
+        "dropped": judged - pairs,
+        "judge_agreement_with_truth": own.get("agreement"),
+        "length_bias": own["length_bias"],
+        "truth_length_bias": own.get("truth_length_bias"),
+        "judges": figures,
+    }
     without = by_key.get((section.judge, False))
     out["judge_agreement_without_context"] = without.get("agreement") if without else None
     compared = [f for f in figures if "consistency" in f and f["context"] == section.context]

@@ -11,17 +11,18 @@ Shapes: B answers, S positions, D width.
 
 import math
 import random
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Callable, Sequence as Seq
 
 import torch
 from torch import Tensor
 
-from ..data.records import Message, Record
+from ..data.records import VIDEO_MARK, Message, Record, question_of
 from ..data.world_text import score as truth_score
 from ..errors import StageError
+from ..files import chunks, write_json
 from ..model.base import Base
-from ..data.records import VIDEO_MARK
 from ..model.inputs import Sequence, collate, decode_answer, encode_answer, encode_prompt, encode_text
 from ..model.roles import ActiveRole
 from ..phases import phase
@@ -31,8 +32,6 @@ from ..rl.losses import pairwise_loss
 from ..training.fit import fit, steps_of
 from ..training.loop import batches, derive_seed, split_micro
 from ..workspace import Workspace
-from ..files import chunks, write_json
-from ..data.records import question_of
 from .preference import read_pairs
 
 READS = ("seed", "model", "reward")
@@ -190,11 +189,9 @@ def stumbling(pairs: list[tuple[Record, str, str]], share: float, seed: int) -> 
         run = words[start : start + rng.randint(1, 3)]
         rest = words[start + len(run) :]
         elsewhere = rng.randrange(len(words) + 1)
-        worse = rng.choice((
-            words[:start] + run + run + rest,
-            words[:start] + rest,
-            words[:elsewhere] + run + words[elsewhere:],
-        ))  # fmt: skip
+        worse = rng.choice(
+            (words[:start] + run + run + rest, words[:start] + rest, words[:elsewhere] + run + words[elsewhere:])
+        )
         extra.append((record, chosen, " ".join(worse)))
     return extra
 
@@ -234,10 +231,16 @@ def calibration(gaps: Seq[float]) -> list[dict]:
         table[min(BINS - 1, int((p - 0.5) * 2 * BINS))].append((p, gap > 0))
     width = 0.5 / BINS
     return [
-        {"low": 0.5 + i * width, "high": 0.5 + (i + 1) * width, "predicted": sum(p for p, _ in found) / len(found),
-         "observed": sum(right for _, right in found) / len(found), "count": len(found)}
-        for i, found in enumerate(table) if found
-    ]  # fmt: skip
+        {
+            "low": 0.5 + i * width,
+            "high": 0.5 + (i + 1) * width,
+            "predicted": sum(p for p, _ in found) / len(found),
+            "observed": sum(right for _, right in found) / len(found),
+            "count": len(found),
+        }
+        for i, found in enumerate(table)
+        if found
+    ]
 
 
 def check_floor(recipe: Recipe, accuracy: float | None) -> None:

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
 from rlaif_kernels import sft_loss
 
 from ..data.records import Record
 from ..errors import DataError
-from ..model.inputs import single_token
 from ..model.base import Base
-from ..model.inputs import IGNORE, Sequence, collate, encode_answer, encode_prompt, encode_text
+from ..model.inputs import IGNORE, Sequence, collate, encode_answer, encode_prompt, encode_text, single_token
 from ..model.roles import ActiveRole
 from ..phases import phase
 from ..recipe import Training

@@ -6,8 +6,8 @@ A step that runs out of memory is done again in smaller pieces (`training/oom.py
 """
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 

@@ -7,8 +7,9 @@ size stays, and is kept in the checkpoint. On a GPU the state of the allocator i
 
 import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
 from rlaif_kernels import frame_dissimilarity, select_and_gather
 
 from ..errors import RecipeError

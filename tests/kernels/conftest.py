@@ -13,6 +13,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETING:
     from interpreter_fix import round_bfloat16_to_nearest
+
     from rlaif_kernels import configs
 
     round_bfloat16_to_nearest()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rlaif_kernels import frame_dissimilarity, reference, select_and_gather
 
 

@@ -7,6 +7,7 @@ import torch
 from helpers import worst
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from rlaif_kernels import gae, reference
 
 

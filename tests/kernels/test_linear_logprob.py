@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
-from conftest import INTERPRETING
 from helpers import GRAD_TOLERANCE, LOGP_TOLERANCE, double, problem, relative, worst
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+
+from conftest import INTERPRETING
 from rlaif_kernels import frozen_head, linear_logprob, reference
 from rlaif_kernels.rows import Head, run_rows
-from torch import nn
 
 OPTIONS = [
     {},

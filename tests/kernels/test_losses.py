@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import GRAD_TOLERANCE, double, problem, relative, worst
+
 from rlaif_kernels import linear_logprob, ppo_policy_loss, reference, sft_loss
 
 HEAD = {"temperature": 0.9, "softcap": 6.0}

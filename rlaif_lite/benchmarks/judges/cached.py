@@ -81,8 +81,13 @@ class CachedJudge:
                     verdict = Verdict(case.id, None, None, "", reply.problem)
                 else:
                     verdict = (read_word if prompt.word else read)(case, reply.raw)
-                line = {"judge": self.id, "revision": self._model.revision, "prompt": prompt.hash, "task": case.task,
-                        "tokens": reply.tokens}  # fmt: skip
+                line = {
+                    "judge": self.id,
+                    "revision": self._model.revision,
+                    "prompt": prompt.hash,
+                    "task": case.task,
+                    "tokens": reply.tokens,
+                }
                 with lock:
                     self._verdicts.add(keys[n], verdict, line)
                     bar.advance()

@@ -226,9 +226,13 @@ class Endpoint:
             return _Again(said, _seconds(error.headers.get("Retry-After")))
         if error.code in (400, 413, 422):
             return _Refused(said)
-        do = {401: "Check the API key and the name of its environment variable.", 402: "The account is empty.",
-              403: "The key may not use this model.", 404: "Check the address and the model's name.",
-              429: "The account's quota is used up."}  # fmt: skip
+        do = {
+            401: "Check the API key and the name of its environment variable.",
+            402: "The account is empty.",
+            403: "The key may not use this model.",
+            404: "Check the address and the model's name.",
+            429: "The account's quota is used up.",
+        }
         moved = (
             f"It has moved to {error.headers.get('Location')}: give that address." if 300 <= error.code < 400 else ""
         )

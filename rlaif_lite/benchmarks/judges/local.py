@@ -16,17 +16,18 @@ from transformers.utils import cached_file
 
 from ...data.records import Message
 from ...errors import ModelError
-from ...model.inputs import single_token
+from ...files import chunks
 from ...judge.divide import TextModel
 from ...model.base import base_digest, load_base, read_config
 from ...model.families import FAMILIES
-from ...model.inputs import BRANCH_MARK, Sequence as Row, collate, decode_answer, encode_prompt, encode_text
-from ...model.roles import BASE, Roles
+from ...model.inputs import BRANCH_MARK, collate, decode_answer, encode_prompt, encode_text, single_token
+from ...model.inputs import Sequence as Row
 from ...model.memory import in_pieces
-from ...recipe import Divide, Lora, Model as Section
+from ...model.roles import BASE, Roles
+from ...recipe import Divide, Lora
+from ...recipe import Model as Section
 from ...rollout import Sampling, sample
 from ...workspace import Workspace
-from ...files import chunks
 from .cached import Model, Reply
 from .prompts import REPLY_TOKENS, Prompt
 

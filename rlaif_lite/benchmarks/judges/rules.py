@@ -18,7 +18,10 @@ from . import Case, Verdict
 from .prompts import SCALES
 
 ARTICLES = ("a", "an", "the")
-NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+NUMBERS = {
+    word: str(n)
+    for n, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])
+}
 OPTION = re.compile(r"\s*\(?([A-H])(?:[.):]+(?:\s+(.*))?|\s*$)", re.DOTALL)  # "B", "(B)", "B. a dog"
 NAMED = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?:?\s*\(?([A-H])\b")
 

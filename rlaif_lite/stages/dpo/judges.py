@@ -3,27 +3,27 @@ i-SRT's judge reads."""
 
 import json
 import random
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Mapping, NamedTuple
+from typing import NamedTuple
 
-from ...data.records import Message, Record
+from ...data.records import Message, Record, question_of
 from ...data.world import facts_of
 from ...data.world_text import claim_question, claims_of, garbled, narrative_share, sentences_of
 from ...data.world_text import describe as description_of
+from ...files import by_batches, chunks, write_json
 from ...judge.claims import ask, judge_claims
 from ...judge.describe import describe_again
 from ...judge.divide import Divided, TextModel, Writer, divide, rejected, write_by_role
-from ...model.roles import BASE, ActiveRole
 from ...model.memory import in_pieces
+from ...model.roles import BASE, ActiveRole
 from ...phases import phase
 from ...progress import progress
 from ...recipe import Divide
 from ...training.fit import fit
 from ...training.loop import split_micro
 from ...workspace import Workspace
-from ...files import by_batches, chunks, write_json
-from ...data.records import question_of
 from ..judging import Answers, item_of
 from ..sft import backward, example
 
@@ -69,8 +69,11 @@ def score_answers(
     with progress(len(todo), f"{label}: judge", unit="answer") as bar:
         rows = by_batches(folder / "judged.jsonl", chunks(todo, preference.batch_size), judge, bar.advance)
     score_of = {(place, text): row["score"] for (place, text, _), row in zip(todo, rows, strict=True)}
-    why = {key: "mismatched" if found.claims else "claimless"
-           for key, found in zip(asked, divided, strict=True) if found is not None and not found.judged}  # fmt: skip
+    why = {
+        key: "mismatched" if found.claims else "claimless"
+        for key, found in zip(asked, divided, strict=True)
+        if found is not None and not found.judged
+    }
     lost = [why[place, text] for place, of in enumerate(answers) for text in of.texts if (place, text) in why]
     scores = [[score_of.get((place, text)) for text in of.texts] for place, of in enumerate(answers)]
     return Scores(scores, {reason: lost.count(reason) for reason in ("mismatched", "claimless")})
@@ -126,10 +129,17 @@ def prepare_divider(work: Workspace) -> None:
 
     roles.add(DIVIDER, seed=work.seed("dpo.divide", "init"))
     fit(
-        roles, DIVIDER, section, section.steps, step_loss,
-        label="dpo.divide", folder=work.stage("dpo") / "checkpoint" / "divide", log=work.log, seed=seed,
+        roles,
+        DIVIDER,
+        section,
+        section.steps,
+        step_loss,
+        label="dpo.divide",
+        folder=work.stage("dpo") / "checkpoint" / "divide",
+        log=work.log,
+        seed=seed,
         checkpoint_every=CHECKPOINT_EVERY,
-    )  # fmt: skip
+    )
     roles.save(DIVIDER, work.adapter(DIVIDER))
     roles.remove(DIVIDER)
 

@@ -25,19 +25,21 @@ Shapes: B pairs.
 
 import json
 import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Mapping, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ...data.records import Record
 from ...data.world_text import score as truth_score
 from ...errors import StageError
+from ...files import by_batches, chunks, read_jsonl, write_json, write_jsonl
 from ...judge.claims import split_claims
 from ...model.inputs import encode_prompt
-from ...model.roles import ActiveRole
 from ...model.memory import in_pieces
+from ...model.roles import ActiveRole
 from ...phases import phase
 from ...progress import progress, say
 from ...rl.dpo import DpoStats, Scored, balance_lengths, dpo_loss, draw_pairs, pairs_by_score
@@ -46,9 +48,8 @@ from ...rollout.score import answer_logps
 from ...training.fit import fit, steps_of
 from ...training.loop import batches, split_micro
 from ...workspace import Workspace
-from ...files import by_batches, chunks, read_jsonl, write_json, write_jsonl
-from .judges import describe_videos, prepare_divider, score_answers
 from ..judging import Answers, Judged, compare_pairs, figures_of, sample_answers
+from .judges import describe_videos, prepare_divider, score_answers
 
 READS = ("seed", "model", "preference", "dpo", "data.preference")
 NEEDS = ("features", "sft", "context")
@@ -117,9 +118,15 @@ def one_round(work: Workspace, number: int, before: Path, records: list[Record])
     sampling = Sampling(preference.max_new_tokens, preference.temperature, preference.top_p, preference.top_k)
     with lent(work, "generator", before if section.generator == "policy" else start) as role:
         answers = sample_answers(
-            work, role, records, sampling, preference.samples, lambda record, j: work.seed("dpo", number, record.id, j),
-            folder / "answers.jsonl", f"dpo {number}: answers",
-        )  # fmt: skip
+            work,
+            role,
+            records,
+            sampling,
+            preference.samples,
+            lambda record, j: work.seed("dpo", number, record.id, j),
+            folder / "answers.jsonl",
+            f"dpo {number}: answers",
+        )
     contexts, told = work.narratives() if preference.context else None, {}
     if section.describe is not None:
         with lent(work, "generator", before) as role:
@@ -142,10 +149,18 @@ def one_round(work: Workspace, number: int, before: Path, records: list[Record])
     figures = figures_of(judge_name(work), contexts is not None, choice.judged)
     known = {key: figures[key] for key in ("agreement", "truth_length_bias", "consistency") if key in figures}
     return {
-        "prompts": len(records), "answers": len(texts), "answer_words": mean_words(texts),
-        "pairs": len(choice.pairs), "dropped": choice.dropped, "chosen_words": chosen, "rejected_words": rejected,
-        "length_bias": figures["length_bias"], **known, **learnt, **told,
-    }  # fmt: skip
+        "prompts": len(records),
+        "answers": len(texts),
+        "answer_words": mean_words(texts),
+        "pairs": len(choice.pairs),
+        "dropped": choice.dropped,
+        "chosen_words": chosen,
+        "rejected_words": rejected,
+        "length_bias": figures["length_bias"],
+        **known,
+        **learnt,
+        **told,
+    }
 
 
 # -------------------------------------------------------------------------------------------- who answers, who is asked
@@ -185,12 +200,7 @@ def lent(work: Workspace, name: str, folder: Path) -> Iterator[str]:
 
 
 def judge_round(
-    work: Workspace,
-    role: str,
-    number: int,
-    answers: list[Answers],
-    contexts: Mapping[str, str] | None,
-    folder: Path,
+    work: Workspace, role: str, number: int, answers: list[Answers], contexts: Mapping[str, str] | None, folder: Path
 ) -> Choice:
     """Judge a round's answers and choose its pairs: all that differ by a judge's score, or neighbours it compares."""
     section, least = work.recipe.dpo, work.recipe.preference.min_margin
@@ -293,10 +303,17 @@ def train(
     if not folder.exists():
         with lent(work, "policy", before):
             fit(
-                roles, "policy", section, steps, step_loss,
-                label=label, folder=work.stage("dpo") / "checkpoint" / f"round{number}", log=work.log,
-                seed=work.recipe.seed, checkpoint_every=CHECKPOINT_EVERY,
-            )  # fmt: skip
+                roles,
+                "policy",
+                section,
+                steps,
+                step_loss,
+                label=label,
+                folder=work.stage("dpo") / "checkpoint" / f"round{number}",
+                log=work.log,
+                seed=work.recipe.seed,
+                checkpoint_every=CHECKPOINT_EVERY,
+            )
             roles.save("policy", folder)
     lines = [line for line in read_jsonl(work.log.path) if line["stage"] == label]
     late = lines[-math.ceil(len(lines) / 4) :]
@@ -314,8 +331,11 @@ def backward(
             pair_logps(work, active, pairs),
             Scored(*torch.tensor(reference, device=device).T),
             Scored(*torch.tensor([(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs], device=device).T),
-            beta=section.beta, kind=section.loss, normalised=section.length_normalised, sft_weight=section.sft_weight,
-        )  # fmt: skip
+            beta=section.beta,
+            kind=section.loss,
+            normalised=section.length_normalised,
+            sft_weight=section.sft_weight,
+        )
     with phase("backward"):
         (loss * len(pairs) / total).backward()
     return loss.detach(), stats

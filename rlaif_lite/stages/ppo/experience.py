@@ -7,19 +7,21 @@ Shapes: B answers of a step, b of a micro-batch, S positions, T answer tokens (p
 tokens.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from rlaif_kernels import LinearLogprob, linear_logprob
 from torch import Tensor
 
+from rlaif_kernels import LinearLogprob, linear_logprob
+
 from ...data.records import Record
+from ...files import chunks
 from ...model.inputs import IGNORE, Batch, Sequence, collate, encode_prompt, target_rows
 from ...model.roles import ActiveRole
 from ...rollout import Trajectory
 from ...training.loop import derive_seed, split_micro
 from ...workspace import Workspace
-from ...files import chunks
 
 
 class Micro(NamedTuple):

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from ...data.records import Record
+from ...files import chunks
 from ...model.inputs import Sequence, encode_prompt
 from ...phases import phase
 from ...rollout import Sampling, Trajectory, sample
 from ...workspace import Workspace
-from ...files import chunks
-from .experience import Micro, spread
 from ..reward import RewardInput, check_floor, reward_prompt
+from .experience import Micro, spread
 
 
 class Taken(NamedTuple):

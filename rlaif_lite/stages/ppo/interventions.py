@@ -22,10 +22,11 @@ Departures from RLIF: on-policy PPO instead of off-policy actor-critic with prio
 reference critic's values; a takeover lasts one claim instead of a fixed number of steps.
 """
 
+from collections.abc import Sequence
 from math import inf
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
-from ...data.records import Record
+from ...data.records import Record, question_of
 from ...judge.intervene import Claim, omissions, read_claims, spoken
 from ...model.inputs import decode_answer, encode_prompt
 from ...phases import phase
@@ -33,7 +34,6 @@ from ...rl.interventions import end_reward, takeovers, token_rewards
 from ...rollout import Sampling, Trajectory, sample
 from ...rollout.sampling import uniforms
 from ...workspace import Workspace
-from ...data.records import question_of
 from .feedback import Feedback, Taken
 
 

@@ -6,11 +6,11 @@ from torch import Tensor
 from ...data.records import Record
 from ...data.world_text import score as truth_score
 from ...errors import StageError
+from ...files import read_jsonl, write_json
 from ...model.inputs import decode_answer
 from ...rl.losses import explained_variance, repetition
 from ...rollout import Trajectory
 from ...workspace import Workspace
-from ...files import read_jsonl, write_json
 from .experience import Experience
 
 
@@ -91,8 +91,6 @@ def summary(work: Workspace, beside: Workspace) -> dict:
     write_json(work.stage("ppo") / "result.json", out)
     sizes = {role: on.roles.size(role)._asdict() for on in (work, beside) for role in on.roles.names}
     own = {} if beside is work else {"reward_base_bytes": beside.base().bytes()}
-    return out | own | {
-        "roles": sizes,
-        "base_bytes": work.base().bytes(),
-        "base_fingerprint": work.base().fingerprint(),
-    }  # fmt: skip
+    return (
+        out | own | {"roles": sizes, "base_bytes": work.base().bytes(), "base_fingerprint": work.base().fingerprint()}
+    )

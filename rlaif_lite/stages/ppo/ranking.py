@@ -19,7 +19,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ...data.records import Record
+from ...data.records import Record, question_of
+from ...files import chunks
 from ...judge.claims import judge_claims
 from ...judge.pairwise import Pair, judge_pairs
 from ...model.inputs import decode_answer
@@ -27,11 +28,9 @@ from ...phases import phase
 from ...rl.advantages import in_groups, place_gain, rank_penalty
 from ...rollout import Trajectory
 from ...workspace import Workspace
-from ...files import chunks
-from ...data.records import question_of
+from ..judging import context_of, item_of
 from .experience import Micro, spread
 from .feedback import Feedback, Scored, Taken
-from ..judging import context_of, item_of
 
 
 class RankingFeedback(Feedback):

@@ -26,8 +26,9 @@ tokens, D width.
 import time
 
 import torch
-from rlaif_kernels import PpoStats, gae, ppo_policy_loss
 from torch import Tensor
+
+from rlaif_kernels import PpoStats, gae, ppo_policy_loss
 
 from ...data.records import Record
 from ...model.inputs import IGNORE, decode_answer, encode_prompt
@@ -50,8 +51,20 @@ from .interventions import InterventionFeedback
 from .log import check_first_step, describe, summary
 from .ranking import RankingFeedback
 
-READS = ("seed", "model", "reward.prompt", "reward.pool", "reward.pool_tokens", "reward.floor", "ppo", "data.rl",
-         "preference.judge", "preference.batch_size", "preference.claims", "preference.pairwise")  # fmt: skip
+READS = (
+    "seed",
+    "model",
+    "reward.prompt",
+    "reward.pool",
+    "reward.pool_tokens",
+    "reward.floor",
+    "ppo",
+    "data.rl",
+    "preference.judge",
+    "preference.batch_size",
+    "preference.claims",
+    "preference.pairwise",
+)
 NEEDS = ("features", "sft", "context", "reward")
 BETAS = (0.9, 0.99)
 FEEDBACK = {"reward_model": RewardModelFeedback, "interventions": InterventionFeedback, "ranking": RankingFeedback}
@@ -190,9 +203,19 @@ def score(
         advantage_BT, return_BT = advantages(section, reward_BT, value_BT, mask_BT, own_BT)
     raw_B, score_B = (each_B + said.token_reward_BT.sum(1) for each_B in (said.score_B, score_B))
     return Experience(
-        mask_BT, own_BT, logp_BT, ref_logp_BT, entropy_BT, kl_BT, value_BT, raw_B, score_B, advantage_BT, return_BT,
+        mask_BT,
+        own_BT,
+        logp_BT,
+        ref_logp_BT,
+        entropy_BT,
+        kl_BT,
+        value_BT,
+        raw_B,
+        score_B,
+        advantage_BT,
+        return_BT,
         kl_coef if in_loss else 0.0,
-    )  # fmt: skip
+    )
 
 
 def with_penalties(work: Workspace, taken: Taken, score_B: Tensor) -> Tensor:
@@ -297,12 +320,22 @@ def policy_backward(
     )
     with phase("update policy forward", micro.batch.ids_BS.numel()):
         loss, stats = ppo_policy_loss(
-            answer_hidden(policy, micro), base.head_weight_VD, micro.target_bS[micro.target_bS != IGNORE],
-            logp_N, advantage_N, own_N, clip=section.clip, entropy_coef=section.entropy_coef,
-            kl=section.kl_estimator if section.kl_in == "loss" else "none", kl_coef=e.loss_kl_coef,
-            reference_logp_N=ref_logp_N, reference_hidden_ND=ref_hidden_ND, denominator=own, bias_V=base.ban_bias_V,
+            answer_hidden(policy, micro),
+            base.head_weight_VD,
+            micro.target_bS[micro.target_bS != IGNORE],
+            logp_N,
+            advantage_N,
+            own_N,
+            clip=section.clip,
+            entropy_coef=section.entropy_coef,
+            kl=section.kl_estimator if section.kl_in == "loss" else "none",
+            kl_coef=e.loss_kl_coef,
+            reference_logp_N=ref_logp_N,
+            reference_hidden_ND=ref_hidden_ND,
+            denominator=own,
+            bias_V=base.ban_bias_V,
             temperature=section.temperature,
-        )  # fmt: skip
+        )
     with phase("update policy backward", micro.batch.ids_BS.numel()):
         loss.backward()
     return stats

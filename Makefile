@@ -25,7 +25,7 @@ test-gpu: $(VENV)/ready
 
 # Ten minutes on a machine with a CUDA GPU and the Python packages; without either it says so, and rehearses on the CPU.
 gpu:
-	@if [ -x $(VENV)/bin/python ]; then $(VENV)/bin/python lab/bench/gpu.py; else $(PYTHON) lab/bench/gpu.py; fi
+	@if [ -x $(VENV)/bin/python ]; then $(VENV)/bin/python -m lab.bench.gpu; else $(PYTHON) -m lab.bench.gpu; fi
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

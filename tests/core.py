@@ -4,7 +4,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import importlib.util  # noqa: E402
 import shutil  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -219,12 +218,3 @@ def gradients(base: Base) -> list[torch.Tensor]:
         hidden_BSD.pow(2).mean().backward()
     assert (hidden_BSD - before_BSD).abs().max() <= 1e-5  # evaluation and training are one function
     return [parameter.grad for parameter in roles.parameters("policy")]
-
-
-def bench_module(name: str):
-    """A script of lab/bench, which is no package."""
-    path = Path(__file__).parent.parent / "lab" / "bench" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from core import shake, small_recipe, video_of
-from rlaif_lite import pipeline, workspace
+from rlaif_lite import files as run_files
+from rlaif_lite import pipeline
 from rlaif_lite.data.records import Message
 from rlaif_lite.data.world_text import claim_question, claims_of
 from rlaif_lite.errors import ModelError, StageError
@@ -127,7 +128,7 @@ def test_killed_again_and_again_it_ends_the_same(work, tmp_path, monkeypatch, ov
         again = Workspace(whole.recipe) if attempts else work(*overrides, "preference.batch_size=2")
         left[0] = 5 + 3 * attempts  # lines, checkpoints and files that an attempt writes
         with monkeypatch.context() as patch:
-            for module in (workspace, loop, checkpoint):
+            for module in (run_files, loop, checkpoint):
                 patch.setattr(module, "json", writers)
             try:
                 assert dpo.run(again) == result

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from core import bench_module
+from lab.bench import gpu as gpu_proof
 
 
 @pytest.fixture(scope="module")
 def gpu():
-    return bench_module("gpu")
+    return gpu_proof
 
 
 def test_one_bad_part_does_not_stop_the_others(gpu, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ ONE_STEP = {
     ppo: ("ppo.steps=1", "ppo.normalize_reward=false"),  # the scale is taken in micro-batches too, and rounds with them
 }
 SIZE = {sft: "sft.easy.micro_batch", reward: "reward.micro_batch", ppo: "ppo.micro_batch"}
+NAME = {sft: "sft", reward: "reward", ppo: "ppo"}
 TRAINED = {sft: ["sft"], reward: ["reward"], ppo: ["policy", "value"]}
 
 
@@ -59,7 +60,7 @@ def trained(stage, recipe, resume: bool = False) -> list[torch.Tensor]:
     """Run one stage, from its start unless told otherwise, and read what it learnt."""
     work = Workspace(recipe)
     if not resume:
-        shutil.rmtree(work.stage(stage.__name__.rpartition(".")[2]) / "checkpoint", ignore_errors=True)
+        shutil.rmtree(work.stage(NAME[stage]) / "checkpoint", ignore_errors=True)
     stage.run(work)
     files = [work.adapter(role) / "adapter_model.safetensors" for role in TRAINED[stage]]
     # copies: safetensors maps the file, and the next run writes it anew

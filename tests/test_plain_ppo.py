@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from core import bench_module
+from lab.bench import plain_ppo
 from rlaif_lite import profiler
 from rlaif_lite.model.base import Base
 from rlaif_lite.profiler import inputs
@@ -27,7 +27,7 @@ KEYS = [
 
 @pytest.fixture(scope="module")
 def plain():
-    return bench_module("plain_ppo")
+    return plain_ppo
 
 
 @pytest.mark.parametrize("recipe", ("vlm_rlaif_7b_24gb", "qwen2_5_vl_3b_24gb"))

@@ -1,11 +1,8 @@
 """The techniques' table: switching one off does what it says and leaves the arithmetic of the step as it was."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from core import bench_module
 from rlaif_lite import profiler
 from rlaif_lite.model.base import Base
 from rlaif_lite.phases import listen
@@ -13,7 +10,6 @@ from rlaif_lite.profiler import inputs
 from rlaif_lite.profiler.recorder import Recorder
 from rlaif_lite.recipe import load_recipe
 
-BENCH = Path(__file__).parent.parent / "kernels" / "bench"
 KEYS = [
     "ppo.rollouts=4",
     "ppo.group_size=4",
@@ -31,9 +27,9 @@ KEYS = [
 
 @pytest.fixture(scope="module")
 def bench():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCH)  # it builds on a script beside it
-        return bench_module("techniques")
+    from lab.bench import techniques
+
+    return techniques
 
 
 def test_one_step_without_each(bench, monkeypatch):

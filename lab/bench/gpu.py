@@ -20,8 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+from lab.bench import ROOT
+
 SECONDS = 580.0  # for all parts together
 CAP = "24GB"
 MODEL = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "av", "triton")
@@ -114,7 +114,8 @@ def parts(rehearsal: bool) -> list[Part]:
             MODEL,
             150,
             lambda out: [
-                "lab/bench/plain_ppo.py",
+                "-m",
+                "lab.bench.plain_ppo",
                 "recipes/vlm_rlaif_7b_24gb.yaml",
                 *(SMALL if rehearsal else LLAVA),
                 *bounds(CAP),

@@ -1,6 +1,6 @@
 """One PPO step of ours beside a plain implementation of the same step, in the same process, on the same weights.
 
-    python lab/bench/plain_ppo.py RECIPE [KEY=VALUE ...] [--random-weights] [--small] [--rounds 2] [--out FILE]
+    python -m lab.bench.plain_ppo RECIPE [KEY=VALUE ...] [--random-weights] [--small] [--rounds 2] [--out FILE]
 
 Plain is what TRL's and LLaMA-Factory's trainers do: `generate` of transformers, the vision tower in every forward,
 logits of every position materialised, one forward per role after switching the adapter. All else is as ours, so that
@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -25,9 +24,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-
+from lab.bench import ROOT
 from rlaif_lite import profiler
 from rlaif_lite.data.records import Record
 from rlaif_lite.files import chunks

@@ -1,6 +1,6 @@
 """Tokens per second of our rollouts beside transformers' `generate`: same 4-bit base, LoRA and prompts, same run.
 
-    python lab/bench/rollout.py [--out docs/results/rollout] [--base FOLDER --adapter FOLDER --device cuda ...]
+    python -m lab.bench.rollout [--out docs/results/rollout] [--base FOLDER --adapter FOLDER --device cuda ...]
 
 Run by hand, not collected by pytest. Every way of sampling is timed in turn, round after round, and the medians are
 compared. On a CPU one thread is used and its CPU seconds are counted, which other programs disturb little; on a GPU it
@@ -14,6 +14,7 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-from core import shake, video_of
+from lab.bench import ROOT
 from lab.embedded_base import architecture
 from rlaif_lite.data.records import Message
 from rlaif_lite.model.base import Base, load_base
@@ -31,6 +32,10 @@ from rlaif_lite.model.inputs import Sequence, collate, encode_prompt
 from rlaif_lite.model.roles import ActiveRole, Roles
 from rlaif_lite.recipe import Lora, Model
 from rlaif_lite.rollout import Sampling, sample, slot_bytes, slot_length
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+from core import shake, video_of
 
 QUESTIONS = ("describe the video", "what is the colour first ?", "what is true ?", "how many shape then ?")
 

@@ -1,6 +1,6 @@
 """What each technique is worth: one PPO step with one of them switched off at a time -> peak memory and tokens/s.
 
-    python lab/bench/techniques.py RECIPE [KEY=VALUE ...] [--random-weights] [--small] [--only NAME ...] [--out F]
+    python -m lab.bench.techniques RECIPE [KEY=VALUE ...] [--random-weights] [--small] [--only NAME ...] [--out F]
 
 Every line is the project's own step (`plain_ppo.ours`) with a recipe key changed or one function replaced by what
 stands there without the technique. Answers to the same prompt come in groups of four, so that a shared prefill shows.
@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-import plain_ppo
 import torch
-from plain_ppo import ROOT, Step
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lab.bench import ROOT, plain_ppo
+from lab.bench.plain_ppo import Step
 from rlaif_kernels import LinearLogprob, PpoStats
 from rlaif_lite import profiler
 from rlaif_lite.model import roles
@@ -234,7 +234,7 @@ def main(arguments: list[str] | None = None) -> dict:
     result: dict = {"schema": 1, "small": options.small, "machine": describe_machine(), "versions": versions()}
     given = sys.argv[1:] if arguments is None else arguments
     result |= {"commit": plain_ppo.commit(), "techniques": {}}
-    result["command"] = f"python lab/bench/techniques.py {shlex.join(given)}"
+    result["command"] = f"python -m lab.bench.techniques {shlex.join(given)}"
     for technique in (each for each in TECHNIQUES if each.name in options.only):
         base = load_recipe(options.recipe).model.base
         keys = [key.replace("BASE", base) for key in technique.keys]

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from campaigns import hostile_judges
 from rlaif_lite.benchmarks.judges import Case
 from rlaif_lite.benchmarks.judges.cached import CachedJudge
 from rlaif_lite.benchmarks.judges.endpoint import GIVE_UP, Endpoint, Prices, _seconds
@@ -53,7 +55,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         server: Server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server.requests.append((dict(self.headers), {"path": self.path, **body}))
+        server.requests.append(
+            ({name.title(): value for name, value in self.headers.items()}, {"path": self.path, **body})
+        )
         found = re.search(r"<prediction>(.*)</prediction>", body["messages"][0]["content"])
         wish = found[1] if found else "probe"
         server.calls[wish] += 1
@@ -306,3 +310,59 @@ def test_addresses_and_keys(monkeypatch):
         Endpoint("http://host/v1", "m", key="JUDGE_KEY", revision="x")
     full = Endpoint("https://host/v1/chat/completions/", "m", revision="x")
     assert full.name == "endpoint:host/v1:m" == Endpoint("https://host/v1", "m", revision="x").name
+
+
+HOSTILE = [
+    "says nothing",
+    "a byte of header at a time",
+    "a byte of a 500's body at a time",
+    "chunks without end",
+    "an error of 32 MB",
+    "a bomb of gzip",
+    "the key as a status line",
+    "the key in Location",
+    "the key in a 400, spelt for addresses",
+    "the key as the answer",
+    "the key as the model",
+    "deep JSON as usage",
+    "usage beyond all numbers",
+    "half a surrogate pair",
+    "a wait that is no number",
+]
+
+
+def test_hostile_servers_end_in_time_and_show_no_key(capsys):
+    """Part of the campaign; `python tests/campaigns/hostile_judges.py` runs all of it."""
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = list(pool.map(hostile_judges.attack, HOSTILE))
+    assert [outcome for outcome in outcomes if outcome.faults] == []
+    said = capsys.readouterr()
+    assert hostile_judges.shown(said.out + said.err) == []
+    ends = {outcome.name: outcome.end for outcome in outcomes}
+    assert "no answer within 0.5 s" in ends["a byte of a 500's body at a time"]
+    assert "a body that is no chat completion" in ends["deep JSON as usage"]
+    assert ends["half a surrogate pair"] == ends["usage beyond all numbers"] == "verdicts"
+    assert "It has moved to https://elsewhere/?k=***" in ends["the key in Location"]
+
+
+def test_a_key_over_plain_http_is_warned_about(server, monkeypatch, capsys):
+    Endpoint("http://127.0.0.1:9/v1", "m", key="JUDGE_KEY", revision="x")
+    Endpoint("http://gpu.example/v1", "m", revision="x")  # no key to read
+    Endpoint("https://gpu.example/v1", "m", key="JUDGE_KEY", revision="x")
+    assert "plain http" not in capsys.readouterr().err
+    Endpoint("http://gpu.example/v1", "m", key="JUDGE_KEY", revision="x")
+    assert "gpu.example is asked over plain http. The key can be read on the way" in capsys.readouterr().err
+
+
+def test_keys_of_the_environment_stay_there(server, judge, monkeypatch):
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, f"secret-of-{name}")
+    judge(key=None).judge(cases("fine"))
+    judge().judge(cases("also fine"))
+    assert all("secret-of-" not in str(headers) for headers, _ in server.requests) and len(server.requests) == 4
+
+
+def test_without_the_package_the_line_that_installs_it_is_given(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(JudgeError, match=r"pip install 'rlaif-lite\[judge\]'"):
+        Endpoint("http://127.0.0.1:9/v1", "m", revision="x")

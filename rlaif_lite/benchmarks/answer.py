@@ -169,7 +169,7 @@ class Examinee:
             sampling, seeds = Sampling(section.max_new_tokens, 0.0), [0] * len(prompts)
             with self.use(self.judge_role) as role:
                 found = iter(sample(role, prompts, sampling, seeds=seeds, batch_size=section.batch_size))
-            for name, of_video in zip(batch, clips):
+            for name, of_video in zip(batch, clips, strict=True):
                 captions = [decode_answer(self.base, next(found).ids) for _ in of_video]
                 seconds = max((float(clip.time_T[-1]) for clip in of_video), default=0.0)
                 yield {"id": name, "narrative": narrative(captions, section.markers, seconds) if captions else None}
@@ -182,7 +182,9 @@ class Examinee:
         section, size = self.work.recipe.preference.claims, self.work.recipe.preference.batch_size
         videos = list(dict.fromkeys(item.video for item in items))
         told = self.narratives(videos, folder / "narratives.jsonl")
-        after = dict(zip(videos, videos[1:] + videos[:1]))  # the control: each claim at the next video as well
+        after = dict(
+            zip(videos, videos[1:] + videos[:1], strict=True)
+        )  # the control: each claim at the next video as well
 
         def shown(name: str) -> Seen:
             return Seen(self.views(name)[WHOLE], told[name])

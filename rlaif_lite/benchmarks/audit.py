@@ -45,7 +45,7 @@ class Audited(NamedTuple):
 
 
 def audit(role: ActiveRole, rows: list[Audited], section: Claims, batch_size: int) -> list[dict[str, list[bool]]]:
-    """For each row its claims, in order: true of the video, of the other one; the reference's: in the answer, in itself."""
+    """Judge the claims of each row, in order: of the video and of the other one; the reference's in the answer and in itself."""
     blind = section.model_copy(update={"prompt": section.prompt.replace(VIDEO_MARK, "").strip()})
     jobs = {  # the judge's prompt, and of each row: the video, the text that is checked, what the judge reads
         "true": (section, lambda row: (row.here.video, row.answer, row.here.narrative)),
@@ -66,7 +66,8 @@ def audit(role: ActiveRole, rows: list[Audited], section: Claims, batch_size: in
 
 def _decided(verdict: Verdict, section: Claims) -> list[bool]:
     """Yes or no for each claim; an inline judge marks the words that are none by saying neither."""
-    kept = [value for value, told in zip(verdict.values, verdict.told) if section.mode == "ask" or told >= TOLD]
+    claims = zip(verdict.values, verdict.told, strict=True)
+    kept = [value for value, told in claims if section.mode == "ask" or told >= TOLD]
     return [value > 0 for value in kept]
 
 

@@ -16,7 +16,7 @@ from core import shake, small_recipe, video_of
 from rlaif_lite import cli
 from rlaif_lite.benchmarks import hallucination, questions, ranking
 from rlaif_lite.benchmarks.catalogue import BENCHMARKS
-from rlaif_lite.benchmarks.items import Item, Objects, find_videos, mentions, yes_or_no
+from rlaif_lite.benchmarks.items import Item, Objects, find_videos, mentions, words_of, yes_or_no
 from rlaif_lite.benchmarks.results import figures, table
 from rlaif_lite.data.records import Message
 from rlaif_lite.data.world_text import COLOURS, describe
@@ -197,7 +197,16 @@ def test_videos_are_found_by_name(tmp_path):
 def test_words_of_answers():
     vocabulary = frozenset(["dog", "fire truck", "truck", "berry", "leaf", "bus", "glass"])
     said = "Two dogs, a fire truck and TRUCKS; berries on leaves. Buses? A glass of glasses."
-    assert mentions(said, vocabulary) == ["dog", "fire truck", "truck", "berry", "leaf", "bus", "glass", "glass"]
+    assert mentions(words_of(said), vocabulary) == [
+        "dog",
+        "fire truck",
+        "truck",
+        "berry",
+        "leaf",
+        "bus",
+        "glass",
+        "glass",
+    ]
     answers = [
         "Yes, it is.",
         "No.",
@@ -222,7 +231,7 @@ def total(tally, items_and_rows) -> dict[str, float]:
 
 
 def test_polling_by_hand():
-    """3 of 5 right; yes was said three times, rightly twice; two of three true ones were found; one answer said neither."""
+    """3 of 5 right. Yes was said three times, rightly twice; two of three true ones were found; one said neither."""
     polled = [("yes", "Yes."), ("yes", "yes it is"), ("no", "yes"), ("no", "no"), ("yes", "perhaps")]
     pairs = [(Item(str(n), "v", ("q",), label), row(said)) for n, (label, said) in enumerate(polled)]
     found = total(hallucination.tally_pope, pairs)
@@ -397,7 +406,7 @@ def test_from_the_command_line(run_dir, videos, tmp_path):
     command = ("msvd-qa", *asked, "--videos", tmp_path / "videos", "--judge", "rules", "--role", "sft", "--out", out)
     said = bench(run_dir, *command)
     found, items = results(out)
-    assert (found["items"], found["videos"], found["judge"]) == (12, 4, "rules:words-and-token-f1@2")
+    assert (found["items"], found["videos"], found["judge"]) == (12, 4, "rules:words-and-token-f1@3")
     assert found["missing"] == ["00005"] and list(found["broken"]) == ["00003"]
     assert (found["missing_items"], found["broken_items"]) == (3, 3)
     assert "1 videos missing, 3 items left out: 00005" in said and "1 videos broken, 3 items left out: 00003" in said
@@ -473,7 +482,7 @@ def test_every_benchmark_runs(run_dir, videos, tmp_path, name):
     assert (found["judge"] is not None) == bool(BENCHMARKS[name].tasks or name == "claims")
     for metric, figure in found["metrics"].items():
         parts = [item["counts"][metric] for item in items if metric in item["counts"]]
-        part, whole = (sum(column) for column in zip(*parts))
+        part, whole = (sum(column) for column in zip(*parts, strict=True))
         assert figure["value"] == (pytest.approx(part / whole) if whole else None)
     ranked = name in ("msrvtt-retrieval", "ucf101", "hmdb51")
     assert ("length" in found["metrics"]) != ranked

@@ -1,1 +1,1 @@
-"""The field's benchmarks: files as their authors ship them, answers by any role of a run, judged by a judge one can name."""
+"""The field's benchmarks: the authors' files, answered by any role of a run, scored by rules or by a judge."""

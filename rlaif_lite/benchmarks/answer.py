@@ -111,8 +111,8 @@ class Examinee:
         size = self.work.recipe.evaluate.batch_size
 
         def work(batch: list[Item]) -> Iterable[dict]:
-            asked = [(item, template.replace("{question}", question)) for item in batch for question in item.questions]
-            prompts = [self.prompt(text, item.video) for item, text in asked]
+            asked = [each for item in batch for each in zip(item.videos, item.questions, strict=True)]
+            prompts = [self.prompt(template.replace("{question}", question), video) for video, question in asked]
             with self.use(self.role) as role:
                 found = iter(
                     sample(role, prompts, Sampling(max_new_tokens, 0.0), seeds=[0] * len(prompts), batch_size=size)
@@ -126,7 +126,7 @@ class Examinee:
                     "stopped": [each.stopped for each in mine],
                 }
 
-        seen = {item.id: self._keys[item.video] for item in items}
+        seen = {item.id: "+".join(dict.fromkeys(self._keys[video] for video in item.videos)) for item in items}
         return resumed(path, "id", {item.id: item for item in items}, seen, 4 * size, work, "answers")
 
     def rankings(self, items: list[Item], path: Path, request: str, retrieval: bool) -> dict[str, dict]:
@@ -244,7 +244,8 @@ def write_pictures(items: list[Item], folder: Path) -> dict[str, str]:
     out = {}
     for item in items:
         if item.picture is not None:
-            path = folder / f"{os.path.basename(item.video)}.jpg"
+            # `x/0` and `y/0` are two pictures, and a name is no path that is written to
+            path = folder / f"{os.path.basename(item.video)}-{_digest([item.video])[:8]}.jpg"
             try:
                 content = base64.b64decode(item.picture, validate=True)
             except (ValueError, TypeError) as error:

@@ -45,7 +45,7 @@ class Audited(NamedTuple):
 
 
 def audit(role: ActiveRole, rows: list[Audited], section: Claims, batch_size: int) -> list[dict[str, list[bool]]]:
-    """Judge the claims of each row, in order: of the video and of the other one; the reference's in the answer and in itself."""
+    """For each row its claims, in order: of the video, of the other one; the reference's: in the answer, in itself."""
     blind = section.model_copy(update={"prompt": section.prompt.replace(VIDEO_MARK, "").strip()})
     jobs = {  # the judge's prompt, and of each row: the video, the text that is checked, what the judge reads
         "true": (section, lambda row: (row.here.video, row.answer, row.here.narrative)),

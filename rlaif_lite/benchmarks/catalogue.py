@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from . import audit, hallucination, questions, ranking
+from . import audit, choices, hallucination, questions, ranking
 from .items import Item, Tally
 from .judges import Task
 
@@ -23,6 +23,8 @@ class Benchmark(NamedTuple):
     "the request; --prompt gives another"
 
 
+OPTIONS = "{question}\nAnswer with the letter of the right option."
+YES_NO = "{question}\nAnswer with yes or no."
 CAPTION = "Describe this video in one sentence."
 _QA = Benchmark(questions.load_qa, questions.QA, questions.tally, tasks=("qa",))
 _RETRIEVAL = Benchmark(ranking.load_captions, ranking.CAPTIONS, ranking.tally_retrieval, "retrieval", prompt=CAPTION)
@@ -46,6 +48,13 @@ BENCHMARKS = {
     "msrvtt-qa": _QA,
     "tgif-qa": _QA,
     "activitynet-qa": _QA,
+    "nextqa": Benchmark(questions.load_qa, questions.QA, choices.tally_choice, prompt=OPTIONS),
+    "tempcompass": Benchmark(choices.load_tempcompass, choices.TEMPCOMPASS, choices.tally_choice),
+    "mvbench": Benchmark(choices.load_mvbench, choices.MVBENCH, choices.tally_choice, prompt=OPTIONS),
+    "videohallucer": Benchmark(choices.load_videohallucer, choices.VIDEOHALLUCER, choices.tally_pair, prompt=YES_NO),
+    "eventhallusion": Benchmark(
+        choices.load_eventhallusion, choices.EVENTHALLUSION, choices.tally_choice, prompt=YES_NO
+    ),
     "msvd-retrieval": _RETRIEVAL,
     "msrvtt-retrieval": _RETRIEVAL,
     "ucf101": _ACTIONS,

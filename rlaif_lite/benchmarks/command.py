@@ -57,6 +57,7 @@ def bench(
     results = examinee.work.folder / "bench"
     out = out or results / f"{name}-{role}"
 
+    _refuse(judging)
     verdicts, ready = results / "verdicts", None
     if BENCHMARKS[name].tasks and judging.kind != "local":  # a wrong address is said before hours of answers
         ready = make_judge(judging, examinee, verdicts)
@@ -72,6 +73,14 @@ def bench(
         max_new_tokens,
     )
     return as_text(found, out)
+
+
+def _refuse(judging: Judging) -> None:
+    """Raises RlaifError, before any answer is made, for a local judge that cannot judge so."""
+    if judging.words and judging.kind != "local":
+        raise RlaifError(f"--judge-words is for a local judge; the judge is {judging.kind}.")
+    if judging.kind == "local" and judging.model is not None:
+        local.check_model(judging.model, judging.words)
 
 
 def make_judge(judging: Judging, examinee: Examinee, folder: Path) -> Judge:

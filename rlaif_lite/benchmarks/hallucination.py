@@ -2,7 +2,8 @@
 
 Files, as their authors ship them:
 
-    POPE              JSON lines {question_id, image or video, text, label}; label yes or no
+    POPE              JSON lines {question_id, image or video, text, label}; label yes or no. POPEv2: a list of
+                      {image_name, query, label}
     AMBER             query_*.json [{id, image, query}] and annotations.json [{id, type, truth, hallu}], where `truth`
                       is yes or no, or for generative items a list of objects; relation.json {object: [words]} and
                       safe_words.txt where they are given
@@ -10,10 +11,12 @@ Files, as their authors ship them:
                       {image_id, objects}; COCO's captions_*.json and a list of synonyms, a line per object, where given
     MMHal-Bench       a list of {question_type, question, gt_answer, image_content, image_id, image_src}
 
-Departures from the authors' scripts, which make figures comparable among ours and not with published ones: objects
-are found by their words (and plurals), where AMBER tags nouns and takes near synonyms by word vectors (spaCy) and
-Object HalBench asks GPT-3.5 which objects an answer names; an answer that says neither yes nor no is neither, and its
-share is shown, where POPE takes it for a yes.
+Departures from the authors' scripts. They make figures comparable among ours and not with published ones.
+
+- AMBER: nouns are tagged as the authors do, by another tagger (`nouns.py`). Near synonyms by word vectors (spaCy) are
+  left out: only relation.json says which words mean the same.
+- Object HalBench: objects are found by their words and plurals. The authors ask GPT-3.5 which objects an answer names.
+- POPE: an answer that says neither yes nor no is neither, and its share is shown. The authors take it for a yes.
 """
 
 import os
@@ -22,9 +25,24 @@ from collections import defaultdict
 from pathlib import Path
 
 from ..errors import DataError
-from .items import Item, Objects, Tally, entries, lines_of, meant, mentions, one_file, text, texts, unique, yes_or_no
+from .items import (
+    Item,
+    Objects,
+    Tally,
+    entries,
+    lines_of,
+    meant,
+    mentions,
+    one_file,
+    text,
+    texts,
+    unique,
+    words_of,
+    yes_or_no,
+)
+from .nouns import need_tagger, tagged
 
-POPE = "POPE's JSON lines {question_id, image or video, text, label}"
+POPE = "POPE's JSON lines {question_id, image or video, text, label}, or POPEv2's {image_name, query, label}"
 AMBER = "AMBER's query_*.json and annotations.json, and relation.json and safe_words.txt where you have them"
 OBJHAL = "Object HalBench's JSON lines {image_id, question, image}, COCO's instances_*.json (captions_*.json, synonyms)"
 MMHAL = "MMHal-Bench's list of {question_type, question, gt_answer, image_content, image_id, image_src}"
@@ -36,6 +54,13 @@ def load_pope(paths: list[Path]) -> list[Item]:
     """One file of polling questions."""
     path = one_file(paths, POPE)
     items = []
+    found = entries(path, POPE)
+    if "image_name" in found[0]:  # POPEv2: the same picture with and without its object, in two folders
+        for index, entry in enumerate(entries(path, POPE, "image_name", "query", "label")):
+            place = f"{path}, entry {index}"
+            picture = text(entry, "image_name", place).lstrip("/")
+            items.append(Item(picture, picture, (text(entry, "query", place),), _label(entry, "label", place)))
+        return unique(items)
     for index, entry in enumerate(entries(path, POPE, "question_id", "text", "label")):
         place = f"{path}, entry {index}"
         key = next((key for key in ("video", "image") if key in entry), None)
@@ -115,7 +140,9 @@ def load_amber(paths: list[Path]) -> list[Item]:
         note = notes[name]
         asked = (text(entry, "query", place),)
         video, kind = text(entry, "image", place), text(note, "type", f"annotation {name}")
+        kind = "discriminative-relation" if kind == "relation" else kind  # the file has both, the authors count one
         if kind == "generative":
+            need_tagger()
             present, traps = (_by_word(texts(note, key, f"annotation {name}"), relation) for key in ("truth", "hallu"))
             objects = Objects(present, traps, vocabulary, safe)
             items.append(Item(name, video, asked, "", kind, objects=objects))
@@ -140,7 +167,8 @@ def tally_amber(item: Item, row: dict) -> Tally:
     objects = item.objects
     if objects is None:
         return {f"disc_{name}": value for name, value in (_polled(item, row, "no") | _bias(row)).items()}
-    named = mentions(row["answers"][0], objects.vocabulary)
+    words, nouns = list(zip(*tagged(row["answers"][0]), strict=True)) or ((), ())
+    named = mentions(words, objects.vocabulary, nouns)
     invented = [word for word in named if word not in objects.harmless and word not in objects.present]
     return {
         "chair": (len(invented), len(named)),
@@ -179,7 +207,7 @@ def load_objhal(paths: list[Path]) -> list[Item]:
     asked = {_number(text(entry, "image_id", place)) for place, entry in prompts}
     for number, caption in captions:
         if number in asked:
-            objects[number].update(mentions(caption, vocabulary))
+            objects[number].update(mentions(words_of(caption), vocabulary))
     return unique(_with_objects(place, entry, objects, synonyms, vocabulary) for place, entry in prompts)
 
 
@@ -226,7 +254,7 @@ def _read_coco(found: dict, objects: dict[str, set[str]], place: str) -> list[tu
 def tally_objhal(item: Item, row: dict) -> Tally:
     """CHAIR by response (of the answers that name an object) and by mention (each word once per answer), and recall."""
     objects = item.objects
-    named = list(dict.fromkeys(mentions(row["answers"][0], objects.vocabulary)))
+    named = list(dict.fromkeys(mentions(words_of(row["answers"][0]), objects.vocabulary)))
     invented = [word for word in named if word not in objects.present]
     return {
         "chair_response": (float(bool(invented)), float(bool(named))),

@@ -4,9 +4,11 @@ Every reader of this package goes through `entries`, so that a file in another s
 where, and what was expected.
 """
 
+import csv
 import os
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +50,15 @@ class Item(NamedTuple):
     "the texts of which `reference` is the right one, where texts are ranked for the video"
     picture: str | None = None
     "the picture itself, base64, where the file holds it"
+    second_video: str | None = None
+    "of the second question, where that one is about another video"
+
+    @property
+    def videos(self) -> tuple[str, ...]:
+        """The video of each question; one where there is no question."""
+        if len(self.questions) < 2:
+            return (self.video,)
+        return (self.video, self.second_video or self.video)
 
 
 Tally = dict[str, tuple[float, float]]
@@ -81,7 +92,27 @@ def text(entry: dict, key: str, place: str) -> str:
     value = entry.get(key)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or not str(value).strip():
         raise DataError(f"{place}: `{key}` is {value!r}, expected a text.")
-    return str(value).strip()
+    found = str(value).strip()
+    if not found.isascii() and any("\ud800" <= letter <= "\udfff" for letter in found):
+        raise DataError(f"{place}: `{key}` is {found!r} with half a surrogate pair, which is no text. Repair the file.")
+    return found
+
+
+def rows_of(path: Path, format: str) -> list[dict[str, str]]:
+    """The rows of a CSV, separated by commas or tabs, by their column names. Raises DataError for what is none."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            header = file.readline()
+            file.seek(0)
+            found = list(csv.DictReader(file, delimiter="\t" if "\t" in header else ","))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: it cannot be read as CSV ({error}).") from None
+    if not found:
+        raise DataError(f"{path}: it holds no rows. Expected {format}.")
+    for number, row in enumerate(found, 2):
+        if None in row or None in row.values():
+            raise DataError(f"{path}, line {number}: its columns are not those of the first line. Expected {format}.")
+    return found
 
 
 def texts(entry: dict, key: str, place: str) -> list[str]:
@@ -152,7 +183,8 @@ def _find(name: str, root: Path, places: dict[str, list[str]]) -> str | None:
         return str(root / name)
     stem, suffix = os.path.splitext(os.path.basename(name))
     stem = stem if suffix.lower() in (*SUFFIXES, *IMAGES) else os.path.basename(name)
-    for spelling in (stem, f"v_{stem}", stem.removeprefix("v_")):
+    numbered = (f"video{stem}", f"vid{stem}") if stem.isdecimal() else ()  # MSR-VTT and MSVD give numbers alone
+    for spelling in (stem, f"v_{stem}", stem.removeprefix("v_"), *numbered):
         fitting = [path for path in places.get(spelling, []) if os.path.isfile(path) or _has_frames(path)]
         if len(fitting) > 1:
             raise DataError(
@@ -171,9 +203,25 @@ def _has_frames(folder: str) -> bool:
 # ---- answers as words
 
 
+# Vowel signs and accents are part of the word before them, and no letters to `re`.
+MARKS = "".join(chr(code) for code in range(0x300, 0x1E95B) if unicodedata.category(chr(code))[0] == "M")
+LETTER = rf"[^\W_]|[{re.escape(MARKS)}]"
+# Scripts without spaces: a character is a word.
+UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
+WORD = re.compile(
+    rf"[{UNSPACED}]|(?:(?<![^\s(\[=:])[-−])?\d+(?:[.,]\d+)+(?!\w)|(?<![^\s(\[=:])[-−]\d+(?![\w])"
+    rf"|(?:(?![{UNSPACED}])(?:{LETTER}))+(?:['-](?:(?![{UNSPACED}])(?:{LETTER}))+)*"
+)
+THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
+
+
 def words_of(answer: str) -> list[str]:
-    """Lower-case words without punctuation; an apostrophe in any form."""
-    return re.findall(r"[a-z0-9]+(?:['-][a-z0-9]+)*", answer.lower().replace("’", "'"))
+    """Lower-case words of any script without punctuation; an apostrophe in any form; numbers with sign and fraction.
+
+    A character of Chinese or Japanese is a word."""
+    text = unicodedata.normalize("NFKC", answer).lower().replace("’", "'")
+    found = (word.replace("−", "-") for word in WORD.findall(text))
+    return [word.replace(",", "") if THOUSANDS.fullmatch(word) else word for word in found]
 
 
 def meant(words: Iterable[str], objects: dict[str, frozenset[str]]) -> set[str]:
@@ -181,12 +229,16 @@ def meant(words: Iterable[str], objects: dict[str, frozenset[str]]) -> set[str]:
     return set().union(*(objects[word] for word in words if word in objects))
 
 
-def mentions(answer: str, vocabulary: frozenset[str]) -> list[str]:
-    """The words and runs of words of an answer that are in `vocabulary`, longest first, plurals as singulars."""
-    words, longest = words_of(answer), max((name.count(" ") + 1 for name in vocabulary), default=1)
+def mentions(words: Sequence[str], vocabulary: frozenset[str], nouns: Sequence[bool] | None = None) -> list[str]:
+    """The words and runs of words that are in `vocabulary`, longest first, plurals as singulars.
+
+    `nouns`: whether each word is a noun, where only runs that end in one count."""
+    longest = max((name.count(" ") + 1 for name in vocabulary), default=1)
     found, at = [], 0
     while at < len(words):
         for length in range(min(longest, len(words) - at), 0, -1):
+            if nouns is not None and not nouns[at + length - 1]:
+                continue
             run = words[at : at + length]
             name = next(
                 (n for n in (" ".join([*run[:-1], last]) for last in _singulars(run[-1])) if n in vocabulary), None

@@ -1,11 +1,12 @@
 """Questions whose answers a judge scores: the Video-ChatGPT benchmark and zero-shot question answering.
 
-Files, as Video-ChatGPT (arXiv 2306.05424) and those who follow it ship them, all JSON lists:
+Files, as their authors ship them (Video-ChatGPT: arXiv 2306.05424):
 
     generic_qa, temporal_qa   {video_name, Q, A}; answers to the generic ones are judged on three axes
     consistency_qa            {video_name, Q1, Q2, A}; two wordings of one question
-    question answering        {video_name, question_id, question, answer} in one file, or without the answer in
-                              test_q.json beside {question_id, answer} in test_a.json, in any order
+    question answering        {video_name, question_id, question, answer} in one file, the id where there is one;
+                              or test_q.json without the answer, and {question_id, answer} in test_a.json, in any order
+    TGIF-QA, NExT-QA          a CSV of question and answer; where it has options (a1-a5, a0-a4), `answer` counts from 0
 
 Departure from their scripts, which join the two files by position: they are joined by `question_id`.
 """
@@ -13,11 +14,15 @@ Departure from their scripts, which join the two files by position: they are joi
 from pathlib import Path
 
 from ..errors import DataError
-from .items import Item, Tally, entries, one_file, text, unique
+from .items import Item, Tally, entries, one_file, rows_of, text, unique
+from .options import lettered
 
 GENERIC = "the list of {video_name, Q, A} of Video-ChatGPT's benchmark"
 CONSISTENCY = "the list of {video_name, Q1, Q2, A} of Video-ChatGPT's consistency questions"
-QA = "a list of {video_name, question_id, question, answer}, or test_q.json and test_a.json"
+QA = "a list of {video_name, question, answer}, test_q.json and test_a.json, or TGIF-QA's or NExT-QA's CSV"
+VIDEO_KEYS = ("video_name", "video_id", "video", "gif_name")
+ID_KEYS = ("question_id", "qid", "key", "id")
+OPTION_KEYS = ("a0", "a1", "a2", "a3", "a4", "a5")
 
 
 def load_generic(paths: list[Path]) -> list[Item]:
@@ -40,27 +45,47 @@ def _generative(path: Path, format: str, *asked: str) -> list[Item]:
 
 
 def load_qa(paths: list[Path]) -> list[Item]:
-    """Zero-shot question answering in either form; ActivityNet-QA's `type` is the group."""
+    """Question answering in any of its forms; the type of a question is its group."""
     if len(paths) not in (1, 2):
         raise DataError(f"{len(paths)} files were given, expected one or two: {QA}.")
-    asked, answers = paths[0], paths[-1]
+    if len(paths) == 1:
+        path = paths[0]
+        rows = rows_of(path, QA) if path.suffix in (".csv", ".tsv") else entries(path, QA)
+        places = [f"{path}, entry {index}" for index in range(len(rows))]
+        return unique(_asked(row, row, place, str(n)) for n, (row, place) in enumerate(zip(rows, places, strict=True)))
+    asked, answers = paths
     given = {}
     for index, entry in enumerate(entries(answers, QA, "question_id", "answer")):
-        name = text(entry, "question_id", f"{answers}, entry {index}")
-        given[name] = (text(entry, "answer", f"{answers}, entry {index}"), str(entry.get("type", "")))
+        given[text(entry, "question_id", f"{answers}, entry {index}")] = (f"{answers}, entry {index}", entry)
     items = []
-    for index, entry in enumerate(entries(asked, QA, "video_name", "question_id", "question")):
+    for index, entry in enumerate(entries(asked, QA, "question_id", "question")):
         place = f"{asked}, entry {index}"
         name = text(entry, "question_id", place)
         if name not in given:
             raise DataError(
                 f"{place}: question {name} has no answer in {answers}. The two files belong to other splits."
             )
-        answer, kind = given[name]
-        if asked == answers:  # an id may repeat within one file, and then each entry has its own answer
-            answer, kind = text(entry, "answer", place), str(entry.get("type", ""))
-        items.append(Item(name, text(entry, "video_name", place), (text(entry, "question", place),), answer, kind))
+        items.append(_asked(entry, given[name][1], place, name))
     return unique(items)
+
+
+def _asked(entry: dict, answered: dict, place: str, number: str) -> Item:
+    """One question. `answered` holds its answer; `number` is its id where the file gives none."""
+    video = next((key for key in VIDEO_KEYS if key in entry), None)
+    if video is None:
+        raise DataError(f"{place}: found the keys {', '.join(map(str, list(entry)[:8]))}. Expected {QA}.")
+    key = next((key for key in ID_KEYS if str(entry.get(key) or "").strip()), None)
+    name = number if key is None else text(entry, key, place)
+    if key == "qid":  # NExT-QA counts the questions of each video
+        name = f"{text(entry, video, place)}_{name}"
+    question, answer = text(entry, "question", place), text(answered, "answer", place)
+    options = [text(entry, key, place) for key in OPTION_KEYS if str(entry.get(key) or "").strip()]
+    if options:
+        options = lettered(options)
+        if not answer.isdecimal() or int(answer) >= len(options):
+            raise DataError(f"{place}: `answer` is {answer!r}, expected the number of an option from 0.")
+        question, answer = "\n".join([question, *options]), options[int(answer)]
+    return Item(name, text(entry, video, place), (question,), answer, str(answered.get("type") or ""))
 
 
 def tally(item: Item, row: dict) -> Tally:

@@ -73,7 +73,7 @@ def _judges(results: list[dict]) -> dict[bool, str]:
             shown = "\n  ".join(f"{judge}  ({whose})" for judge, whose in judges.items())
             raise DataError(
                 f"These results come from {len(judges)} judges:\n  {shown}\nFigures of different judges cannot be "
-                "compared: make one table per judge, or judge again with `rlaif-lite bench ... --judge`; answers are kept."
+                "compared. Make one table per judge, or judge again with `rlaif-lite bench ... --judge`; answers stay."
             )
     return {of_claims: next(iter(judges)) for of_claims, judges in found.items()}
 

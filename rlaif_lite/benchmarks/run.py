@@ -50,7 +50,7 @@ def run(
         "features": recipe.features.model_dump(mode="json", exclude={"cache", "workers"}),
     }
     broken = examinee.look(found, out / "videos.json", clips=benchmark.kind == "claims")
-    usable = [item for item in items if item.video in found and item.video not in broken]
+    usable = [item for item in items if all(video in found and video not in broken for video in item.videos)]
     if not usable:
         raise DataError(f"None of the {len(found)} videos can be used; the first: {next(iter(broken.values()))}")
     if benchmark.kind == "claims":  # its verdicts lie in the folder, beside the answers
@@ -84,10 +84,10 @@ def run(
         "items": len(usable),
         "videos": len({item.video for item in usable}),
         "missing": missing,
-        "missing_items": sum(item.video in missing for item in items),
+        "missing_items": sum(any(video in missing for video in item.videos) for item in items),
         "broken": broken,
-        "broken_items": sum(item.video in broken for item in items),
-        "metrics": figures([(item.video, tally) for item, tally in zip(usable, tallies)]),
+        "broken_items": sum(any(video in broken for video in item.videos) for item in items),
+        "metrics": figures([(item.video, tally) for item, tally in zip(usable, tallies, strict=True)]),
         "groups": _groups(usable, tallies),
     }
     write_json(out / "results.json", result)
@@ -97,7 +97,7 @@ def run(
 def _videos(items: list[Item], root: Path, out: Path) -> tuple[dict[str, str], list[str]]:
     """({name: path}, names that are not there). Raises DataError where none is."""
     inside = write_pictures(items, out / "pictures")
-    found, missing = find_videos([item.video for item in items if item.video not in inside], root)
+    found, missing = find_videos([name for item in items for name in item.videos if name not in inside], root)
     if not found and not inside:
         raise DataError(f"None of the {len(missing)} videos is under {root}, among them {', '.join(missing[:5])}.")
     return found | inside, missing
@@ -120,7 +120,9 @@ def _rows(
     rows = [{key: value for key, value in answers[item.id].items() if key not in ("id", "seen")} for item in items]
     if benchmark.kind == "claims":
         found = examinee.audits(items, answers, out)
-        return [row | {"claims": found[item.id]["claims"]} for item, row in zip(items, rows)], settings["judge"]
+        return [row | {"claims": found[item.id]["claims"]} for item, row in zip(items, rows, strict=True)], settings[
+            "judge"
+        ]
     if not benchmark.tasks:
         return rows, None
     examinee.work.release_roles()
@@ -128,7 +130,7 @@ def _rows(
     for row in rows:
         row["verdicts"] = {}
     for task in benchmark.tasks:
-        cases = [_case(item, row, task) for item, row in zip(items, rows)]
+        cases = [_case(item, row, task) for item, row in zip(items, rows, strict=True)]
         for row, verdict in zip(rows, judge.judge(cases), strict=True):
             row["verdicts"][task] = {key: value for key, value in verdict._asdict().items() if key != "id"}
     return rows, judge.id
@@ -156,7 +158,7 @@ def _groups(items: list[Item], tallies: list[Tally]) -> dict[str, dict]:
     if len(names) < 2:
         return {}
     return {
-        name: figures([(item.video, tally) for item, tally in zip(items, tallies) if item.group == name])
+        name: figures([(item.video, tally) for item, tally in zip(items, tallies, strict=True) if item.group == name])
         for name in names
     }
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 from transformers.utils import cached_file
 
 from ...data.records import Message
@@ -128,7 +129,7 @@ def of_model(name: str, device: torch.device, words: bool = False, batch_size: i
 
     Raises ModelError for one that is neither, and where `words` is asked of a text model."""
     section = Section(base=name)
-    config = read_config(section)
+    config = check_model(name, words)
     # of a hub id the commit, which is the folder's name in the hub's cache
     found = base_digest(section) if Path(name).is_dir() else _commit(name)
     if config.model_type in FAMILIES:
@@ -136,10 +137,16 @@ def of_model(name: str, device: torch.device, words: bool = False, batch_size: i
             section = section.model_copy(update={"quantization": "none"})
         roles = Roles(load_base(section, device, tower=False), Lora())
         return LocalRole(roles, BASE, f"local:{_short(name)}:{section.quantization}", found, words, batch_size)
-    if words:
-        raise ModelError(f"{name} is a text model, which judges by what it writes. Leave the choice by words out.")
     text = TextModel(name, device, Divide(max_new_tokens=REPLY_TOKENS, batch_size=batch_size))
     return LocalText(text, f"local:{_short(name)}:{'nf4' if device.type == 'cuda' else 'full'}", found)
+
+
+def check_model(name: str, words: bool) -> PretrainedConfig:
+    """The configuration of a checkpoint. Raises ModelError as `of_model` does, without loading the weights."""
+    config = read_config(Section(base=name))
+    if words and config.model_type not in FAMILIES:
+        raise ModelError(f"{name} is a text model, which judges by what it writes. Leave --judge-words out.")
+    return config
 
 
 def _commit(name: str) -> str:

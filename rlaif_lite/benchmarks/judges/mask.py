@@ -1,4 +1,4 @@
-"""What a server says, before it is shown, raised or written: without secrets, and in characters that a file can hold."""
+"""What a server says, before it is shown or written: without secrets, in characters that a file can hold."""
 
 import json
 import re

@@ -9,11 +9,11 @@ others  token F1 between prediction and reference on the task's scale, nothing m
         where no model can run, and is not to be quoted beside a model's.
 """
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 
 from ..items import words_of, yes_or_no
+from ..options import label_of, named_in
 from . import Case, Verdict
 from .prompts import SCALES
 
@@ -22,14 +22,12 @@ NUMBERS = {
     word: str(n)
     for n, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])
 }
-OPTION = re.compile(r"\s*\(?([A-H])(?:[.):]+(?:\s+(.*))?|\s*$)", re.DOTALL)  # "B", "(B)", "B. a dog"
-NAMED = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?:?\s*\(?([A-H])\b")
 
 
 class Rules:
     """Judges by the rules above."""
 
-    id = "rules:words-and-token-f1@2"  # another number when a rule changes
+    id = "rules:words-and-token-f1@3"  # another number when a rule changes
 
     def judge(self, cases: Sequence[Case]) -> list[Verdict]:
         """One verdict for each case, in order; there is never a problem."""
@@ -53,21 +51,20 @@ def _judge(case: Case) -> Verdict:
     said = case.prediction if isinstance(case.prediction, tuple) else (case.prediction,)
     share = min(token_f1(prediction, case.reference) for prediction in said)
     if case.task == "qa":
-        right, only = _right(case.prediction, case.reference)
+        right, only = right_by_words(case.prediction, case.reference)
         return Verdict(case.id, right, 5.0 * (right if only else share), "", None)
     score = scale.low + share * (scale.high - scale.low)
     return Verdict(case.id, None if scale.right is None else score >= scale.right, score, "", None)
 
 
-def _right(prediction: str, reference: str) -> tuple[bool, bool]:
+def right_by_words(prediction: str, reference: str) -> tuple[bool, bool]:
     """(whether it is right, whether it can only be right or wrong)."""
     asked, said = normal(reference), normal(prediction)
     if asked in (["yes"], ["no"]):
         return yes_or_no(prediction) == (asked == ["yes"]), True
-    if option := OPTION.fullmatch(reference):
-        named = OPTION.match(prediction) or NAMED.search(prediction)
-        if named:
-            return named[1] == option[1], True
-        asked = normal(option[2] or "")
+    if option := label_of(reference):
+        if named := named_in(prediction):
+            return named == option[0], True
+        asked = normal(option[1])
     runs = (said[start : start + len(asked)] for start in range(len(said) - len(asked) + 1))
     return bool(asked) and any(run == asked for run in runs), bool(option)

@@ -1,0 +1,127 @@
+"""Questions with a right choice, scored by rules: options, yes and no, and pairs that must both be right.
+
+Files, as their authors ship them:
+
+    NExT-QA         a CSV {video, question, answer, qid, type, a0, ..., a4}; the type is the group
+    TempCompass     multi-choice.json, caption_matching.json or yes_no.json:
+                    {video: {dimension: [{question, answer}]}}; the dimension is the group
+    MVBench         a list of {video, question, candidates, answer}, one file per task; several files are groups
+    VideoHallucer   a list of {basic: {video, question, answer}, hallucination: {...}, type}; answers yes or no
+    EventHallusion  a list of {id, questions: [{question, answer}]}; answers yes or no, the id names the video
+
+VideoHallucer counts a pair where both of its questions are answered rightly (`overall`), and so does this.
+"""
+
+from pathlib import Path
+
+from ..errors import DataError
+from .items import Item, Tally, entries, one_file, text, texts, unique, yes_or_no
+from .judges.rules import right_by_words
+from .options import label_of, lettered, named_in
+
+TEMPCOMPASS = "TempCompass's {video: {dimension: [{question, answer}]}}: multi-choice, caption_matching or yes_no"
+MVBENCH = "MVBench's lists of {video, question, candidates, answer}, one file per task"
+VIDEOHALLUCER = "VideoHallucer's lists of {basic: {video, question, answer}, hallucination: {...}}"
+EVENTHALLUSION = "EventHallusion's list of {id, questions: [{question, answer}]}"
+
+
+def load_tempcompass(paths: list[Path]) -> list[Item]:
+    """One file of TempCompass; its videos are named by their ids."""
+    path = one_file(paths, TEMPCOMPASS)
+    (found,) = entries(path, TEMPCOMPASS)
+    items = []
+    for video, dimensions in found.items():
+        if not isinstance(dimensions, dict) or not all(isinstance(asked, list) for asked in dimensions.values()):
+            raise DataError(f"{path}, {video}: found a {type(dimensions).__name__}. Expected {TEMPCOMPASS}.")
+        for dimension, asked in dimensions.items():
+            for number, entry in enumerate(asked):
+                name = f"{video}_{dimension}_{number}"
+                items.append(_item(name, video, entry, f"{path}, {name}", dimension, TEMPCOMPASS))
+    return items
+
+
+def load_mvbench(paths: list[Path]) -> list[Item]:
+    """Files of MVBench; each is a group, and its name the task's."""
+    items = []
+    for path in paths:
+        for index, entry in enumerate(entries(path, MVBENCH, "video", "question", "candidates", "answer")):
+            place = f"{path}, entry {index}"
+            candidates, answer = texts(entry, "candidates", place), text(entry, "answer", place)
+            if answer not in candidates:
+                raise DataError(f"{place}: `answer` {answer!r} is none of the candidates {candidates}.")
+            options = lettered(candidates)
+            question = "\n".join([text(entry, "question", place), *options])
+            right = options[candidates.index(answer)]
+            items.append(Item(f"{path.stem}_{index}", text(entry, "video", place), (question,), right, path.stem))
+    return items
+
+
+def load_videohallucer(paths: list[Path]) -> list[Item]:
+    """Files of VideoHallucer; each is a group. A pair is one item with two questions, each about its video."""
+    items = []
+    for path in paths:
+        for index, entry in enumerate(entries(path, VIDEOHALLUCER, "basic", "hallucination")):
+            place = f"{path}, entry {index}"
+            pair = [
+                _item("", None, entry[half], f"{place}, {half}", "", VIDEOHALLUCER)
+                for half in ("basic", "hallucination")
+            ]
+            answers = [_yes_no(half.reference, place) for half in pair]
+            asked = tuple(half.questions[0] for half in pair)
+            videos = [half.video for half in pair]
+            item = Item(f"{path.stem}_{index}", videos[0], asked, "/".join(answers), path.stem, second_video=videos[1])
+            items.append(item)
+    return items
+
+
+def load_eventhallusion(paths: list[Path]) -> list[Item]:
+    """Files of EventHallusion (its yes and no part); each is a group."""
+    items = []
+    for path in paths:
+        for index, entry in enumerate(entries(path, EVENTHALLUSION, "id", "questions")):
+            place = f"{path}, entry {index}"
+            video = text(entry, "id", place)
+            if not isinstance(entry["questions"], list):
+                raise DataError(f"{place}: `questions` is {entry['questions']!r}. Expected {EVENTHALLUSION}.")
+            for asked in entry["questions"]:
+                item = _item(video, video, asked, place, path.stem.removesuffix("_questions"), EVENTHALLUSION)
+                items.append(item._replace(reference=_yes_no(item.reference, place)))
+    return unique(items)
+
+
+def _item(name: str, video: str | None, entry: object, place: str, group: str, format: str) -> Item:
+    """An entry with `question` and `answer`, and with `video` where none is given."""
+    if not isinstance(entry, dict):
+        raise DataError(f"{place}: found a {type(entry).__name__}. Expected {format}.")
+    about = text(entry, "video", place) if video is None else video
+    return Item(name, about, (text(entry, "question", place),), text(entry, "answer", place), group)
+
+
+def _yes_no(answer: str, place: str) -> str:
+    said = answer.lower().rstrip(".")
+    if said not in ("yes", "no"):
+        raise DataError(f"{place}: `answer` is {answer!r}, expected yes or no.")
+    return said
+
+
+def tally_choice(item: Item, row: dict) -> Tally:
+    """Accuracy, and the share of answers that name no option, or neither yes nor no. Those are wrong."""
+    answer = row["answers"][0]
+    right, _ = right_by_words(answer, item.reference)
+    named = named_in(answer) if label_of(item.reference) else yes_or_no(answer)
+    return {"accuracy": (float(right), 1.0), "unread_share": (float(named is None and not right), 1.0)}
+
+
+def tally_pair(item: Item, row: dict) -> Tally:
+    """Each half of a pair, and both together."""
+    said = [yes_or_no(answer) for answer in row["answers"]]
+    right = [
+        value is not None and value == (wanted == "yes")
+        for value, wanted in zip(said, item.reference.split("/"), strict=True)
+    ]
+    return {
+        "basic": (float(right[0]), 1.0),
+        "hallucination": (float(right[1]), 1.0),
+        "overall": (float(all(right)), 1.0),
+        "yes_share": (float(said.count(True)), 2.0),
+    }

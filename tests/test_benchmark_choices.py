@@ -1,0 +1,239 @@
+"""Options, nouns and words: replies as models write them, and files as authors ship them."""
+
+import base64
+import json
+import sys
+
+import pytest
+
+from rlaif_lite.benchmarks import choices, hallucination, nouns, questions
+from rlaif_lite.benchmarks.answer import write_pictures
+from rlaif_lite.benchmarks.items import Item, find_videos, mentions, words_of
+from rlaif_lite.benchmarks.judges.rules import right_by_words
+from rlaif_lite.benchmarks.options import label_of, named_in
+from rlaif_lite.errors import DataError
+
+REPLIES = {
+    "Caption B": "B",
+    "Option 2": "B",
+    "Sentence A": "A",
+    "**B.**": "B",
+    "(b) the ball rolls down": "B",
+    "b) the ball": "B",
+    "Not A. Thus: B": "B",
+    "The answer is (B), and not option A.": "B",
+    "Option A is wrong. Answer: B": "B",
+    "The correct answer is option 3": "C",
+    "I think C": "C",
+    "A": "A",
+    "A. a dog": "A",
+    "A dog runs": None,
+    "A and B": "B",  # the article may stand for an A; a B stands for nothing else
+    "B or C": None,
+    "The ball rolls up": None,
+    "2": None,  # a count
+    "": None,
+}
+
+
+@pytest.mark.parametrize("reply", REPLIES)
+def test_the_option_that_a_reply_names(reply):
+    assert named_in(reply) == REPLIES[reply]
+
+
+def test_options_as_references():
+    assert label_of("B") == ("B", "") and label_of("(B) a dog") == ("B", "a dog")
+    assert label_of("Option 2: a dog") == ("B", "a dog") == label_of("Caption B: a dog")
+    assert label_of("2") is label_of("a dog") is label_of("b") is None
+    for reference in ("B", "B. the ball rolls down", "Option 2: The ball rolls down."):
+        assert [right_by_words(reply, reference)[0] for reply in ("Caption B", "The ball rolls up")] == [True, False]
+    assert right_by_words("the ball rolls down", "Option 2: The ball rolls down.") == (True, True)
+
+
+WORDS = {
+    "Привет, мир!": ["привет", "мир"],
+    "一只狗在跑。": ["一", "只", "狗", "在", "跑"],
+    "कुत्ता दौड़ रहा है": ["कुत्ता", "दौड़", "रहा", "है"],
+    "الكلب يجري": ["الكلب", "يجري"],
+    "Café, naïve": ["café", "naïve"],
+    "-5 degrees, not 5": ["-5", "degrees", "not", "5"],
+    "−5": ["-5"],
+    "3.5 of 1,000": ["3.5", "of", "1000"],
+    "2-5 a well-kept dog isn’t": ["2-5", "a", "well-kept", "dog", "isn't"],
+}
+
+
+@pytest.mark.parametrize("text", WORDS)
+def test_words_of_any_script(text):
+    import unicodedata
+
+    assert words_of(text) == [unicodedata.normalize("NFKC", word) for word in WORDS[text]]
+    assert right_by_words(text, text)[0]
+
+
+def test_a_sign_and_a_fraction_are_part_of_a_number():
+    assert not right_by_words("-5", "5")[0] and not right_by_words("5", "-5")[0]
+    assert not right_by_words("3.5", "5")[0] and right_by_words("It is -5 today", "-5")[0]
+    assert not right_by_words("猫在跑", "狗")[0] and right_by_words("一只狗在跑", "狗")[0]
+
+
+def test_verbs_are_no_objects():
+    """ "train" stays: NLTK's tagger, which AMBER's authors use, and spaCy's small model read "dog train" as two nouns."""
+    vocabulary = frozenset(["can", "watch", "train", "bear", "dog", "fire truck"])
+
+    def named(text: str) -> list[str]:
+        words, are_nouns = zip(*nouns.tagged(text), strict=True)
+        return mentions(words, vocabulary, are_nouns)
+
+    assert named("We can watch the dog train in the park; it can bear the heat.") == ["dog", "train"]
+    assert named("They train the dog and watch; we bear it as we can.") == ["dog"]
+    assert named("A watch, a train and two dogs by the fire truck.") == ["watch", "train", "dog", "fire truck"]
+    item = hallucination.Item("1", "v", ("q",), "", objects=hallucination.Objects({}, {}, vocabulary, frozenset()))
+    assert hallucination.tally_amber(item, {"answers": ["We can watch."]})["hal"] == (0.0, 1.0)
+    assert hallucination.tally_amber(item, {"answers": [""]})["chair"] == (0, 0)
+
+
+def test_without_a_tagger_amber_is_refused_before_any_answer(tmp_path, monkeypatch):
+    write = {
+        "q": [{"id": 1, "image": "a", "query": "q"}],
+        "n": [{"id": 1, "type": "generative", "truth": [], "hallu": []}],
+    }
+    for name, what in write.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(what))
+    monkeypatch.setitem(sys.modules, "textblob.taggers", None)
+    nouns._tagger.cache_clear()
+    with pytest.raises(DataError, match=r"pip install 'rlaif-lite\[amber\]'"):
+        hallucination.load_amber([tmp_path / "q.json", tmp_path / "n.json"])
+    nouns._tagger.cache_clear()
+
+
+def test_ambers_relations_are_one_group(tmp_path):
+    queries = [{"id": n, "image": "a", "query": "q"} for n in (1, 2)]
+    notes = [{"id": 1, "type": "relation", "truth": "no"}, {"id": 2, "type": "discriminative-relation", "truth": "yes"}]
+    for name, what in {"q": queries, "n": notes}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(what))
+    items = hallucination.load_amber([tmp_path / "q.json", tmp_path / "n.json"])
+    assert {item.group for item in items} == {"discriminative-relation"}
+
+
+def test_popev2_keeps_a_picture_and_its_counterpart_apart(tmp_path):
+    rows = [
+        {"image_id": 7, "image_name": f"/{folder}/000007.jpg", "query": "Is there a cat?", "label": label}
+        for folder, label in (("images", "no"), ("normal_images", "yes"))
+    ]
+    (tmp_path / "annotations.json").write_text(json.dumps(rows))
+    items = hallucination.load_pope([tmp_path / "annotations.json"])
+    assert [(item.video, item.reference) for item in items] == [
+        ("images/000007.jpg", "no"),
+        ("normal_images/000007.jpg", "yes"),
+    ]
+    for item in items:
+        (tmp_path / item.video).parent.mkdir()
+        (tmp_path / item.video).touch()
+    found, _ = find_videos([item.video for item in items], tmp_path)
+    assert len(set(found.values())) == 2
+
+
+def test_pictures_of_one_name_in_two_folders_are_two(tmp_path):
+    pictures = {name: base64.b64encode(name.encode()).decode() for name in ("x/0", "y/0", "../0")}
+    items = [Item(name, name, (), "", picture=content) for name, content in pictures.items()]
+    found = write_pictures(items, tmp_path / "inside")
+    assert len(set(found.values())) == 3 and len(list((tmp_path / "inside").iterdir())) == 3
+    assert all(open(path, "rb").read() == name.encode() for name, path in found.items())
+
+
+def test_questions_without_ids_and_as_csv(tmp_path):
+    rows = [
+        {"video_id": 12, "question": "what is it", "answer": "rope"},
+        {"video_id": 13, "question": "how many", "answer": 2},
+    ]
+    (tmp_path / "qa.json").write_text(json.dumps(rows))
+    assert [i[:4] for i in questions.load_qa([tmp_path / "qa.json"])] == [
+        ("0", "12", ("what is it",), "rope"),
+        ("1", "13", ("how many",), "2"),
+    ]
+    (tmp_path / "video12.mp4").touch()
+    assert find_videos(["12"], tmp_path)[0] == {"12": str(tmp_path / "video12.mp4")}
+    (tmp_path / "nextqa.csv").write_text(
+        "video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4\n"
+        "4010,369,640,480,why does the girl look up,2,0,CW,rain,kite,plane,bird,light\n"
+    )
+    (item,) = questions.load_qa([tmp_path / "nextqa.csv"])
+    assert item[:5] == (
+        "4010_0",
+        "4010",
+        ("why does the girl look up\nA. rain\nB. kite\nC. plane\nD. bird\nE. light",),
+        "C. plane",
+        "CW",
+    )
+    (tmp_path / "tgif.csv").write_text(
+        "gif_name\tquestion\ta1\ta2\tanswer\tvid_id\tkey\ntumblr_a\twhat ?\trun\tjump\t1\tACTION4\t26\n"
+    )
+    assert questions.load_qa([tmp_path / "tgif.csv"])[0][:4] == (
+        "26",
+        "tumblr_a",
+        ("what ?\nA. run\nB. jump",),
+        "B. jump",
+    )
+    for text, said in (
+        ("question,answer\nq,a\n", "found the keys question, answer"),
+        ("video,question,answer,a0\nv,q,7,x\n", "expected the number of an option from 0"),
+        ("video,question,answer\nv,q\n", "line 2: its columns are not those of the first line"),
+        ("video,question,answer\n", "it holds no rows"),
+    ):
+        (tmp_path / "bad.csv").write_text(text)
+        with pytest.raises(DataError, match=said):
+            questions.load_qa([tmp_path / "bad.csv"])
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path):
+    (tmp_path / "qa.json").write_text('[{"video_name": "a", "question": "\\ud800", "answer": "x"}]')
+    with pytest.raises(DataError, match="entry 0.*half a surrogate pair"):
+        questions.load_qa([tmp_path / "qa.json"])
+
+
+def row(*answers: str) -> dict:
+    return {"answers": list(answers)}
+
+
+def test_sets_with_a_right_choice(tmp_path):
+    def written(name: str, what) -> list:
+        (tmp_path / name).write_text(json.dumps(what))
+        return [tmp_path / name]
+
+    asked = {"question": "Which?\nOption 1: up\nOption 2: down", "answer": "Option 2: down"}
+    (item,) = choices.load_tempcompass(written("caption_matching.json", {"77": {"order": [asked]}}))
+    assert (item.id, item.video, item.group) == ("77_order_0", "77", "order")
+    assert choices.tally_choice(item, row("Caption B"))["accuracy"] == (1.0, 1.0)
+    assert choices.tally_choice(item, row("hm"))["unread_share"] == (1.0, 1.0)
+
+    task = {"video": "a.mp4", "question": "What?", "candidates": ["sit", "run"], "answer": "run"}
+    (item,) = choices.load_mvbench(written("action_sequence.json", [task]))
+    assert item[:5] == ("action_sequence_0", "a.mp4", ("What?\nA. sit\nB. run",), "B. run", "action_sequence")
+    with pytest.raises(DataError, match="`answer` 'fly' is none of the candidates"):
+        choices.load_mvbench(written("m.json", [task | {"answer": "fly"}]))
+
+    half = [
+        {"video": name, "question": f"{name}?", "answer": answer}
+        for name, answer in (("a.mp4", "yes"), ("b.mp4", "no"))
+    ]
+    pair = {"basic": half[0], "hallucination": half[1], "type": "subject"}
+    (item,) = choices.load_videohallucer(written("semantic_detail.json", [pair]))
+    assert (item.questions, item.videos, item.reference) == (("a.mp4?", "b.mp4?"), ("a.mp4", "b.mp4"), "yes/no")
+    both, one = (choices.tally_pair(item, row(*said)) for said in (("Yes.", "No."), ("yes", "yes")))
+    assert both["overall"] == (1.0, 1.0) and one["overall"] == (0.0, 1.0)
+    assert (one["basic"], one["hallucination"], one["yes_share"]) == ((1.0, 1.0), (0.0, 1.0), (2.0, 2.0))
+    with pytest.raises(DataError, match="`answer` is 'perhaps', expected yes or no"):
+        choices.load_videohallucer(written("v.json", [pair | {"basic": half[0] | {"answer": "perhaps"}}]))
+
+    event = {
+        "id": "entire_001",
+        "questions": [{"question": "q?", "answer": "No."}, {"question": "r?", "answer": "yes"}],
+    }
+    items = choices.load_eventhallusion(written("entire_questions.json", [event]))
+    assert [(i.id, i.reference, i.group) for i in items] == [
+        ("entire_001", "no", "entire"),
+        ("entire_001#2", "yes", "entire"),
+    ]
+    with pytest.raises(DataError, match="Expected TempCompass"):
+        choices.load_tempcompass(written("t.json", {"77": ["q"]}))

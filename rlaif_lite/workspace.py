@@ -23,8 +23,9 @@ from .errors import DataError, StageError
 from .model.base import Base, load_base
 from .model.roles import Roles
 from .progress import say
-from .recipe import Recipe
+from .recipe import Recipe, flatten
 from .training.loop import MetricsLog, derive_seed
+from .training.trackers import Trackers
 from .video.cache import FeatureRecord, FeatureStore, read_index, video_name
 
 WORLD = "world:"
@@ -47,7 +48,8 @@ class Workspace:
         self._load_model = load
         self.folder = Path(recipe.output)
         self.device = torch.device(pick_device(recipe.device))
-        self.log = MetricsLog(self.folder / "metrics.jsonl")
+        trackers = Trackers(recipe.track, self.folder, flatten(recipe)) if recipe.track else None
+        self.log = MetricsLog(self.folder / "metrics.jsonl", trackers)
         self.missing_videos: set[str] = set()
         self._base: Base | None = None
         self._roles: Roles | None = None

@@ -12,13 +12,13 @@ import json
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError
+from pydantic import Field, PrivateAttr, Strict, ValidationError
 
 from ..errors import RecipeError
 from . import file
-from .checks import cross_checks, file_checks
+from .checks import cross_checks, file_checks, tracker_checks
 from .dpo import Describe, Divide, Dpo
 from .feedback import Claims, Pairwise, Preference, Reward
 from .interventions import Checklist, Interventions
@@ -81,6 +81,7 @@ NOT_SCIENCE = (
     "output",
     "device",
     "threads",
+    "track",
     "data.folder",
     "data.world.workers",
     "model.gradient_checkpointing",
@@ -100,6 +101,10 @@ class Recipe(Section):
     output: str = Field("runs/{name}", min_length=1, description="run folder; {name} and {seed} are filled in")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
     threads: Count | None = Field(None, description="CPU threads; null: one per physical core")
+    track: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Strict(False)] = Field(
+        (),
+        description="trackers that get every line of metrics.jsonl; each is an extra: pip install 'rlaif-lite[wandb]'",
+    )
     data: Data = Data()
     model: Model = Model()
     features: Features = Features()
@@ -165,7 +170,7 @@ def raise_all(recipe: Recipe, problems: Iterable[tuple[str, str]]) -> None:
 
 def check_files(recipe: Recipe) -> None:
     """Looks whether the files that the recipe names are there, and whether every stage has data. Reads none of them."""
-    raise_all(recipe, file_checks(recipe))
+    raise_all(recipe, [*tracker_checks(recipe), *file_checks(recipe)])
 
 
 # --------------------------------------------------------------------------------------------------------- views of it

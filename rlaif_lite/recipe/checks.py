@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING
@@ -209,6 +210,13 @@ def _shape_of_adapter(folder: Path) -> dict:
         header = json.loads(file.read(min(size, 1 << 27)))  # a file of another kind has any size there
     targets = {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in header if ".lora_" in key}
     return {"rank": settings["r"], "alpha": settings["lora_alpha"], "targets": sorted(targets)}
+
+
+def tracker_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yields what names a tracker whose package is not installed; none is loaded."""
+    for name in recipe.track:
+        if find_spec(name) is None:
+            yield "track", f"has {name}, whose package is not installed: pip install 'rlaif-lite[{name}]'"
 
 
 def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:

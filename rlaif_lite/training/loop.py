@@ -16,6 +16,8 @@ import numpy as np
 
 from rlaif_lite.errors import StageError
 
+from .trackers import Trackers
+
 Schedule = Literal["cosine", "linear", "constant"]
 Items = TypeVar("Items", bound=Sequence)
 
@@ -72,11 +74,16 @@ class MetricsLog:
     Log a step BEFORE saving the checkpoint that follows it; then `resume` loses nothing and doubles nothing.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, trackers: Trackers | None = None):
+        """`trackers` get every line that is written."""
         self.path = Path(path)
+        self._trackers = trackers
 
     def resume(self, stage: str, step: int) -> None:
         """Drops this stage's lines of `step` and later (all of them for step 0), and a line cut short by a kill."""
+        if self._trackers is not None:
+            steps = [line["step"] for line in map(json.loads, self._whole_lines()) if line["stage"] == stage]
+            self._trackers.resume(stage, step, max(steps, default=-1))
         if self.path.exists():
             self._replace([line for line in self._whole_lines() if not self._is_redone(line, stage, step)])
 
@@ -106,6 +113,9 @@ class MetricsLog:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        if self._trackers is not None:
+            timed = {f"time/{name}": value for name, value in line.pop("time", {}).items()}
+            self._trackers.log(stage, step, {name: line[name] for name in values} | timed)
 
     def _whole_lines(self) -> list[str]:
         if not self.path.exists():

@@ -1,8 +1,9 @@
 """Which words of an English answer are nouns, for AMBER, whose authors count tagged nouns and no verbs.
 
 The tagger is TextBlob's PatternTagger (the extra `amber`): its word list and rules are in the wheel, so nothing is
-downloaded. The authors use NLTK's perceptron tagger. On 500 captions of LLaVA and MiniGPT-4 from POPE's repository,
-the two agree on 97 % of the nouns in AMBER's vocabulary. Both read "watch the dog train" as two nouns.
+downloaded. The authors use NLTK's perceptron tagger. On 500 captions of LLaVA and MiniGPT-4 from POPE's repository, it
+finds 97.3 % of the nouns of AMBER's vocabulary that NLTK's finds, and 97.8 % of what it finds NLTK's finds too ("sink"
+is the word that it misses most). Both read "watch the dog train" as two nouns.
 """
 
 from functools import cache

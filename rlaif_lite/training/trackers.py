@@ -7,8 +7,8 @@ A resumed run continues its curves, and a step that is computed again does not s
                   so steps that were sent are not sent again: a resumed run computes them bit-equal
     trackio       as wandb
 
-A stage that starts again from nothing (`--from`, a changed recipe) sends its steps again. TensorBoard then shows the new
-curve; wandb and trackio show both.
+A stage that starts again from nothing (`--from`, a changed recipe) sends its steps again. TensorBoard then shows the
+new curve; wandb and trackio show both.
 """
 
 import secrets
@@ -60,8 +60,10 @@ class Trackers:
         self._boards, self._services = {}, {}
 
     def _board(self, stage: str, purge_step: int | None) -> Any:
+        from accelerate import PartialState
         from accelerate.tracking import TensorBoardTracker
 
+        PartialState()  # accelerate's logger asks for it
         if stage in self._boards:
             self._boards[stage].finish()
         board = TensorBoardTracker(stage, self._folder / "tensorboard", purge_step=purge_step)
@@ -70,8 +72,10 @@ class Trackers:
         return board
 
     def _start(self, name: Name) -> Any:
+        from accelerate import PartialState
         from accelerate.tracking import TrackioTracker, WandBTracker
 
+        PartialState()
         if name == "wandb":
             tracker = WandBTracker(
                 PROJECT, id=self._id(), name=self._folder.name, dir=str(self._folder), resume="allow"

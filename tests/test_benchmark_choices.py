@@ -79,7 +79,7 @@ def test_a_sign_and_a_fraction_are_part_of_a_number():
 
 
 def test_verbs_are_no_objects():
-    """ "train" stays: NLTK's tagger, which AMBER's authors use, and spaCy's small model read "dog train" as two nouns."""
+    """The tagger of AMBER's authors (NLTK's) reads "dog train" as two nouns too, so `train` stays."""
     vocabulary = frozenset(["can", "watch", "train", "bear", "dog", "fire truck"])
 
     def named(text: str) -> list[str]:
@@ -88,7 +88,7 @@ def test_verbs_are_no_objects():
 
     assert named("We can watch the dog train in the park; it can bear the heat.") == ["dog", "train"]
     assert named("A dog can bear the heat while they watch.") == ["dog"]
-    assert named("A watch, a train and two dogs by the fire truck.") == ["watch", "train", "dog", "fire truck"]
+    assert named("A train and two dogs by the fire truck.") == ["train", "dog", "fire truck"]
     item = hallucination.Item("1", "v", ("q",), "", objects=hallucination.Objects({}, {}, vocabulary, frozenset()))
     assert hallucination.tally_amber(item, {"answers": ["We can watch."]})["hal"] == (0.0, 1.0)
     assert hallucination.tally_amber(item, {"answers": [""]})["chair"] == (0, 0)

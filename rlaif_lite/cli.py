@@ -122,7 +122,7 @@ def bench(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="The benchmark; --list shows them.")] = None,
     files: Annotated[list[Path] | None, typer.Argument(metavar="FILE...", help="Its files, as shipped.")] = None,
     videos: Annotated[Path | None, typer.Option(help="The folder with its videos or pictures, at any depth.")] = None,
-    role: Annotated[str, typer.Option(help="Who is examined: base, sft, reference or policy.")] = "policy",
+    role: Annotated[str, typer.Option(help="The role that is tested: base, sft, reference or policy.")] = "policy",
     judge: Annotated[str, typer.Option(help="local, rules, or the URL of an OpenAI-compatible endpoint.")] = "local",
     judge_model: Annotated[
         str | None, typer.Option(help="Its model: a name there; a folder or hub id if local.")
@@ -136,15 +136,15 @@ def bench(
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once to an endpoint.")] = 8,
     price: Annotated[tuple[float, float] | None, typer.Option(help="Of a million tokens, prompt and reply.")] = None,
-    again: Annotated[bool, typer.Option("--again", help="Ask anew for verdicts that could not be read.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many items only.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Ask once more for verdicts that could not be read.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N items.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The request; {question} is the item's question.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; else the recipe's.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder of the results; else RUN_DIR/bench/NAME-ROLE.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="Name the benchmarks, and the files they read.")] = False,
     table: Annotated[bool, typer.Option("--table", help="The arguments are such folders: show them together.")] = False,
 ) -> None:
-    """Put a role to one of the field's benchmarks, from the authors' files; or show results side by side."""
+    """Run a role on one of the field's benchmarks, from the authors' files; or show results side by side."""
     if run is not None and not (list_ or table):
         if Path(run).is_dir():
             _need_base(Path(run))

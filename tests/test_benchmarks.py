@@ -541,6 +541,12 @@ def test_what_is_asked_wrongly(run_dir, tmp_path):
     asked = (run_dir, "msvd-qa", *files.qa(tmp_path, VIDEOS), "--videos", tmp_path, "--role", "sft")
     assert "An endpoint serves several models" in refused(*asked, "--judge", "http://localhost:1/v1")
     assert "There is no judge gpt" in refused(*asked, "--judge", "gpt")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "config.json").write_text('{"model_type": "gpt2"}')
+    by_words = (*asked, "--out", tmp_path / "never", "--judge-words")
+    assert "is a text model" in refused(*by_words, "--judge-model", tmp_path / "text")
+    assert "--judge-words is for a local judge; the judge is rules." in refused(*by_words, "--judge", "rules")
+    assert not (tmp_path / "never").exists()  # refused before any answer was made
     pope = files.pope(tmp_path, VIDEOS)[0]
     assert "None of the 6 videos is under" in refused(run_dir, "pope", pope, "--videos", tmp_path)
     assert "holds no finished benchmark" in refused("--table", tmp_path)

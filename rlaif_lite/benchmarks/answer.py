@@ -1,9 +1,8 @@
-"""One role of a run, or a plain base, at a benchmark's items: answers, rankings and audits, item by item.
+"""One role of a run, or a plain base, on a benchmark's items: answers, rankings and audits, item by item.
 
-What is done lies in JSON lines, written as it is done; a run that was stopped goes on after the last whole line. The
-videos are encoded first, through the run's own feature cache, and the tower is dropped; what was done about a video
-whose content has changed is done again. A picture is a video of one frame. Decoding is greedy (published: sampled at
-T = 0.2).
+Results are JSON lines, written as they are made. A run that was stopped resumes after the last whole line. Videos are
+encoded first, through the run's own feature cache; then the tower is dropped. If a video's content changes, its items
+are done again. A picture is a video of one frame. Decoding is greedy (published: sampled at T = 0.2).
 """
 
 import base64
@@ -37,7 +36,7 @@ T = TypeVar("T")
 
 
 class Examinee:
-    """A role that is put to a benchmark, and what it needs: its base, its adapter, the videos' features."""
+    """The role that is tested, and what it needs: its base, its adapter, the videos' features."""
 
     def __init__(self, where: str | Path, role: str):
         """where: a run folder, or for the role `base` a recipe.
@@ -63,13 +62,13 @@ class Examinee:
         return self.work.base()
 
     def digest(self, role: str) -> str:
-        """What answers under this name: base and adapter, by their bytes."""
+        """A digest of the role's base and adapter."""
         file = self.work.adapter(role) / "adapter_model.safetensors"
         adapter = hashlib.sha256(file.read_bytes()).hexdigest()[:12] if role != BASE else "none"
         return f"{base_digest(self.work.recipe.model)}+{adapter}"
 
     def use(self, role: str):
-        """The scope of a role, loaded when it is first used."""
+        """Context in which the role is active. It is loaded on first use."""
         if role != BASE:
             self.work.load_role(role)
         return self.work.roles.use(role)
@@ -77,8 +76,9 @@ class Examinee:
     # ---- videos
 
     def look(self, videos: dict[str, str], index: Path, clips: bool = False) -> dict[str, str]:
-        """Decode and encode {name: path}, what is not in the cache yet -> {name: why it cannot be used}. `clips`: the
-        clips of the recipe too, where a video is no picture."""
+        """Decode and encode {name: path}, except what the cache holds -> {name: why it cannot be used}.
+
+        `clips`: also encode the recipe's clips of each video that is not a picture."""
         index.parent.mkdir(parents=True, exist_ok=True)
         self.work.index_file = index
         section = self.work.recipe.features
@@ -91,18 +91,18 @@ class Examinee:
         return failed
 
     def views(self, name: str) -> dict[str, FeatureRecord]:
-        """An encoded video: the whole, and its clips where they were asked for."""
+        """An encoded video: the whole, and its clips if `look` was asked for them."""
         views = self.work.store.get(self._keys[name])
         if views is None:
             raise StageError(
-                f"The cached features of {name} are damaged. Run the same command again to make them anew."
+                f"The cached features of {name} are damaged. Run the same command again: it makes new ones."
             )
         return views
 
     # ---- what is asked
 
     def prompt(self, text: str, video: str | None) -> Sequence:
-        """A request about a video, or the same without it."""
+        """A request about a video; with `video` None, the request alone."""
         mark, seen = (f"{VIDEO_MARK} ", self.views(video)[WHOLE]) if video is not None else ("", None)
         return encode_prompt(self.base, [Message("user", mark + text)], seen)
 
@@ -181,13 +181,13 @@ class Examinee:
         """{id: its line of claims.jsonl}: the claims of answers that are there, judged by the run's own judge."""
         section, size = self.work.recipe.preference.claims, self.work.recipe.preference.batch_size
         videos = list(dict.fromkeys(item.video for item in items))
-        told = self.narratives(videos, folder / "narratives.jsonl")
+        narrative_of = self.narratives(videos, folder / "narratives.jsonl")
         after = dict(
             zip(videos, videos[1:] + videos[:1], strict=True)
         )  # the control: each claim at the next video as well
 
         def shown(name: str) -> Seen:
-            return Seen(self.views(name)[WHOLE], told[name])
+            return Seen(self.views(name)[WHOLE], narrative_of[name])
 
         def work(batch: list[Item]) -> Iterable[dict]:
             rows = [Audited(i, answers[i.id]["answers"][0], shown(i.video), shown(after[i.video])) for i in batch]
@@ -214,8 +214,8 @@ def resumed(
 ) -> dict[str, dict]:
     """Map `work` over {value of `key`: thing}, some at a time -> {value of `key`: its line}.
 
-    Lines that `path` holds already are read, if they came of the same `seen` (what was looked at: a video's content);
-    the others are appended as they are made."""
+    `seen` is a digest of what an item depends on, such as the video's content. Lines of `path` with the same `seen` are
+    reused; the others are made and appended."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = (
         path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""

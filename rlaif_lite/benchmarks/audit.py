@@ -1,4 +1,4 @@
-"""The claim audit: what a role says of a video, held against it claim by claim by the run's own judge.
+"""The claim audit: the run's own judge checks a role's answer about a video claim by claim.
 
     hallucinated   share of an answer's claims that the judge, watching the video, says are false
     yes_bias       share of the same claims that it says are true of ANOTHER video of the benchmark: a judge that agrees
@@ -7,9 +7,9 @@
                    in it
     omitted_floor  the same where the answer IS the reference: what this judge misses though all is said
 
-The judge is the one that labels a run's preferences: the SFT role (the base where there is no run) with the recipe's
-`preference.claims`, reading the narrative that it wrote of the video's clips. Its verdicts are the model's own, and
-lenient with its own mistakes: right for comparing roles of one run, and for nothing else.
+The judge is the one that labels a run's preferences: the SFT role (the base if there is no run) with the recipe's
+`preference.claims`. It reads the narrative that it wrote of the video's clips. A model is lenient with its own
+mistakes, so its verdicts can compare roles of one run, and nothing else.
 """
 
 import hashlib

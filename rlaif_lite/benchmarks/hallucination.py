@@ -217,7 +217,9 @@ def _with_objects(
     """A prompt, and what is in its picture."""
     number = _number(text(entry, "image_id", place))
     if number not in objects:
-        raise DataError(f"{place}: picture {number} is in no list of objects; of another split, perhaps.")
+        raise DataError(
+            f"{place}: picture {number} is in no list of objects; perhaps the files are of different splits."
+        )
     here = {synonyms[each.lower()] for each in objects[number]}
     present = {word: frozenset([name]) for word, name in synonyms.items() if name in here}
     by_path = "image_path" in entry

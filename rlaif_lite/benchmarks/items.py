@@ -23,11 +23,11 @@ class Objects(NamedTuple):
     present: dict[str, frozenset[str]]
     "word or words -> the objects in the picture that they name: `person` may name a man and a child"
     traps: dict[str, frozenset[str]]
-    "... -> the objects that are not in the picture and that people expect to be invented there"
+    "word or words -> objects that are not in the picture, and that models are likely to invent there"
     vocabulary: frozenset[str]
     "all that counts as an object; shared by the items of a benchmark"
     harmless: frozenset[str]
-    "of the vocabulary, what is never held against an answer"
+    "words of the vocabulary that never count as invented"
 
 
 class Item(NamedTuple):
@@ -140,7 +140,7 @@ def one_file(paths: list[Path], format: str) -> Path:
 
 
 def unique(items: Iterable[Item]) -> list[Item]:
-    """The items, an id that came before made another: some files repeat theirs."""
+    """The items, with a number added to an id that came before: some files repeat theirs."""
     seen: dict[str, int] = {}
     out = []
     for item in items:

@@ -1,8 +1,7 @@
 """From tallies to figures with intervals, and figures side by side.
 
-A metric is a ratio of sums over items, with a percentile bootstrap interval that resamples VIDEOS, all items about one
-video together: questions about the same video are no independent measurements. Results of different judges never stand
-in one table.
+A metric is a ratio of sums over items. Its percentile bootstrap interval resamples VIDEOS, with all items of a video
+together, because questions about one video are not independent. Results of different judges never share a table.
 
 Shapes: N videos, R resamples.
 """
@@ -51,7 +50,7 @@ def table(results: list[dict]) -> str:
             row = cells.setdefault((result["benchmark"], metric), {})
             if result["who"] in row:
                 raise DataError(
-                    f"There are two results of {result['who']} for {result['benchmark']}; give one of them."
+                    f"There are two results of {result['who']} for {result['benchmark']}. Give one of them."
                 )
             row[result["who"]] = cell
     lines = [f"| benchmark | metric | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
@@ -62,7 +61,7 @@ def table(results: list[dict]) -> str:
 
 
 def _judges(results: list[dict]) -> dict[bool, str]:
-    """{whether it judged claims: the judge}. A claim audit has a judge of its own beside that of the answers."""
+    """{whether it judged claims: the judge}. A claim audit has a judge of its own."""
     found: dict[bool, dict[str, str]] = {}
     for result in results:
         if result["judge"] is not None:

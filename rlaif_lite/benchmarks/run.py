@@ -34,7 +34,7 @@ def run(
     prompt: str | None = None,
     max_new_tokens: int | None = None,
 ) -> dict:
-    """Put a role to benchmark `name` -> its `results.json`. `make_judge` is called where the benchmark needs a judge.
+    """Run a role on benchmark `name` -> its `results.json`. `make_judge` is called if the benchmark needs a judge.
 
     Raises DataError: files in another shape, no video at all, a folder that holds other answers."""
     benchmark, recipe = BENCHMARKS[name], examinee.work.recipe
@@ -145,7 +145,7 @@ def _case(item: Item, row: dict, task: str) -> Case:
 
 
 def _manner(row: dict) -> Tally:
-    """Length in tokens, and whether the answer came to its end: beside every score, since both move judges."""
+    """Length in tokens, and whether the answer reached its end. Both influence judges; every score has them."""
     if "answers" not in row:
         return {}
     count = len(row["answers"])
@@ -164,14 +164,14 @@ def _groups(items: list[Item], tallies: list[Tally]) -> dict[str, dict]:
 
 
 def _same_settings(path: Path, settings: dict) -> None:
-    """Raises DataError where the folder holds answers that came about otherwise."""
+    """Raises DataError if the folder holds answers that were made with other settings."""
     if not path.exists():
         write_json(path, settings)
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     if changed := [key for key in settings if before.get(key) != settings[key]]:
-        told = "; ".join(f"{key} was {before.get(key)}, is {settings[key]}" for key in changed)
-        raise DataError(f"{path.parent} holds answers of other settings ({told}). Give another --out, or remove it.")
+        shown = "; ".join(f"{key} was {before.get(key)}, is {settings[key]}" for key in changed)
+        raise DataError(f"{path.parent} holds answers of other settings ({shown}). Give another --out, or remove it.")
 
 
 def _digest(content: bytes) -> str:

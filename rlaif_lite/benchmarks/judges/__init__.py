@@ -2,7 +2,7 @@
 
 Three kinds: `rules` (no model), `local` (a model on this machine, the default), `endpoint` (a model behind an
 OpenAI-compatible address). Results of two judges are never put into one column: a judge's version alone moves the
-published numbers by ten points, so `Judge.id` stands beside every score.
+published numbers by ten points, so `Judge.id` is written with every score.
 """
 
 from collections.abc import Sequence

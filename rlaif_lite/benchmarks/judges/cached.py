@@ -1,9 +1,9 @@
-"""A judge that is a model: whatever it says is on disk before it is used, so that nothing is asked twice.
+"""A judge that is a model. Each reply is on disk before it is used, so nothing is asked twice.
 
-One file of JSON lines per model and revision. A line holds the reply and the verdict with judge, revision and prompt
-hash; its key is the hash of the model's name and the whole prompt, so that a changed word is another question. Lines
-are only ever appended, each as soon as its reply is there: a kill at any point costs what was in flight. A line that
-was cut short counts as not there. A verdict that could not be read is kept too, and asked for again on request only.
+There is one file of JSON lines per model and revision. A line holds the reply, the verdict, the judge, its revision
+and the prompt's hash. Its key is the hash of the model's name and the whole prompt: a changed word is another question.
+Lines are only appended, each as soon as its reply arrives. A kill costs what was in flight; a line that was cut
+short is ignored. A verdict that could not be read is kept too, and asked for again only on request.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class Model(Protocol):
 
 
 class CachedJudge:
-    """The judge that a model is, its verdicts in `folder`. `again` asks anew for what could not be read."""
+    """The judge that a model is, its verdicts in `folder`. `again` asks once more for what could not be read."""
 
     def __init__(self, model: Model, folder: Path, again: bool = False):
         self.id = f"{model.name}@{model.revision}#{ALL}{'+words' if model.words else ''}"

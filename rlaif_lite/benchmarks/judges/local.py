@@ -154,5 +154,5 @@ def _commit(name: str) -> str:
 
 
 def _short(name: str) -> str:
-    """A folder by its last part: where it lies is not who it is."""
+    """A folder by its last part: its place is not part of the judge's name."""
     return Path(name).name if Path(name).is_dir() else name

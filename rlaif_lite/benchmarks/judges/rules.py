@@ -1,12 +1,12 @@
-"""The judge without a model: rules about words. Exact, free, the same for ever, and blind to meaning.
+"""The judge without a model: rules about words. Exact, free, always the same, and blind to meaning.
 
-qa      yes/no references: by the first word of the prediction that says yes or no. Option letters: by the letter that
-        the prediction names, or by the option's words. Everything else: right if the reference's words stand in the
-        prediction as they are, articles left out and small numbers as digits. "A dog" is right for "the dog runs" and
-        for "not a dog"; "puppy" is wrong. The score is token F1, times five.
-others  token F1 between prediction and reference on the task's scale, nothing more: it sees no order (temporal), no
-        theme (context) and no contradiction. Of a consistency pair, the worse of the two. It is there to have figures
-        where no model can run, and is not to be quoted beside a model's.
+qa      Yes/no references: the first word of the prediction that says yes or no decides. Options: the letter that the
+        prediction names, or the option's words. Other references: right if the prediction holds the reference's words
+        in a row, without articles and with small numbers as digits. For "a dog", "the dog runs" and "not a dog" are right
+        and "puppy" is wrong. The score is token F1, times five.
+others  Token F1 between prediction and reference on the task's scale. It sees no order (temporal), no theme (context)
+        and no contradiction. Of a consistency pair, the worse of the two. It gives figures where no model can run; do
+        not compare it with a model's.
 """
 
 from collections import Counter

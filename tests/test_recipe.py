@@ -389,6 +389,7 @@ def test_hash_follows_results_and_nothing_else():
         "model.gradient_checkpointing": "true",
         "data.folder": "w",
         "features.cache": "c",
+        "track": "[tensorboard]",
     }
     for key in NOT_SCIENCE:
         assert key in fields(), key

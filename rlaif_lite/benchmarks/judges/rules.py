@@ -2,8 +2,8 @@
 
 qa      Yes/no references: the first word of the prediction that says yes or no decides. Options: the letter that the
         prediction names, or the option's words. Other references: right if the prediction holds the reference's words
-        in a row, without articles and with small numbers as digits. For "a dog", "the dog runs" and "not a dog" are right
-        and "puppy" is wrong. The score is token F1, times five.
+        in a row. Articles are ignored, and small numbers are digits. For "a dog", "the dog runs" and "not a dog" are
+        right, "puppy" is wrong. The score is token F1, times five.
 others  Token F1 between prediction and reference on the task's scale. It sees no order (temporal), no theme (context)
         and no contradiction. Of a consistency pair, the worse of the two. It gives figures where no model can run; do
         not compare it with a model's.

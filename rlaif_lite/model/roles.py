@@ -31,6 +31,7 @@ from ..errors import ModelError
 from ..recipe import Lora
 from .base import Base
 from .inputs import Batch, decode
+from .merged_lora import merge_forwards
 
 BASE = "base"  # the role without an adapter
 
@@ -206,6 +207,8 @@ class Roles:
         self._layers = [m for m in self.base.model.modules() if isinstance(m, LoraLayer)]
         if not self._layers:
             raise ModelError(f"No layer of the base matches `model.lora.targets` = {self.lora.targets}.")
+        if self.base.device.type == "cpu" and self.base.dtype == torch.float32:
+            merge_forwards(self._layers)
         self._names.append(name)
         self.trainable(name, False)
         for other, on in training.items():

@@ -17,7 +17,8 @@ from .stages.evaluate import ADAPTERS
 from .stages.features import encode
 from .training.loop import derive_seed
 from .video.cache import FeatureRecord
-from .video.decode import View, decode_views
+from .video.decode import View
+from .video.workers import decode_one
 from .workspace import WHOLE, pick_device
 
 
@@ -45,7 +46,8 @@ class Chat:
         """Decode and encode a video as the run's features stage did."""
         section = self.recipe.features
         self.base.limit_pixels(section.max_pixels)
-        frames = decode_views(video, {WHOLE: View(section.frames)}, size=self.base.images.size.of(section.frames))
+        size = self.base.images.size.of(section.frames)
+        frames = decode_one(video, {WHOLE: View(section.frames)}, size, section.max_source_pixels)
         return encode(self.base, frames, [step.model_dump() for step in section.prune])[WHOLE]
 
     def ask(self, video: FeatureRecord, question: str, temperature: float = 0.0, seed: int = 0) -> str:

@@ -194,7 +194,8 @@ def _decoding() -> Trial:
     import av
     import numpy as np
 
-    from .video.decode import decode
+    from .video.decode import View
+    from .video.workers import decode_one
 
     levels = [20 * (i + 1) for i in range(10)]
     with tempfile.TemporaryDirectory() as folder:
@@ -206,7 +207,7 @@ def _decoding() -> Trial:
                 frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), level, np.uint8), format="rgb24")
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
-        frames = decode(path, count=10)
+        frames = decode_one(path, {"grey": View(10)}, None)["grey"]
     read = frames.rgb_THWC.mean(axis=(1, 2, 3))
     worst = float(np.abs(read - levels).max())
     return Trial(worst < 6, f"{frames.source} read 10 of 10 frames, brightness within {worst:.1f} of 255")

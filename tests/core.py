@@ -33,7 +33,7 @@ RECIPE = {
         **{name: [f"world:{name}"] for name in ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")},
     },
     "model": {"lora": {"rank": 4, "alpha": 8}},
-    "features": {"frames": 6, "clips": 3, "clip_frames": 6, "workers": 0},
+    "features": {"frames": 6, "clips": 3, "clip_frames": 6, "workers": 1},
     "sft": {
         "easy": {"steps": 3, "batch_size": 6, "lr": 2e-3},
         "hard": {"steps": 3, "batch_size": 6, "lr": 2e-3},

@@ -250,19 +250,19 @@ def test_doctor_notices_wrong_parts(monkeypatch):
     import bitsandbytes.functional as functional
 
     from rlaif_lite import doctor
-    from rlaif_lite.video import decode as decoding
+    from rlaif_lite.video import workers
 
     right = functional.dequantize_4bit
     monkeypatch.setattr(functional, "dequantize_4bit", lambda *args: right(*args).roll(1, 0))
     assert not doctor.TRIALS["4-bit weights"]().ok
 
-    decode = decoding.decode
+    decode_one = workers.decode_one
 
-    def stuck(path, count):
-        frames = decode(path, count=count)
-        return frames._replace(rgb_THWC=frames.rgb_THWC[:1].repeat(count, 0))
+    def stuck(path, views, size):
+        found = decode_one(path, views, size)
+        return {name: f._replace(rgb_THWC=f.rgb_THWC[:1].repeat(len(f.time_T), 0)) for name, f in found.items()}
 
-    monkeypatch.setattr(decoding, "decode", stuck)
+    monkeypatch.setattr(workers, "decode_one", stuck)
     assert not doctor.TRIALS["video decoding"]().ok
 
     monkeypatch.setattr(doctor.metadata, "version", lambda name: "1.0")

@@ -12,7 +12,7 @@ from rlaif_lite.recipe import load_recipe
 
 SMALL = [
     "data.world={seed: 77, sft: 200, preference: 200, rl: 160, test: 80, dropout: 0.33, workers: 1}",
-    "features.workers=0",
+    "features.workers=1",
     "threads=1",
     "sft.easy.steps=30",
     "sft.hard.steps=60",

@@ -213,7 +213,8 @@ def test_claims_are_sentences():
 
 
 def test_narratives():
-    assert narrative(["a red circle", "a cross"], ["first", "then"], 9.0) == "first a red circle then a cross"
-    assert narrative(["a", "b", "c"], [], 9.0) == "[0.0s-3.0s] a [3.0s-6.0s] b [6.0s-9.0s] c"
+    spans = [(0.0, 2.5), (3.0, 5.5)]
+    assert narrative(["a red circle", "a cross"], ["first", "then"], spans) == "first a red circle then a cross"
+    assert narrative(["a", "b"], [], spans) == "[0.0s-2.5s] a [3.0s-5.5s] b"
     with pytest.raises(ValueError):
-        narrative(["a", "b"], ["first"], 9.0)
+        narrative(["a", "b"], ["first"], spans)

@@ -185,7 +185,7 @@ FROM = {name: STAGES[i:] for i, name in enumerate(STAGES)}
         ("reward.floor=0.01", FROM["ppo"], "`reward.floor` was 0.0 and is 0.01"),
         # where and how fast, not what
         ("ppo.checkpoint_every=1", [], ""),
-        ("features.workers=1", [], ""),
+        ("features.workers=2", [], ""),
         ("threads=2", [], ""),
         ("name=other", [], ""),
         ("model.gradient_checkpointing=true", [], ""),

@@ -16,7 +16,7 @@ from typing import TypeVar
 from ..data.records import VIDEO_MARK, Message
 from ..errors import DataError, StageError
 from ..files import chunks
-from ..judge.narrative import narrative
+from ..judge.narrative import narrative, spans_of
 from ..model.base import Base, base_digest
 from ..model.inputs import Sequence, decode_answer, encode_answer, encode_prompt
 from ..model.roles import BASE
@@ -171,8 +171,8 @@ class Examinee:
                 found = iter(sample(role, prompts, sampling, seeds=seeds, batch_size=section.batch_size))
             for name, of_video in zip(batch, clips, strict=True):
                 captions = [decode_answer(self.base, next(found).ids) for _ in of_video]
-                seconds = max((float(clip.time_T[-1]) for clip in of_video), default=0.0)
-                yield {"id": name, "narrative": narrative(captions, section.markers, seconds) if captions else None}
+                told = narrative(captions, section.markers, spans_of(of_video)) if captions else None
+                yield {"id": name, "narrative": told}
 
         lines = resumed(path, "id", {name: name for name in videos}, self._keys, section.batch_size, work, "narratives")
         return {name: line["narrative"] for name, line in lines.items()}

@@ -33,7 +33,7 @@ from .records import VIDEO_MARK, Message, Record, check, from_json, texts
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif")
+SUFFIXES = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".gif", ".3gp", ".m4v", ".flv", ".ts", ".mpg", ".mpeg", ".wmv")
 SPELLINGS = {
     "human": "user",
     "user": "user",

@@ -13,7 +13,7 @@ from ..model.roles import ActiveRole
 from ..recipe import Context, Describe
 from ..rollout import Sampling, sample
 from ..video.cache import FeatureRecord
-from .narrative import narrative
+from .narrative import narrative, spans_of
 
 
 def describe_again(
@@ -32,7 +32,4 @@ def describe_again(
     sampling = Sampling(context.max_new_tokens, temperature=0.0)
     found = sample(role, rows, sampling, seeds=[0] * len(rows), batch_size=context.batch_size)
     captions = iter([decode_answer(base, trajectory.ids) for trajectory in found])
-    return [
-        narrative([next(captions) for _ in clips], context.markers, max(float(clip.time_T[-1]) for clip in clips))
-        for clips in videos
-    ]
+    return [narrative([next(captions) for _ in clips], context.markers, spans_of(clips)) for clips in videos]

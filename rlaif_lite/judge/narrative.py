@@ -1,16 +1,25 @@
 """The video narrative: captions of consecutive clips, joined in the order of time (VLM-RLAIF section 3.2).
 
-The judge reads it beside the video. Each clip is seen with more frames per second than the whole video is, so the
-narrative holds what the judge's own view of the video misses.
+The judge reads it together with the video. Each clip is seen with more frames per second than the whole video is, so
+the narrative holds what the judge's own view of the video misses.
 """
 
 from collections.abc import Sequence
 
+from ..video.cache import FeatureRecord
 
-def narrative(captions: Sequence[str], markers: Sequence[str], seconds: float) -> str:
-    """Join clip captions in order. `markers` ("first", "then", ...) stand before them when the recipe gives as many;
-    otherwise each caption is headed by the span of its clip, `seconds` being the video's length."""
+
+def narrative(captions: Sequence[str], markers: Sequence[str], spans: Sequence[tuple[float, float]]) -> str:
+    """Join clip captions in order. `markers` ("first", "then", ...) precede them when the recipe gives one per clip.
+
+    Otherwise each caption is headed by its clip's entry of `spans`, the times of the clip's first and last frame in
+    seconds. Clips have equal counts of frames, which are unequal spans of time at a variable frame rate.
+    """
     if markers:
         return " ".join(f"{marker} {caption}" for marker, caption in zip(markers, captions, strict=True))
-    span = seconds / len(captions)
-    return " ".join(f"[{i * span:.1f}s-{(i + 1) * span:.1f}s] {caption}" for i, caption in enumerate(captions))
+    return " ".join(f"[{a:.1f}s-{b:.1f}s] {caption}" for caption, (a, b) in zip(captions, spans, strict=True))
+
+
+def spans_of(clips: Sequence[FeatureRecord]) -> list[tuple[float, float]]:
+    """Seconds of each clip's first and last frame."""
+    return [(float(clip.time_T[0]), float(clip.time_T[-1])) for clip in clips]

@@ -31,7 +31,7 @@ def reduced(recipe: Recipe, folder: Path, steps: int) -> Recipe:
     splits = ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")
     plain["data"] = {name: [str(folder / f"{name}.jsonl")] for name in splits}
     plain["sft"]["adapter"] = plain["reward"]["adapter"] = None  # every phase is profiled, on made-up roles
-    plain["features"] |= {"workers": 0, "cache": None}
+    plain["features"] |= {"workers": 1, "cache": None}
     for phase in TRAINED:
         if plain["sft"][phase] is not None:
             plain["sft"][phase]["steps"] = steps + 1

@@ -120,7 +120,8 @@ class Features(Section):
     max_pixels: Count | None = Field(None, description="bound on a frame's area, where a base takes any size (Qwen-VL)")
     prune: Prunes = Field((), description="chain of steps, such as [{pool: 12}, {evs: 0.25}]")
     cache: str | None = Field(None, description="folder of the feature cache; null: inside the run folder")
-    workers: int = Field(2, ge=0, description="processes that decode videos ahead; 0: none, decode here")
+    workers: Count = Field(2, description="processes that hash and decode videos ahead")
+    max_source_pixels: Count = Field(2**26, description="larger frames are refused, not opened (8K has 2**25)")
 
 
 class Training(Section):

@@ -8,7 +8,7 @@ many prompts it has.
 
 from ..data.records import VIDEO_MARK, Message
 from ..files import by_batches, chunks, write_json
-from ..judge.narrative import narrative
+from ..judge.narrative import narrative, spans_of
 from ..model.inputs import decode_answer, encode_prompt
 from ..progress import progress
 from ..rollout import Sampling, sample
@@ -38,21 +38,21 @@ def run(work: Workspace) -> dict:
         for key in batch:
             views = work.views(records[key])
             clips = [views[f"clip{i}"] for i in range(recipe.features.clips)]
-            spans.append(float(max(clip.time_T[-1] for clip in clips)))
+            spans.append(spans_of(clips))
             prompts += [encode_prompt(base, [message], clip) for clip in clips]
         with work.roles.use("sft") as judge:
             found = sample(judge, prompts, sampling, seeds=[0] * len(prompts), batch_size=section.batch_size)
         captions = [decode_answer(base, t.ids) for t in found]
         return [
-            {"video": key, "captions": part, "seconds": seconds}
-            for key, part, seconds in zip(batch, chunks(captions, recipe.features.clips), spans, strict=True)
+            {"video": key, "captions": part, "spans": times}
+            for key, part, times in zip(batch, chunks(captions, recipe.features.clips), spans, strict=True)
         ]
 
     # several times what is in flight, so that slots are refilled
     batches = chunks(list(records), max(1, 4 * section.batch_size // recipe.features.clips))
     with progress(len(records), "context", unit="video") as bar:
         rows = by_batches(work.stage("context") / "captions.jsonl", batches, caption, bar.advance)
-    narratives = {row["video"]: narrative(row["captions"], section.markers, row["seconds"]) for row in rows}
+    narratives = {row["video"]: narrative(row["captions"], section.markers, row["spans"]) for row in rows}
     write_json(work.stage("context") / "narratives.json", narratives)
     words = [len(text.split()) for text in narratives.values()]
     return {"videos": len(narratives), "clips": recipe.features.clips, "mean_words": sum(words) / max(1, len(words))}

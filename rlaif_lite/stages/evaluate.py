@@ -18,21 +18,20 @@ from PIL import Image
 
 from ..data import world_text
 from ..data.records import Record, question_of
+from ..errors import RlaifError, StageError
 from ..files import by_batches, chunks, write_json, write_jsonl
 from ..model.inputs import decode_answer, encode_prompt
-from ..progress import progress
+from ..progress import progress, say
 from ..report.stats import NEEDS_TRUTH, RATIOS, paired_bootstrap, tally
 from ..rl.losses import repetition
 from ..rollout import Sampling, sample
 from ..rollout.score import best_of
-from ..video.decode import decode
+from ..video.strip import strips
 from ..workspace import Workspace
 
 READS = ("seed", "method", "evaluate", "data.test")
 NEEDS = ("features", "sft", "ppo", "dpo")
 ADAPTERS = {"sft": "sft", "reference": "reference", "ppo": "policy", "dpo": "policy"}  # the role `base` has none
-STRIP_FRAMES = 6
-STRIP_HEIGHT = 96  # pixels
 
 
 def run(work: Workspace) -> dict:
@@ -167,18 +166,24 @@ def compare(work: Workspace, rows: dict, before: str, after: str) -> dict[str, d
 
 
 def write_examples(work: Workspace, records: list[Record]) -> None:
-    """Strips of frames for the report, one PNG per video."""
+    """Strips of frames for the report, one PNG per video. A video that cannot be shown is left out and named."""
     folder = work.stage("evaluate") / "examples"
     folder.mkdir(exist_ok=True)
+    features = work.recipe.features
+    videos = {str(number): record.video for number, record in enumerate(records) if record.video is not None}
+    found: dict[str, np.ndarray | RlaifError] = {}
+    try:
+        found.update(strips(videos, features.workers, features.max_source_pixels))
+    except StageError as error:  # the answers are what counts, and they are written
+        found = dict.fromkeys(videos, error) | found
     index = []
     for number, record in enumerate(records):
         if record.video is None:
             continue
-        frames = decode(record.video, count=STRIP_FRAMES).rgb_THWC
-        width = round(frames.shape[2] * STRIP_HEIGHT / frames.shape[1])
-        strip = np.concatenate(
-            [np.asarray(Image.fromarray(f).resize((width, STRIP_HEIGHT), Image.Resampling.LANCZOS)) for f in frames], 1
-        )
+        strip = found[str(number)]
+        if isinstance(strip, RlaifError):
+            say(f"evaluate: the report shows no frames of {record.video}: {strip}")
+            continue
         Image.fromarray(strip).save(folder / f"{number:02d}.png")
         truth = None if record.facts is None else world_text.describe(record.facts)
         index.append({"id": record.id, "file": f"{number:02d}.png", "truth": truth})

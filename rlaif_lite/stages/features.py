@@ -20,9 +20,9 @@ from ..model.layout import check_chain, lay_out, merged_times
 from ..model.pixels import to_pixels
 from ..phases import phase
 from ..progress import progress, say
-from ..video.cache import FeatureRecord, feature_key, video_digest, write_index
+from ..video.cache import FeatureRecord, feature_key, write_index
 from ..video.decode import Frames, View
-from ..video.workers import decode_all
+from ..video.workers import decode_all, digest_all
 from ..workspace import WHOLE, Workspace
 
 READS = (
@@ -56,13 +56,14 @@ def fill(work: Workspace, wanted: dict) -> tuple[dict[str, str], dict[str, str]]
     base.limit_pixels(section.max_pixels)
     chain = [step.model_dump() for step in section.prune]
     check_chain(base.family, base.model.config.model_type, chain)
-    keys, failed = keys_of(base, wanted, chain)
+    keys, failed = keys_of(base, wanted, chain, section.workers)
     missing = {name: wanted[name] for name in keys if not work.store.has(keys[name])}
     by_pyav: dict[str, str] = {}
     tower_works, tower_failed = len(missing) < len(keys), 0
     with progress(len(wanted), "features", unit="video") as bar:
         bar.advance(len(wanted) - len(missing))
-        for name, found in decode_all(missing, section.workers, base.images.size.of(section.frames)):
+        size = base.images.size.of(section.frames)
+        for name, found in decode_all(missing, section.workers, size, section.max_source_pixels):
             bar.advance(1)
             if isinstance(found, VideoError):
                 failed[name] = str(found)
@@ -92,19 +93,24 @@ def fill(work: Workspace, wanted: dict) -> tuple[dict[str, str], dict[str, str]]
     return keys, failed
 
 
-def keys_of(base: Base, wanted: dict, chain: list[dict]) -> tuple[dict[str, str], dict[str, str]]:
+def keys_of(base: Base, wanted: dict, chain: list[dict], workers: int) -> tuple[dict[str, str], dict[str, str]]:
     """{video name: key in the cache}, and why there is none for those whose bytes cannot be read."""
     tower = tower_digest(base)
     processor = base.images._asdict() | {"of": tower_config(base)}
-    keys, failed = {}, {}
+    digests, failed = {}, {}
     common = {"processor": processor, "tower": tower, "chain": chain, "dtype": str(base.dtype)}
     with progress(len(wanted), "features: reading", unit="video") as bar:
-        for name, (video, views) in wanted.items():
-            try:
-                keys[name] = feature_key(video=video_digest(video), views=views, **common)
-            except (VideoError, OSError) as error:
-                failed[name] = str(error)
+        for name, found in digest_all({name: video for name, (video, _) in wanted.items()}, workers):
+            if isinstance(found, VideoError):
+                failed[name] = str(found)
+            else:
+                digests[name] = found
             bar.advance(1)
+    keys = {
+        name: feature_key(video=digests[name], views=views, **common)
+        for name, (_, views) in wanted.items()
+        if name in digests
+    }
     return keys, failed
 
 

@@ -1,8 +1,8 @@
-"""The feature cache: each video goes through the vision tower once, and every later stage reads what came out.
+"""The feature cache: each video goes through the vision tower once, and every later stage reads the result.
 
 One safetensors file per video holds all its views (the whole video and its clips). Its name is a hash of everything
 that decides its content: the bytes of the video, the sampling, the image processor, the tower's weights, the prune
-chain, the dtype. So a file that exists is right, runs can share a folder, and a change never meets stale features.
+chain, the dtype. So a file that exists is right, runs can share a folder, and a change never finds stale features.
 
 Shapes: K tokens kept, C channels of a position (1, or 3: time, row, column), D width, T frames of the view, R runs, L
 layers.
@@ -22,12 +22,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..errors import VideoError
-
 log = logging.getLogger(__name__)
 
 HELD_BYTES = 1 << 30  # of features, in memory at a time
-FORMAT = 2  # counted up whenever the files or the arithmetic behind them change
+FORMAT = 3  # counted up whenever the files or the arithmetic behind them change
 
 
 class FeatureRecord(NamedTuple):
@@ -50,27 +48,10 @@ class FeatureRecord(NamedTuple):
 
 
 def video_name(video: str | tuple[str, ...]) -> str:
-    """What stands for a record's video in `index.json`: the path, or for frames the first path and a hash of all."""
+    """A record's video in `index.json`: its path, or for frames the first path and a hash of all."""
     if isinstance(video, str):
         return video
     return f"{video[0]} and {len(video) - 1} more ({hashlib.sha256(chr(10).join(video).encode()).hexdigest()[:16]})"
-
-
-def video_digest(video: str | tuple[str, ...]) -> str:
-    """sha256 of the bytes of a video file, or of its frames' digests in order (a folder: the files in it, by name).
-
-    Raises VideoError for a file that cannot be read.
-    """
-    if isinstance(video, str) and not os.path.isdir(video):
-        try:
-            with open(video, "rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise VideoError(f"{video}: it cannot be read ({error.strerror}).") from None
-    frames = video
-    if isinstance(video, str):
-        frames = sorted(str(path) for path in Path(video).iterdir() if path.is_file())
-    return hashlib.sha256("".join(video_digest(frame) for frame in frames).encode()).hexdigest()
 
 
 def feature_key(*, video: str, views: dict, processor: dict, tower: str, chain: list[dict], dtype: str) -> str:
@@ -107,7 +88,7 @@ class FeatureStore:
     def get(self, key: str) -> dict[str, FeatureRecord] | None:
         """All views of one video by name, on the CPU; None when absent. Do not write into the tensors.
 
-        A damaged file is said and removed, so that it is made anew.
+        A damaged file is reported and removed, so that it is made again.
         """
         if key in self._held:
             self._held.move_to_end(key)
@@ -178,6 +159,7 @@ class FeatureStore:
 
 def write_index(path: str | os.PathLike, keys: dict[str, str]) -> None:
     """Write a run's `index.json`, {video_name: key}, whole or not at all."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{path}.{os.getpid()}.tmp")
     partial.write_text(json.dumps(keys, indent=1, sort_keys=True), encoding="utf-8")
     os.replace(partial, path)

@@ -92,12 +92,14 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """What a run will take of memory, disk and time, stage by stage. Exit code 1 where it does not fit."""
+    from .recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])  # before anything heavy: an error in it is shown at once
     from rich.console import Console
 
     from . import pipeline, planner  # a run holds in memory what `pipeline` imports
-    from .recipe import load_recipe
 
-    found = pipeline.make_plan(load_recipe(recipe, overrides or []), gpu)
+    found = pipeline.make_plan(loaded, gpu)
     if as_json:
         typer.echo(json.dumps(planner.as_json(found), indent=2))
     else:

@@ -16,7 +16,7 @@ from . import memory, rates
 from .lengths import Lengths, lengths_of
 from .memory import ADAPTER
 from .process import Left, videos_of
-from .shapes import Shapes, shapes_of
+from .shapes import Shapes, shapes_of, shipped_facts
 from .stages import Holding, Inventory, Phase
 
 AUTO = (
@@ -152,6 +152,9 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
         for name, texts in lengths.splits.items()
         if not texts.known
     ]
+    for section in (recipe.model, *([] if judge is None else [recipe.model.for_reward()])):
+        if shipped_facts(section):
+            notes.append(f"the sizes of {section.base} are those that came with this package; it is not on this disk")
     if shapes.images.patch:
         notes.append("frames are taken to be 360 x 640 pixels; a video of another shape has other tokens")
     if device.on_gpu:

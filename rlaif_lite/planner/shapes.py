@@ -3,10 +3,13 @@
 Shapes: T frames, P tokens per frame.
 """
 
+import os
 from math import floor
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
@@ -17,6 +20,9 @@ from ..recipe import Features, Model
 
 # NF4 with double quantisation: 4 bits, one byte per block of 64, one float32 per 256 of those bytes.
 NF4_BITS = 4 + 8 / QUANT_BLOCK + 32 / (256 * QUANT_BLOCK)
+# config.json and preprocessor_config.json of the bases of the shipped recipes, so that a plan needs no network. Each names
+# its source. They hold sizes and counts only, and nothing but a plan reads them.
+SHIPPED = Path(__file__).parent / "bases"
 FRAME = (360, 640)  # pixels, height and width assumed of a video for towers that keep a frame's shape
 
 
@@ -48,6 +54,8 @@ class Shapes(NamedTuple):
 
 def shapes_of(section: Model, device: torch.device) -> Shapes:
     """Raises ModelError for a base that is not one of the families, or cannot be read."""
+    if shipped := shipped_facts(section):
+        section = section.model_copy(update={"base": str(shipped), "revision": None})
     config = read_config(section)
     family = family_of(config)
     path = resolve_base(section.base)
@@ -80,6 +88,16 @@ def shapes_of(section: Model, device: torch.device) -> Shapes:
         frame_tokens=0 if family.any_size else _frame_tokens(model, family, images),
         deepstack=len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ()),
     )
+
+
+def shipped_facts(section: Model) -> Path | None:
+    """The folder of a hub base's config files that came with this package. None where the base itself is on this disk,
+    where the recipe names a revision, or where the package has none."""
+    folder = SHIPPED / section.base.replace("/", "--")
+    if section.revision is not None or os.path.isdir(resolve_base(section.base)) or not folder.is_dir():
+        return None
+    cached = try_to_load_from_cache(section.base, "config.json")
+    return None if isinstance(cached, str) else folder
 
 
 def text_model_bytes(name: str, on_gpu: bool) -> int:

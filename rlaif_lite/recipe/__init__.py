@@ -92,6 +92,9 @@ NOT_SCIENCE = (
 )
 
 
+MOST_ERRORS = 30  # shown at a time
+
+
 class Recipe(Section):
     """A recipe of rlaif-lite."""
 
@@ -155,7 +158,9 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     try:
         recipe = Recipe.model_validate(marked.data)
     except ValidationError as errors:
-        lines = [file.explain(error, marks, fields()) for error in errors.errors()]
+        lines = [file.explain(error, marks, fields()) for error in errors.errors()[:MOST_ERRORS]]
+        more = len(errors.errors()) - MOST_ERRORS
+        lines += [f"{more} more errors are not shown. Correct these first."] if more > 0 else []
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
     recipe._marks = marks
     raise_all(recipe, cross_checks(recipe))
@@ -164,7 +169,8 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
 
 def raise_all(recipe: Recipe, problems: Iterable[tuple[str, str]]) -> None:
     """Raises RecipeError with one line per (key, message), or nothing where there are none."""
-    if lines := [f"`{key}` ({recipe.where(key)}) {message}" for key, message in problems]:
+    lines = [f"`{key}` ({recipe.where(key)}) {file.shortened(message, 1000)}" for key, message in problems]
+    if lines:
         raise RecipeError("\n".join(lines))
 
 

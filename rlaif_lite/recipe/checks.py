@@ -6,6 +6,7 @@ Each check yields (key, message); `recipe.raise_all` adds where the key was writ
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,18 +14,20 @@ from string import Formatter
 from typing import TYPE_CHECKING
 
 from .dpo import Describe, Divide
-from .file import did_you_mean, files_near
+from .file import did_you_mean, files_near, is_file, is_folder
 
 if TYPE_CHECKING:
     from . import Data, Recipe
 
 WORLD_SETS = ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")  # what `world:...` may name
 DATA_KEYS = ("sft", *WORLD_SETS)
+LARGEST = 10**9  # of any number in a recipe; so is steps times batch
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yields (key, message) for every pair of values that contradict each other. The message says the fix."""
+    yield from _size_checks(recipe)
     yield from _data_checks(recipe.data)
     yield from _template_checks(recipe)
     features, preference, reward, ppo = recipe.features, recipe.preference, recipe.reward, recipe.ppo
@@ -88,6 +91,22 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "ppo.minibatch", f"is {ppo.minibatch}, above ppo.rollouts: {ppo.rollouts}. Lower it."
     if isinstance(ppo.micro_batch, int) and ppo.micro_batch > ppo.minibatch:
         yield "ppo.micro_batch", f"is {ppo.micro_batch}, above ppo.minibatch: {ppo.minibatch}. Lower it."
+
+
+def _size_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Numbers, and steps times batch, beyond what any run can take."""
+
+    def walk(value: object, key: str) -> Iterator[tuple[str, str]]:
+        if isinstance(value, dict):
+            for name, item in value.items():
+                yield from walk(item, f"{key}.{name}" if key else name)
+            steps, batch = value.get("steps"), value.get("rollouts") or value.get("batch_size")
+            if isinstance(steps, int) and isinstance(batch, int) and max(steps, batch) <= LARGEST < steps * batch:
+                yield f"{key}.steps", f"is {steps}, times {batch} is above {LARGEST:.0e} answers or records. Lower it."
+        elif isinstance(value, (int, float)) and abs(value) > (2**63 - 1 if key.endswith("seed") else LARGEST):
+            yield key, f"is {str(value)[:30]}, more than any run can take. Set it to {LARGEST:.0e} at most."
+
+    yield from walk(recipe.model_dump(mode="json"), "")
 
 
 def _dpo_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -155,10 +174,13 @@ def _template_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     )
     for key, template, must, may in templates:
         try:
-            found = {name for _, name, _, _ in Formatter().parse(template) if name is not None}
+            parts = [part for part in Formatter().parse(template) if part[1] is not None]
         except ValueError as error:
             yield key, f"has a brace too many or too few ({error}). Write {{{{ and }}}} for braces that are meant."
             continue
+        if formatted := [name for _, name, spec, conversion in parts if spec or conversion]:
+            yield key, f"formats {_braced(set(formatted))} with `!` or `:`. Write the name alone between the braces."
+        found = {name for _, name, _, _ in parts}
         if missing := must - found:
             yield key, f"lacks {_braced(missing)}. Put it where that text goes."
         if strange := found - may:
@@ -179,8 +201,8 @@ def _adapter_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     ):
         if name is None:
             continue
-        folder = Path(name).expanduser()
-        if missing := [file for file in files if not (folder / file).is_file()]:
+        folder = Path(os.path.expanduser(name))
+        if missing := [file for file in files if not is_file(folder / file)]:
             yield (
                 key,
                 f"names {name}, which lacks {', '.join(missing)}. `rlaif-lite import` and runs write such folders.",
@@ -223,13 +245,15 @@ def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     data, sft = recipe.data, recipe.sft
     for name in (*DATA_KEYS, "pairs"):
         for i, entry in enumerate(getattr(data, name)):
-            if (name == "pairs" or not entry.startswith("world:")) and not Path(entry).expanduser().is_file():
-                yield f"data.{name}[{i}]", f"names {entry}, which is not a file. {files_near(Path(entry).expanduser())}"
-    if data.video_root is not None and not Path(data.video_root).expanduser().is_dir():
+            if (name == "pairs" or not entry.startswith("world:")) and not is_file(entry):
+                near = files_near(Path(os.path.expanduser(entry)))
+                yield f"data.{name}[{i}]", f"names {entry}, which is not a file. {near}"
+    if data.video_root is not None and not is_folder(data.video_root):
         yield "data.video_root", f"names {data.video_root}, which is not a folder. Paths start at {Path.cwd()}."
     own = recipe.model.reward_base
     for key, base in (("model.base", recipe.model.base), ("model.reward_base.base", own.base if own else "embedded")):
-        if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+        is_path = base.startswith((".", "/", "~")) or base.count("/") > 1  # a hub id is `name` or `owner/name`
+        if is_path and not is_folder(base):
             yield key, f"names {base}, which is not a folder. Paths start at {Path.cwd()}."
     yield from _adapter_checks(recipe)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
+import site
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any, NamedTuple
 
 from ..errors import RecipeError
 from .marked_yaml import Marked, dotted, dump, merge, parse, read
+
+LONGEST = 1000  # characters of a path or a key that hints are looked for
 
 
 class FieldInfo(NamedTuple):
@@ -36,7 +40,7 @@ def read_recipe(path: str | Path, overrides: Iterable[str]) -> Marked:
         if not isinstance(base, str):
             raise RecipeError(f"`base_recipe` is {found(base)}, expected the path of another recipe ({where}).")
         below_path = path.parent / base
-        if not below_path.is_file():
+        if not is_file(below_path):
             raise RecipeError(f"`base_recipe` names {base}, which is not a file ({where}). {files_near(below_path)}")
         below = _section(read(below_path, str(below_path)), str(below_path))
         if "base_recipe" in below.data:
@@ -80,36 +84,57 @@ def _override(text: str, marked: Marked) -> Marked:
 
 def recipe_folders() -> list[Path]:
     """Where recipes are looked for by name: the working directory, this package's checkout, the installation."""
-    beside, installed = Path(__file__).parent.parent / "recipes", Path(sys.prefix) / "share" / "rlaif-lite" / "recipes"
-    folders = (Path("recipes"), beside, installed)
+    root = Path(__file__).resolve().parents[2]  # the checkout, or the folder that pip installed into
+    checkout = [root / "recipes"] if (root / "pyproject.toml").is_file() else []
+    prefixes = (sys.prefix, site.getuserbase(), root)  # of an environment, of --user, of --target
+    installed = [Path(prefix) / "share" / "rlaif-lite" / "recipes" for prefix in prefixes]
     seen: dict[Path, Path] = {}
-    for folder in folders:
+    for folder in (Path("recipes"), *checkout, *installed):
         if folder.is_dir():
             seen.setdefault(folder.resolve(), folder)
     return list(seen.values())
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether a regular file is there; `~` is the home folder. False, without an error, for what cannot be a path."""
+    return os.path.isfile(os.path.expanduser(path))
+
+
+def is_folder(path: str | Path) -> bool:
+    """`is_file` for folders."""
+    return os.path.isdir(os.path.expanduser(path))
+
+
 def find_recipe(path: str | Path) -> Path:
     """`path` itself, or the shipped recipe of that name ("tiny"). Raises RecipeError with the names at hand."""
-    path = Path(path).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(path))
+    if is_file(path):
         return path
+    if str(path) == "-" or os.path.exists(path) and not is_folder(path):
+        raise RecipeError(
+            f"{path} is not a regular file. Recipes are not read from standard input or pipes, because errors and the run "
+            "folder name the file. Save it as a file first."
+        )
+    if len(str(path)) > LONGEST:
+        raise RecipeError(f"{str(path)[:LONGEST]}... is not there, expected a recipe file.")
     if path.parent == Path("."):
         for folder in recipe_folders():
             for candidate in (folder / path.name, folder / f"{path.name}.yaml"):
-                if candidate.is_file():
+                if is_file(candidate):
                     return candidate
-    folder = path if path.is_dir() else path.parent
+    folder = path if is_folder(path) else path.parent
     at_hand = [str(file) for here in (folder, *recipe_folders()) for file in sorted(here.glob("*.yaml"))]
     near = difflib.get_close_matches(str(path), at_hand, n=3) or list(dict.fromkeys(at_hand))[:8]
     hint = f"Recipes at hand: {', '.join(near)}." if near else f"Paths start at {Path.cwd()}."
-    raise RecipeError(f"{path} is {'a folder' if path.is_dir() else 'not there'}, expected a recipe file. {hint}")
+    raise RecipeError(f"{path} is {'a folder' if is_folder(path) else 'not there'}, expected a recipe file. {hint}")
 
 
 def files_near(path: Path) -> str:
     """A sentence on what stands where `path` was looked for."""
     folder = path.parent
-    if not folder.is_dir():
+    if len(str(path)) > LONGEST:
+        return f"No path is longer than {LONGEST} characters."
+    if not is_folder(folder):
         return f"The folder {folder} does not exist; paths start at {Path.cwd()}."
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
     near = difflib.get_close_matches(path.name, names, n=5, cutoff=0.5)
@@ -146,6 +171,8 @@ def _article(type_words: str) -> str:
 
 def _suggest(key: str, fields: dict[str, FieldInfo]) -> str:
     """The key that was probably meant: near it in its section, or of (nearly) its name in another."""
+    if len(key) > LONGEST:
+        return "It is too long for one."
     general = re.sub(r"\[\d+\]", "[]", key)
     parent, _, leaf = general.rpartition(".")
     if general in fields:  # written with dots, which only overrides have
@@ -170,14 +197,19 @@ def found(value: object) -> str:
     if value is None:
         return "null"
     if isinstance(value, dict):
-        return f"a section ({', '.join(map(str, value)) or 'empty'})"
+        return f"a section ({shortened(', '.join(map(str, value))) or 'empty'})"
     if isinstance(value, (list, tuple)):
         return f"a list of {len(value)}"
     if isinstance(value, bool):
         return f"{str(value).lower()} (true/false)"
     if isinstance(value, str):
         return f"{value[:60]!r} (text)"
-    return f"{value}"
+    return shortened(str(value))
+
+
+def shortened(text: str, longest: int = 200) -> str:
+    """The text, or its beginning and "..."."""
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def nearest_mark(marks: dict[str, str], key: str) -> str:

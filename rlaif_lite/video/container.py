@@ -83,6 +83,7 @@ def read_facts(path: str, frame_limit: int = FRAME_LIMIT) -> Facts:
                 kinds = ", ".join(sorted({other.type for other in container.streams})) or "nothing that is whole"
                 raise VideoError(f"{path}: it has no video stream, only {kinds}.")
             codec = stream.codec_context
+            codec.thread_count = 1  # one frame is decoded below
             require_size(path, codec.width, codec.height, frame_limit)
             format, promised, frame_pixels = container.format.name, stream.frames, codec.width * codec.height
             expected = _expected_seconds(container, stream)

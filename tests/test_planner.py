@@ -365,3 +365,32 @@ def test_a_run_plans_first(rerun, monkeypatch):
     with pytest.raises(StageError, match="(?s)will not fit.*--force"):
         pipeline.run(recipe, until="data")
     assert pipeline.run(recipe, until="data", force=True)["stages"]["data"]["status"] == "skipped"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*gb.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_planned_without_a_network(path, monkeypatch, tmp_path):
+    """From the config files that come with the package, and the plan says so."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    plan = make_plan(load_recipe(path), f"{path.stem.rsplit('_', 1)[1]}")
+    bases = {plan.recipe.model.base, plan.recipe.model.for_reward().base}
+    for base in bases:
+        assert any(note.startswith(f"the sizes of {base} are those that came") for note in plan.notes)
+    facts = json.loads((planning.shipped_facts(plan.recipe.model) / "config.json").read_text())
+    assert facts["source"].startswith("facts of https://huggingface.co/")
+
+
+@pytest.mark.parametrize(
+    "base, billions",
+    [
+        ("llava-hf/llava-1.5-7b-hf", 7.06),
+        ("llava-hf/llava-1.5-13b-hf", 13.35),
+        ("llava-hf/llava-onevision-qwen2-7b-ov-hf", 8.03),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", 3.75),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 8.29),
+        ("Qwen/Qwen3-VL-8B-Instruct", 8.77),
+    ],
+)
+def test_the_shipped_facts_count_the_published_parameters(base, billions):
+    """As the hub's page of each base counts its safetensors files."""
+    shapes = shapes_of(Model(base=base), CPU)
+    assert (shapes.linear + shapes.rest + shapes.tower) / 1e9 == pytest.approx(billions, abs=0.01)

@@ -14,7 +14,7 @@ from string import Formatter
 from typing import TYPE_CHECKING
 
 from .dpo import Describe, Divide
-from .file import did_you_mean, files_near, is_file, is_folder
+from .file import did_you_mean, files_near, is_file, is_folder, shortened
 
 if TYPE_CHECKING:
     from . import Data, Recipe
@@ -247,7 +247,7 @@ def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         for i, entry in enumerate(getattr(data, name)):
             if (name == "pairs" or not entry.startswith("world:")) and not is_file(entry):
                 near = files_near(Path(os.path.expanduser(entry)))
-                yield f"data.{name}[{i}]", f"names {entry}, which is not a file. {near}"
+                yield f"data.{name}[{i}]", f"names {shortened(entry)}, which is not a file. {near}"
     if data.video_root is not None and not is_folder(data.video_root):
         yield "data.video_root", f"names {data.video_root}, which is not a folder. Paths start at {Path.cwd()}."
     own = recipe.model.reward_base

@@ -27,7 +27,7 @@ PAIRS = "preference: {claims: {context_prefix: '%s'}}\n"
         ("".join(f"key{i}: 1\n" for i in range(4900)), "more errors are not shown"),
         ('output: "a\\0b"\n', r"'\\x00' cannot be used in a recipe \(.*x.yaml:2\)"),
         ('output: "\\ud800"\n', r"cannot be used in a recipe \(.*x.yaml:2\)"),
-        ("\noutput: a\0b\n", r"'\\x00' is not allowed in YAML \(.*x.yaml:3\)"),
+        ("\noutput: a\0b\n", r"'\\x00' is not allowed \(.*x.yaml:3\)"),
         ("# caf\udce9\n", r"x.yaml:2 cannot be read as a text file: byte 0xe9 is not UTF-8"),
         ("seed: " + "9" * 60000 + "\n", "is not what its tag"),
         ("ppo: {steps: 1000000000000}\n", r"`ppo.steps` \(.*x.yaml:2\) is 1000000000000, more than any run"),

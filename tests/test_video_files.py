@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import struct
@@ -460,3 +461,56 @@ def test_nothing_left_is_an_error_in_any_case(made):
         path.write_bytes(b"")
     with pytest.raises(DataError, match="32 of 32 videos"):
         features.run(work)
+
+
+# ---- mutated files
+
+
+def broken(rng: random.Random, data: bytes) -> bytes:
+    """A file with bytes flipped, blocks removed, repeated or overwritten, or its end cut off."""
+    out = bytearray(data)
+    for _ in range(rng.choice([1, 1, 3, 20])):
+        at, size = rng.randrange(len(out)), rng.randrange(1, 64)
+        kind = rng.randrange(5)
+        if kind == 0:
+            out[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del out[at : at + size]
+        elif kind == 2:
+            out[at:at] = out[at : at + size]
+        elif kind == 3:
+            out[at : at + size] = rng.choice([b"\0", b"\xff", rng.randbytes(1)]) * size
+        else:
+            del out[max(100, at) :]
+        out = out or bytearray(b"\0")
+    return bytes(out)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(3000, marks=pytest.mark.slow)])
+def test_mutated_videos_get_a_clean_verdict(tmp_path, count):
+    """Frames, or one sentence that names the file, in 20 seconds and within the memory limit of a worker."""
+    seeds = [make(tmp_path / f"seed{name}", 20, codec=codec, options={"g": "6"}) for name, codec in KINDS.items()]
+    images = [Image.fromarray(numbered(i)) for i in range(4)]
+    for suffix in ("gif", "webp", "png", "jpg"):
+        more = {} if suffix == "jpg" else {"save_all": True, "append_images": images[1:]}
+        images[0].save(tmp_path / f"seed.{suffix}", **more)
+        seeds.append(tmp_path / f"seed.{suffix}")
+    seeds.append(CASES / "h263_false_keyframes.3gp")
+    rng, wanted = random.Random(count), {}
+    for number in range(count):
+        seed = rng.choice(seeds)
+        path = tmp_path / f"{number}{seed.suffix}"
+        path.write_bytes(broken(rng, seed.read_bytes()))
+        wanted[path.name] = (str(path), VIEW)
+    began, verdicts = time.monotonic(), 0
+    for name, found in decode_all(wanted, workers=2, size=(32, 32)):
+        assert time.monotonic() - began < 20, name
+        began, verdicts = time.monotonic(), verdicts + 1
+        if isinstance(found, VideoError):
+            assert name in str(found) and "\n" not in str(found) and "Traceback" not in str(found)
+        else:
+            assert found["v"].rgb_THWC.shape == (3, 32, 32, 3) and np.isfinite(found["v"].time_T).all()
+    assert verdicts == count and not multiprocessing.active_children()
+
+
+KINDS = {".mp4": "libx264", ".mkv": "libx264", ".avi": "mpeg4", ".ts": "libx264", ".webm": "libvpx", ".mov": "mpeg4"}

@@ -100,7 +100,7 @@ def parse(text: str, name: str, where: str | None = None) -> Marked:
     except yaml.reader.ReaderError as error:
         here = where or f"{name}:{text[: error.position].count(chr(10)) + 1}"
         raise RecipeError(
-            f"The character {chr(error.character)!r} is not allowed in YAML ({here}). Remove it."
+            f"Not readable as YAML: the character {chr(error.character)!r} is not allowed ({here}). Remove it."
         ) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"Not readable as YAML: {' '.join(str(error).split())} ({where or name}).") from error

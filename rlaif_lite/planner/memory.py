@@ -41,7 +41,8 @@ def saved_by_layer(shapes: Shapes, section: Model, length: int) -> int:
         inputs = 4 * H * (bool(qkv) + bool(mlp)) + 4 * I * ("down_proj" in targets)
     else:  # each adapter keeps a float32 copy of its own
         inputs = 4 * (H * (qkv + mlp) + Q * ("o_proj" in targets) + I * ("down_proj" in targets))
-    return norms + attention + feed_forward + inputs + 4 * section.lora.rank * len(targets)
+    inside = 0 if E == 4 else 4 * section.lora.rank * len(targets)  # merged adapters (model/merged_lora.py) keep none
+    return norms + attention + feed_forward + inputs + inside
 
 
 def training(shapes: Shapes, section: Model, rows: int, length: int) -> int:
@@ -59,7 +60,7 @@ def training(shapes: Shapes, section: Model, rows: int, length: int) -> int:
 def forward(shapes: Shapes, rows: int, length: int) -> int:
     """Peak of a forward without gradients."""
     H, I, E = shapes.width, shapes.ffn, shapes.dtype.itemsize
-    per_token = 14 * I + 17 * H if E == 4 else 11 * I + 13 * H
+    per_token = 10 * I + 17 * H if E == 4 else 11 * I + 13 * H
     return rows * length * (per_token + 2 * E * length) + E * shapes.largest  # 2 E S: the mask, and its copy
 
 

@@ -128,7 +128,9 @@ class Workspace:
             return
         loaded = {split.name: self._read(split) for split in self.splits()}
         if "sft" in loaded:
-            easy, hard = split_by_answer_length(loaded.pop("sft"), self.recipe.data.max_easy_words)
+            easy, hard = split_by_answer_length(
+                loaded.pop("sft"), self.recipe.data.max_easy_words, self.recipe.sft.train_on
+            )
             loaded["sft_easy"] = loaded.get("sft_easy", []) + easy
             loaded["sft_hard"] = loaded.get("sft_hard", []) + hard
         self._records = loaded

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlaif_lite.data.readers import check_videos, read_records, split_by_answer_length, with_videos
+from rlaif_lite.data.readers import read_records, split_by_answer_length, with_videos
 from rlaif_lite.data.records import Message, Record, from_json, to_json
 from rlaif_lite.errors import DataError
 
@@ -275,7 +275,7 @@ def test_names_of_videos_are_looked_up(tmp_path):
     path = write(tmp_path, *({"id": name, "video": name, "conversations": ASKED} for name in expected))
     records = read_records(path, video_root=root).records
     assert {record.id: record.video for record in records} == {k: str(tmp_path / v) for k, v in expected.items()}
-    assert [record.id for record in check_videos(records)] == ["gone"]
+    assert [record.id for record in with_videos(records)[1]] == ["gone"]
 
 
 def test_a_video_with_a_missing_frame_or_an_empty_folder_is_missing(tmp_path):

@@ -5,8 +5,10 @@ only one of them, so that after the first over-long prompt every prompt meets th
 nothing to misalign.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from math import isfinite
 
 from ..errors import DataError
 
@@ -38,6 +40,8 @@ class Record:
     captions: tuple[str, ...] = ()  # facts that the data carry: a reward model reads them in place of the narrative
     caption_type: int | None = None  # LLaVA-RLHF: what the right answer is known to be (rl.shaping.symbolic_bonus)
     length_bonus: float | None = None  # LLaVA-RLHF: multiplies what this record's answers pay for their length
+    solution: str | None = None  # the right answer to the last question, for rewards by rule
+    options: tuple[str, ...] = ()  # the options of a multiple-choice question, in their order
     source: str = ""  # where it was read: "file.json#17"
 
     @property
@@ -76,14 +80,26 @@ def check(record: Record) -> Record:
         if message.role != expected:
             fail(f"turn {i} (after any system turn) is from the {message.role}, expected the {expected}.")
         if message.role == "assistant" and VIDEO_MARK in message.content:
-            fail(f"turn {i}: an answer contains {VIDEO_MARK}; the video can stand in a user turn only.")
+            fail(f"turn {i}: an answer contains {VIDEO_MARK}; the video can be in a user turn only.")
+    if record.messages[0].role == "system" and VIDEO_MARK in record.messages[0].content:
+        fail(f"the system turn contains {VIDEO_MARK}; the video can be in a user turn only.")
+    if VIDEO_MARK in (record.chosen or "") + (record.rejected or ""):
+        fail(f"`chosen` or `rejected` contains {VIDEO_MARK}; the video can be in a user turn only.")
     marks = sum(m.content.count(VIDEO_MARK) for m in record.messages)
     if record.video is None and marks:
         fail(f"{marks} {VIDEO_MARK} in the text, but the record has no video.")
     if record.video is not None and marks != 1:
-        fail(f"{marks} {VIDEO_MARK} in the text, expected exactly one: a record has one video.")
-    if record.video is not None and not record.video:
+        fail(
+            f"{marks} {VIDEO_MARK} in the text, expected exactly one: a record has one video. "
+            "Make one record of each, or join them into one video."
+        )
+    if record.video is not None and (not record.video or not all(record.video)):
         fail("its video is empty.")
+    for text in _texts_of(record):
+        if not text.isascii() and not _is_text(text):
+            fail(f"a text holds half of a character (a lone surrogate), which no file can: {ascii(text)[:80]}.")
+        if "<audio>" in text:
+            fail("`<audio>` is in the text, but no model here hears. Leave such records out.")
     if (record.chosen is None) != (record.rejected is None):
         fail("`chosen` and `rejected` come together; one is missing.")
     for end, _ in record.verdicts:
@@ -96,12 +112,29 @@ def check(record: Record) -> Record:
     return record
 
 
+def _texts_of(record: Record) -> Iterator[str]:
+    """Every text of a record."""
+    yield record.id
+    yield from record.video if isinstance(record.video, tuple) else (record.video or "",)
+    yield from (message.content for message in record.messages)
+    yield from (record.chosen or "", record.rejected or "", record.solution or "", *record.captions, *record.options)
+    yield from (word for _, word in record.verdicts)
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def to_json(record: Record) -> dict:
     """The record as a JSON object, keys as the fields; absent fields and `source` (set by the reader) are left out."""
     found = asdict(record)
     found["messages"] = [asdict(message) for message in record.messages]
     found["verdicts"] = [list(verdict) for verdict in record.verdicts]
-    found["captions"] = list(record.captions)
+    found["captions"], found["options"] = list(record.captions), list(record.options)
     if isinstance(record.video, tuple):
         found["video"] = list(record.video)
     del found["source"]
@@ -132,12 +165,24 @@ def from_json(found: dict, source: str) -> Record:
     video = typed("video", (str, list), "a path or a list of frame paths")
     if isinstance(video, list) and not all(isinstance(frame, str) for frame in video):
         raise DataError(f"{source}: `video` is a list, but not of paths.")
+    if any("\0" in path for path in ([video] if isinstance(video, str) else video or ())):
+        raise DataError(f"{source}: `video` holds a NUL character; no path has one.")
+    bonus = typed("length_bonus", (int, float), "a number")
+    if bonus is not None and not isfinite(bonus):
+        raise DataError(f"{source}: `length_bonus` is {bonus}, expected a number.")
     messages, verdicts = typed("messages", list, "a list of turns"), typed("verdicts", list, "a list of [offset, word]")
+    for i, turn in enumerate(messages or ()):
+        if isinstance(turn, dict) and (strange := turn.keys() - {"role", "content"}):
+            raise DataError(
+                f"{source}: turn {i} has the unknown key `{sorted(strange)[0]}`; turns are {{role, content}}."
+            )
     try:
         turns = tuple(Message(role=str(m["role"]), content=m["content"]) for m in messages or ())
-        marks = tuple((int(end), str(word)) for end, word in verdicts or ())
+        marks = tuple((end, word) for end, word in verdicts or ())
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{source}: turns are {{role, content}}, verdicts [offset, word]; got {error!r}.") from None
+    if not all(type(end) is int and isinstance(word, str) for end, word in marks):
+        raise DataError(f"{source}: verdicts are [offset, word]; got {verdicts!r}.")
     if not all(isinstance(m.content, str) for m in turns):
         raise DataError(f"{source}: `content` of a turn is not a text.")
     return check(
@@ -153,7 +198,9 @@ def from_json(found: dict, source: str) -> Record:
             facts=typed("facts", dict, "an object"),
             captions=texts(found.get("captions"), f"{source}: `captions`"),
             caption_type=typed("caption_type", int, "a number"),
-            length_bonus=typed("length_bonus", (int, float), "a number"),
+            length_bonus=bonus,
+            solution=typed("solution", str, "a text"),
+            options=texts(found.get("options"), f"{source}: `options`"),
             source=source,
         )
     )

@@ -150,6 +150,7 @@ class Sft(Section):
     policy_init: Training | None = Field(Training(), description="RL domain, seeds the policy; null leaves it out")
     replay: float = Field(0.0, ge=0, lt=1, description="share of every later batch drawn from the easy records")
     loss_per: Literal["token", "record"] = Field("token", description="what weighs alike: every token, or every record")
+    train_on: Literal["all", "last"] = Field("all", description="all: every answer of a conversation; last: its last")
 
 
 class Context(Section):

@@ -105,7 +105,7 @@ def plan(
     else:
         Console(width=None if os.isatty(1) else 150).print(planner.as_table(found))
         typer.echo("\n".join(planner.advice(found)))
-    if not all(stage.fits for stage in found.stages.values()):
+    if not found.fits:
         raise typer.Exit(1)
 
 

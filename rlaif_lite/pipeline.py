@@ -56,7 +56,10 @@ NEUTRAL = (
 )
 GATES = {"reward": "reward.floor"}  # a key of the stage's section that only a later stage acts on
 # What makes a stage run again, but changes nothing that a later stage reads without asking for it by itself.
-INWARD = {"features": ("splits with a narrative", "features.clips", "features.clip_frames")}
+INWARD = {
+    "data": (*data.CHECKED, "files of model.base"),
+    "features": ("splits with a narrative", "features.clips", "features.clip_frames"),
+}
 
 
 def run(
@@ -77,6 +80,7 @@ def run(
     if not force:
         refuse(plan, until)
     work = Workspace(recipe)
+    work.video_tokens = plan.video_tokens
     work.folder.mkdir(parents=True, exist_ok=True)
     with only_run(work.folder):
         (work.folder / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")

@@ -51,6 +51,7 @@ class Workspace:
         trackers = Trackers(recipe.track, self.folder, flatten(recipe)) if recipe.track else None
         self.log = MetricsLog(self.folder / "metrics.jsonl", trackers)
         self.missing_videos: set[str] = set()
+        self.video_tokens = 0  # of a whole video, as planned; 0: not planned
         self._base: Base | None = None
         self._roles: Roles | None = None
         self._records: dict[str, list[Record]] = {}
@@ -131,6 +132,12 @@ class Workspace:
             easy, hard = split_by_answer_length(
                 loaded.pop("sft"), self.recipe.data.max_easy_words, self.recipe.sft.train_on
             )
+            for phase, found, longer in (("easy", easy, "longer"), ("hard", hard, "shorter")):
+                if not found and getattr(self.recipe.sft, phase) is not None:
+                    raise DataError(
+                        f"data.sft: no record is for sft.{phase}; every answer is {longer} than `data.max_easy_words: "
+                        f"{self.recipe.data.max_easy_words}` or as long. Change that number, or set `sft.{phase}: null`."
+                    )
             loaded["sft_easy"] = loaded.get("sft_easy", []) + easy
             loaded["sft_hard"] = loaded.get("sft_hard", []) + hard
         self._records = loaded

@@ -4,11 +4,13 @@ Shapes: B records, S positions, V vocabulary.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from core import record, shake, video_of
+from rlaif_lite.data.records import from_json
 from rlaif_lite.errors import DataError, ModelError
 from rlaif_lite.files import read_jsonl
 from rlaif_lite.model.inputs import IGNORE, collate
@@ -46,30 +48,46 @@ def test_targets_are_the_answer_and_its_end(base):
     assert words(base, targets_S) == ["-", "-", "-", "-", "red", "star", ".", "</s>", "-"] and weight == 1
 
 
-def test_only_the_last_answer_is_learnt(base):
-    turns = [
-        {"role": r, "content": c}
-        for r, c in (("user", "what ?"), ("assistant", "red ."), ("user", "shape ?"), ("assistant", "cross ."))
-    ]
-    from rlaif_lite.data.records import from_json
+ROUNDS = [("user", "what ?"), ("assistant", "red ."), ("user", "shape ?"), ("assistant", "cross .")]
+CONVERSATION = from_json({"id": "x", "messages": [{"role": r, "content": c} for r, c in ROUNDS]}, "made up")
 
-    row, targets_S, _ = sft.example(base, from_json({"id": "x", "messages": turns}, "made up"), None, "token")
-    assert words(base, row.ids_S) == [
-        "<s>",
-        "what",
-        "?",
-        "<ans>",
-        "red",
-        ".",
-        "</s>",
-        "shape",
-        "?",
-        "<ans>",
-        "cross",
-        ".",
-        "</s>",
+
+def test_every_answer_of_a_conversation_is_learnt(base):
+    """In one row, where the template writes an earlier answer as it would be sampled."""
+    ((row, targets_S, weight),) = sft.examples(base, CONVERSATION, None, "record", "all")
+    said = "<s> what ? <ans> red . </s> shape ? <ans> cross . </s>".split()
+    assert words(base, row.ids_S) == said and weight == 1 / 6
+    assert words(base, targets_S) == ["-"] * 3 + ["red", ".", "</s>"] + ["-"] * 3 + ["cross", ".", "</s>", "-"]
+
+
+def test_only_the_last_answer_is_learnt_where_the_recipe_says_so(base):
+    ((row, targets_S, _),) = sft.examples(base, CONVERSATION, None, "token", "last")
+    assert words(base, row.ids_S)[-4:] == ["<ans>", "cross", ".", "</s>"]
+    assert words(base, targets_S) == ["-"] * 9 + ["cross", ".", "</s>", "-"]
+
+
+def test_a_template_without_an_end_of_earlier_answers_gets_a_row_for_each(load):
+    """LLaVA-1.5's own template on the hub writes no EOS between rounds: every answer and its end are trained all the
+    same, with the same weight altogether."""
+    base = load()
+    base.tokenizer.chat_template = base.tokenizer.chat_template.replace("eos_token", "''").replace("</s>", "")
+    rows = sft.examples(base, CONVERSATION, None, "record", "all")
+    learnt = [[w for w in words(base, targets_S) if w != "-"] for _, targets_S, _ in rows]
+    assert learnt == [["red", ".", "</s>"], ["cross", ".", "</s>"]]
+    assert sum(weight * sft.scored(targets_S) for _, targets_S, weight in rows) == pytest.approx(1)
+
+
+def test_the_loss_of_a_conversation_is_that_of_its_rounds(roles):
+    """One row with all answers gives the log-probabilities that each round gives by itself."""
+    roles.add("sft")
+    shake(roles, "sft")
+    together = sft.examples(roles.base, CONVERSATION, None, "token", "all")
+    alone = [
+        sft.example(roles.base, replace(CONVERSATION, messages=CONVERSATION.messages[:n]), None, "token")
+        for n in (2, 4)
     ]
-    assert words(base, targets_S) == ["-", "-", "-", "-", "-", "-", "-", "-", "-", "cross", ".", "</s>", "-"]
+    (one,) = by_hand(roles, together)
+    assert one == pytest.approx([value for each in by_hand(roles, alone) for value in each], abs=1e-5)
 
 
 def test_verdicts_stand_at_the_words_they_judge(base):

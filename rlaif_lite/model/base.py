@@ -71,11 +71,7 @@ class Base:
         would be taken for a video at the next forward. So with rows of the head that stand for no token."""
         bias_V = torch.zeros(self.head_weight_VD.shape[0], dtype=torch.float32, device=self.head_weight_VD.device)
         bias_V[len(self.tokenizer) :] = -1e30
-        added = self.tokenizer.added_tokens_decoder
-        banned = set(self.tokenizer.all_special_ids) | {id for id, token in added.items() if token.special}
-        for key, value in self.model.config.to_dict().items():  # image, video and vision tokens by any name
-            if key.startswith(("image_", "video_", "vision_")) and key.endswith(("_token_id", "_token_index")):
-                banned |= set() if value is None else {value}
+        banned = banned_ids(self.tokenizer, self.model.config)
         bias_V[[id for id in sorted(banned - {self.eos_id}) if id < len(bias_V)]] = -1e30
         return bias_V
 
@@ -128,6 +124,16 @@ class Base:
             else:
                 other += size
         return {"quantised": quantised, "other": other}
+
+
+def banned_ids(tokenizer, config: PretrainedConfig) -> set[int]:
+    """Ids of special tokens, EOS among them, and of image, video and vision tokens by any name."""
+    banned = set(tokenizer.all_special_ids)
+    banned |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for key, value in config.to_dict().items():
+        if key.startswith(("image_", "video_", "vision_")) and key.endswith(("_token_id", "_token_index")):
+            banned |= set() if value is None else {value}
+    return banned
 
 
 def resolve_base(name: str) -> str:

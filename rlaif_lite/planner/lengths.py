@@ -12,9 +12,10 @@ from typing import NamedTuple
 from transformers import AutoTokenizer
 
 from ..data.readers import read_records
-from ..data.records import VIDEO_MARK, Record, from_json
+from ..data.records import Record, from_json
 from ..data.world import WorldConfig, WorldSplits, world_records
 from ..model.base import resolve_base
+from ..model.limits import record_tokens, template_tokens
 from ..recipe import Recipe
 
 LOOK = 2000  # records of a file that are read
@@ -34,6 +35,7 @@ class Texts(NamedTuple):
     answer: int  # of the longest answer
     both: int  # of the longest record
     known: bool  # false: the file is not here, and all of this is assumed
+    longest: str = ""  # where that record was read
 
 
 class Lengths(NamedTuple):
@@ -48,9 +50,8 @@ def lengths_of(recipe: Recipe) -> Lengths:
     if (path / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(path)
         count = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
-        shell = tokenizer.apply_chat_template if tokenizer.chat_template else None
-        said = [{"role": "user", "content": "a"}]
-        template = count(shell(said, tokenize=False, add_generation_prompt=True)) - 1 if shell else TEMPLATE
+        around = template_tokens(tokenizer)
+        template = TEMPLATE if around is None else around
     else:
         count, template = lambda text: round(len(text) / PER_TOKEN), TEMPLATE
     data = recipe.data
@@ -79,21 +80,16 @@ def _texts(recipe: Recipe, files: Iterable[str], count: Callable[[str], int], te
             records, share, known = [], 1.0, False
         found += records
         total += round(len(records) / share)
-    sizes = [
-        (sum(count(m.content.replace(VIDEO_MARK, "")) for m in r.prompt), max(map(count, _answers(r)))) for r in found
-    ]
+    sizes = [record_tokens(r, count) for r in found]
     if not sizes:
         return Texts(0, 0, 0.0, PROMPT + template, ANSWER, PROMPT + template + ANSWER, False)
     videos = len({r.video for r in found})
     clips = len({(r.video, r.clip) for r in found if r.clip is not None}) / videos
     prompt, answer = (max(column) for column in zip(*sizes))
     videos = videos * total // len(found)
-    return Texts(total, videos, clips, prompt + template, answer + 1, max(map(sum, sizes)) + template + 1, known)
-
-
-def _answers(record: Record) -> tuple[str, ...]:
-    """What a record says in answer: nothing, one answer, or a pair."""
-    return (record.answer or "",) if record.chosen is None else (record.chosen, record.rejected)
+    longest = max(range(len(found)), key=lambda i: sum(sizes[i]))
+    both = sum(sizes[longest]) + template + 1
+    return Texts(total, videos, clips, prompt + template, answer + 1, both, known, found[longest].source)
 
 
 def _of_world(recipe: Recipe, name: str) -> tuple[list[Record], float]:

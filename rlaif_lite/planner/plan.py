@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import RecipeError, StageError
+from ..model.limits import positions_of, sampled, too_long
 from ..recipe import Recipe, load_recipe
 from ..training.meter import give_back
 from ..workspace import pick_device
@@ -16,7 +17,7 @@ from . import memory, rates
 from .lengths import Lengths, lengths_of
 from .memory import ADAPTER
 from .process import Left, videos_of
-from .shapes import Shapes, shapes_of, shipped_facts
+from .shapes import Shapes, shapes_of, shipped_facts, video_tokens
 from .stages import Holding, Inventory, Phase
 
 AUTO = (
@@ -77,6 +78,13 @@ class Plan(NamedTuple):
     device: Device
     stages: dict[str, StagePlan]
     notes: list[str]  # what had to be assumed
+    video_tokens: int  # of a whole video, pruned as the recipe says
+    too_long: list[str]  # records that take more positions than the base has
+
+    @property
+    def fits(self) -> bool:
+        """Every stage into memory, and every record into the base's positions."""
+        return not self.too_long and all(stage.fits for stage in self.stages.values())
 
 
 def device_of(recipe: Recipe, gpu: str | None = None) -> Device:
@@ -159,7 +167,21 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
         notes.append("frames are taken to be 360 x 640 pixels; a video of another shape has other tokens")
     if device.on_gpu:
         notes.append("no GPU figure was measured on one: derived from shapes and from peaks of the same code on a CPU")
-    return Plan(recipe, device, stages, notes)
+    video = video_tokens(shapes, recipe.features, recipe.features.frames)
+    return Plan(recipe, device, stages, notes, video, _too_long(recipe, shapes, lengths, video))
+
+
+def _too_long(recipe: Recipe, shapes: Shapes, lengths: Lengths, video: int) -> list[str]:
+    """The longest record of each split that does not fit into the base's positions."""
+    positions, rooms, found = positions_of(shapes.config), sampled(recipe), []
+    for name, texts in lengths.splits.items():
+        if not texts.known or positions is None:
+            continue
+        prompt, answer = (texts.both - texts.answer, texts.answer) if name not in rooms else (texts.prompt, rooms[name])
+        own = video if texts.videos else 0
+        if own + prompt + answer > positions:
+            found.append(too_long(f"data.{name}", texts.longest, own, prompt, answer, positions))
+    return found
 
 
 def _bytes(holding: Holding, phase: Phase, rows: int, device: Device) -> dict[str, int]:
@@ -268,7 +290,7 @@ def settle(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def refuse(plan: Plan, until: str | None = None) -> None:
-    """Raise StageError, naming the lines to change, where a stage up to `until` cannot fit."""
+    """Raise StageError, naming the lines to change, where a stage up to `until` cannot fit, or a record cannot."""
     names = list(plan.stages)
     names = names[: names.index(until) + 1] if until in names else names
     gib = lambda count: f"{count / 2**30:.1f} GiB"
@@ -279,6 +301,8 @@ def refuse(plan: Plan, until: str | None = None) -> None:
             largest = sorted(stage.terms.items(), key=lambda term: -term[1])[:3]
             held = ", ".join(f"{kind} {gib(size)}" for kind, size in largest)
             lines.append(f"  {name} takes {gib(stage.peak)} ({held}): {stage.change}.")
+    if plan.too_long:
+        raise StageError("\n".join(plan.too_long))
     if lines:
         have = f"{plan.device.name} has {gib(plan.device.memory)}, of which {gib(plan.device.reserve)} are kept free"
         raise StageError(f"This will not fit: {have}.\n" + "\n".join(lines) + "\nTo try all the same, add --force.")

@@ -16,7 +16,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "schema": SCHEMA,
         "recipe": plan.recipe.name,
         "device": plan.device._asdict(),
-        "fits": all(stage.fits for stage in plan.stages.values()),
+        "fits": plan.fits,
         "peak_memory_bytes": max(stage.peak for stage in plan.stages.values()),
         "disk_bytes": sum(stage.disk or 0 for stage in plan.stages.values()),
         "stages": {
@@ -35,6 +35,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
             }
             for name, stage in plan.stages.items()
         },
+        "video_tokens": plan.video_tokens,
+        "too_long": plan.too_long,
         "notes": plan.notes,
     }
 
@@ -64,7 +66,7 @@ def as_table(plan: Plan) -> Table:
 
 def advice(plan: Plan) -> list[str]:
     """Lines below the table: what to change, the largest sizes that fit, what was assumed."""
-    lines = [f"{name}: {stage.change}." for name, stage in plan.stages.items() if stage.change]
+    lines = [*plan.too_long, *(f"{name}: {stage.change}." for name, stage in plan.stages.items() if stage.change)]
     most = {key: value for stage in plan.stages.values() for key, value in stage.proposals.items() if value}
     lines.append("Largest that fit: " + ", ".join(f"{key}: {value}" for key, value in most.items()) + ".")
     if bases := {stage.basis for stage in plan.stages.values() if stage.seconds is not None}:

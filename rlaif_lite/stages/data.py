@@ -1,16 +1,20 @@
 """The data of the run: the synthetic world is made here when the recipe asks for one; files that are there are read
 and counted.
 
-Nothing is trained yet, so whatever is wrong with a file or a path is found now and not after an hour.
+Nothing is trained yet, so whatever is wrong with a file or a path is found now and not after an hour. So is a record
+that the base cannot read (longer than its positions) and an answer that it cannot write (unknown words, special tokens).
 """
 
 import os
 
 from ..data.world import WorldConfig, WorldSplits, write_world
+from ..model.limits import check_answers, check_lengths, load_limits, sampled
 from ..progress import progress
 from ..workspace import Workspace
 
-READS = ("data",)
+# What decides whether the base can read and write the records; it changes none of them.
+CHECKED = ("model.base", "model.revision", "features.frames", "features.prune", "sft.train_on")
+READS = ("data", *CHECKED)
 NEEDS = ()
 
 
@@ -28,5 +32,19 @@ def run(work: Workspace) -> dict:
                 workers=world.workers or os.cpu_count() or 1,
                 progress=lambda done, total: bar.advance(done - bar.done),
             )
+    check_texts(work)
     counts = {name: len(work.records(name)) for name in work.split_names()}
     return {"records": counts, "missing_videos": len(work.missing_videos)}
+
+
+def check_texts(work: Workspace) -> None:
+    """Raise DataError where the base cannot read a prompt or write an answer, with the record."""
+    recipe = work.recipe
+    limits = load_limits(recipe.model)
+    rooms = sampled(recipe)
+    for name in work.split_names():
+        records, room = work.records(name), rooms.get(name)
+        key = "data.pairs" if name == "preference" and recipe.data.pairs else f"data.{name}"
+        if room is None:
+            check_answers(limits, key, records, recipe.sft.train_on)
+        check_lengths(limits, key, records, work.video_tokens, room)

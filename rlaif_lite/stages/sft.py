@@ -9,14 +9,16 @@ section 3.1).
 
 With `sft.adapter` training goes on from that adapter; with no phase at all it simply is what both roles are.
 
-The loss is on answers only. A record with verdicts (process supervision) is trained on the verdict at each marked
-word instead: that keeps the judge's skill in the adapter. Departures from the release: it starts a fresh adapter on
-merged weights for the initialisation, here the same adapter goes on; a share of easy records can be replayed in the
-later phases (`sft.replay`), and `sft.loss_per: record` weighs every record alike instead of every token.
+The loss is on answers only: on every answer of a conversation, as LLaVA trains, or on the last (`sft.train_on`). A
+record with verdicts (process supervision) is trained on the verdict at each marked word instead: that keeps the judge's
+skill in the adapter. Departures from the release: it starts a fresh adapter on merged weights for the initialisation,
+here the same adapter is trained further; a share of easy records can be replayed in the later phases (`sft.replay`),
+and `sft.loss_per: record` weighs every record alike instead of every token.
 
 Shapes: B records, S positions, N answer tokens.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,11 +95,13 @@ def train(
 
     def step_loss(active: ActiveRole, step: int, micro: int) -> dict[str, float]:
         chosen = [records[i] for i in fresh[step]] + [replay[i] for i in again[step]]
-        examples = [example(base, r, work.features(r), recipe.sft.loss_per) for r in chosen]
-        examples.sort(key=lambda e: len(e.row.ids_S))  # little padding in each micro-batch
-        total = sum(e.weight * sum(t != IGNORE for t in e.targets_S) for e in examples)
+        rows = [
+            e for r in chosen for e in examples(base, r, work.features(r), recipe.sft.loss_per, recipe.sft.train_on)
+        ]
+        rows.sort(key=lambda e: len(e.row.ids_S))  # little padding in each micro-batch
+        total = sum(e.weight * scored(e.targets_S) for e in rows)
         loss = 0.0
-        for part in split_micro(examples, micro):
+        for part in split_micro(rows, micro):
             loss += backward(active, part, total)
         return {"loss": loss}
 
@@ -116,16 +120,14 @@ def train(
     return {"records": len(records), "steps": steps}
 
 
-def backward(active: ActiveRole, examples: list[Example], total: float) -> float:
+def backward(active: ActiveRole, rows: list[Example], total: float) -> float:
     """Forward and backward of a micro-batch; `total` is the weight of all targets of the whole batch. Returns its
     loss."""
     base = active.roles.base
-    batch = collate(base, [e.row for e in examples])
+    batch = collate(base, [e.row for e in rows])
     length = batch.ids_BS.shape[1]
-    target_BS = torch.tensor(
-        [e.targets_S + [IGNORE] * (length - len(e.targets_S)) for e in examples], device=base.device
-    )
-    weight_BS = torch.tensor([[e.weight] for e in examples], device=base.device).expand_as(target_BS)
+    target_BS = torch.tensor([e.targets_S + [IGNORE] * (length - len(e.targets_S)) for e in rows], device=base.device)
+    weight_BS = torch.tensor([[e.weight] for e in rows], device=base.device).expand_as(target_BS)
     scored_BS = target_BS != IGNORE
     with phase("forward", batch.ids_BS.numel()):
         loss, _ = sft_loss(
@@ -141,8 +143,40 @@ def backward(active: ActiveRole, examples: list[Example], total: float) -> float
     return loss.item()
 
 
+def examples(base: Base, record: Record, features, loss_per: str, train_on: str) -> list[Example]:
+    """The rows that a record is trained on. Raises DataError when it has no answer.
+
+    One row holds a whole conversation where the chat template writes earlier answers as they would be sampled: the
+    answer's own tokens after the prompt's, then EOS. Some templates do not (no EOS after an earlier answer, or the text
+    is changed); then each answer is the end of a row of its own, so that every answer and its end are trained."""
+    last = example(base, record, features, loss_per)
+    earlier = [i for i, message in enumerate(record.prompt) if message.role == "assistant"]
+    if train_on == "last" or record.verdicts or not earlier:
+        return [last]
+    targets_S = list(last.targets_S)
+    rounds = [example(base, replace(record, messages=record.messages[: i + 1]), features, loss_per) for i in earlier]
+    for each in rounds:
+        length = len(each.row.ids_S)
+        if last.row.ids_S[:length] != each.row.ids_S:
+            rows = [*rounds, last]
+            break
+        targets_S[: length - 1] = [
+            after if after != IGNORE else before
+            for before, after in zip(targets_S[: length - 1], each.targets_S[: length - 1], strict=True)
+        ]
+    else:
+        rows = [last._replace(targets_S=targets_S)]
+    total = sum(scored(each.targets_S) for each in rows)
+    return [each._replace(weight=1.0 / total if loss_per == "record" else 1.0) for each in rows]
+
+
+def scored(targets_S: list[int]) -> int:
+    """How many positions have a loss."""
+    return sum(target != IGNORE for target in targets_S)
+
+
 def example(base: Base, record: Record, features, loss_per: str) -> Example:
-    """Tokenise a record with an answer; raises DataError when it has none."""
+    """Tokenise a record, to train on its last answer; raises DataError when it has none."""
     if record.answer is None:
         raise DataError(f"{record.source}: a record for SFT needs an answer; its last turn is the user's.")
     prompt = encode_prompt(base, record.prompt, features)
@@ -155,8 +189,7 @@ def example(base: Base, record: Record, features, loss_per: str) -> Example:
         row = prompt.extend(ids)
         # The last token of the prompt predicts the first of the answer; the EOS predicts nothing.
         targets_S = [IGNORE] * (len(prompt.ids_S) - 1) + ids + [IGNORE]
-    scored = sum(t != IGNORE for t in targets_S)
-    return Example(row, targets_S, 1.0 / scored if loss_per == "record" else 1.0)
+    return Example(row, targets_S, 1.0 / scored(targets_S) if loss_per == "record" else 1.0)
 
 
 def verdict_targets(base: Base, record: Record) -> list[int]:

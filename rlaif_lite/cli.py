@@ -109,6 +109,19 @@ def plan(
         raise typer.Exit(1)
 
 
+@app.command("data")
+def show_data(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Data files, or folders of `datasets`.")],
+    recipe: Annotated[str | None, typer.Option(help="Count and show tokens as this recipe's base reads them.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base, where no recipe or another one is meant.")] = None,
+    video_root: Annotated[Path | None, typer.Option(help="Folder that video paths start from.")] = None,
+) -> None:
+    """Show what data files are read as: format, counts, lengths, missing videos, the first records."""
+    from . import data_report
+
+    typer.echo(data_report.describe(files, recipe, base, video_root))
+
+
 @app.command("eval")
 def evaluate(run_dir: RunDir, best_of: BestOf = None) -> None:
     """Evaluate a run's roles again on its held-out videos."""

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from .data.objects import files_of
 from .data.readers import read_records, split_by_answer_length, with_videos
 from .data.records import Record
 from .errors import DataError, StageError
@@ -178,10 +179,10 @@ class Workspace:
             data.rl,
             data.test,
         )
-        files = [self._path(path) for paths in named for path in paths if not path.startswith(WORLD)]
-        if missing := [path for path in files if not Path(path).is_file()]:
+        files = [Path(self._path(path)) for paths in named for path in paths if not path.startswith(WORLD)]
+        if missing := [str(path) for path in files if not path.exists()]:
             raise DataError(f"There is no data file {', '.join(missing)}. Paths start at {Path.cwd()}.")
-        return files
+        return [str(file) for path in files for file in files_of(path)]
 
     def _path(self, path: str) -> str:
         return (

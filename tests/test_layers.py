@@ -13,7 +13,7 @@ PACKAGE = ROOT / "rlaif_lite"
 FLOORS = [
     {"cli"},
     {"profiler", "sweep"},
-    {"pipeline", "chat", "doctor", "exchange", "benchmarks"},
+    {"pipeline", "chat", "doctor", "exchange", "benchmarks", "data_report"},
     {"stages", "planner"},
     {"workspace"},
     {"judge", "training"},

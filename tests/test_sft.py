@@ -73,7 +73,7 @@ def test_a_template_without_an_end_of_earlier_answers_gets_a_row_for_each(load):
     base.tokenizer.chat_template = base.tokenizer.chat_template.replace("eos_token", "''").replace("</s>", "")
     rows = sft.examples(base, CONVERSATION, None, "record", "all")
     learnt = [[w for w in words(base, targets_S) if w != "-"] for _, targets_S, _ in rows]
-    assert learnt == [["red", ".", "</s>"], ["cross", ".", "</s>"]]
+    assert learnt == [["cross", ".", "</s>"], ["red", ".", "</s>"]]
     assert sum(weight * sft.scored(targets_S) for _, targets_S, weight in rows) == pytest.approx(1)
 
 
@@ -83,7 +83,7 @@ def test_the_loss_of_a_conversation_is_that_of_its_rounds(roles):
     shake(roles, "sft")
     together = sft.examples(roles.base, CONVERSATION, None, "token", "all")
     alone = [
-        sft.example(roles.base, replace(CONVERSATION, messages=CONVERSATION.messages[:n]), None, "token")
+        sft.last_answer(roles.base, replace(CONVERSATION, messages=CONVERSATION.messages[:n]), None, "token")
         for n in (2, 4)
     ]
     (one,) = by_hand(roles, together)
@@ -251,11 +251,11 @@ def test_fit_learns_and_goes_on_where_it_was(roles, load, tmp_path):
 def test_phases_replay_and_what_they_train(rerun, monkeypatch):
     """hard and policy_init replay a third of each batch from easy; sft is what easy and hard leave, reference goes on from there."""
     drawn: dict[str, list] = {}
-    original = sft.example
+    original = sft.examples
 
-    def spy(base, given, features, loss_per):
+    def spy(base, given, *rest):
         drawn.setdefault(label["now"], []).append(given)
-        return original(base, given, features, loss_per)
+        return original(base, given, *rest)
 
     label = {}
     train = sft.train
@@ -264,7 +264,7 @@ def test_phases_replay_and_what_they_train(rerun, monkeypatch):
         label["now"] = phase
         return train(work, role, phase, *rest, **more)
 
-    monkeypatch.setattr(sft, "example", spy)
+    monkeypatch.setattr(sft, "examples", spy)
     monkeypatch.setattr(sft, "train", named)
     recipe = rerun("sft.replay=0.34")
     work = Workspace(recipe)

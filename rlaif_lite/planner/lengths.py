@@ -73,7 +73,7 @@ def _texts(recipe: Recipe, files: Iterable[str], count: Callable[[str], int], te
     for file in files:
         if file.startswith("world:"):
             records, share = _of_world(recipe, file.removeprefix("world:"))
-        elif Path(file).expanduser().is_file():
+        elif Path(file).expanduser().exists():
             read = read_records(Path(file).expanduser(), limit=LOOK)
             records, share = read.records, read.share
         else:

@@ -245,7 +245,7 @@ def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     data, sft = recipe.data, recipe.sft
     for name in (*DATA_KEYS, "pairs"):
         for i, entry in enumerate(getattr(data, name)):
-            if (name == "pairs" or not entry.startswith("world:")) and not is_file(entry):
+            if (name == "pairs" or not entry.startswith("world:")) and not (is_file(entry) or is_folder(entry)):
                 near = files_near(Path(os.path.expanduser(entry)))
                 yield f"data.{name}[{i}]", f"names {shortened(entry)}, which is not a file. {near}"
     if data.video_root is not None and not is_folder(data.video_root):

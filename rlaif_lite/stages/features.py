@@ -142,8 +142,10 @@ def views_of(work: Workspace) -> dict[str, tuple[str | tuple[str, ...], dict[str
     cut = {f"clip{clip}": View(section.clip_frames, clip, section.clips) for clip in range(section.clips)}
 
     def want(record: Record, narrated: bool) -> None:
-        _, views = wanted.setdefault(work.name_of(record), (record.video, {WHOLE: View(section.frames)}))
-        views |= cut if narrated else {}
+        still = isinstance(record.video, tuple) and len(record.video) == 1  # a picture: more frames would repeat it
+        whole = View(1 if still else section.frames)
+        _, views = wanted.setdefault(work.name_of(record), (record.video, {WHOLE: whole}))
+        views |= {name: view._replace(count=1) if still else view for name, view in cut.items()} if narrated else {}
         if record.clip is not None:
             clips = record.clips or section.clips
             if record.clip >= clips:

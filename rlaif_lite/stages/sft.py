@@ -146,28 +146,29 @@ def backward(active: ActiveRole, rows: list[Example], total: float) -> float:
 def examples(base: Base, record: Record, features, loss_per: str, train_on: str) -> list[Example]:
     """The rows that a record is trained on. Raises DataError when it has no answer.
 
-    One row holds a whole conversation where the chat template writes earlier answers as they would be sampled: the
-    answer's own tokens after the prompt's, then EOS. Some templates do not (no EOS after an earlier answer, or the text
-    is changed); then each answer is the end of a row of its own, so that every answer and its end are trained."""
-    last = example(base, record, features, loss_per)
+    One row holds the whole conversation. An earlier answer is trained in it where the chat template writes that answer
+    as it would be sampled: its own tokens after those of its prompt, then EOS. Where a template does not (no EOS after
+    an earlier answer, or a changed text), that answer and its end get a row of their own."""
+    whole = last_answer(base, record, features, loss_per)
     earlier = [i for i, message in enumerate(record.prompt) if message.role == "assistant"]
     if train_on == "last" or record.verdicts or not earlier:
-        return [last]
-    targets_S = list(last.targets_S)
-    rounds = [example(base, replace(record, messages=record.messages[: i + 1]), features, loss_per) for i in earlier]
-    for each in rounds:
-        length = len(each.row.ids_S)
-        if last.row.ids_S[:length] != each.row.ids_S:
-            rows = [*rounds, last]
-            break
-        targets_S[: length - 1] = [
-            after if after != IGNORE else before
-            for before, after in zip(targets_S[: length - 1], each.targets_S[: length - 1], strict=True)
-        ]
-    else:
-        rows = [last._replace(targets_S=targets_S)]
+        return [whole]
+    targets_S, apart = list(whole.targets_S), []
+    for i in earlier:
+        each = last_answer(base, replace(record, messages=record.messages[: i + 1]), features, loss_per)
+        if whole.row.ids_S[: len(each.row.ids_S)] != each.row.ids_S:
+            apart.append(each)
+            continue
+        for at, target in enumerate(each.targets_S):
+            targets_S[at] = target if target != IGNORE else targets_S[at]
+    rows = [whole._replace(targets_S=targets_S), *apart]
     total = sum(scored(each.targets_S) for each in rows)
     return [each._replace(weight=1.0 / total if loss_per == "record" else 1.0) for each in rows]
+
+
+def example(base: Base, record: Record, features, loss_per: str, train_on: str = "all") -> Example:
+    """The row of the whole record; the only one, unless the template changes earlier answers (see `examples`)."""
+    return examples(base, record, features, loss_per, train_on)[0]
 
 
 def scored(targets_S: list[int]) -> int:
@@ -175,7 +176,7 @@ def scored(targets_S: list[int]) -> int:
     return sum(target != IGNORE for target in targets_S)
 
 
-def example(base: Base, record: Record, features, loss_per: str) -> Example:
+def last_answer(base: Base, record: Record, features, loss_per: str) -> Example:
     """Tokenise a record, to train on its last answer; raises DataError when it has none."""
     if record.answer is None:
         raise DataError(f"{record.source}: a record for SFT needs an answer; its last turn is the user's.")

@@ -44,7 +44,7 @@ def refuse_unknown(found: dict, known: set[str]) -> None:
 
 
 def is_ours(found: dict) -> bool:
-    """What `records.to_json` writes: turns with plain texts, an id, and no key but our own, or one that only we have."""
+    """What `records.to_json` writes: turns with plain texts, an id, and no key but ours (or one that is ours alone)."""
     turns = found["messages"]
     plain = isinstance(turns, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in turns)
     own = {field.name for field in fields(Record)}

@@ -63,12 +63,17 @@ def read_records(
             records.append(replace(check(record), video=look.resolve(record.video)))
             ignored |= left
         except DataError as error:
-            raise DataError(f"{place}: {str(error).removeprefix(source + ': ')}") from None
+            raise DataError(f"{place}: {_in_short(str(error).removeprefix(source + ': '))}") from None
     if not records:
         raise DataError(f"{path}: it holds no records.")
     name = f"{format.name} by {described.place}" if described else format.name
     log.info("%s: %d records, format %s", path, len(records), name)
     return Read(records, name, str(path), share, tuple(sorted(ignored)))
+
+
+def _in_short(message: str) -> str:
+    """A message without the middle of a value of thousands of characters."""
+    return message if len(message) <= 900 else f"{message[:400]} [...] {message[-400:]}"
 
 
 def _recognise(found: object, described) -> tuple[formats.Format, dict]:

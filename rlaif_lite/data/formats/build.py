@@ -32,7 +32,7 @@ def refuse_unknown(found: dict, known: set[str]) -> None:
             raise DataError(f"`{key}` is given, but no model here hears. Leave such records out.")
         if key in TOOLS:
             raise DataError(f"`{key}` is given, which is not understood. Leave such records out.")
-        if near := get_close_matches(key, GUARDED, 1, cutoff=0.85):
+        if not key.lower().endswith("id") and (near := get_close_matches(key, GUARDED, 1, cutoff=0.8)):
             raise DataError(f"unknown key `{key}`; did you mean `{near[0]}`? Rename it, or leave it out.")
     for key in ("label", "kto_tag"):
         if found.get(key) is None or found[key] is True or str(found[key]).lower() == "true":

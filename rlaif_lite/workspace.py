@@ -133,11 +133,12 @@ class Workspace:
             easy, hard = split_by_answer_length(
                 loaded.pop("sft"), self.recipe.data.max_easy_words, self.recipe.sft.train_on
             )
-            for phase, found, longer in (("easy", easy, "longer"), ("hard", hard, "shorter")):
-                if not found and getattr(self.recipe.sft, phase) is not None:
+            sft, most = self.recipe.sft, self.recipe.data.max_easy_words
+            for name, found, why in (("easy", easy, "every record has"), ("hard", hard, "no record has")):
+                if not found and (sft.easy if name == "easy" else sft.hard) is not None:
                     raise DataError(
-                        f"data.sft: no record is for sft.{phase}; every answer is {longer} than `data.max_easy_words: "
-                        f"{self.recipe.data.max_easy_words}` or as long. Change that number, or set `sft.{phase}: null`."
+                        f"data.sft: no record is for sft.{name}, as {why} an answer of more words than "
+                        f"`data.max_easy_words: {most}`. Change that number, or set `sft.{name}: null`."
                     )
             loaded["sft_easy"] = loaded.get("sft_easy", []) + easy
             loaded["sft_hard"] = loaded.get("sft_hard", []) + hard

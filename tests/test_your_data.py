@@ -292,10 +292,36 @@ def test_answers_and_lengths_are_checked_before_training(recipe, tmp_path):
     turns = [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "a <pad> dog ."}]
     path = put(tmp_path, json.dumps({"id": "0", "messages": turns}), "own.jsonl")
     work = Workspace(recipe(f"data.sft_easy=[{path}]"))
-    with pytest.raises(DataError, match=r"data.sft_easy: \d of \d tokens .*own.jsonl#0: .*<pad>"):
+    with pytest.raises(DataError, match=r"data.sft_easy: 2 of 4 tokens .*\n  own.jsonl#0: <pad>, <unk> in"):
         data.run(work)
     long = recipe("features.frames=200")
     plan = pipeline.make_plan(long)
     assert not plan.fits and "positions (800 of its video" in plan.too_long[0]
     with pytest.raises(StageError, match="max_position_embeddings"):
         pipeline.run(long)
+
+
+EMPTY = [f"data.{name}=[]" for name in ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")]
+
+
+def test_a_picture_is_one_frame_and_a_list_of_frames_is_sampled(recipe, tmp_path):
+    from rlaif_lite.stages.features import views_of
+    from rlaif_lite.workspace import Workspace
+
+    for name in ("p.jpg", "0.jpg", "1.jpg"):
+        (tmp_path / name).touch()
+    turns = [{"from": "human", "value": "q"}]
+    rows = [{"image": "p.jpg", "conversations": turns}, {"video": ["0.jpg", "1.jpg"], "conversations": turns}]
+    path = put(tmp_path, "\n".join(map(json.dumps, rows)))
+    work = Workspace(recipe(*EMPTY, f"data.test=[{path}]"))
+    assert [views["video"].count for _, views in views_of(work).values()] == [1, work.recipe.features.frames]
+
+
+def test_an_empty_half_of_the_curriculum_is_said_with_the_number_to_change(recipe, tmp_path):
+    from rlaif_lite.workspace import Workspace
+
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a short one"}]
+    path = put(tmp_path, json.dumps({"messages": turns}))
+    work = Workspace(recipe(*EMPTY, f"data.sft=[{path}]"))
+    with pytest.raises(DataError, match="no record is for sft.hard; .*`data.max_easy_words: 20`.*`sft.hard: null`"):
+        work.records("sft_easy")

@@ -8,11 +8,11 @@ nothing to misalign.
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from math import isfinite
 
 from ..errors import DataError
 
 VIDEO_MARK = "<video>"  # marks in a user turn where the video stands
+HUGE = 1e300  # a number of a record is below this; NaN is not
 ROLES = ("system", "user", "assistant")
 
 
@@ -168,7 +168,7 @@ def from_json(found: dict, source: str) -> Record:
     if any("\0" in path for path in ([video] if isinstance(video, str) else video or ())):
         raise DataError(f"{source}: `video` holds a NUL character; no path has one.")
     bonus = typed("length_bonus", (int, float), "a number")
-    if bonus is not None and not isfinite(bonus):
+    if bonus is not None and not abs(bonus) < HUGE:
         raise DataError(f"{source}: `length_bonus` is {bonus}, expected a number.")
     messages, verdicts = typed("messages", list, "a list of turns"), typed("verdicts", list, "a list of [offset, word]")
     for i, turn in enumerate(messages or ()):

@@ -4,10 +4,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
-from math import isfinite
 
 from ...errors import DataError
-from ..records import VIDEO_MARK, Message, Record, texts
+from ..records import HUGE, VIDEO_MARK, Message, Record, texts
 from .media import FIELDS
 from .turns import CUT_OUT, TIMES, Turns
 
@@ -86,7 +85,7 @@ def record(
     name = next((str(found[key]) for key in IDS if found.get(key) is not None), source)
     extras = {key: found[key] for key in EXTRAS if found.get(key) is not None}
     for key, value in extras.items():
-        if type(value) not in (int, float) or not isfinite(value):
+        if type(value) not in (int, float) or not abs(value) < HUGE:
             raise DataError(f"`{key}` is {value!r}, expected a number.")
     captions = texts(found.get("captions"), "`captions`") if captions is None else captions
     options, solution = texts(found.get("options"), "`options`"), solution_of(found)

@@ -1,4 +1,4 @@
-"""docs/your_data.md holds what it says: every example is read as the format above it; and what is refused on purpose."""
+"""docs/your_data.md is true: every example is read as the format above it. And what is refused on purpose."""
 
 import json
 import re
@@ -323,5 +323,5 @@ def test_an_empty_half_of_the_curriculum_is_said_with_the_number_to_change(recip
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a short one"}]
     path = put(tmp_path, json.dumps({"messages": turns}))
     work = Workspace(recipe(*EMPTY, f"data.sft=[{path}]"))
-    with pytest.raises(DataError, match="no record is for sft.hard; .*`data.max_easy_words: 20`.*`sft.hard: null`"):
+    with pytest.raises(DataError, match="no record is for sft.hard, .*`data.max_easy_words: 20`.*`sft.hard: null`"):
         work.records("sft_easy")

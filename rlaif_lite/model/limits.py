@@ -81,8 +81,8 @@ def check_answers(limits: Limits, key: str, records: Iterable[Record], train_on:
     if examples:
         shown = "\n  ".join(list(examples.values())[:SHOWN])
         raise DataError(
-            f"{key}: {bad_tokens} of {total} tokens ({bad_tokens / total:.1%}) in the answers of {len(examples)} records "
-            f"are unknown to the base or special, so it can never write them:\n  {shown}\n"
+            f"{key}: {bad_tokens} of {total} tokens ({bad_tokens / total:.1%}) in the answers of {len(examples)} "
+            f"records are unknown to the base or special, so it can never write them:\n  {shown}\n"
             "Take these out of the answers, or take a base whose tokenizer has the words."
         )
 

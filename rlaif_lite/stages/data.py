@@ -2,7 +2,8 @@
 and counted.
 
 Nothing is trained yet, so whatever is wrong with a file or a path is found now and not after an hour. So is a record
-that the base cannot read (longer than its positions) and an answer that it cannot write (unknown words, special tokens).
+that the base cannot read (longer than its positions), and an answer that it cannot write (unknown words, special
+tokens).
 """
 
 import os

@@ -66,11 +66,19 @@ def test_only_the_last_answer_is_learnt_where_the_recipe_says_so(base):
     assert words(base, targets_S) == ["-"] * 9 + ["cross", ".", "</s>", "-"]
 
 
-def test_a_template_without_an_end_of_earlier_answers_gets_a_row_for_each(load):
-    """LLaVA-1.5's own template on the hub writes no EOS between rounds: every answer and its end are trained all the
-    same, with the same weight altogether."""
+def test_a_template_without_an_end_of_earlier_answers(load):
+    """As LLaVA-1.5's own on the hub: the answers are trained, and the end of the last one."""
     base = load()
     base.tokenizer.chat_template = base.tokenizer.chat_template.replace("eos_token", "''").replace("</s>", "")
+    ((_, targets_S, weight),) = sft.examples(base, CONVERSATION, None, "record", "all")
+    learnt = [w for w in words(base, targets_S) if w != "-"]
+    assert learnt == ["red", ".", "cross", ".", "</s>"] and weight == 1 / 5
+
+
+def test_a_template_that_changes_earlier_answers_gets_a_row_for_each(load):
+    """As templates that drop the thinking of earlier rounds: every answer is trained, with the weight of one record."""
+    base = load()
+    base.tokenizer.chat_template = base.tokenizer.chat_template.replace("{{ text }} </s>", "star </s>")
     rows = sft.examples(base, CONVERSATION, None, "record", "all")
     learnt = [[w for w in words(base, targets_S) if w != "-"] for _, targets_S, _ in rows]
     assert learnt == [["cross", ".", "</s>"], ["red", ".", "</s>"]]

@@ -38,11 +38,19 @@ def _names_in(folder: str) -> set[str]:
         return set()
 
 
+def _listing(folder: str) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))
+    except OSError:
+        return frozenset()
+
+
 class VideoNames:
     """Turns the name of a video in a data file into a path. Equal names give one object: records share videos."""
 
     def __init__(self, roots: list[str]):
         self.roots = roots
+        self.listing = cache(_listing)  # a name has many spellings: one look at each folder instead of one at each
         self.known: dict[str | tuple[str, ...], str | tuple[str, ...]] = {}
 
     def resolve(self, video: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
@@ -70,6 +78,7 @@ class VideoNames:
         for root in self.roots:
             for spelling in spellings:
                 path = os.path.join(root, spelling)
-                if os.path.exists(path):
+                folder, base = os.path.split(os.path.normpath(path))
+                if base in self.listing(folder or "."):
                     return path
         return os.path.join(self.roots[0], name)

@@ -147,8 +147,8 @@ def examples(base: Base, record: Record, features, loss_per: str, train_on: str)
     """The rows that a record is trained on. Raises DataError when it has no answer.
 
     One row holds the whole conversation. An earlier answer is trained in it where the chat template writes that answer
-    as it would be sampled: its own tokens after those of its prompt, then EOS. Where a template does not (no EOS after
-    an earlier answer, or a changed text), that answer and its end get a row of their own."""
+    as it would be sampled, and its end where the template writes EOS there. Where a template changes an earlier answer,
+    that answer gets a row of its own."""
     whole = last_answer(base, record, features, loss_per)
     earlier = [i for i, message in enumerate(record.prompt) if message.role == "assistant"]
     if train_on == "last" or record.verdicts or not earlier:
@@ -156,11 +156,13 @@ def examples(base: Base, record: Record, features, loss_per: str, train_on: str)
     targets_S, apart = list(whole.targets_S), []
     for i in earlier:
         each = last_answer(base, replace(record, messages=record.messages[: i + 1]), features, loss_per)
-        if whole.row.ids_S[: len(each.row.ids_S)] != each.row.ids_S:
+        *said, end = each.row.ids_S
+        if whole.row.ids_S[: len(said)] != said:
             apart.append(each)
             continue
         for at, target in enumerate(each.targets_S):
-            targets_S[at] = target if target != IGNORE else targets_S[at]
+            ended = at < len(said) - 1 or whole.row.ids_S[len(said)] == end
+            targets_S[at] = target if target != IGNORE and ended else targets_S[at]
     rows = [whole._replace(targets_S=targets_S), *apart]
     total = sum(scored(each.targets_S) for each in rows)
     return [each._replace(weight=1.0 / total if loss_per == "record" else 1.0) for each in rows]

@@ -48,13 +48,13 @@ def test_the_same_step_by_other_means(plain, recipe, monkeypatch):
         theirs = plain.plain_score(given, micros, answers)
         assert len(calls) == 1 + 4 * 2  # a pass of the tower for every role and micro-batch
         taken = given.feedback.take(given.records, answers, 0)
-        own = ppo.score(work, given.feedback, micros, taken, loaded.ppo.kl_coef)
+        own = ppo.score(work.roles, loaded.ppo, given.feedback, micros, taken, loaded.ppo.kl_coef)
         for name in ("logp_BT", "kl_BT", "value_BT", "raw_B", "advantage_BT", "return_BT"):
             torch.testing.assert_close(getattr(theirs, name), getattr(own, name), rtol=1e-4, atol=1e-4)
         before = [p.detach().clone() for p in work.roles.parameters("policy")]
         order = torch.arange(len(micros))
         monkeypatch.setattr(torch, "randperm", lambda n, generator: order)  # ours shuffles its minibatches
-        ppo.update(work, micros, own, given.optimizers, 0)
+        ppo.update(work.roles, work.recipe, micros, own, given.optimizers, 0, loaded.ppo.kl_coef)
         moved = [p.detach().clone() for p in work.roles.parameters("policy")]
         for parameter, old in zip(work.roles.parameters("policy"), before, strict=True):
             parameter.data.copy_(old)

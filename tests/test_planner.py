@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 from typer.testing import CliRunner
 
-from rlaif_kernels import sft_loss
+from rlaif_kernels import linear_logprob
 from rlaif_lite import pipeline
 from rlaif_lite.cli import app
 from rlaif_lite.errors import ModelError, StageError
@@ -107,7 +107,8 @@ class Step:
         with self.roles.use("sft") as role:
             hidden_ND = role.hidden(collate(self.base, self.rows)).flatten(0, 1)[::4]
             target_N = torch.full((len(hidden_ND),), 11)
-            sft_loss(hidden_ND, self.base.head_weight_VD, target_N, bias_V=self.base.ban_bias_V)[0].backward()
+            found = linear_logprob(hidden_ND, self.base.head_weight_VD, target_N, bias_V=self.base.ban_bias_V)
+            (-found.logp_N).mean().backward()
         self.roles.trainable("sft", False)
         self.roles.trainable("sft")
 

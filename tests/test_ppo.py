@@ -40,16 +40,18 @@ class Step:
         size = self.section.micro_batch or self.section.minibatch
         taken = answers if isinstance(answers, Taken) else self.feedback.take(self.records, answers, 0)
         self.minibatches = cut(self.work, self.feedback.critic_prompt, self.records, taken.answers, 0, size)
-        return self.minibatches, ppo.score(self.work, self.feedback, self.minibatches, taken, kl_coef)
+        return self.minibatches, ppo.score(
+            self.work.roles, self.section, self.feedback, self.minibatches, taken, kl_coef
+        )
 
-    def update(self, experience, lr: float = 1.0, roles=("policy", "value")):
+    def update(self, experience, lr: float = 1.0, roles=("policy", "value"), kl_coef: float = 0.1):
         """By plain gradient descent, so that a step is the gradient itself."""
         for role in roles:
             self.work.roles.trainable(role)
         optimizers = {
             role: torch.optim.SGD(self.work.roles.parameters(role, head=role == "value"), lr=lr) for role in roles
         }
-        return ppo.update(self.work, self.minibatches, experience, optimizers, 0)
+        return ppo.update(self.work.roles, self.work.recipe, self.minibatches, experience, optimizers, 0, kl_coef)
 
     def reward_scores(self, answers: list[Trajectory]) -> list[float]:
         out = []

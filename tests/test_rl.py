@@ -7,7 +7,16 @@ import torch
 from torch import tensor
 
 from rlaif_lite.rl.advantages import group_relative, place_gain, rank_penalty, rloo, whiten
-from rlaif_lite.rl.losses import explained_variance, pairwise_loss, policy_loss, repetition, value_loss
+from rlaif_lite.rl.losses import (
+    explained_variance,
+    merge_stats,
+    pairwise_loss,
+    policy_loss,
+    repetition,
+    sft_loss,
+    token_weights,
+    value_loss,
+)
 from rlaif_lite.rl.shaping import AdaptiveKL, FixedKL, kl_penalty, sequence_score, shaped_reward, symbolic_bonus
 
 NAN, INF = float("nan"), float("inf")
@@ -155,13 +164,16 @@ def test_policy_clipping_by_hand():
     ratio_BT = tensor([[1.5, 1.5, 0.5, 0.5, 1.1]], dtype=torch.float64)
     advantage_BT = tensor([[1.0, -1.0, 1.0, -1.0, 2.0]], dtype=torch.float64)
     logp_BT = ratio_BT.log().requires_grad_()
-    loss, stats = policy_loss(logp_BT, torch.zeros_like(logp_BT), advantage_BT, torch.ones(1, 5), 0.2, denominator=5)
+    weight_BT = token_weights(torch.ones(1, 5, dtype=torch.float64))
+    loss, stats = policy_loss(logp_BT, torch.zeros_like(logp_BT), advantage_BT, weight_BT, clip=0.2)
     # clipped where it would promise too much: 1.2 for the first, 0.8 for the fourth
     assert loss.item() == pytest.approx((-1.2 + 1.5 - 0.5 + 0.8 - 2.2) / 5)
-    assert stats.clipfrac.item() == pytest.approx(2 / 5)
-    assert stats.ratio.item() == pytest.approx(5.1 / 5)
+    means = merge_stats([stats])
+    assert means["clipfrac"].item() == pytest.approx(2 / 5)
+    assert means["ratio"].item() == pytest.approx(5.1 / 5)
+    assert (means["ratio_min"].item(), means["ratio_max"].item()) == pytest.approx((0.5, 1.5))
     logs = [math.log(r) for r in ratio_BT[0].tolist()]
-    assert stats.approxkl.item() == pytest.approx(sum(0.5 * x * x for x in logs) / 5)
+    assert means["approxkl"].item() == pytest.approx(sum(0.5 * x * x for x in logs) / 5)
     loss.backward()  # -A * ratio / 5 where the free term is active, 0 where it is clipped
     torch.testing.assert_close(logp_BT.grad, tensor([[0.0, 0.3, -0.1, 0.0, -0.44]], dtype=torch.float64))
 
@@ -169,8 +181,51 @@ def test_policy_clipping_by_hand():
 def test_first_policy_update_has_ratio_exactly_one():
     logp_BT = torch.randn(2, 3)
     mask_BT = tensor([[1, 1, 0], [1, 1, 1]])
-    _, stats = policy_loss(logp_BT, logp_BT.clone(), torch.randn(2, 3), mask_BT, 0.2, denominator=5)
-    assert stats.ratio.item() == 1.0 and stats.approxkl.item() == 0.0 and stats.clipfrac.item() == 0.0
+    _, stats = policy_loss(logp_BT, logp_BT.clone(), torch.randn(2, 3), token_weights(mask_BT), 0.2)
+    means = merge_stats([stats])
+    assert means["ratio_min"] == means["ratio_max"] == 1.0 and means["approxkl"] == means["clipfrac"] == 0.0
+    assert means["ratio"] == 1.0
+
+
+def test_micro_batches_of_the_policy_loss_add_up():
+    """Loss, gradient and statistics, one micro-batch without a token that counts among them."""
+    logp_BT, old_BT, advantage_BT = torch.randn(3, 6, 5, dtype=torch.float64)
+    mask_BT = torch.rand(6, 5) > 0.3
+    mask_BT[2] = False
+    weight_BT = token_weights(mask_BT)
+
+    def run(parts):
+        leaf_BT, losses, stats = logp_BT.clone().requires_grad_(), 0.0, []
+        for rows in parts:
+            loss, found = policy_loss(leaf_BT[rows], old_BT[rows], advantage_BT[rows], weight_BT[rows], 0.2)
+            losses, stats = losses + loss, [*stats, found]
+        losses.backward()
+        return losses.item(), merge_stats(stats), leaf_BT.grad
+
+    whole, cut = run([slice(0, 6)]), run([slice(0, 2), slice(2, 3), slice(3, 6)])
+    assert whole[0] == pytest.approx(cut[0])
+    torch.testing.assert_close(whole[2], cut[2])
+    for name, value in whole[1].items():
+        assert float(cut[1][name]) == pytest.approx(float(value)), name
+
+
+def test_absurd_ratios_stay_finite():
+    logp_BT = torch.zeros(1, 4, requires_grad=True)
+    old_BT, advantage_BT = tensor([[-1e4, 1e4, -200.0, 200.0]]), tensor([[1.0, -1.0, -1.0, 1.0]])
+    loss, stats = policy_loss(logp_BT, old_BT, advantage_BT, token_weights(torch.ones(1, 4)), 0.2)
+    loss.backward()
+    assert loss.isfinite() and logp_BT.grad.isfinite().all() and all(value.isfinite() for value in stats)
+
+
+def test_a_minibatch_without_a_token_that_counts_has_no_loss():
+    logp_BT = torch.randn(2, 3, requires_grad=True)
+    loss, _ = policy_loss(logp_BT, logp_BT, torch.randn(2, 3), token_weights(torch.zeros(2, 3)), 0.2)
+    loss.backward()
+    assert loss == 0 and not logp_BT.grad.any()
+
+
+def test_sft_loss_is_the_weighted_cross_entropy():
+    assert sft_loss(tensor([-1.0, -2.0]), tensor([1.0, 0.5]), 4.0).item() == pytest.approx(2 / 4)
 
 
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
@@ -181,7 +236,7 @@ def test_nothing_at_pads_reaches_a_loss_or_a_gradient(poison):
         gen = torch.Generator().manual_seed(0)
         new, old, weight = (torch.randn(2, 3, generator=gen).masked_fill(mask_BT == 0, fill) for _ in range(3))
         logp_BT, value_BT = new.clone().requires_grad_(), new.clone().requires_grad_()
-        policy, policy_stats = policy_loss(logp_BT, old, weight, mask_BT, 0.2, 4)
+        policy, policy_stats = policy_loss(logp_BT, old, weight, token_weights(mask_BT), 0.2)
         value, value_stats = value_loss(value_BT, old, weight, mask_BT, 0.2, 4)
         (policy + value).backward()
         numbers = [x.item() for x in (policy, value, *policy_stats, *value_stats)]
@@ -208,16 +263,15 @@ def test_value_loss_takes_the_worse_of_free_and_clipped():
     assert free.item() == pytest.approx(0.5 * (1.0 + 3.61 + 1.0) / 3)
 
 
-def test_micro_batches_add_up_to_the_whole():
+def test_micro_batches_of_the_value_loss_add_up():
     gen = torch.Generator().manual_seed(1)
     a_BT, b_BT, c_BT = torch.randn(3, 4, 6, generator=gen, dtype=torch.float64)
     mask_BT = torch.rand(4, 6, generator=gen) > 0.4
     tokens = mask_BT.sum().item()
 
     def run(rows: slice) -> torch.Tensor:
-        policy, p = policy_loss(a_BT[rows], b_BT[rows], c_BT[rows], mask_BT[rows], 0.2, tokens)
-        value, v = value_loss(a_BT[rows], b_BT[rows], c_BT[rows], mask_BT[rows], 0.2, tokens)
-        return torch.stack([policy, value, *p, *v])
+        value, stats = value_loss(a_BT[rows], b_BT[rows], c_BT[rows], mask_BT[rows], 0.2, tokens)
+        return torch.stack([value, *stats])
 
     torch.testing.assert_close(run(slice(0, 1)) + run(slice(1, 4)), run(slice(0, 4)))
 

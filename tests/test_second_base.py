@@ -87,7 +87,9 @@ def test_scores_are_the_reward_bases_own_reading_of_the_text(work):
     feedback, records = RewardModelFeedback(work), work.records("rl")[:8]
     answers = ppo.rollout(work, records, 0)
     minibatches = cut(work, feedback.critic_prompt, records, answers, 0, work.recipe.ppo.minibatch)
-    found = ppo.score(work, feedback, minibatches, feedback.take(records, answers, 0), kl_coef=0.1)
+    found = ppo.score(
+        work.roles, work.recipe.ppo, feedback, minibatches, feedback.take(records, answers, 0), kl_coef=0.1
+    )
 
     here, there = work.base(), side.base()
     assert {a.stopped for a in answers} == {True, False} or len({len(a.ids) for a in answers}) > 1

@@ -29,17 +29,16 @@ RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 _ROW_TYPES = {
     **dict.fromkeys(
-        ("s_ptr", "ref_ptr", "bias_ptr", "logp_ptr", "lse_ptr", "entropy_ptr", "kl_ptr", "at_target_ptr", "bound_ptr"),
-        "*fp32",
+        ("s_ptr", "ref_ptr", "bias_ptr", "logp_ptr", "lse_ptr", "entropy_ptr", "kl_ptr", "at_target_ptr"), "*fp32"
     ),
-    **dict.fromkeys(("old_logp_ptr", "advantage_ptr", "real_ptr", "ref_logp_ptr"), "*fp32"),
-    **dict.fromkeys(("inv_temperature", "softcap", "clip", "entropy_coef", "k3_coef", "kl_coef"), "fp32"),
+    **dict.fromkeys(("up_logp_ptr", "up_entropy_ptr", "up_kl_ptr"), "*fp32"),
+    **dict.fromkeys(("inv_temperature", "softcap"), "fp32"),
     **dict.fromkeys(("s_stride", "dz_stride", "V", "row0"), "i32"),
     "target_ptr": "*i64",
     "valid_ptr": "*u8",
     "dz_ptr": "*bf16",
 }
-_FLAGS = {"BIAS": False, "SOFTCAP": False, "REF": False, "GRAD": False, "PPO": False, "K3": False, "UNIT": 1.0}
+_FLAGS = {"BIAS": False, "SOFTCAP": False, "REF": False, "GRAD": False, "UPSTREAM": False, "UNIT": 1.0}
 _ALL = {"BIAS": True, "SOFTCAP": True}
 
 
@@ -61,18 +60,18 @@ CASES = (
     Case("rows: statistics", kernels.row_kernel, _ROW_TYPES, _FLAGS, ("V",)),
     Case("rows: log-prob and gradient", kernels.row_kernel, _ROW_TYPES, {**_FLAGS, "GRAD": True}, ("V",)),
     Case(
-        "rows: PPO, k3, all options",
+        "rows: gradient of log-prob and entropy, all options",
         kernels.row_kernel,
         _ROW_TYPES,
-        {**_FLAGS, **_ALL, "GRAD": True, "PPO": True, "K3": True},
+        {**_FLAGS, **_ALL, "GRAD": True, "UPSTREAM": True},
         ("V",),
     ),
     Case("rows_with_reference: statistics", kernels.row_kernel, _ROW_TYPES, {**_FLAGS, "REF": True}, ("V",)),
     Case(
-        "rows_with_reference: PPO, exact KL, all options",
+        "rows_with_reference: gradient of log-prob, entropy and KL, all options",
         kernels.row_kernel,
         _ROW_TYPES,
-        {**_FLAGS, **_ALL, "REF": True, "GRAD": True, "PPO": True},
+        {**_FLAGS, **_ALL, "REF": True, "GRAD": True, "UPSTREAM": True},
         ("V",),
     ),
     Case(

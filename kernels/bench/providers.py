@@ -23,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rlaif_kernels import linear_logprob, ppo_policy_loss, sft_loss
+from rlaif_kernels import linear_logprob
+from rlaif_lite.rl.losses import clipped_loss, sft_loss
+from rlaif_lite.rl.shaping import kl_penalty
 
 MATMULS = {"score": 1, "train": 2, "sft": 2, "grpo": 2, "kl": 3}
 CLIP, KL_COEF, ROWS_PER_ANSWER = 0.2, 0.1, 8
@@ -104,37 +106,31 @@ def ours_torch(p: Problem, task: str) -> Step:
 
 def _ours(p: Problem, task: str, impl: str) -> Step:
     head = (p.hidden_ND, p.weight_VD, p.target_N)
-    ones_N = torch.ones_like(p.old_logp_N)
 
     def step() -> Tensor | None:
         if task == "score":
             with torch.no_grad():
                 return linear_logprob(*head, impl=impl).logp_N
-        if task == "train":
-            logp_N = linear_logprob(*head, impl=impl).logp_N
-            logp_N.backward(p.upstream_N)
-            return logp_N.detach()
-        if task == "sft":
-            loss, _ = sft_loss(*head, impl=impl)
+        if task == "kl":
+            found = linear_logprob(*head, reference_hidden_ND=p.reference_ND, differentiable="all", impl=impl)
         else:
-            reference = (
-                {"reference_hidden_ND": p.reference_ND} if task == "kl" else {"reference_logp_N": p.reference_logp_N}
-            )
-            loss, _ = ppo_policy_loss(
-                *head,
-                p.old_logp_N,
-                p.advantage_N,
-                ones_N,
-                clip=CLIP,
-                kl_coef=KL_COEF,
-                kl="exact" if task == "kl" else "k3",
-                impl=impl,
-                **reference,
-            )
-        loss.backward()
+            found = linear_logprob(*head, impl=impl)
+        if task == "train":
+            found.logp_N.backward(p.upstream_N)
+            return found.logp_N.detach()
+        _loss(p, task, found.logp_N, found.kl_N).backward()
         return None
 
     return step
+
+
+def _loss(p: Problem, task: str, logp_N: Tensor, kl_N: Tensor | None) -> Tensor:
+    """The loss of `sft`, `grpo` and `kl`, by the project's own functions."""
+    if task == "sft":
+        return sft_loss(logp_N, torch.ones_like(logp_N), len(logp_N))
+    if task == "grpo":
+        kl_N = kl_penalty(logp_N, p.reference_logp_N, "k3")
+    return (clipped_loss((logp_N - p.old_logp_N).exp(), p.advantage_N, CLIP) + KL_COEF * kl_N).mean()
 
 
 def eager(p: Problem, task: str) -> Step:
@@ -161,16 +157,12 @@ def _materialised(p: Problem, task: str, transform: Callable) -> Step:
             return -(logp_NV.exp() * logp_NV).sum(-1), logp_N
         if task == "train":
             return logp_N, logp_N
-        if task == "sft":
-            return -logp_N.mean(), logp_N
-        ratio_N = (logp_N - p.old_logp_N).exp()
-        loss_N = torch.maximum(-p.advantage_N * ratio_N, -p.advantage_N * ratio_N.clamp(1 - CLIP, 1 + CLIP))
+        kl_N = None
         if task == "kl":
             with torch.no_grad():
                 ref_NV, _ = log_probs(p.reference_ND)
-            return (loss_N + KL_COEF * (logp_NV.exp() * (logp_NV - ref_NV)).sum(-1)).mean(), logp_N
-        gap_N = p.reference_logp_N - logp_N
-        return (loss_N + KL_COEF * (gap_N.exp() - gap_N - 1)).mean(), logp_N
+            kl_N = (logp_NV.exp() * (logp_NV - ref_NV)).sum(-1)
+        return _loss(p, task, logp_N, kl_N), logp_N
 
     forward = transform(forward)
 

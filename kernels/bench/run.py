@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)] + [str(Path(__file__).resolve().parent)]
 
 from providers import MATMULS, PROVIDERS, CannotRun, Problem, make_problem
 

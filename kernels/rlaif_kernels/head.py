@@ -1,4 +1,4 @@
-"""What both row passes, torch's and Triton's, are given and give back: the head, the PPO loss's inputs, the rows' results.
+"""What both row passes, torch's and Triton's, take and give: the head, derivatives of a loss, results of rows.
 
 Shapes: N tokens (rows), D channels, V vocabulary.
 """
@@ -21,28 +21,12 @@ class Head(NamedTuple):
     softcap: float | None
 
 
-class PpoInputs(NamedTuple):
-    """What the PPO loss needs per row; constants of the loss beside it."""
+class Upstream(NamedTuple):
+    """Derivatives of a loss by each row's statistics, divided by `rows.bound_of_dz`; 0 on rows that do not count."""
 
-    old_logp_N: Tensor
-    advantage_N: Tensor
-    mask_N: Tensor  # 1.0 on rows that count
-    reference_logp_N: Tensor | None  # for the k3 penalty
-    clip: float
-    entropy_coef: float
-    k3_coef: float
-    kl_coef: float  # of the exact KL
-
-    def upstream(self, logp_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(g, h, k): derivatives of each row's loss by logp, entropy and exact KL; 0 on masked rows."""
-        ratio_N = capped_exp(logp_N - self.old_logp_N)
-        unclipped_N = -self.advantage_N * ratio_N
-        clipped_N = -self.advantage_N * ratio_N.clamp(1 - self.clip, 1 + self.clip)
-        g_N = unclipped_N.where(unclipped_N >= clipped_N, 0.0)
-        if self.reference_logp_N is not None:
-            g_N = g_N + self.k3_coef * (1 - capped_exp(self.reference_logp_N - logp_N))
-        real_N = self.mask_N > 0
-        return g_N.where(real_N, 0.0), -self.entropy_coef * self.mask_N, self.kl_coef * self.mask_N
+    logp_N: Tensor
+    entropy_N: Tensor
+    kl_N: Tensor
 
 
 class Rows(NamedTuple):
@@ -54,17 +38,12 @@ class Rows(NamedTuple):
     kl_N: Tensor | None
     # how much of W[y] to add to -grad for T * d lse / d hidden: T dz_y/ds_y, less the rounding of dz
     at_target_N: Tensor | None
-    grad_ND: Tensor | None  # d/d hidden: of logp times T in float32, or of the loss's sum in the dtype of hidden
+    grad_ND: Tensor | None  # T * d/d hidden of logp, or of the loss whose derivatives are upstream
 
 
-def take(fields: Rows | PpoInputs, rows: slice) -> Rows | PpoInputs:
+def take(fields: Rows | Upstream, rows: slice) -> Rows | Upstream:
     """The same for these rows only; views."""
     return type(fields)(*(field[rows] if isinstance(field, Tensor) else field for field in fields))
-
-
-def capped_exp(x: Tensor) -> Tensor:
-    """exp(x), x held within +-80: float32 stays finite, and no probability ratio that means anything is touched."""
-    return x.clamp(-80.0, 80.0).exp()
 
 
 def dz_unit(dtype: torch.dtype) -> float:

@@ -5,29 +5,31 @@ is made in the forward (logits, then dz @ W) and the backward only scales it. Tw
 kernels need three and kernels that cannot skip the head's own gradient need four. For lse, d lse / d hidden = W[y]
 chain_y / T - u.
 
-Entropy and exact KL are values without a gradient here; `ppo_policy_loss` differentiates both.
+Entropy and exact KL have vectors of their own. `differentiable="all"` makes none in the forward: the backward knows the
+derivatives of the loss by all three, recomputes the logits and makes one gradient of them. That is one matmul more (two
+with a reference).
 
 Shapes: N tokens (rows), D channels, V vocabulary.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .checks import FLOATS, need, need_tensor, use_triton
-from .head import BANNED, Head
-from .rows import run_rows
+from .head import BANNED, Head, Upstream
+from .rows import bound_of_dz, run_rows
 
 
 class LinearLogprob(NamedTuple):
-    """Float32 (float64 for float64 inputs), in nats; 0 on ignored rows."""
+    """Float32 (float64 for float64 inputs), in nats; 0 on ignored rows. Gradients flow to the hidden states."""
 
-    logp_N: Tensor  # log p(target); differentiable with respect to hidden
-    lse_N: Tensor  # log sum exp of the logits (after bias, softcap, temperature); differentiable
-    entropy_N: Tensor  # of the whole distribution; no gradient
-    kl_N: Tensor | None  # exact KL(policy || reference) over the vocabulary, with reference hidden states; no gradient
+    logp_N: Tensor  # log p(target); has a gradient
+    lse_N: Tensor  # log sum exp of the logits (after bias, softcap, temperature); has one with differentiable="logp"
+    entropy_N: Tensor  # of the whole distribution; has a gradient with differentiable="all"
+    kl_N: Tensor | None  # exact KL(policy || reference) over the vocabulary, with reference hidden states; likewise
 
 
 def linear_logprob(
@@ -40,6 +42,7 @@ def linear_logprob(
     softcap: float | None = None,
     ignore_index: int = -100,
     reference_hidden_ND: Tensor | None = None,
+    differentiable: Literal["logp", "all"] = "logp",
     impl: str = "auto",
     chunk_rows: int | None = None,
 ) -> LinearLogprob:
@@ -48,7 +51,8 @@ def linear_logprob(
     z = softcap(hidden W^T + bias) / temperature. A bias of -1e30 (or -inf) bans an id, whatever the softcap. Logits
     are accumulated in float32 whatever the dtype, and exist for one chunk of rows at a time (`chunk_rows`; by default
     as many as fit a fixed budget of memory). With a hidden that requires grad, one float32 (N,D) tensor is kept for
-    the backward.
+    the backward. `differentiable="all"` gives entropy and KL a gradient as well, for one more matmul (two with a
+    reference); it is for losses with an entropy bonus or an exact KL.
 
     Raises ValueError for a weight or bias that requires grad, a non-contiguous weight, mismatched shapes, dtypes or
     devices, and targets outside 0..V-1 other than `ignore_index`. On a GPU that last check would stall the stream:
@@ -57,25 +61,20 @@ def linear_logprob(
     head = checked_head(hidden_ND, weight_VD, bias_V, temperature, softcap, chunk_rows)
     target_N, valid_N = checked_target(target_N, hidden_ND, weight_VD, ignore_index)
     reference_hidden_ND = checked_reference(reference_hidden_ND, hidden_ND)
-    triton = use_triton(impl, hidden_ND)
+    need(differentiable in ("logp", "all"), "differentiable", differentiable, '"logp" or "all"')
+    function = _AllDifferentiable if differentiable == "all" else _LogprobDifferentiable
+    options = {"triton": use_triton(impl, hidden_ND), "chunk_rows": chunk_rows}
     want_grad = torch.is_grad_enabled() and hidden_ND.requires_grad
-    return LinearLogprob(
-        *_LinearLogprob.apply(hidden_ND, head, target_N, valid_N, reference_hidden_ND, want_grad, triton, chunk_rows)
-    )
+    return LinearLogprob(*function.apply(hidden_ND, head, target_N, valid_N, reference_hidden_ND, want_grad, options))
 
 
-class _LinearLogprob(torch.autograd.Function):
+class _LogprobDifferentiable(torch.autograd.Function):
+    """The gradient of logp is made in the forward."""
+
     @staticmethod
-    def forward(ctx, hidden_ND, head, target_N, valid_N, reference_hidden_ND, want_grad, triton, chunk_rows):
+    def forward(ctx, hidden_ND, head, target_N, valid_N, reference_hidden_ND, want_grad, options):
         rows = run_rows(
-            hidden_ND,
-            head,
-            target_N,
-            valid_N,
-            reference_hidden_ND=reference_hidden_ND,
-            want_grad=want_grad,
-            triton=triton,
-            chunk_rows=chunk_rows,
+            hidden_ND, head, target_N, valid_N, reference_hidden_ND=reference_hidden_ND, want_grad=want_grad, **options
         )
         ctx.temperature, ctx.dtype = head.temperature, hidden_ND.dtype
         ctx.set_materialize_grads(False)
@@ -91,13 +90,49 @@ class _LinearLogprob(torch.autograd.Function):
         grad_ND = torch.empty_like(unit_ND, dtype=ctx.dtype)
         if g_lse_N is None:
             if g_logp_N is None:
-                return (None,) * 8
+                return (None,) * 7
             torch.mul(unit_ND, g_logp_N[:, None] / ctx.temperature, out=grad_ND)
         else:
             g_N = -g_lse_N if g_logp_N is None else g_logp_N - g_lse_N
             g_y_N = g_lse_N * at_target_N / ctx.temperature
             grad_ND.copy_(unit_ND * (g_N[:, None] / ctx.temperature) + g_y_N[:, None] * weight_VD[target_N])
-        return (grad_ND,) + (None,) * 7
+        return (grad_ND,) + (None,) * 6
+
+
+class _AllDifferentiable(torch.autograd.Function):
+    """The gradient of logp, entropy and KL together is made in the backward, from logits computed again."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, head, target_N, valid_N, reference_hidden_ND, want_grad, options):
+        rows = run_rows(
+            hidden_ND, head, target_N, valid_N, reference_hidden_ND=reference_hidden_ND, want_grad=False, **options
+        )
+        ctx.head, ctx.options = head, options
+        ctx.save_for_backward(hidden_ND, target_N, valid_N, reference_hidden_ND, rows.entropy_N, rows.kl_N)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(rows.lse_N)
+        return rows.logp_N, rows.lse_N, rows.entropy_N, rows.kl_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_logp_N, _g_lse, g_entropy_N, g_kl_N):
+        hidden_ND, target_N, valid_N, reference_hidden_ND, entropy_N, kl_N = ctx.saved_tensors
+        zero_N = torch.zeros_like(entropy_N)
+        upstream = [zero_N if g_N is None else g_N.where(valid_N, 0.0) for g_N in (g_logp_N, g_entropy_N, g_kl_N)]
+        bound_N = bound_of_dz(*upstream, entropy_N, kl_N)
+        rows = run_rows(
+            hidden_ND,
+            ctx.head,
+            target_N,
+            valid_N,
+            reference_hidden_ND=reference_hidden_ND,
+            want_grad=True,
+            upstream=Upstream(*(g_N / bound_N for g_N in upstream)),
+            **ctx.options,
+        )
+        grad_ND = torch.empty_like(hidden_ND)
+        torch.mul(rows.grad_ND, (bound_N / ctx.head.temperature)[:, None], out=grad_ND)
+        return (grad_ND,) + (None,) * 6
 
 
 def frozen_head(lm_head: nn.Module) -> tuple[Tensor, Tensor | None]:

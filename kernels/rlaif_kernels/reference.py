@@ -52,55 +52,6 @@ def linear_logprob(
     return logp_N.where(real_N, 0.0), lse_N.where(real_N, 0.0), entropy_N.where(real_N, 0.0), kl_N
 
 
-def sft_loss(
-    hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, weight_N: Tensor, denominator: float, **head
-) -> Tensor:
-    """Weighted cross-entropy / denominator."""
-    return -(weight_N * linear_logprob(hidden_ND, weight_VD, target_N, **head)[0]).sum() / denominator
-
-
-def ppo_policy_loss(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    target_N: Tensor,
-    old_logp_N: Tensor,
-    advantage_N: Tensor,
-    mask_N: Tensor,
-    *,
-    clip: float,
-    entropy_coef: float,
-    kl_coef: float,
-    kl: str,
-    reference_logp_N: Tensor | None,
-    reference_hidden_ND: Tensor | None,
-    denominator: float,
-    **head,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and its statistics, row by row over the rows that count."""
-    logp_N, _, entropy_N, exact_N = linear_logprob(
-        hidden_ND, weight_VD, target_N, reference_hidden_ND=reference_hidden_ND if kl == "exact" else None, **head
-    )
-    sums = {
-        name: torch.zeros((), dtype=logp_N.dtype)
-        for name in ("policy_loss", "approxkl", "clipfrac", "entropy", "ratio_mean", "kl")
-    }
-    for i in torch.nonzero(mask_N & (target_N != head.get("ignore_index", -100)))[:, 0].tolist():
-        ratio = (logp_N[i] - old_logp_N[i]).exp()
-        A = advantage_N[i]
-        sums["policy_loss"] = sums["policy_loss"] + torch.maximum(-A * ratio, -A * ratio.clamp(1 - clip, 1 + clip))
-        sums["approxkl"] = sums["approxkl"] + (ratio - 1 - ratio.log())
-        sums["clipfrac"] = sums["clipfrac"] + float(abs(ratio - 1) > clip)
-        sums["entropy"] = sums["entropy"] + entropy_N[i]
-        sums["ratio_mean"] = sums["ratio_mean"] + ratio
-        if kl == "k3":
-            gap = reference_logp_N[i] - logp_N[i]
-            sums["kl"] = sums["kl"] + gap.exp() - gap - 1
-        elif kl == "exact":
-            sums["kl"] = sums["kl"] + exact_N[i]
-    stats = {name: value / denominator for name, value in sums.items()}
-    return stats["policy_loss"] - entropy_coef * stats["entropy"] + kl_coef * stats["kl"], stats
-
-
 def gae(reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Backwards over each row's real tokens, one number at a time."""
     advantage_BT, return_BT = torch.zeros_like(reward_BT), torch.zeros_like(reward_BT)

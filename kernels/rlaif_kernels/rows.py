@@ -1,9 +1,8 @@
-"""The one loop behind `linear_logprob` and the losses: chunks of rows through the head, statistics out, gradient out.
+"""The one loop behind `linear_logprob`: chunks of rows through the head, statistics out, gradient out.
 
 For every chunk of R rows: logits (float32 whatever the inputs) -> one pass for the statistics -> one pass that turns
-the logits into dz, the gradient of the loss with respect to them -> dz @ W. The head is frozen, so these two matmuls
-are all there is: nothing is recomputed in the backward. No more than one chunk of logits (two with a reference) is ever
-held.
+the logits into dz, the gradient of the loss with respect to them -> dz @ W. No more than one chunk of logits (two with
+a reference) is ever held.
 
 Formulas. s = h W^T + b, softcap s <- c tanh(s/c), z = s/T; p = softmax(z), r = softmax(z') of the reference:
     lse = log sum exp z        logp = z_y - lse        H = lse - sum p z        KL = sum p (z - z') - lse + lse'
@@ -18,7 +17,7 @@ Shapes: N tokens (rows), R rows of a chunk, D channels, V vocabulary.
 import torch
 from torch import Tensor
 
-from .head import BANNED, Head, PpoInputs, Rows, dz_unit, take
+from .head import BANNED, Head, Rows, Upstream, dz_unit, take
 
 # Bytes of one chunk of logits. On a GPU wide enough for full matmul speed (384 rows of a 152k vocabulary), on a CPU for
 # its caches.
@@ -47,28 +46,23 @@ def run_rows(
     *,
     reference_hidden_ND: Tensor | None = None,
     want_grad: bool,
-    gain_N: Tensor | None = None,
-    ppo: PpoInputs | None = None,
+    upstream: Upstream | None = None,
     triton: bool,
     chunk_rows: int | None,
 ) -> Rows:
-    """Statistics of every row and, with `want_grad`, the gradient.
-
-    Neither `gain_N` nor `ppo`: grad_ND is T * d logp / d hidden, float32. With `gain_N`: gain * d logp / d hidden. With
-    `ppo`: the gradient of the summed PPO loss. The last two come in the dtype of hidden.
-    """
+    """Statistics of every row and, with `want_grad`, T times the gradient of the row's log-prob or, with `upstream`, of
+    the loss whose derivatives these are."""
     N, D = hidden_ND.shape
     V = head.weight_VD.shape[0]
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
     new = lambda *shape: hidden_ND.new_zeros(shape, dtype=dtype)
-    keep_unit = gain_N is None and ppo is None
     out = Rows(
         logp_N=new(N),
         lse_N=new(N),
         entropy_N=new(N),
         kl_N=None if reference_hidden_ND is None else new(N),
-        at_target_N=new(N) if want_grad and ppo is None else None,
-        grad_ND=hidden_ND.new_empty((N, D), dtype=dtype if keep_unit else hidden_ND.dtype) if want_grad else None,
+        at_target_N=new(N) if want_grad and upstream is None else None,
+        grad_ND=hidden_ND.new_empty((N, D), dtype=dtype) if want_grad else None,
     )
     step = max(1, min(N, chunk_rows or chunk_size(N, V, dtype.itemsize, hidden_ND.is_cuda)))
     streams = 1 if reference_hidden_ND is None else 2
@@ -86,16 +80,9 @@ def run_rows(
             ref_RV = None
             if reference_hidden_ND is not None:
                 ref_RV = head_logits(reference_hidden_ND[start:stop], head.weight_VD, buffer_2RV[1, : stop - start])
-            dz_RV, bound_R = row_pass(logits_RV, ref_RV, head, target_N, valid_N, out, ppo, want_grad, start)
-            if not want_grad:
-                continue
-            grad_RD = out.grad_ND[start:stop]
-            if keep_unit:
-                times_weight(dz_RV, head.weight_VD, grad_RD)
-            else:
-                gain_R = gain_N[start:stop] if ppo is None else bound_R
-                unit_RD = times_weight(dz_RV, head.weight_VD, torch.empty_like(grad_RD, dtype=dtype))
-                torch.mul(unit_RD, (gain_R / head.temperature)[:, None], out=grad_RD)
+            dz_RV = row_pass(logits_RV, ref_RV, head, target_N, valid_N, out, upstream, want_grad, start)
+            if want_grad:
+                times_weight(dz_RV, head.weight_VD, out.grad_ND[start:stop])
     return out
 
 
@@ -137,16 +124,17 @@ def row_pass_torch(
     target_N: Tensor,
     valid_N: Tensor,
     out: Rows,
-    ppo: PpoInputs | None,
+    upstream: Upstream | None,
     want_grad: bool,
     row0: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Fills `out` for one chunk of logits and returns dz/G and G (None: it is 1), or (None, None) without `want_grad`.
+) -> Tensor | None:
+    """Fills `out` for one chunk of logits and returns dz, or None without `want_grad`.
 
     The logits are consumed. Passes work in place: on a CPU a fresh buffer costs more in page faults than arithmetic.
     """
     chunk = slice(row0, row0 + s_RV.shape[0])
-    y_R1, valid_R, out, ppo = target_N[chunk, None], valid_N[chunk], take(out, chunk), ppo and take(ppo, chunk)
+    y_R1, valid_R, out = target_N[chunk, None], valid_N[chunk], take(out, chunk)
+    keep = upstream is not None  # the second pass needs what the statistics would otherwise overwrite
     z_RV, chain_RV = bend_logits(s_RV, head, want_chain=want_grad)
     top_R, exp_RV, sum_R, log_sum_R = centre(z_RV)
     out.logp_N.copy_((z_RV.gather(1, y_R1)[:, 0] - log_sum_R).where(valid_R, 0.0))
@@ -155,19 +143,17 @@ def row_pass_torch(
         gap_RV, _ = bend_logits(s_ref_RV, head, want_chain=False)
         _, _, _, ref_log_sum_R = centre(gap_RV)
         torch.sub(z_RV, gap_RV, out=gap_RV)
-        mean_gap_R = (gap_RV.mul_(exp_RV) if ppo is None else gap_RV * exp_RV).sum(1) / sum_R
+        mean_gap_R = (gap_RV * exp_RV if keep else gap_RV.mul_(exp_RV)).sum(1) / sum_R
         out.kl_N.copy_((mean_gap_R + ref_log_sum_R - log_sum_R).where(valid_R, 0.0))
-    mean_z_R = (z_RV.mul_(exp_RV) if ppo is None else z_RV * exp_RV).sum(1) / sum_R
+    mean_z_R = (z_RV * exp_RV if keep else z_RV.mul_(exp_RV)).sum(1) / sum_R
     out.entropy_N.copy_((log_sum_R - mean_z_R).where(valid_R, 0.0))
     if not want_grad:
-        return None, None
-    if ppo is None:
-        bound_R, g_R = None, valid_R.to(exp_RV.dtype)
+        return None
+    if upstream is None:
+        g_R = valid_R.to(exp_RV.dtype)
         dz_RV = exp_RV.mul_((-g_R / sum_R)[:, None])
     else:
-        g_R, h_R, k_R = ppo.upstream(out.logp_N)
-        bound_R = bound_of_dz(g_R, h_R, k_R, out.entropy_N, out.kl_N)
-        g_R, h_R, k_R = g_R / bound_R, h_R / bound_R, k_R / bound_R
+        g_R, h_R, k_R = take(upstream, chunk)
         dz_RV = z_RV.mul_(-h_R[:, None])  # log p_j + H is z_j - mean z, log p_j - log r_j - KL is gap_j - mean gap
         constant_R = h_R * mean_z_R - g_R
         if s_ref_RV is not None:
@@ -184,7 +170,7 @@ def row_pass_torch(
     if out.at_target_N is not None:
         p_y_R = out.logp_N.exp() if chain_RV is None else out.logp_N.exp() * chain_RV.gather(1, y_R1)[:, 0]
         out.at_target_N.copy_((dz_RV.gather(1, y_R1)[:, 0] / unit + p_y_R).where(valid_R, 0.0))
-    return dz_RV, bound_R
+    return dz_RV
 
 
 def centre(z_RV: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

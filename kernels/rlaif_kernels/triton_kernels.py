@@ -13,11 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import configs_for
-from .head import BANNED, Head, PpoInputs, Rows, dz_unit
+from .head import BANNED, Head, Rows, Upstream, dz_unit
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(BANNED)
-TINY_BOUND = tl.constexpr(1e-20)
 
 
 @triton.jit
@@ -30,11 +29,6 @@ def _log(x):
     # the hardware's logarithm is off by 2^-22 of its result, 3e-6 at a 150k vocabulary; one Newton step mends it
     rough = tl.log(x)
     return rough + (x * _exp(-rough) - 1.0)
-
-
-@triton.jit
-def _capped_exp(x):
-    return _exp(tl.minimum(tl.maximum(x, -80.0), 80.0))
 
 
 @triton.jit
@@ -86,25 +80,18 @@ def row_kernel(
     entropy_ptr,
     kl_ptr,
     at_target_ptr,
-    bound_ptr,
-    old_logp_ptr,
-    advantage_ptr,
-    real_ptr,
-    ref_logp_ptr,
-    clip,
-    entropy_coef,
-    k3_coef,
-    kl_coef,
+    up_logp_ptr,
+    up_entropy_ptr,
+    up_kl_ptr,
     BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     REF: tl.constexpr,
     GRAD: tl.constexpr,
-    PPO: tl.constexpr,
-    K3: tl.constexpr,
+    UPSTREAM: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Statistics of one row of logits and, in their place, dz/G (see rows.py). `dz_ptr` may be `s_ptr`'s address."""
+    """Statistics of one row of logits and, in their place, dz (see rows.py). `dz_ptr` may be `s_ptr`'s address."""
     local = tl.program_id(0)
     row = row0 + local
     s_ptr += tl.cast(local, tl.int64) * s_stride
@@ -162,20 +149,10 @@ def row_kernel(
 
     if GRAD:
         g = tl.where(valid, 1.0, 0.0)
-        if PPO:
-            real = tl.load(real_ptr + row)
-            advantage = tl.load(advantage_ptr + row)
-            ratio = _capped_exp(logp - tl.load(old_logp_ptr + row))
-            clipped = tl.minimum(tl.maximum(ratio, 1.0 - clip), 1.0 + clip)
-            g = tl.where(-advantage * ratio >= -advantage * clipped, -advantage * ratio, 0.0)
-            if K3:
-                g += k3_coef * (1.0 - _capped_exp(tl.load(ref_logp_ptr + row) - logp))
-            g = tl.where(real > 0, g, 0.0)
-            h = -entropy_coef * real
-            k = kl_coef * real
-            bound = tl.maximum(tl.abs(g) + tl.abs(h) * (entropy + 0.37) + tl.abs(k) * (2.0 * kl + 0.37), TINY_BOUND)
-            tl.store(bound_ptr + row, bound)
-            g, h, k = g / bound, h / bound, k / bound
+        if UPSTREAM:
+            g = tl.load(up_logp_ptr + row)
+            h = tl.load(up_entropy_ptr + row)
+            k = tl.load(up_kl_ptr + row)
         else:
             # what the target's element of dz will be once rounded, and what it takes to make it the softmax again
             chain_y = 1.0
@@ -189,7 +166,7 @@ def row_kernel(
             z, bent = _bend(s_ptr, bias_ptr, at, at < V, inv_temperature, softcap, BIAS, SOFTCAP)
             logp_at = (z - top) - log_total
             slope = -g
-            if PPO:
+            if UPSTREAM:
                 slope -= h * (logp_at + entropy)
                 if REF:
                     z_ref, _ = _bend(ref_ptr, bias_ptr, at, at < V, inv_temperature, softcap, BIAS, SOFTCAP)
@@ -209,17 +186,16 @@ def row_pass(
     target_N: Tensor,
     valid_N: Tensor,
     out: Rows,
-    ppo: PpoInputs | None,
+    upstream: Upstream | None,
     want_grad: bool,
     row0: int,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> Tensor | None:
     """`row_pass_torch` as one launch; dz takes the place of the logits."""
     R, V = s_RV.shape
     dtype = head.weight_VD.dtype
     # with their padding, so that whole rows of float32 can be seen as rows of 16 bit
     padded_rows = s_RV.as_strided((R, s_RV.stride(0)), (s_RV.stride(0), 1))
     dz_RV = padded_rows.view(dtype)[:, :V]
-    bound_N = torch.empty_like(out.logp_N) if ppo is not None else None
     configs = configs_for(s_RV.device)
     config = configs.rows if s_ref_RV is None else configs.rows_with_reference
 
@@ -244,20 +220,17 @@ def row_pass(
         out.entropy_N,
         pointer(out.kl_N),
         pointer(out.at_target_N),
-        pointer(bound_N),
-        *map(pointer, ppo[:4] if ppo else [None] * 4),
-        *(ppo[4:] if ppo else [0.0] * 4),
+        *map(pointer, upstream or (None, None, None)),
         BIAS=head.bias_V is not None,
         SOFTCAP=head.softcap is not None,
         REF=s_ref_RV is not None,
         GRAD=want_grad,
-        PPO=ppo is not None,
-        K3=ppo is not None and ppo.reference_logp_N is not None,
+        UPSTREAM=upstream is not None,
         UNIT=dz_unit(dtype),
         BLOCK=min(config.block, triton.next_power_of_2(V)),
         num_warps=config.num_warps,
     )
-    return (dz_RV if want_grad else None), (None if bound_N is None else bound_N[row0 : row0 + R])
+    return dz_RV if want_grad else None
 
 
 @triton.jit

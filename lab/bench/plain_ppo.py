@@ -32,11 +32,11 @@ from rlaif_lite.model.inputs import IGNORE, Batch, Sequence, collate, encode_pro
 from rlaif_lite.planner.plan import size_in_bytes
 from rlaif_lite.profiler.inputs import stand_ins
 from rlaif_lite.recipe import load_recipe
-from rlaif_lite.rl.losses import value_loss
+from rlaif_lite.rl.losses import policy_loss, token_weights, value_loss
 from rlaif_lite.rollout import Trajectory
 from rlaif_lite.stages import features
 from rlaif_lite.stages.ppo import step as ppo
-from rlaif_lite.stages.ppo.experience import Experience, Micro, cut, place, token_value
+from rlaif_lite.stages.ppo.experience import Experience, Micro, cut, padded, place, token_value
 from rlaif_lite.stages.ppo.feedback import RewardModelFeedback
 from rlaif_lite.training.meter import Meter, describe_machine, versions
 from rlaif_lite.video.decode import Frames, View, decode_views
@@ -59,8 +59,9 @@ def ours(given: Step, number: int) -> int:
     answers = ppo.rollout(work, records, number)
     micros = cut(work, feedback.critic_prompt, records, answers, number, micro_size(work))
     taken = feedback.take(records, answers, number)
-    experience = ppo.score(work, feedback, micros, taken, work.recipe.ppo.kl_coef)
-    ppo.update(work, micros, experience, optimizers, number)
+    kl_coef = work.recipe.ppo.kl_coef
+    experience = ppo.score(work.roles, work.recipe.ppo, feedback, micros, taken, kl_coef)
+    ppo.update(work.roles, work.recipe, micros, experience, optimizers, number, kl_coef)
     return sum(len(answer.ids) for answer in answers)
 
 
@@ -167,7 +168,7 @@ def plain_score(given: Step, minibatches: list[list[Micro]], answers: list[Traje
     advantage_BT, return_BT = ppo.advantages(section, reward_BT, value_BT, mask_BT, mask_BT)
     none_BT = torch.zeros_like(logp_BT)
     return Experience(
-        mask_BT, mask_BT, logp_BT, ref_BT, none_BT, kl_BT, value_BT, rm_B, score_B, advantage_BT, return_BT, 0.0
+        mask_BT, mask_BT, logp_BT, ref_BT, none_BT, kl_BT, value_BT, rm_B, score_B, advantage_BT, return_BT
     )
 
 
@@ -175,24 +176,20 @@ def plain_update(given: Step, minibatches: list[list[Micro]], e: Experience) -> 
     """Clipped policy loss and value loss by autograd through the logits."""
     section, roles = given.work.recipe.ppo, given.work.roles
     for minibatch in minibatches * section.epochs:
-        real = torch.cat([e.mask_BT[micro.index_b].sum()[None] for micro in minibatch]).sum()
+        rows = torch.cat([micro.index_b for micro in minibatch])
+        weights = token_weights(e.mask_BT[rows]).split([len(micro.index_b) for micro in minibatch])
         with roles.use("policy") as policy:
-            for micro in minibatch:
-                mask_bT = e.mask_BT[micro.index_b]
-                ratio_N = (plain_logp(given, policy, micro) - e.logp_BT[micro.index_b][mask_bT]).exp()
-                gain_N = e.advantage_BT[micro.index_b][mask_bT]
-                clipped_N = ratio_N.clamp(1 - section.clip, 1 + section.clip)
-                (-torch.minimum(ratio_N * gain_N, clipped_N * gain_N).sum() / real).backward()
+            for micro, weight_bT in zip(minibatch, weights, strict=True):
+                old_bT, advantage_bT, mask_bT = (x_BT[micro.index_b] for x_BT in (e.logp_BT, e.advantage_BT, e.mask_BT))
+                logp_bT = padded(plain_logp(given, policy, micro), mask_bT)
+                policy_loss(logp_bT, old_bT, advantage_bT, weight_bT, section.clip)[0].backward()
         ppo.clip_and_step(roles.parameters("policy"), given.optimizers["policy"], section.max_grad_norm)
         with roles.use("value") as value:
             for micro in minibatch:
-                mask_bT = e.mask_BT[micro.index_b]
                 fresh = micro._replace(value_batch=refreshed(given, micro.value_batch, micro.index_b))
-                value_1N = token_value(value, fresh)[None]
-                old_1N, return_1N = (x[micro.index_b][mask_bT][None] for x in (e.value_BT, e.return_BT))
-                loss, _ = value_loss(
-                    value_1N, old_1N, return_1N, torch.ones_like(old_1N, dtype=torch.bool), section.value_clip, real
-                )
+                old_bT, return_bT, mask_bT = (x_BT[micro.index_b] for x_BT in (e.value_BT, e.return_BT, e.mask_BT))
+                value_bT, real = padded(token_value(value, fresh), mask_bT), e.mask_BT[rows].sum()
+                loss, _ = value_loss(value_bT, old_bT, return_bT, mask_bT, section.value_clip, real)
                 (section.value_coef * loss).backward()
         ppo.clip_and_step(roles.parameters("value", head=True), given.optimizers["value"], section.max_grad_norm)
 
@@ -227,7 +224,8 @@ def logp_gap(given: Step) -> float:
     work, feedback, records = given.work, given.feedback, given.records
     answers = ppo.rollout(work, records, 0)
     micros = cut(work, feedback.critic_prompt, records, answers, 0, micro_size(work))
-    a = ppo.score(work, feedback, micros, feedback.take(records, answers, 0), work.recipe.ppo.kl_coef)
+    taken = feedback.take(records, answers, 0)
+    a = ppo.score(work.roles, work.recipe.ppo, feedback, micros, taken, work.recipe.ppo.kl_coef)
     return float((a.logp_BT - plain_score(given, micros, answers).logp_BT).abs().max())
 
 

@@ -27,7 +27,7 @@ from torch.nn.functional import linear
 
 from lab.bench import ROOT, plain_ppo
 from lab.bench.plain_ppo import Step
-from rlaif_kernels import LinearLogprob, PpoStats
+from rlaif_kernels import LinearLogprob
 from rlaif_lite import profiler
 from rlaif_lite.model import roles
 from rlaif_lite.model.inputs import IGNORE, decode
@@ -66,52 +66,23 @@ def tower_in_every_forward(given: Step) -> Iterator[None]:
 @contextlib.contextmanager
 def whole_logits(given: Step) -> Iterator[None]:
     """Logits of every position of a scoring forward, kept for autograd, and the loss from those of the answers."""
-    base, temperature = given.work.base(), given.work.recipe.ppo.temperature
+    section = given.work.recipe.ppo
     last: list[Tensor] = []  # logp_NV of the forward that ran last
 
     def hidden(role, micro):
-        scored_bS = micro.target_bS != IGNORE
+        base, scored_bS = role.roles.base, micro.target_bS != IGNORE
         hidden_bSD = role.hidden(micro.batch)
         logits_bSV = linear(hidden_bSD, base.head_weight_VD).float() + base.ban_bias_V
-        last[:] = [(logits_bSV / temperature).log_softmax(-1)[scored_bS]]
+        last[:] = [(logits_bSV / section.temperature).log_softmax(-1)[scored_bS]]
         return hidden_bSD[scored_bS]
 
-    def logp(work, hidden_ND, micro, reference_hidden_ND=None):
+    def logp(base, hidden_ND, micro, temperature, reference_hidden_ND=None, differentiable="logp"):
         (logp_NV,) = last
         target_N = micro.target_bS[micro.target_bS != IGNORE]
-        entropy_N = -(logp_NV.exp() * logp_NV).sum(1)
+        entropy_N = -(logp_NV.exp() * logp_NV).sum(1).detach()
         return LinearLogprob(logp_NV.gather(1, target_N[:, None])[:, 0], torch.zeros_like(entropy_N), entropy_N, None)
 
-    def loss(
-        hidden_ND,
-        weight_VD,
-        target_N,
-        old_N,
-        advantage_N,
-        mask_N,
-        *,
-        clip,
-        entropy_coef,
-        kl,
-        kl_coef,
-        reference_logp_N,
-        reference_hidden_ND,
-        denominator,
-        bias_V,
-        temperature,
-    ):
-        (logp_NV,) = last
-        ratio_N = (logp_NV.gather(1, target_N[:, None])[:, 0] - old_N).exp()
-        clipped_N = ratio_N.clamp(1 - clip, 1 + clip)
-        value = -torch.minimum(ratio_N * advantage_N, clipped_N * advantage_N).sum() / denominator
-        told = value.detach()
-        return value, PpoStats(told, told, told, told, told, ratio_N.min().detach(), ratio_N.max().detach(), told, told)
-
-    with (
-        patch.object(ppo, "answer_hidden", hidden),
-        patch.object(ppo, "answer_logp", logp),
-        patch.object(ppo, "ppo_policy_loss", loss),
-    ):
+    with patch.object(ppo, "answer_hidden", hidden), patch.object(ppo, "answer_logp", logp):
         yield
 
 

@@ -1,11 +1,17 @@
-"""The losses of reward modelling and PPO, and the numbers one watches beside them.
+"""The losses of SFT, reward modelling and PPO, and the statistics that go with them.
 
-Token losses are token-means over REAL tokens. The mean's denominator is an argument, so that a batch cut into
-micro-batches gives the same loss and the same statistics by addition; pass the real tokens of the whole batch.
-Departure from the release: it averages over all positions, pads too, which dilutes the policy gradient about sevenfold.
+All are pure functions of log-probs, values or scores; log-probs are in nats. `docs/change_the_loss.md` shows how to
+change one.
 
-Shapes: B answers (or pairs), T answer positions; `mask_BT` is True at real tokens. Whatever stands at pads, NaN and
-infinity too, reaches neither a loss nor a gradient.
+The policy's losses are weighted sums over tokens. The weights of a whole minibatch add up to 1 (`token_weights`), so a
+minibatch cut into micro-batches gives the same loss by addition. A weight of 0 takes a token out: at pads, and at
+tokens that the policy did not sample. Whatever such a token holds, NaN and infinity included, reaches neither a loss
+nor a gradient.
+
+Departure from the release: it averages over all positions, pads included, which dilutes the policy gradient about
+sevenfold.
+
+Shapes: B answers (or pairs), T answer positions, N tokens; `mask_BT` is True at real tokens.
 """
 
 from collections.abc import Sequence
@@ -26,14 +32,20 @@ class PairwiseStats(NamedTuple):
 
 
 class PolicyStats(NamedTuple):
-    "Each field is a sum over real tokens divided by `denominator`: over micro-batches, add."
+    "Sums over the tokens that count (weight above 0), and extremes; `merge_stats` makes means of them."
 
+    tokens: Tensor
+    "number of tokens that count"
     clipfrac: Tensor
-    "share of tokens at which the clipped term is the active one"
+    "tokens at which the clip changes the loss (TRL's policy/clipfrac_avg)"
     approxkl: Tensor
-    "0.5 * (logp - old_logp)^2, TRL's policy/approxkl_avg"
+    "0.5 * (logp - old_logp)^2 (TRL's policy/approxkl_avg)"
     ratio: Tensor
     "exp(logp - old_logp); exactly 1 before the first update"
+    ratio_min: Tensor
+    "+inf when no token counts"
+    ratio_max: Tensor
+    "-inf when no token counts"
 
 
 class ValueStats(NamedTuple):
@@ -59,28 +71,56 @@ def pairwise_loss(chosen_B: Tensor, rejected_B: Tensor, centering: float) -> tup
     return loss, stats
 
 
-def policy_loss(
-    logp_BT: Tensor, old_logp_BT: Tensor, advantage_BT: Tensor, mask_BT: Tensor, clip: float, denominator: float
-) -> tuple[Tensor, PolicyStats]:
-    """PPO's clipped objective, negated: max(-A * ratio, -A * clip(ratio, 1 - clip, 1 + clip)) (arXiv 1707.06347).
+def sft_loss(logp_N: Tensor, weight_N: Tensor, total: float | Tensor) -> Tensor:
+    """Cross-entropy of the target tokens: -sum(weight * logp) / total, `total` the weights of the whole batch."""
+    return -(weight_N * logp_N).sum() / total
 
-    Gradient flows to `logp_BT` alone. `denominator`: real tokens of the whole batch.
+
+def token_weights(mask_BT: Tensor) -> Tensor:
+    """What each token of a minibatch weighs in the policy's loss: the same for all tokens that count, 1 in all."""
+    return mask_BT / mask_BT.sum().clamp(min=1)
+
+
+def weighted_sum(x_BT: Tensor, weight_BT: Tensor) -> Tensor:
+    """sum(weight * x), a scalar. What x holds where the weight is 0 reaches neither the sum nor its gradient."""
+    return (weight_BT * x_BT.where(weight_BT > 0, 0.0)).sum()
+
+
+def policy_loss(
+    logp_BT: Tensor, old_logp_BT: Tensor, advantage_BT: Tensor, weight_BT: Tensor, clip: float
+) -> tuple[Tensor, PolicyStats]:
+    """PPO's clipped objective, negated (arXiv 1707.06347, eq. 7): the weighted sum over tokens of `clipped_loss`.
+
+    Gradient flows to `logp_BT` alone. Log ratios are held within +-80, so a ratio is finite in float32.
     """
-    mask_BT = mask_BT.bool()
-    zero = logp_BT.new_zeros(())
-    log_ratio_BT = torch.where(mask_BT, logp_BT - old_logp_BT.detach(), zero)
-    advantage_BT = torch.where(mask_BT, advantage_BT.detach(), zero)
-    ratio_BT = log_ratio_BT.exp()
-    free_BT = -advantage_BT * ratio_BT
-    clipped_BT = -advantage_BT * ratio_BT.clamp(1.0 - clip, 1.0 + clip)
-    loss = torch.maximum(free_BT, clipped_BT).sum() / denominator
+    counts_BT = weight_BT > 0
+    log_ratio_BT = (logp_BT - old_logp_BT.detach()).where(counts_BT, 0.0).clamp(-80.0, 80.0)
+    ratio_BT, advantage_BT = log_ratio_BT.exp(), advantage_BT.detach().where(counts_BT, 0.0)
+    loss_BT = clipped_loss(ratio_BT, advantage_BT, clip)
     with torch.no_grad():
         stats = PolicyStats(
-            clipfrac=(clipped_BT > free_BT).float().sum() / denominator,
-            approxkl=0.5 * log_ratio_BT.square().sum() / denominator,
-            ratio=torch.where(mask_BT, ratio_BT, zero).sum() / denominator,
+            tokens=counts_BT.sum(),
+            clipfrac=(loss_BT > -advantage_BT * ratio_BT).float().sum(),
+            approxkl=0.5 * log_ratio_BT.square().sum(),
+            ratio=ratio_BT.where(counts_BT, 0.0).sum(),
+            ratio_min=ratio_BT.where(counts_BT, torch.inf).amin(),
+            ratio_max=ratio_BT.where(counts_BT, -torch.inf).amax(),
         )
-    return loss, stats
+    return weighted_sum(loss_BT, weight_BT), stats
+
+
+def clipped_loss(ratio_BT: Tensor, advantage_BT: Tensor, clip: float) -> Tensor:
+    """Per token: max(-A * ratio, -A * clamp(ratio, 1 - clip, 1 + clip)). Beyond the clip a token has no gradient, so the
+    policy gains nothing by moving further."""
+    return torch.maximum(-advantage_BT * ratio_BT, -advantage_BT * ratio_BT.clamp(1.0 - clip, 1.0 + clip))
+
+
+def merge_stats(parts: Sequence[PolicyStats]) -> dict[str, Tensor]:
+    """Means and extremes over a minibatch, from the statistics of its micro-batches."""
+    tokens = sum(part.tokens for part in parts).clamp(min=1)
+    means = {name: sum(getattr(part, name) for part in parts) / tokens for name in ("clipfrac", "approxkl", "ratio")}
+    low, high = (torch.stack([getattr(part, name) for part in parts]) for name in ("ratio_min", "ratio_max"))
+    return means | {"ratio_min": low.min(), "ratio_max": high.max()}
 
 
 def value_loss(

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlaif_kernels import sft_loss
+from rlaif_kernels import linear_logprob
 
 from ..data.records import Record
 from ..errors import DataError
@@ -33,6 +33,7 @@ from ..model.inputs import IGNORE, Sequence, collate, encode_answer, encode_prom
 from ..model.roles import ActiveRole
 from ..phases import phase
 from ..recipe import Training
+from ..rl.losses import sft_loss
 from ..training.fit import fit, steps_of
 from ..training.loop import batches, split_micro
 from ..workspace import Workspace
@@ -130,14 +131,9 @@ def backward(active: ActiveRole, rows: list[Example], total: float) -> float:
     weight_BS = torch.tensor([[e.weight] for e in rows], device=base.device).expand_as(target_BS)
     scored_BS = target_BS != IGNORE
     with phase("forward", batch.ids_BS.numel()):
-        loss, _ = sft_loss(
-            active.hidden(batch)[scored_BS],
-            base.head_weight_VD,
-            target_BS[scored_BS],
-            weight_BS[scored_BS],
-            bias_V=base.ban_bias_V,
-            denominator=total,
-        )
+        hidden_ND = active.hidden(batch)[scored_BS]
+        found = linear_logprob(hidden_ND, base.head_weight_VD, target_BS[scored_BS], bias_V=base.ban_bias_V)
+        loss = sft_loss(found.logp_N, weight_BS[scored_BS], total)
     with phase("backward", batch.ids_BS.numel()):
         loss.backward()
     return loss.item()

@@ -41,7 +41,7 @@ def interpreted(*command: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     "files",
-    [["test_linear_logprob.py"], ["test_losses.py"], ["test_gae.py", "test_frames.py"]],
+    [["test_linear_logprob.py"], ["test_entropy_and_kl.py"], ["test_gae.py", "test_frames.py"]],
     ids=lambda files: files[0],
 )
 def test_triton_path_in_the_interpreter(files):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from conftest import INTERPRETING
-from rlaif_kernels import frozen_head, linear_logprob, reference
+from rlaif_kernels import frozen_head, linear_logprob
+from rlaif_kernels import reference as plain
 from rlaif_kernels.rows import Head, run_rows
 
 OPTIONS = [
@@ -44,7 +45,7 @@ def both(impl, hidden_ND, weight_VD, target_N, reference_ND, chunk_rows=None, bi
         **options,
     )
     hidden64_ND = double(hidden_ND)
-    want = reference.linear_logprob(
+    want = plain.linear_logprob(
         hidden64_ND,
         double(weight_VD),
         target_N,
@@ -101,7 +102,7 @@ def test_gradient_of_lse_alone_over_a_large_flat_vocabulary(impl, dtype):
     hidden_ND, weight_VD, _, _ = problem(2, 8, 60000, dtype, spread=0.1, mean_logit=1.0)
     linear_logprob(hidden_ND, weight_VD, torch.tensor([7, 59999]), impl=impl).lse_N.sum().backward()
     exact_ND = double(hidden_ND)
-    reference.linear_logprob(exact_ND, double(weight_VD), torch.tensor([7, 59999]))[1].sum().backward()
+    plain.linear_logprob(exact_ND, double(weight_VD), torch.tensor([7, 59999]))[1].sum().backward()
     assert relative(hidden_ND.grad, exact_ND.grad) <= GRAD_TOLERANCE[dtype]
 
 
@@ -143,7 +144,7 @@ def test_banned_ids_are_as_if_they_were_not_there(impl, options, ban):
     )
     (ours.logp_N.sum() + ours.lse_N.sum()).backward()
     alive_ND = double(hidden_ND)
-    want = reference.linear_logprob(
+    want = plain.linear_logprob(
         alive_ND, weight_VD[:40].double(), target_N, reference_hidden_ND=reference_ND.double(), **options
     )
     (want[0].sum() + want[1].sum()).backward()
@@ -229,13 +230,16 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(run, (hidden_ND,))
 
 
-def test_entropy_and_kl_carry_no_gradient():
+def test_what_carries_a_gradient():
     hidden_ND, weight_VD, target_N, reference_ND = problem(4, 5, 7, torch.float32)
-    out = linear_logprob(hidden_ND, weight_VD, target_N, reference_hidden_ND=reference_ND)
-    assert out.logp_N.requires_grad and out.lse_N.requires_grad
-    assert not out.entropy_N.requires_grad and not out.kl_N.requires_grad
-    with torch.no_grad():
-        assert not linear_logprob(hidden_ND, weight_VD, target_N).logp_N.requires_grad
+    for differentiable, want in (("logp", [True, True, False, False]), ("all", [True, False, True, True])):
+        out = linear_logprob(
+            hidden_ND, weight_VD, target_N, reference_hidden_ND=reference_ND, differentiable=differentiable
+        )
+        assert [value.requires_grad for value in out] == want
+        with torch.no_grad():
+            out = linear_logprob(hidden_ND, weight_VD, target_N, differentiable=differentiable)
+            assert not out.logp_N.requires_grad
 
 
 def test_autocast_does_not_lower_the_precision():
@@ -267,6 +271,7 @@ BAD = {
     "softcap is -1.0": {"softcap": -1.0},
     "chunk_rows is 0": {"chunk_rows": 0},
     "impl is 'cuda'": {"impl": "cuda"},
+    "differentiable is 'kl'": {"differentiable": "kl"},
     'impl="triton" cannot be used: the tensors are on cpu': {"impl": "triton"},
 }
 
@@ -301,21 +306,18 @@ def test_frozen_head():
 
 PEAK = """
 import torch
-from rlaif_kernels import linear_logprob, sft_loss, ppo_policy_loss
+from rlaif_kernels import linear_logprob
 torch.set_num_threads(1)
 def peak():
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 N, D = 1024, 16
 for V in (1000, 64000):
     hidden = torch.randn(N, D).bfloat16().requires_grad_()
-    weight, target, one = torch.randn(V, D).bfloat16(), torch.randint(0, V, (N,)), torch.ones(N)
+    weight, target = torch.randn(V, D).bfloat16(), torch.randint(0, V, (N,))
     before = peak()
     linear_logprob(hidden, weight, target).logp_N.sum().backward()
-    sft_loss(hidden, weight, target)[0].backward()
-    with torch.no_grad():
-        linear_logprob(hidden, weight, target, reference_hidden_ND=hidden)
-    ppo_policy_loss(hidden, weight, target, -one, one, one, clip=0.2, kl="exact", kl_coef=0.1, entropy_coef=0.1,
-                    reference_hidden_ND=hidden)[0].backward()
+    out = linear_logprob(hidden, weight, target, reference_hidden_ND=hidden, differentiable="all")
+    (out.logp_N + out.entropy_N + out.kl_N).sum().backward()
 print(peak() - before)
 """
 

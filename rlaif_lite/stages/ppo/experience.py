@@ -8,7 +8,7 @@ tokens.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from rlaif_kernels import LinearLogprob, linear_logprob
 
 from ...data.records import Record
 from ...files import chunks
+from ...model.base import Base
 from ...model.inputs import IGNORE, Batch, Sequence, collate, encode_prompt, target_rows
 from ...model.roles import ActiveRole
 from ...rollout import Trajectory
@@ -48,7 +49,6 @@ class Experience(NamedTuple):
     score_B: Tensor  # the same with stop and length penalties
     advantage_BT: Tensor
     return_BT: Tensor
-    loss_kl_coef: float  # weight of the KL in the policy loss; 0 where it is in the rewards
 
 
 def cut(
@@ -88,17 +88,23 @@ def answer_hidden(role: ActiveRole, micro: Micro) -> Tensor:
 
 
 def answer_logp(
-    work: Workspace, hidden_ND: Tensor, micro: Micro, reference_hidden_ND: Tensor | None = None
+    base: Base,
+    hidden_ND: Tensor,
+    micro: Micro,
+    temperature: float,
+    reference_hidden_ND: Tensor | None = None,
+    differentiable: Literal["logp", "all"] = "logp",
 ) -> LinearLogprob:
     """Log-probs of the answer tokens and entropies at the sampling temperature; with the reference's hidden states the
     exact KL to it."""
     return linear_logprob(
         hidden_ND,
-        work.base().head_weight_VD,
+        base.head_weight_VD,
         micro.target_bS[micro.target_bS != IGNORE],
-        bias_V=work.base().ban_bias_V,
-        temperature=work.recipe.ppo.temperature,
+        bias_V=base.ban_bias_V,
+        temperature=temperature,
         reference_hidden_ND=reference_hidden_ND,
+        differentiable=differentiable,
     )
 
 
@@ -107,11 +113,14 @@ def token_value(role: ActiveRole, micro: Micro) -> Tensor:
     return role.scalar(role.hidden(micro.value_batch)[micro.value_target_bS != IGNORE])
 
 
+def padded(values_N: Tensor, mask_BT: Tensor) -> Tensor:
+    """Values of all real tokens, row by row -> a padded tensor, 0 at pads; differentiable."""
+    return torch.zeros_like(mask_BT, dtype=values_N.dtype).masked_scatter(mask_BT, values_N)
+
+
 def place(out_BT: Tensor, rows: Tensor, mask_BT: Tensor, values_N: Tensor) -> None:
     """Write the values of some rows' real tokens, in order, into a padded tensor."""
-    part_bT = torch.zeros_like(out_BT[rows])
-    part_bT[mask_BT[rows]] = values_N
-    out_BT[rows] = part_bT
+    out_BT[rows] = padded(values_N, mask_BT[rows])
 
 
 def spread(lists: list[list[float]], mask_BT: Tensor) -> Tensor:

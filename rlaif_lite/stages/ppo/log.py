@@ -50,7 +50,7 @@ def describe(
         "policy/clipfrac_avg": mean["clipfrac"],
         "policy/entropy_avg": mean["entropy"],
         "loss/policy_avg": mean["policy_loss"],
-        "val/ratio": mean["ratio_mean"],
+        "val/ratio": mean["ratio"],
         "val/ratio_min": min(h["ratio_min"].item() for h in history),
         "val/ratio_max": max(h["ratio_max"].item() for h in history),
         "val/num_eos_tokens": sum(a.stopped for a in answers),
@@ -58,7 +58,7 @@ def describe(
         "rollout/stop_rate": sum(a.stopped for a in answers) / len(answers),
         "rollout/repetition": sum(repetition(a.ids) for a in answers) / len(answers),
     }
-    if e.loss_kl_coef:
+    if "kl" in mean:
         metrics["loss/kl_avg"] = mean["kl"]
     if "value_loss" in mean:
         metrics["loss/value_avg"] = mean["value_loss"]

@@ -28,24 +28,25 @@ import time
 import torch
 from torch import Tensor
 
-from rlaif_kernels import PpoStats, gae, ppo_policy_loss
+from rlaif_kernels import gae
 
 from ...data.records import Record
-from ...model.inputs import IGNORE, decode_answer, encode_prompt
-from ...model.roles import ActiveRole
+from ...model.base import Base
+from ...model.inputs import decode_answer, encode_prompt
+from ...model.roles import ActiveRole, Roles
 from ...phases import phase
 from ...phases import step as step_begins
 from ...progress import progress
-from ...recipe import Ppo
+from ...recipe import Ppo, Recipe
 from ...rl.advantages import group_relative, rloo, whiten
-from ...rl.losses import value_loss
+from ...rl.losses import PolicyStats, merge_stats, policy_loss, token_weights, value_loss, weighted_sum
 from ...rl.shaping import AdaptiveKL, FixedKL, kl_penalty, sequence_score, shaped_reward, symbolic_bonus
 from ...rollout import Sampling, Trajectory, sample
 from ...training.fit import keep, restore
 from ...training.loop import batches, derive_seed
 from ...training.oom import Backoff, put_back, remember
 from ...workspace import Workspace
-from .experience import Experience, Micro, answer_hidden, answer_logp, cut, place, spread, token_value
+from .experience import Experience, Micro, answer_hidden, answer_logp, cut, padded, place, spread, token_value
 from .feedback import Feedback, RewardModelFeedback, Taken
 from .interventions import InterventionFeedback
 from .log import check_first_step, describe, summary
@@ -96,29 +97,11 @@ def run(work: Workspace) -> dict:
         bar.advance(start)
         for step in range(start, section.steps):
             step_begins()
-            began = time.perf_counter()
             torch.manual_seed(derive_seed(recipe.seed, "ppo", step))
             set_rates(section, optimizers, step)
             chosen = [records[i] for i in prompts_of_step[step] for _ in range(section.group_size)]
-            answers = rollout(work, chosen, step)
-            taken = feedback.take(chosen, answers, step)
-            sampled = time.perf_counter() - began
-            with phase("copy to undo"):
-                before = remember(work.roles, optimizers)
-
-            def attempt(size: int):
-                micros = cut(work, feedback.critic_prompt, taken.records, taken.answers, step, size)
-                experience = score(work, feedback, micros, taken, controller.kl_coef)
-                return experience, update(work, micros, experience, optimizers, step)
-
-            experience, stats = backoff.run(step, attempt, undo=lambda: put_back(work.roles, optimizers, before))
-            if step == 0:
-                check_first_step(experience, stats)
-            metrics = describe(work, chosen, answers, experience, stats, controller.kl_coef) | taken.metrics
-            controller.update(metrics["objective/kl"], len(answers))
-            seconds = time.perf_counter() - began
-            tokens = sum(len(a.ids) for a in answers)
-            times = {"seconds": seconds, "rollout_seconds": sampled, "tokens_per_second": tokens / seconds}
+            metrics, times = one_step(work, feedback, optimizers, backoff, chosen, step, controller.kl_coef)
+            controller.update(metrics["objective/kl"], len(chosen))
             work.log.append("ppo", step, metrics, times)
             if (step + 1) % section.checkpoint_every == 0 or step + 1 == section.steps:
                 extra = {"controller": controller.state_dict(), "feedback": feedback.state()}
@@ -128,6 +111,38 @@ def run(work: Workspace) -> dict:
         work.roles.trainable(role, False)
         work.roles.save(role, work.adapter(role))
     return summary(work, feedback.beside)
+
+
+def one_step(
+    work: Workspace,
+    feedback: Feedback,
+    optimizers: dict[str, torch.optim.Optimizer],
+    backoff: Backoff,
+    records: list[Record],
+    step: int,
+    kl_coef: float,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """A step on one answer per record -> (its metrics, its times). Where memory runs out, the update is undone and
+    repeated in smaller micro-batches."""
+    recipe, roles = work.recipe, work.roles
+    began = time.perf_counter()
+    answers = rollout(work, records, step)
+    taken = feedback.take(records, answers, step)
+    sampled = time.perf_counter() - began
+    with phase("copy to undo"):
+        before = remember(roles, optimizers)
+
+    def attempt(size: int) -> tuple[Experience, list[dict[str, Tensor]]]:
+        minibatches = cut(work, feedback.critic_prompt, taken.records, taken.answers, step, size)
+        experience = score(roles, recipe.ppo, feedback, minibatches, taken, kl_coef)
+        return experience, update(roles, recipe, minibatches, experience, optimizers, step, kl_coef)
+
+    experience, history = backoff.run(step, attempt, undo=lambda: put_back(roles, optimizers, before))
+    if step == 0:
+        check_first_step(experience, history)
+    metrics = describe(work, records, answers, experience, history, kl_coef) | taken.metrics
+    seconds, tokens = time.perf_counter() - began, sum(len(a.ids) for a in answers)
+    return metrics, {"seconds": seconds, "rollout_seconds": sampled, "tokens_per_second": tokens / seconds}
 
 
 def prepare(work: Workspace, feedback: Feedback) -> dict[str, torch.optim.Optimizer]:
@@ -168,62 +183,53 @@ def rollout(work: Workspace, records: list[Record], step: int) -> list[Trajector
 
 @torch.no_grad()
 def score(
-    work: Workspace, feedback: Feedback, minibatches: list[list[Micro]], taken: Taken, kl_coef: float
+    roles: Roles, section: Ppo, feedback: Feedback, minibatches: list[list[Micro]], taken: Taken, kl_coef: float
 ) -> Experience:
     """2. and 3. All roles read the answers; then KL, rewards and advantages."""
-    section, roles = work.recipe.ppo, work.roles
+    base, critic = roles.base, section.value == "adapter"
     exact, in_loss = section.kl_estimator == "exact", section.kl_in == "loss"
-    length_B = torch.tensor([len(a.ids) for a in taken.answers], device=work.device)
-    mask_BT = torch.arange(int(length_B.max()), device=work.device)[None] < length_B[:, None]
+    length_B = torch.tensor([len(a.ids) for a in taken.answers], device=base.device)
+    mask_BT = torch.arange(int(length_B.max()), device=base.device)[None] < length_B[:, None]
     own_BT = spread(taken.own, mask_BT).bool()
-    logp_BT, entropy_BT, ref_logp_BT, kl_BT, value_BT = torch.zeros(5, *mask_BT.shape, device=work.device)
+    logp_BT, entropy_BT, ref_logp_BT, kl_BT, value_BT = torch.zeros(5, *mask_BT.shape, device=base.device)
     for micro in (m for minibatch in minibatches for m in minibatch):
-        rows = micro.index_b
-        tokens = micro.batch.ids_BS.numel()
+        rows, tokens = micro.index_b, micro.batch.ids_BS.numel()
         with roles.use("reference") as reference, phase("score reference", tokens):
             ref_hidden_ND = answer_hidden(reference, micro)
-            place(ref_logp_BT, rows, mask_BT, answer_logp(work, ref_hidden_ND, micro).logp_N)
+            place(ref_logp_BT, rows, mask_BT, answer_logp(base, ref_hidden_ND, micro, section.temperature).logp_N)
         with roles.use("policy") as policy, phase("score policy", tokens):
             hidden_ND = answer_hidden(policy, micro)
-            # read as the update reads them, beside the reference or not: a kernel may round either way
-            found = answer_logp(work, hidden_ND, micro, ref_hidden_ND if exact and in_loss else None)
+            # as the update reads them, with the reference or without: a kernel may round either way
+            found = answer_logp(
+                base, hidden_ND, micro, section.temperature, ref_hidden_ND if exact and in_loss else None
+            )
+            place(logp_BT, rows, mask_BT, found.logp_N)
+            place(entropy_BT, rows, mask_BT, found.entropy_N)
             if exact:
-                beside = found if in_loss else answer_logp(work, hidden_ND, micro, ref_hidden_ND)
-                place(kl_BT, rows, mask_BT, beside.kl_N)
-        place(logp_BT, rows, mask_BT, found.logp_N)
-        place(entropy_BT, rows, mask_BT, found.entropy_N)
-        if section.value == "adapter":
+                if not in_loss:
+                    found = answer_logp(base, hidden_ND, micro, section.temperature, ref_hidden_ND)
+                place(kl_BT, rows, mask_BT, found.kl_N)
+        if critic:
             with roles.use("value") as value, phase("score value", micro.value_batch.ids_BS.numel()):
                 place(value_BT, rows, mask_BT, token_value(value, micro))
     said = feedback.score(taken, minibatches, logp_BT, mask_BT)
-    score_B = with_penalties(work, taken, said.score_B)
+    score_B = with_penalties(base, section, taken, said.score_B)
     with phase("advantages", mask_BT.numel()):
         kl_BT = (kl_BT if exact else kl_penalty(logp_BT, ref_logp_BT, section.kl_estimator)) * own_BT
         reward_BT = shaped_reward(score_B, kl_BT, mask_BT, 0.0 if in_loss else kl_coef) + said.token_reward_BT
         advantage_BT, return_BT = advantages(section, reward_BT, value_BT, mask_BT, own_BT)
     raw_B, score_B = (each_B + said.token_reward_BT.sum(1) for each_B in (said.score_B, score_B))
     return Experience(
-        mask_BT,
-        own_BT,
-        logp_BT,
-        ref_logp_BT,
-        entropy_BT,
-        kl_BT,
-        value_BT,
-        raw_B,
-        score_B,
-        advantage_BT,
-        return_BT,
-        kl_coef if in_loss else 0.0,
+        mask_BT, own_BT, logp_BT, ref_logp_BT, entropy_BT, kl_BT, value_BT, raw_B, score_B, advantage_BT, return_BT
     )
 
 
-def with_penalties(work: Workspace, taken: Taken, score_B: Tensor) -> Tensor:
+def with_penalties(base: Base, section: Ppo, taken: Taken, score_B: Tensor) -> Tensor:
     """The feedback's scores with what is known of an answer without a judge: did it stop, how long is it, and is it the
     option that its record names."""
-    section, records, answers = work.recipe.ppo, taken.records, taken.answers
-    stopped_B = torch.tensor([a.stopped for a in answers], device=work.device)
-    length_B = torch.tensor([len(a.ids) for a in answers], device=work.device)
+    records, answers = taken.records, taken.answers
+    stopped_B = torch.tensor([a.stopped for a in answers], device=base.device)
+    length_B = torch.tensor([len(a.ids) for a in answers], device=base.device)
     weight_B = torch.ones_like(score_B)
     if section.length_weights:
         weight_B = torch.tensor([1.0 if r.length_bonus is None else r.length_bonus for r in records]).to(weight_B)
@@ -231,7 +237,7 @@ def with_penalties(work: Workspace, taken: Taken, score_B: Tensor) -> Tensor:
         score_B, stopped_B, length_B, section.max_new_tokens, section.stop_penalty, section.length_penalty * weight_B
     )
     if section.symbolic_bonus:
-        texts = [decode_answer(work.base(), a.ids) for a in answers]
+        texts = [decode_answer(base, a.ids) for a in answers]
         bonus = [symbolic_bonus(text, r.caption_type) for text, r in zip(texts, records, strict=True)]
         score_B = score_B + section.symbolic_bonus * torch.tensor(bonus).to(score_B)
     return score_B
@@ -263,111 +269,102 @@ def advantages(
 
 
 def update(
-    work: Workspace,
+    roles: Roles,
+    recipe: Recipe,
     minibatches: list[list[Micro]],
     experience: Experience,
     optimizers: dict[str, torch.optim.Optimizer],
     step: int,
+    kl_coef: float,
 ) -> list[dict[str, Tensor]]:
     """4. Every epoch goes over all minibatches in a new order; one optimiser step of each trained role per
     minibatch."""
-    section, roles = work.recipe.ppo, work.roles
-    generator = torch.Generator().manual_seed(derive_seed(work.recipe.seed, "ppo", "epochs", step))
+    section, e = recipe.ppo, experience
+    generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "ppo", "epochs", step))
     history = []
     for _ in range(section.epochs):
         for m in torch.randperm(len(minibatches), generator=generator).tolist():
             minibatch = minibatches[m]
             rows = torch.cat([micro.index_b for micro in minibatch])
-            real, own = experience.mask_BT[rows].sum(), experience.own_BT[rows].sum()
-            stats: list[dict[str, Tensor]] = []
+            weights = token_weights(e.own_BT[rows]).split([len(micro.index_b) for micro in minibatch])
             parts = []
-            for micro in minibatch:
-                ref_hidden_ND = reference_hidden(work, micro)
+            for micro, weight_bT in zip(minibatch, weights, strict=True):
+                ref_hidden_ND = reference_hidden(roles, section, micro)
                 with roles.use("policy") as policy:
-                    parts.append(policy_backward(work, policy, micro, experience, own, ref_hidden_ND))
-            stats.append(merge(parts))
+                    parts.append(policy_backward(section, policy, micro, e, weight_bT, ref_hidden_ND, kl_coef))
+            stats = merge_stats([stats for _, stats in parts])
+            stats |= {name: sum(terms[name] for terms, _ in parts) for name in parts[0][0]}
             clip_and_step(roles.parameters("policy"), optimizers["policy"], section.max_grad_norm)
             if section.value == "adapter":
+                real = e.mask_BT[rows].sum()
                 with roles.use("value") as value:
-                    losses = [value_backward(work, value, micro, experience, real) for micro in minibatch]
-                stats.append(
-                    {"value_loss": sum(loss for loss, _ in losses), "value_clipfrac": sum(c for _, c in losses)}
-                )
+                    losses = [value_backward(section, value, micro, e, real) for micro in minibatch]
+                stats |= {"value_loss": sum(loss for loss, _ in losses), "value_clipfrac": sum(c for _, c in losses)}
                 clip_and_step(roles.parameters("value", head=True), optimizers["value"], section.max_grad_norm)
-            history.append({name: value for part in stats for name, value in part.items()})
+            history.append(stats)
     return history
 
 
 @torch.no_grad()
-def reference_hidden(work: Workspace, micro: Micro) -> Tensor | None:
+def reference_hidden(roles: Roles, section: Ppo, micro: Micro) -> Tensor | None:
     """ref_hidden_ND of a micro-batch where the loss holds the exact KL, else None."""
-    section = work.recipe.ppo
     if section.kl_in != "loss" or section.kl_estimator != "exact":
         return None
-    with work.roles.use("reference") as reference, phase("update reference", micro.batch.ids_BS.numel()):
+    with roles.use("reference") as reference, phase("update reference", micro.batch.ids_BS.numel()):
         return answer_hidden(reference, micro)
 
 
 def policy_backward(
-    work: Workspace, policy: ActiveRole, micro: Micro, e: Experience, own: Tensor, ref_hidden_ND: Tensor | None
-) -> PpoStats:
-    """Forward and backward of the clipped policy loss on one micro-batch; the `own` tokens of the minibatch, those that
-    the policy sampled, are its denominator."""
-    section, base = work.recipe.ppo, work.base()
-    mask_bT = e.mask_BT[micro.index_b]
-    logp_N, ref_logp_N, advantage_N, own_N = (
-        x_BT[micro.index_b][mask_bT] for x_BT in (e.logp_BT, e.ref_logp_BT, e.advantage_BT, e.own_BT)
-    )
+    section: Ppo,
+    policy: ActiveRole,
+    micro: Micro,
+    e: Experience,
+    weight_bT: Tensor,
+    ref_hidden_ND: Tensor | None,
+    kl_coef: float,
+) -> tuple[dict[str, Tensor], PolicyStats]:
+    """Forward and backward of the policy's loss on one micro-batch -> (the loss's terms, statistics). The weights are
+    those of `token_weights` over the minibatch."""
+    rows = micro.index_b
+    differentiable = "all" if section.entropy_coef or ref_hidden_ND is not None else "logp"
     with phase("update policy forward", micro.batch.ids_BS.numel()):
-        loss, stats = ppo_policy_loss(
-            answer_hidden(policy, micro),
-            base.head_weight_VD,
-            micro.target_bS[micro.target_bS != IGNORE],
-            logp_N,
-            advantage_N,
-            own_N,
-            clip=section.clip,
-            entropy_coef=section.entropy_coef,
-            kl=section.kl_estimator if section.kl_in == "loss" else "none",
-            kl_coef=e.loss_kl_coef,
-            reference_logp_N=ref_logp_N,
-            reference_hidden_ND=ref_hidden_ND,
-            denominator=own,
-            bias_V=base.ban_bias_V,
-            temperature=section.temperature,
-        )
+        hidden_ND = answer_hidden(policy, micro)
+        found = answer_logp(policy.roles.base, hidden_ND, micro, section.temperature, ref_hidden_ND, differentiable)
+        logp_bT, entropy_bT = (padded(x_N, e.mask_BT[rows]) for x_N in (found.logp_N, found.entropy_N))
+        loss, stats = policy_loss(logp_bT, e.logp_BT[rows], e.advantage_BT[rows], weight_bT, section.clip)
+        terms = {"policy_loss": loss, "entropy": weighted_sum(entropy_bT, weight_bT)}
+        loss = loss - section.entropy_coef * terms["entropy"]
+        if section.kl_in == "loss":
+            if ref_hidden_ND is None:
+                kl_bT = kl_penalty(logp_bT, e.ref_logp_BT[rows], section.kl_estimator)
+            else:
+                kl_bT = padded(found.kl_N, e.mask_BT[rows])
+            terms["kl"] = weighted_sum(kl_bT, weight_bT)
+            loss = loss + kl_coef * terms["kl"]
     with phase("update policy backward", micro.batch.ids_BS.numel()):
         loss.backward()
-    return stats
+    return {name: term.detach() for name, term in terms.items()}, stats
 
 
 def value_backward(
-    work: Workspace, value: ActiveRole, micro: Micro, experience: Experience, real: Tensor
+    section: Ppo, value: ActiveRole, micro: Micro, experience: Experience, real: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward of the value loss on one micro-batch -> (loss, clip fraction); the `real` tokens of the
     minibatch are its denominator."""
-    section = work.recipe.ppo
-    mask_bT = experience.mask_BT[micro.index_b]
+    rows = micro.index_b
     with phase("update value forward", micro.value_batch.ids_BS.numel()):
-        value_1N = token_value(value, micro)[None]
-    old_1N, return_1N = (x[micro.index_b][mask_bT][None] for x in (experience.value_BT, experience.return_BT))
-    ones_1N = torch.ones_like(old_1N, dtype=torch.bool)
-    loss, stats = value_loss(value_1N, old_1N, return_1N, ones_1N, section.value_clip, real)
+        value_bT = padded(token_value(value, micro), experience.mask_BT[rows])
+        loss, stats = value_loss(
+            value_bT,
+            experience.value_BT[rows],
+            experience.return_BT[rows],
+            experience.mask_BT[rows],
+            section.value_clip,
+            real,
+        )
     with phase("update value backward", micro.value_batch.ids_BS.numel()):
         (section.value_coef * loss).backward()
     return loss.detach(), stats.clipfrac
-
-
-def merge(parts: list[PpoStats]) -> dict[str, Tensor]:
-    """Statistics of a minibatch from those of its micro-batches: means add up, extremes are taken."""
-    sums = {
-        name: sum(getattr(p, name) for p in parts)
-        for name in ("policy_loss", "approxkl", "clipfrac", "entropy", "ratio_mean", "kl")
-    }
-    return sums | {
-        "ratio_min": torch.stack([p.ratio_min for p in parts]).min(),
-        "ratio_max": torch.stack([p.ratio_max for p in parts]).max(),
-    }
 
 
 def clip_and_step(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, max_norm: float) -> None:

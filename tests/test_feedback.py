@@ -246,7 +246,7 @@ def test_token_rewards_and_tokens_that_a_judge_put_in(finished):
     for shift in (0.0, 5.0):  # in what is known of the tokens that were put in
         for p, old in zip(roles.parameters("policy"), start, strict=True):
             p.data.copy_(old)
-        shift_BT = shift * (experience.mask_BT & ~experience.own_BT)
+        shift_BT = shift * (experience.mask_BT & ~experience.learn_BT)
         logp_BT, ref_logp_BT = experience.logp_BT + shift_BT, experience.ref_logp_BT + shift_BT
         history = step.update(experience._replace(logp_BT=logp_BT, ref_logp_BT=ref_logp_BT))
         assert history[0]["ratio_min"] == history[0]["ratio_max"] == 1

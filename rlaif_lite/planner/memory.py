@@ -65,9 +65,10 @@ def forward(shapes: Shapes, rows: int, length: int) -> int:
 
 
 def logits(shapes: Shapes, tokens: int, on_gpu: bool) -> int:
-    """One chunk of logits for `tokens` scored positions, their hidden states and the gradient of these."""
+    """One chunk of logits for `tokens` scored positions, their hidden states, the float32 gradient of their log-probs
+    and that of the loss."""
     chunk = chunk_size(tokens, shapes.vocabulary, 4, on_gpu) * shapes.vocabulary * 4
-    return chunk + 3 * shapes.dtype.itemsize * tokens * shapes.width
+    return chunk + (2 * shapes.dtype.itemsize + 4) * tokens * shapes.width
 
 
 def slots(shapes: Shapes, count: int, prompt: int, new: int) -> int:

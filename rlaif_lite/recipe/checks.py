@@ -69,6 +69,24 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "ppo.feedback", "is ranking, which orders answers to one prompt. Set ppo.group_size to 2 or more."
     if ppo.kl_in == "loss" and ppo.kl_estimator == "k1":
         yield "ppo.kl_in", "is loss, where k1 has no gradient on average. Set ppo.kl_estimator to k3 or exact."
+    whole = ppo.value == "none" and ppo.baseline != "batch"  # one advantage for a whole answer
+    if ppo.policy_loss == "gspo" and not (whole and ppo.loss_mean == "sequence"):
+        yield (
+            "ppo.policy_loss",
+            "is gspo, which weighs whole answers. Set ppo.loss_mean to sequence, ppo.value to none and ppo.baseline to "
+            "group or leave_one_out.",
+        )
+    if ppo.policy_loss == "cispo" and ppo.dual_clip is not None:
+        yield "ppo.dual_clip", "bounds the clipped loss, but ppo.policy_loss is cispo. Leave it out."
+    if ppo.dual_clip is not None and ppo.dual_clip <= 1 + (ppo.clip_high or ppo.clip):
+        yield "ppo.dual_clip", f"is {ppo.dual_clip}, within the range of the clip. Set it above 1 + ppo.clip_high."
+    if ppo.skip_equal_groups and not whole:
+        yield (
+            "ppo.skip_equal_groups",
+            "compares answers to one prompt. Set ppo.value to none, and ppo.baseline to group or leave_one_out.",
+        )
+    if ppo.stop_buffer >= ppo.max_new_tokens:
+        yield "ppo.stop_buffer", f"is {ppo.stop_buffer}. Set it below ppo.max_new_tokens: {ppo.max_new_tokens}."
     rewritten = ppo.feedback == "interventions" and ppo.interventions.takeover == "replace"
     if rewritten and ppo.value == "none" and ppo.baseline != "batch":
         yield (

@@ -39,7 +39,21 @@ class Ppo(Section):
         "k1", description="log ratio, Schulman's non-negative estimator, or the sum over the vocabulary"
     )
     kl_in: Literal["reward", "loss"] = Field("reward", description="where the KL is weighed in (GRPO: loss, k3)")
-    clip: float = Field(0.2, gt=0, lt=1, description="range of the policy's probability ratio")
+    policy_loss: Literal["clip", "gspo", "cispo"] = Field(
+        "clip", description="PPO's clipped ratio of each token, that of the whole answer, or a clipped weight on logp"
+    )
+    clip: float = Field(0.2, gt=0, lt=1, description="range of the policy's probability ratio below 1, and above it")
+    clip_high: Positive | None = Field(None, description="range above 1 (DAPO 0.28); null: as `clip`")
+    dual_clip: float | None = Field(
+        None, gt=1, description="highest ratio that a bad token is charged for (3); null: any"
+    )
+    loss_mean: Literal["token", "sequence", "constant"] = Field(
+        "token",
+        description="tokens of a minibatch weigh alike (DAPO), answers do (GRPO), or each is divided by max_new_tokens "
+        "(Dr. GRPO)",
+    )
+    mask_unstopped: bool = Field(False, description="learn nothing from answers cut at max_new_tokens (DAPO)")
+    skip_equal_groups: bool = Field(False, description="leave groups of equal scores out of the mean (DAPO)")
     value_clip: Positive | None = Field(0.2, description="range of a value's change; null: not clipped")
     value_coef: float = Field(0.1, ge=0, description="weight of the value loss")
     entropy_coef: float = Field(0.0, ge=0, description="weight of an entropy bonus")
@@ -49,6 +63,9 @@ class Ppo(Section):
     whiten_advantages: bool = Field(True, description="scale advantages to mean 0, variance 1 over real tokens")
     normalize_reward: bool = Field(True, description="standardise on the reference's answers (published: no)")
     stop_penalty: float = Field(3.0, ge=0, description="taken off an answer without end (published 8)")
+    stop_buffer: int = Field(
+        0, ge=0, description="tokens before max_new_tokens over which stop_penalty rises (DAPO); 0: at the limit only"
+    )
     length_penalty: float = Field(0.0, ge=0, description="times length / max_new_tokens, taken off (published 10)")
     length_weights: bool = Field(False, description="times the record's `length_bonus`, too (LLaVA-RLHF)")
     symbolic_bonus: float = Field(

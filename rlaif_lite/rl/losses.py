@@ -3,7 +3,7 @@
 All are pure functions of log-probs, values or scores; log-probs are in nats. `docs/change_the_loss.md` shows how to
 change one.
 
-The policy's losses are weighted sums over tokens. The weights of a whole minibatch add up to 1 (`token_weights`), so a
+The policy's losses are weighted sums over tokens. The weights are made for a whole minibatch (`token_weights`), so a
 minibatch cut into micro-batches gives the same loss by addition. A weight of 0 takes a token out: at pads, and at
 tokens that the policy did not sample. Whatever such a token holds, NaN and infinity included, reaches neither a loss
 nor a gradient.
@@ -15,11 +15,14 @@ Shapes: B answers (or pairs), T answer positions, N tokens; `mask_BT` is True at
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Kind = Literal["clip", "gspo", "cispo"]
+Mean = Literal["token", "sequence", "constant"]
 
 
 class PairwiseStats(NamedTuple):
@@ -76,8 +79,17 @@ def sft_loss(logp_N: Tensor, weight_N: Tensor, total: float | Tensor) -> Tensor:
     return -(weight_N * logp_N).sum() / total
 
 
-def token_weights(mask_BT: Tensor) -> Tensor:
-    """What each token of a minibatch weighs in the policy's loss: the same for all tokens that count, 1 in all."""
+def token_weights(mask_BT: Tensor, mean: Mean = "token", max_tokens: int | None = None) -> Tensor:
+    """What each token of a minibatch weighs in the policy's loss; `mask_BT` is True at tokens that count.
+
+    token: all alike (DAPO, arXiv 2503.14476). sequence: answers alike, and the tokens within each (GRPO, 2402.03300).
+    constant: all tokens 1 / (B * max_tokens), however many there are (Dr. GRPO, 2503.20783). The first two add up to 1.
+    """
+    if mean == "constant":
+        return mask_BT / (mask_BT.shape[0] * max_tokens)
+    if mean == "sequence":
+        length_B1 = mask_BT.sum(1, keepdim=True)
+        return mask_BT / length_B1.clamp(min=1) / (length_B1 > 0).sum().clamp(min=1)
     return mask_BT / mask_BT.sum().clamp(min=1)
 
 
@@ -87,20 +99,36 @@ def weighted_sum(x_BT: Tensor, weight_BT: Tensor) -> Tensor:
 
 
 def policy_loss(
-    logp_BT: Tensor, old_logp_BT: Tensor, advantage_BT: Tensor, weight_BT: Tensor, clip: float
+    logp_BT: Tensor,
+    old_logp_BT: Tensor,
+    advantage_BT: Tensor,
+    weight_BT: Tensor,
+    clip: float,
+    *,
+    kind: Kind = "clip",
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> tuple[Tensor, PolicyStats]:
-    """PPO's clipped objective, negated (arXiv 1707.06347, eq. 7): the weighted sum over tokens of `clipped_loss`.
+    """The policy's loss: a weighted sum over tokens, and its statistics. Gradient flows to `logp_BT` alone.
 
-    Gradient flows to `logp_BT` alone. Log ratios are held within +-80, so a ratio is finite in float32.
+    clip: PPO's objective on the ratio of each token (`clipped_loss`). gspo: the same on the ratio of the whole answer
+    (`answer_log_ratio`). cispo: `cispo_loss`. `clip_high` is the upper range of the ratio, None for that of `clip`.
+    Log ratios are held within +-80, so a ratio is finite in float32.
     """
-    counts_BT = weight_BT > 0
-    log_ratio_BT = (logp_BT - old_logp_BT.detach()).where(counts_BT, 0.0).clamp(-80.0, 80.0)
-    ratio_BT, advantage_BT = log_ratio_BT.exp(), advantage_BT.detach().where(counts_BT, 0.0)
-    loss_BT = clipped_loss(ratio_BT, advantage_BT, clip)
+    clip_high, counts_BT = clip if clip_high is None else clip_high, weight_BT > 0
+    logp_BT, advantage_BT = logp_BT.where(counts_BT, 0.0), advantage_BT.detach().where(counts_BT, 0.0)
+    log_ratio_BT = (logp_BT - old_logp_BT.detach().where(counts_BT, 0.0)).clamp(-80.0, 80.0)
+    used_BT = answer_log_ratio(log_ratio_BT, counts_BT) if kind == "gspo" else log_ratio_BT
+    ratio_BT = used_BT.exp()
+    if kind == "cispo":
+        loss_BT, clipped_BT = cispo_loss(logp_BT, ratio_BT, advantage_BT, clip_high), ratio_BT > 1.0 + clip_high
+    else:
+        loss_BT = clipped_loss(ratio_BT, advantage_BT, clip, clip_high, dual_clip)
+        clipped_BT = loss_BT != -advantage_BT * ratio_BT
     with torch.no_grad():
         stats = PolicyStats(
             tokens=counts_BT.sum(),
-            clipfrac=(loss_BT > -advantage_BT * ratio_BT).float().sum(),
+            clipfrac=(clipped_BT & counts_BT).float().sum(),
             approxkl=0.5 * log_ratio_BT.square().sum(),
             ratio=ratio_BT.where(counts_BT, 0.0).sum(),
             ratio_min=ratio_BT.where(counts_BT, torch.inf).amin(),
@@ -109,18 +137,44 @@ def policy_loss(
     return weighted_sum(loss_BT, weight_BT), stats
 
 
-def clipped_loss(ratio_BT: Tensor, advantage_BT: Tensor, clip: float) -> Tensor:
-    """Per token: max(-A * ratio, -A * clamp(ratio, 1 - clip, 1 + clip)). Beyond the clip a token has no gradient, so the
-    policy gains nothing by moving further."""
-    return torch.maximum(-advantage_BT * ratio_BT, -advantage_BT * ratio_BT.clamp(1.0 - clip, 1.0 + clip))
+def clipped_loss(
+    ratio_BT: Tensor, advantage_BT: Tensor, clip: float, clip_high: float, dual_clip: float | None
+) -> Tensor:
+    """Per token: max(-A * ratio, -A * clamp(ratio, 1 - clip, 1 + clip_high)): PPO (arXiv 1707.06347, eq. 7), and with a
+    higher `clip_high` DAPO (2503.14476, eq. 8). Beyond the clip a token has no gradient, so the policy gains nothing by
+    moving further. `dual_clip` c bounds what one bad token can cost: at most -A * c where A < 0 (1912.09729, eq. 5)."""
+    free_BT = -advantage_BT * ratio_BT
+    loss_BT = torch.maximum(free_BT, -advantage_BT * ratio_BT.clamp(1.0 - clip, 1.0 + clip_high))
+    if dual_clip is not None:
+        loss_BT = torch.where(advantage_BT < 0, torch.minimum(loss_BT, -advantage_BT * dual_clip), loss_BT)
+    return loss_BT
+
+
+def cispo_loss(logp_BT: Tensor, ratio_BT: Tensor, advantage_BT: Tensor, clip_high: float) -> Tensor:
+    """Per token: -A * min(ratio, 1 + clip_high) * logp, the ratio without gradient (CISPO, arXiv 2506.13585, eq. 4).
+    The clip bounds how much a token counts, and no token loses its gradient."""
+    return -advantage_BT * ratio_BT.detach().clamp(max=1.0 + clip_high) * logp_BT
+
+
+def answer_log_ratio(log_ratio_BT: Tensor, counts_BT: Tensor) -> Tensor:
+    """The mean log ratio of each answer's tokens, at each of them; its exp is GSPO's ratio (arXiv 2507.18071, eq. 7)."""
+    mean_B1 = log_ratio_BT.sum(1, keepdim=True) / counts_BT.sum(1, keepdim=True).clamp(min=1)
+    return mean_B1 * counts_BT
 
 
 def merge_stats(parts: Sequence[PolicyStats]) -> dict[str, Tensor]:
-    """Means and extremes over a minibatch, from the statistics of its micro-batches."""
-    tokens = sum(part.tokens for part in parts).clamp(min=1)
-    means = {name: sum(getattr(part, name) for part in parts) / tokens for name in ("clipfrac", "approxkl", "ratio")}
-    low, high = (torch.stack([getattr(part, name) for part in parts]) for name in ("ratio_min", "ratio_max"))
-    return means | {"ratio_min": low.min(), "ratio_max": high.max()}
+    """Means and extremes over a minibatch, from the statistics of its micro-batches; ratios of 1 where no token
+    counts."""
+    tokens = sum(part.tokens for part in parts)
+    means = {
+        name: sum(getattr(part, name) for part in parts) / tokens.clamp(min=1) for name in ("clipfrac", "approxkl")
+    }
+    ratios = {
+        "ratio": sum(part.ratio for part in parts) / tokens,
+        "ratio_min": torch.stack([part.ratio_min for part in parts]).min(),
+        "ratio_max": torch.stack([part.ratio_max for part in parts]).max(),
+    }
+    return means | {name: ratio.where(tokens > 0, 1.0) for name, ratio in ratios.items()}
 
 
 def value_loss(

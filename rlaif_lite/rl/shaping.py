@@ -37,14 +37,19 @@ def sequence_score(
     max_length: int,
     stop_penalty: float,
     length_penalty: float | Tensor,
+    stop_buffer: int = 0,
 ) -> Tensor:
     """One number per answer: `rm - stop_penalty * (no EOS) - length_penalty * length / max_length`.
 
+    With a `stop_buffer` of c tokens the stop penalty rises linearly over the last c tokens before `max_length`, for
+    answers that did stop, too (DAPO's soft overlong punishment, arXiv 2503.14476, eq. 13).
     Both penalties are positive numbers; they change the score and never take its place, as published (8 and 10 there).
     `length_B` counts real answer tokens, EOS included. A length penalty may be given for each answer.
     """
-    unstopped_B = (~stopped_B.bool()).to(rm_score_B.dtype)
-    return rm_score_B - stop_penalty * unstopped_B - length_penalty * length_B.to(rm_score_B.dtype) / max_length
+    overlong_B, length_B = (~stopped_B.bool()).to(rm_score_B.dtype), length_B.to(rm_score_B.dtype)
+    if stop_buffer:
+        overlong_B = overlong_B.maximum(((length_B - max_length) / stop_buffer + 1.0).clamp(0.0, 1.0))
+    return rm_score_B - stop_penalty * overlong_B - length_penalty * length_B / max_length
 
 
 def symbolic_bonus(answer: str, kind: int | None) -> float:

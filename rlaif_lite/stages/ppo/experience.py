@@ -39,7 +39,7 @@ class Experience(NamedTuple):
     """What is known of a step's answers before the update; everything is 0 at pads."""
 
     mask_BT: Tensor  # bool, real answer tokens (EOS included)
-    own_BT: Tensor  # bool, those of them that the policy sampled: what the policy loss and the KL are over
+    learn_BT: Tensor  # bool, those of them that the policy's loss is over: sampled by the policy, and not left out
     logp_BT: Tensor  # log-probs of the sampling policy, recomputed
     ref_logp_BT: Tensor
     entropy_BT: Tensor

@@ -56,6 +56,7 @@ def describe(
         "val/num_eos_tokens": sum(a.stopped for a in answers),
         "rollout/length": sum(lengths) / len(lengths),
         "rollout/stop_rate": sum(a.stopped for a in answers) / len(answers),
+        "rollout/learnt": (e.learn_BT.sum() / e.mask_BT.sum()).item(),
         "rollout/repetition": sum(repetition(a.ids) for a in answers) / len(answers),
     }
     if "kl" in mean:

@@ -7,7 +7,7 @@ One step, in the order of the code:
                      what they are worth (`stages.feedback`)
     3  `advantages`  reward - kl_coef * KL per token, the score on the last real token; GAE, or without a critic what
                      `ppo.baseline` says
-    4  `update`      clipped policy loss and value loss over a few epochs of minibatches
+    4  `update`      policy loss (`rl.losses`) and value loss over a few epochs of minibatches
 
 Micro-batches are cut once per step and are the same rows, with the same padding, in every forward of that step. So at
 the first minibatch of a step the new log-probs equal the old ones bit for bit: ratio exactly 1, and at step 0, where
@@ -36,7 +36,7 @@ from ...model.inputs import decode_answer, encode_prompt
 from ...model.roles import ActiveRole, Roles
 from ...phases import phase
 from ...phases import step as step_begins
-from ...progress import progress
+from ...progress import progress, say
 from ...recipe import Ppo, Recipe
 from ...rl.advantages import group_relative, rloo, whiten
 from ...rl.losses import PolicyStats, merge_stats, policy_loss, token_weights, value_loss, weighted_sum
@@ -140,6 +140,11 @@ def one_step(
     experience, history = backoff.run(step, attempt, undo=lambda: put_back(roles, optimizers, before))
     if step == 0:
         check_first_step(experience, history)
+    if not experience.learn_BT.any():
+        say(
+            f"ppo: step {step} has no answer to learn from. All {len(answers)} were cut at ppo.max_new_tokens or score "
+            "as the others of their group. The policy stays as it is."
+        )
     metrics = describe(work, records, answers, experience, history, kl_coef) | taken.metrics
     seconds, tokens = time.perf_counter() - began, sum(len(a.ids) for a in answers)
     return metrics, {"seconds": seconds, "rollout_seconds": sampled, "tokens_per_second": tokens / seconds}
@@ -219,8 +224,9 @@ def score(
         reward_BT = shaped_reward(score_B, kl_BT, mask_BT, 0.0 if in_loss else kl_coef) + said.token_reward_BT
         advantage_BT, return_BT = advantages(section, reward_BT, value_BT, mask_BT, own_BT)
     raw_B, score_B = (each_B + said.token_reward_BT.sum(1) for each_B in (said.score_B, score_B))
+    learn_BT = own_BT & learnable(section, taken, raw_B)[:, None]
     return Experience(
-        mask_BT, own_BT, logp_BT, ref_logp_BT, entropy_BT, kl_BT, value_BT, raw_B, score_B, advantage_BT, return_BT
+        mask_BT, learn_BT, logp_BT, ref_logp_BT, entropy_BT, kl_BT, value_BT, raw_B, score_B, advantage_BT, return_BT
     )
 
 
@@ -234,13 +240,32 @@ def with_penalties(base: Base, section: Ppo, taken: Taken, score_B: Tensor) -> T
     if section.length_weights:
         weight_B = torch.tensor([1.0 if r.length_bonus is None else r.length_bonus for r in records]).to(weight_B)
     score_B = sequence_score(
-        score_B, stopped_B, length_B, section.max_new_tokens, section.stop_penalty, section.length_penalty * weight_B
+        score_B,
+        stopped_B,
+        length_B,
+        section.max_new_tokens,
+        section.stop_penalty,
+        section.length_penalty * weight_B,
+        section.stop_buffer,
     )
     if section.symbolic_bonus:
         texts = [decode_answer(base, a.ids) for a in answers]
         bonus = [symbolic_bonus(text, r.caption_type) for text, r in zip(texts, records, strict=True)]
         score_B = score_B + section.symbolic_bonus * torch.tensor(bonus).to(score_B)
     return score_B
+
+
+def learnable(section: Ppo, taken: Taken, raw_B: Tensor) -> Tensor:
+    """bool (B,), the answers that the policy's loss is over. `mask_unstopped` leaves out those cut at the length limit,
+    `skip_equal_groups` those of groups whose scores before penalties are all equal."""
+    learn_B = torch.ones_like(raw_B, dtype=torch.bool)
+    if section.mask_unstopped:
+        whole = [a.stopped or len(a.ids) < section.max_new_tokens for a in taken.answers]
+        learn_B &= torch.tensor(whole, device=raw_B.device)
+    if section.skip_equal_groups:
+        raw_GK = raw_B.view(-1, section.group_size)
+        learn_B &= (raw_GK.amax(1) > raw_GK.amin(1)).repeat_interleave(section.group_size)
+    return learn_B
 
 
 def advantages(
@@ -286,7 +311,8 @@ def update(
         for m in torch.randperm(len(minibatches), generator=generator).tolist():
             minibatch = minibatches[m]
             rows = torch.cat([micro.index_b for micro in minibatch])
-            weights = token_weights(e.own_BT[rows]).split([len(micro.index_b) for micro in minibatch])
+            weight_mT = token_weights(e.learn_BT[rows], section.loss_mean, section.max_new_tokens)
+            weights = weight_mT.split([len(micro.index_b) for micro in minibatch])
             parts = []
             for micro, weight_bT in zip(minibatch, weights, strict=True):
                 ref_hidden_ND = reference_hidden(roles, section, micro)
@@ -294,7 +320,11 @@ def update(
                     parts.append(policy_backward(section, policy, micro, e, weight_bT, ref_hidden_ND, kl_coef))
             stats = merge_stats([stats for _, stats in parts])
             stats |= {name: sum(terms[name] for terms, _ in parts) for name in parts[0][0]}
-            clip_and_step(roles.parameters("policy"), optimizers["policy"], section.max_grad_norm)
+            stats["entropy"] = stats["entropy"] / weight_mT.sum().clamp(
+                min=1e-9
+            )  # a mean, whatever the weights add up to
+            if weight_mT.any():  # else nothing to learn from, and Adam's momentum would move the policy all the same
+                clip_and_step(roles.parameters("policy"), optimizers["policy"], section.max_grad_norm)
             if section.value == "adapter":
                 real = e.mask_BT[rows].sum()
                 with roles.use("value") as value:
@@ -331,7 +361,16 @@ def policy_backward(
         hidden_ND = answer_hidden(policy, micro)
         found = answer_logp(policy.roles.base, hidden_ND, micro, section.temperature, ref_hidden_ND, differentiable)
         logp_bT, entropy_bT = (padded(x_N, e.mask_BT[rows]) for x_N in (found.logp_N, found.entropy_N))
-        loss, stats = policy_loss(logp_bT, e.logp_BT[rows], e.advantage_BT[rows], weight_bT, section.clip)
+        loss, stats = policy_loss(
+            logp_bT,
+            e.logp_BT[rows],
+            e.advantage_BT[rows],
+            weight_bT,
+            section.clip,
+            kind=section.policy_loss,
+            clip_high=section.clip_high,
+            dual_clip=section.dual_clip,
+        )
         terms = {"policy_loss": loss, "entropy": weighted_sum(entropy_bT, weight_bT)}
         loss = loss - section.entropy_coef * terms["entropy"]
         if section.kl_in == "loss":

@@ -157,7 +157,7 @@ def cispo_loss(logp_BT: Tensor, ratio_BT: Tensor, advantage_BT: Tensor, clip_hig
 
 
 def answer_log_ratio(log_ratio_BT: Tensor, counts_BT: Tensor) -> Tensor:
-    """The mean log ratio of each answer's tokens, at each of them; its exp is GSPO's ratio (arXiv 2507.18071, eq. 7)."""
+    """The mean log ratio of an answer's tokens, at each of them; its exp is GSPO's ratio (arXiv 2507.18071, eq. 7)."""
     mean_B1 = log_ratio_BT.sum(1, keepdim=True) / counts_BT.sum(1, keepdim=True).clamp(min=1)
     return mean_B1 * counts_BT
 

@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import tensor
 
+from core import shake
 from rlaif_lite.errors import RecipeError
+from rlaif_lite.model.inputs import Sequence, collate, target_rows
 from rlaif_lite.rl.losses import merge_stats, policy_loss, token_weights
 from rlaif_lite.rl.shaping import sequence_score
+from rlaif_lite.rollout import Trajectory
 from rlaif_lite.stages.ppo import step as ppo
+from rlaif_lite.stages.ppo.experience import Micro
 from rlaif_lite.stages.ppo.feedback import Feedback
 from test_ppo import RAGGED, Step, ragged
 
@@ -163,6 +167,29 @@ def test_groups_of_equal_scores_are_left_out(finished):
     assert stats["policy_loss"].item() == pytest.approx(want.item(), abs=1e-5) and moved > 0
     stats, moved = update(scored(step, [1.0] * 4 + [0.5] * 4))
     assert moved == 0 and stats["policy_loss"] == 0 and stats["ratio_min"] == stats["ratio_max"] == 1
+
+
+def test_score_and_update_need_no_run_folder(roles, recipe):
+    """Roles on a base, a recipe and rows of tokens are enough."""
+    small = recipe("ppo.value=none", "ppo.baseline=group", "ppo.group_size=4", "ppo.rollouts=4", "ppo.minibatch=4")
+    base = roles.base
+    roles.add("reference")
+    shake(roles, "reference")
+    roles.add("policy", copy_of="reference")
+    roles.trainable("policy")
+    prompt = Sequence([10] * 6, torch.arange(6)[None], None, torch.tensor([6]))
+    answers = [Trajectory(0, [11 + i, 12, base.eos_id], True, []) for i in range(4)]
+    rows = [prompt.extend(a.ids) for a in answers]
+    batch = collate(base, rows)
+    target_bS = target_rows(rows, [a.ids for a in answers], batch.ids_BS.shape[1])
+    minibatches = [[Micro(torch.arange(4), batch, target_bS, batch, target_bS)]]
+    feedback = Feedback(None)
+    taken = feedback.take([None] * 4, answers, 0)._replace(scores=[1.0, 0.0, 0.0, 0.0])
+    experience = ppo.score(roles, small.ppo, feedback, minibatches, taken, 0.1)
+    assert experience.kl_BT.abs().max() == 0 and (experience.advantage_BT[0] > 0).all()
+    optimizers = {"policy": torch.optim.SGD(roles.parameters("policy"), lr=1.0)}
+    history = ppo.update(roles, small, minibatches, experience, optimizers, 0, 0.1)
+    assert history[0]["ratio_min"] == history[0]["ratio_max"] == 1 != history[-1]["ratio_max"]
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def _loss(p: Problem, task: str, logp_N: Tensor, kl_N: Tensor | None) -> Tensor:
         return sft_loss(logp_N, torch.ones_like(logp_N), len(logp_N))
     if task == "grpo":
         kl_N = kl_penalty(logp_N, p.reference_logp_N, "k3")
-    return (clipped_loss((logp_N - p.old_logp_N).exp(), p.advantage_N, CLIP) + KL_COEF * kl_N).mean()
+    return (clipped_loss((logp_N - p.old_logp_N).exp(), p.advantage_N, CLIP, CLIP, None) + KL_COEF * kl_N).mean()
 
 
 def eager(p: Problem, task: str) -> Step:

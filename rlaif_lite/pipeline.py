@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from . import __version__
+from .data.splits import own_files
 from .errors import StageError
 from .files import file_digest, write_json
 from .model.base import base_digest
@@ -209,7 +210,7 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
         if found.get(key) is not None:
             found[f"files of {key}"] = folder_digest(Path(found[key]).expanduser())
     if name == "data":
-        for path in work.own_files():
+        for path in own_files(work.recipe.data):
             found[f"file {path}"] = file_digest(path)
     return found | {"version": __version__}
 

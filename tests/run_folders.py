@@ -71,7 +71,8 @@ def _evaluate(folder: Path, skill: dict, truth: bool, videos: int, rng: random.R
         for video in range(videos):
             for _ in range(1 if mode == "greedy" else 2):
                 text, counts, wrong = _answer(_facts(video), right, rng)
-                row = {"id": f"test/{video:05d}", "role": role, "mode": mode, "temperature": temperature}
+                row = {"key": f"test/{video:05d}", "video": f"videos/{video:05d}.mp4", "id": f"{video % 50}"}
+                row |= {"role": role, "mode": mode, "temperature": temperature, "repetition": 0.004}
                 row |= {"answer": text, "prompt": "describe the video", "length": len(text.split()) + 1}
                 row["stopped"] = rng.random() < 0.98
                 rows.append(row | {"truth": counts if truth else None} | ({"wrong_words": wrong} if truth else {}))
@@ -81,7 +82,14 @@ def _evaluate(folder: Path, skill: dict, truth: bool, videos: int, rng: random.R
     for video in range(10):
         Image.fromarray(_strip(_facts(video))).save(folder / "examples" / f"{video:05d}.png")
         text = " ".join(f"{o} a {' '.join(e)} ." for o, e in zip(ORDINALS, _facts(video)))
-        index.append({"id": f"test/{video:05d}", "file": f"{video:05d}.png", "truth": text if truth else None})
+        index.append(
+            {
+                "key": f"test/{video:05d}",
+                "id": f"{video % 50}",
+                "file": f"{video:05d}.png",
+                "truth": text if truth else None,
+            }
+        )
     (folder / "examples" / "index.json").write_text(json.dumps(index))
     return rows
 
@@ -194,7 +202,7 @@ def _summary(kind: str, rows: list[dict]) -> dict:
     summary["evaluation"] = {}
     for (column, mode), counts in arms.items():
         figures = {f"{mode}_{name}": float(ratio(counts.sum(0))) for name, ratio in ratios.items()}
-        summary["evaluation"].setdefault(column, {}).update(figures, **{f"{mode}_repetition": 0.004})
+        summary["evaluation"].setdefault(column, {}).update(figures)
     summary["evaluation_intervals"] = {
         f"{method}-{role}": {
             f"{mode}_{name}": paired_bootstrap(arms[role, mode], arms[method, mode], ratio, n=200)._asdict()

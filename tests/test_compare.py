@@ -166,12 +166,12 @@ def test_samples_of_different_temperatures_are_left_out(copies):
 
 def fewer(folder: Path) -> None:
     for path in (folder / "evaluate").glob("*.jsonl"):
-        change(path, lambda row: row if row["id"] < "test/00050" else None)
+        change(path, lambda row: row if row["key"] < "test/00050" else None)
 
 
 def other_question(folder: Path) -> None:
     for path in (folder / "evaluate").glob("*.jsonl"):
-        change(path, lambda row: row | {"prompt": "what then ?"} if row["id"] == "test/00007" else row)
+        change(path, lambda row: row | {"prompt": "what then ?"} if row["key"] == "test/00007" else row)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def other_question(folder: Path) -> None:
             lambda run: finish(run, {"data.test": ["~/t.json"], f"file {Path.home()}/t.json": "f0"}),
             r"the content of `data.test\[0\]` is not there in A and f0 in B",
         ),
-        (fewer, "A has 60 videos and B 50, 50 of them the same"),
+        (fewer, "A has 60 questions and B 50, 50 of them the same"),
         (other_question, "1 questions or truths differ, among them that of test/00007"),
     ],
 )

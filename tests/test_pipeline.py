@@ -91,7 +91,7 @@ def test_the_folder(finished):
     assert {"id", "video", "conversations", "output_1", "output_2", "preference"} <= released[0].keys()
     own = read_jsonl(folder / "preference" / "pairs.jsonl")
     for theirs, ours in zip(released, own, strict=True):
-        assert theirs["id"] == ours["id"] and theirs["conversations"][0]["value"] == "<video>\ndescribe the video"
+        assert theirs["id"] == ours["key"] and theirs["conversations"][0]["value"] == "<video>\ndescribe the video"
         assert theirs[f"output_{theirs['preference']}"]["value"] == ours["chosen"] != ours["rejected"]
         assert (theirs["score_gap"] > 0) == (theirs["preference"] == 1) and ours["margin"] == abs(
             theirs["score_gap"]

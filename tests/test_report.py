@@ -70,13 +70,14 @@ def test_bootstrap_is_reproducible_and_refuses_unpaired_items():
 def row(video: str, correct: int, wrong: int, hallucinated: int = 0, malformed: int = 0, **more) -> dict:
     truth = {"correct": correct, "wrong": wrong, "total": 10, "mentions": 4}
     truth |= {"hallucinated": hallucinated, "malformed": malformed}
-    return {"id": video, "truth": truth, "length": 20, "stopped": True} | more
+    return {"key": video, "video": video, "truth": truth, "length": 20, "stopped": True, "repetition": 0.1} | more
 
 
 def test_metrics_are_ratios_of_sums():
     counts = tally([row("a", 9, 1, 1), row("a", 5, 5, 3, malformed=2, stopped=False), row("b", 2, 0, length=6)])
     assert dict(zip(COUNTS, counts["a"])) == {
         "answers": 2,
+        "known": 2,
         "correct": 14,
         "wrong": 6,
         "total": 20,
@@ -85,6 +86,7 @@ def test_metrics_are_ratios_of_sums():
         "malformed": 1,
         "length": 40,
         "stopped": 1,
+        "repetition": 0.2,
     }
     sums = sum(counts.values())
     found = {name: float(metric(sums)) for name, metric in RATIOS.items()}
@@ -102,12 +104,13 @@ def test_metrics_are_ratios_of_sums():
             "score": 10 / 3,
             "length": 46 / 3,
             "stop_rate": 2 / 3,
+            "repetition": 0.1,
         }
     )
 
 
 def test_an_empty_answer_is_no_division_by_zero():
-    sums = tally([row("a", 0, 0)])["a"] * [1, 1, 1, 1, 0, 1, 1, 1, 1]
+    sums = tally([row("a", 0, 0)])["a"] * [1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1]
     assert RATIOS["precision"](sums) == RATIOS["f1"](sums) == RATIOS["hallucination"](sums) == 0.0
 
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from core import record, shake
+from rlaif_lite.data.splits import hold_out_videos
 from rlaif_lite.errors import StageError
 from rlaif_lite.files import read_jsonl
 from rlaif_lite.model.inputs import encode_answer
 from rlaif_lite.stages import reward
 from rlaif_lite.stages.features import views_of
-from rlaif_lite.stages.reward import RewardInput, calibration, check_floor, split_by_video, stumbling
+from rlaif_lite.stages.reward import RewardInput, calibration, check_floor, stumbling
+from rlaif_lite.training.loop import derive_seed
 from rlaif_lite.workspace import Workspace
 
 ANSWERS = ["first a red circle left . also a red star .", "red", "", "a blue cross . green"]
@@ -133,15 +135,19 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(rerun, monkeypatch):
 
 def test_no_video_is_on_both_sides():
     pairs = [(record(f"<video> q{i}", video=f"{i % 10}.mp4"), "x", "y") for i in range(40)]
-    train, held = split_by_video(pairs, 0.25, seed=0)
+
+    def split(items, share, seed):
+        return hold_out_videos(items, share, lambda pair: str(pair[0].video), lambda name: derive_seed(seed, name))
+
+    train, held = split(pairs, 0.25, 0)
     sides = [{r.video for r, _, _ in side} for side in (train, held)]
     assert not sides[0] & sides[1] and len(sides[1]) == 3  # ceil(.25 x 10)
     assert len(train) + len(held) == 40 and all(p in pairs for p in train + held)
-    again = split_by_video(list(reversed(pairs)), 0.25, seed=0)  # the order of the pairs decides nothing
+    again = split(list(reversed(pairs)), 0.25, 0)  # the order of the pairs decides nothing
     assert {r.id for r, _, _ in again[1]} == {r.id for r, _, _ in held}
-    assert any({r.video for r, _, _ in split_by_video(pairs, 0.25, seed=s)[1]} != sides[1] for s in (1, 2))
+    assert any({r.video for r, _, _ in split(pairs, 0.25, s)[1]} != sides[1] for s in (1, 2))
     frames = [(record("q<video>", video=["a.jpg", "b.jpg"]), "x", "y"), (record("text", video=None), "x", "y")]
-    train, held = split_by_video(frames, 0.5, seed=0)
+    train, held = split(frames, 0.5, 0)
     assert len(train) == len(held) == 1
 
 
@@ -193,7 +199,9 @@ def test_the_stage_measures_held_out_pairs_only(rerun):
 
     work = Workspace(rerun("reward.steps=2"))
     result = reward.run(work)
-    train, held = split_by_video(read_pairs(work), 0.3, work.recipe.seed, work.name_of)
+    train, held = hold_out_videos(
+        read_pairs(work), 0.3, lambda pair: work.name_of(pair[0]), lambda name: work.seed("heldout", name)
+    )
     assert (result["train_pairs"], result["heldout_pairs"], result["steps"]) == (len(train), len(held), 2)
     again = Workspace(work.recipe)
     again.load_role("reward")

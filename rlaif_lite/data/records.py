@@ -43,6 +43,7 @@ class Record:
     solution: str | None = None  # the right answer to the last question, for rewards by rule
     options: tuple[str, ...] = ()  # the options of a multiple-choice question, in their order
     source: str = ""  # where it was read: "file.json#17"
+    key: str = ""  # which record of the run this is: unique, set by `data.splits`; `id` is for display alone
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -130,14 +131,14 @@ def _is_text(text: str) -> bool:
 
 
 def to_json(record: Record) -> dict:
-    """The record as a JSON object, keys as the fields; absent fields and `source` (set by the reader) are left out."""
+    """The record as a JSON object, keys as the fields; absent fields, `source` and `key` (a run's own) are left out."""
     found = asdict(record)
     found["messages"] = [asdict(message) for message in record.messages]
     found["verdicts"] = [list(verdict) for verdict in record.verdicts]
     found["captions"], found["options"] = list(record.captions), list(record.options)
     if isinstance(record.video, tuple):
         found["video"] = list(record.video)
-    del found["source"]
+    del found["source"], found["key"]
     return {key: value for key, value in found.items() if value is not None and value != []}
 
 
@@ -150,7 +151,7 @@ def texts(found, what: str) -> tuple[str, ...]:
 
 def from_json(found: dict, source: str) -> Record:
     """Read what `to_json` writes. Raises DataError naming `source` and the key that is wrong or unknown."""
-    names = [field.name for field in fields(Record)]
+    names = [field.name for field in fields(Record) if field.name != "key"]
     for key in found:
         if key not in names:
             near = get_close_matches(key, names, 1)

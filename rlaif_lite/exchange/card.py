@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 
 from .. import __version__
+from ..data.splits import splits_of
 from ..files import read_jsonl
 from ..model.base import base_digest, resolve_base
 from ..recipe import recipe_hash
@@ -91,7 +92,7 @@ def provenance(work: Workspace) -> str:
         if given is not None:
             digest = file_digest(Path(given).expanduser() / "adapter_model.safetensors")
             rows.append((f"{what} started from", f"{Path(given).name}, sha256 `{digest}`"))
-    for split in work.splits():
+    for split in splits_of(recipe.data, work.data_folder):
         for path in split.paths:
             rows.append((f"data: {split.name}", f"{Path(path).name}, sha256 `{file_digest(Path(path))}`"))
     return "## Where it comes from\n\n" + table(("", ""), rows)

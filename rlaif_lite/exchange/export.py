@@ -198,7 +198,7 @@ def compare(work: Workspace, role: str, adapter: Path, merged: Path) -> Comparis
     """Next-token distributions over the role's greedy answers to the first test prompts (where the run has none: of
     the first token alone)."""
     path = work.folder / "evaluate" / f"{role}.greedy.jsonl"
-    answers = {row["id"]: row["answer"] for row in read_jsonl(path)} if path.is_file() else {}
+    answers = {row["key"]: row["answer"] for row in read_jsonl(path)} if path.is_file() else {}
     trained = work.recipe.model
     exact = trained.model_copy(update={"quantization": "none", "loader": "transformers"})
     reference_NV, base_NV = _logits(work, exact, adapter, answers), _logits(work, exact, None, answers)
@@ -232,7 +232,7 @@ def _logits(work: Workspace, section: Model, adapter: Path | None, answers: dict
     with roles.use(BASE if adapter is None else "exported") as active:
         for record in work.records("test")[:PROMPTS]:
             prompt = encode_prompt(base, record.prompt, work.features(record))
-            answer = encode_answer(base, answers[record.id])[:-1][:ANSWER_TOKENS] if record.id in answers else []
+            answer = encode_answer(base, answers[record.key])[:-1][:ANSWER_TOKENS] if record.key in answers else []
             hidden_SD = active.hidden(collate(base, [prompt.extend(answer)]))[0, len(prompt.ids_S) - 1 :]
             found.append((hidden_SD @ base.head_weight_VD.T).float().cpu())
     return torch.cat(found)

@@ -13,10 +13,11 @@ from transformers import AutoTokenizer
 
 from ..data.readers import read_records
 from ..data.records import Record, from_json
+from ..data.splits import WORLD, WORLD_VIDEOS
 from ..data.world import WorldConfig, WorldSplits, world_records
 from ..model.base import resolve_base
 from ..model.limits import record_tokens, template_tokens
-from ..recipe import Recipe
+from ..recipe import SPLITS, Recipe
 
 LOOK = 2000  # records of a file that are read
 WORLD_LOOK = 24  # videos of a split of the world that are looked at
@@ -54,15 +55,7 @@ def lengths_of(recipe: Recipe) -> Lengths:
         template = TEMPLATE if around is None else around
     else:
         count, template = lambda text: round(len(text) / PER_TOKEN), TEMPLATE
-    data = recipe.data
-    named = {
-        "sft_easy": data.sft_easy or data.sft,
-        "sft_hard": data.sft_hard or data.sft,
-        "policy_init": data.policy_init,
-        "preference": data.pairs or data.preference,
-        "rl": data.rl,
-        "test": data.test,
-    }
+    named = {split: recipe.data.files(split) for split in SPLITS}
     return Lengths(
         count, template, {name: _texts(recipe, files, count, template) for name, files in named.items() if files}
     )
@@ -71,8 +64,8 @@ def lengths_of(recipe: Recipe) -> Lengths:
 def _texts(recipe: Recipe, files: Iterable[str], count: Callable[[str], int], template: int) -> Texts:
     found, total, known = [], 0, True
     for file in files:
-        if file.startswith("world:"):
-            records, share = _of_world(recipe, file.removeprefix("world:"))
+        if file.startswith(WORLD):
+            records, share = _of_world(recipe, file.removeprefix(WORLD))
         elif Path(file).expanduser().exists():
             read = read_records(Path(file).expanduser(), limit=LOOK)
             records, share = read.records, read.share
@@ -95,7 +88,7 @@ def _texts(recipe: Recipe, files: Iterable[str], count: Callable[[str], int], te
 def _of_world(recipe: Recipe, name: str) -> tuple[list[Record], float]:
     """(some records of a world's set, which share of all they are)"""
     world, look = recipe.data.world, WORLD_LOOK
-    split = {"sft_easy": "sft", "sft_hard": "sft", "policy_init": "rl"}.get(name, name)
+    split = WORLD_VIDEOS.get(name, name)
     splits = WorldSplits(**{"sft": 0, "preference": 0, "rl": 0, "test": 0} | {split: look})
     lines = world_records(splits, world.seed, WorldConfig(weak_video=world.weak_video))
     return [from_json(line, name) for file, line in lines if file == f"{name}.jsonl"], look / getattr(world, split)

@@ -7,6 +7,7 @@ nothing. Every constant was measured on Linux with the embedded base, as growth 
 
 from typing import NamedTuple
 
+from ..data.splits import WORLD_VIDEOS
 from ..recipe import Recipe
 from ..video.cache import HELD_BYTES
 from .lengths import Lengths
@@ -16,8 +17,6 @@ RECORD = 1500  # bytes of a record in memory
 VIEW = 7500  # of the objects around the six tensors of a view
 FILE = 2500  # a video's file is mapped whole, and mapped memory comes in pages
 LEFT = 0.1  # of what the largest activations before took beyond this stage's, still held after they were freed
-# The world makes the records of these splits from the same videos.
-SHARED = {"sft_easy": "sft", "sft_hard": "sft", "policy_init": "rl"}
 
 
 class Videos(NamedTuple):
@@ -54,7 +53,7 @@ def videos_of(recipe: Recipe, bases: list[Shapes], lengths: Lengths) -> dict[str
 
 
 def name_of(recipe: Recipe, split: str) -> str:
-    return SHARED.get(split, split) if recipe.data.world else split
+    return WORLD_VIDEOS.get(split, split) if recipe.data.world else split
 
 
 def videos_read(recipe: Recipe) -> dict[str, set[str]]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.world import encode
 from ..files import write_json, write_jsonl
 from ..model.random_base import checkpoint_of
-from ..recipe import Recipe
+from ..recipe import SPLITS, Recipe
 from ..workspace import Workspace
 
 PROMPT_TOKENS = 128  # of the question; the base's chat template adds its own
@@ -28,8 +28,7 @@ def reduced(recipe: Recipe, folder: Path, steps: int) -> Recipe:
     What happens once in a run and not in every step is left out: standardising the rewards, and the bootstrap."""
     plain = recipe.model_dump(mode="json")
     plain["output"] = str(folder / "run")
-    splits = ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")
-    plain["data"] = {name: [str(folder / f"{name}.jsonl")] for name in splits}
+    plain["data"] = {name: [str(folder / f"{name}.jsonl")] for name in SPLITS}
     plain["sft"]["adapter"] = plain["reward"]["adapter"] = None  # every phase is profiled, on made-up roles
     plain["features"] |= {"workers": 1, "cache": None}
     for phase in TRAINED:
@@ -104,7 +103,7 @@ def stand_ins(work: Workspace) -> None:
     write_json(work.stage("reward") / "heldout.json", {"heldout_accuracy": 1.0})
     answers = [words(work.base().tokenizer, work.recipe.preference.max_new_tokens - n) for n in (1, 2)]
     pairs = [
-        {"id": record.id, "chosen": answers[0], "rejected": answers[1], "margin": 1.0}
+        {"key": record.key, "chosen": answers[0], "rejected": answers[1], "margin": 1.0}
         for record in work.records("preference")
     ]
     write_jsonl(work.stage("preference") / "pairs.jsonl", pairs)

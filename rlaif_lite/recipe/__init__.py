@@ -24,6 +24,7 @@ from .feedback import Claims, Pairwise, Preference, Reward
 from .interventions import Checklist, Interventions
 from .ppo import Ppo
 from .sections import (
+    SPLITS,
     Context,
     Count,
     Data,
@@ -40,6 +41,7 @@ from .sections import (
 )
 
 __all__ = [
+    "SPLITS",
     "Checklist",
     "Claims",
     "Context",

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from .dpo import Describe, Divide
 from .file import did_you_mean, files_near, is_file, is_folder, shortened
+from .sections import SPLITS
 
 if TYPE_CHECKING:
     from . import Data, Recipe
 
-WORLD_SETS = ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")  # what `world:...` may name
-DATA_KEYS = ("sft", *WORLD_SETS)
+DATA_KEYS = ("sft", *SPLITS)
 LARGEST = 10**9  # of any number in a recipe; so is steps times batch
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -157,8 +157,8 @@ def _data_checks(data: Data) -> Iterator[tuple[str, str]]:
             kind, _, which = entry.partition(":")
             if kind != "world":
                 continue
-            if which not in WORLD_SETS:
-                hint = did_you_mean(which, WORLD_SETS, "world:") or f"The sets are {', '.join(WORLD_SETS)}."
+            if which not in SPLITS:
+                hint = did_you_mean(which, SPLITS, "world:") or f"The sets are {', '.join(SPLITS)}."
                 yield f"data.{name}[{i}]", f"names `{entry}`, which the world does not have. {hint}"
             elif data.world is None:
                 yield f"data.{name}[{i}]", f"names `{entry}`, but data.world is null. Set `data.world: {{seed: 0}}`."

@@ -16,6 +16,7 @@ Rows = Count | Literal["auto"]  # auto: the planner's proposal, a number in the 
 Share = Annotated[float, Field(ge=0, le=1)]
 Words = Annotated[tuple[str, ...], Strict(False)]  # not strict about list or tuple; the items are text all the same
 
+SPLITS = ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")  # what stages read; `world:` has the same
 SEVEN_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -52,6 +53,13 @@ class Data(Section):
     folder: str | None = Field(None, description="where the world is written; null: inside the run folder")
     video_root: str | None = Field(None, description="folder that video paths start from; null: the data file's folder")
     on_missing: Literal["error", "skip"] = Field("error", description="an unreadable video: stop, or skip and count")
+
+    def files(self, split: str) -> tuple[str, ...]:
+        """The entries that the records of one of SPLITS come from."""
+        own = getattr(self, split)
+        if split in ("sft_easy", "sft_hard"):
+            return own or self.sft
+        return self.pairs or own if split == "preference" else own
 
 
 class Lora(Section):

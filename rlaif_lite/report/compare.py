@@ -15,7 +15,7 @@ import numpy as np
 from rlaif_lite.errors import StageError
 from rlaif_lite.report.folder import Run, method_of, read_run
 from rlaif_lite.report.page import MEASURES, MODES, duration, size
-from rlaif_lite.report.stats import NEEDS_TRUTH, RATIOS, Interval, paired_bootstrap, ratio, tally
+from rlaif_lite.report.stats import RATIOS, Interval, measured, paired, paired_bootstrap, ratio
 
 SEED_NOTE = "One run of each: with another seed, the same recipe may differ by more than these intervals say."
 SETTINGS = ("answers", "prompt", "max_new_tokens", "weights", "features")  # of a benchmark
@@ -109,7 +109,7 @@ def compare_runs(a: Run, b: Run, role: str | None = None) -> Comparison:
             notes.append(f"{MODES[mode]} answers are not compared: A and B were sampled at temperature {at}.")
     if not lines:
         raise StageError(f"{a.folder} and {b.folder} have no answers in common. {' '.join(notes[1:])}")
-    videos = {line.table: len({row["id"] for row in answers[0][line.table]}) for line in lines}
+    videos = {line.table: len({row["video"] for row in answers[0][line.table]}) for line in lines}
     differ, alone = _differences(*reads)
     names = tuple(_name(run, column) for run, column in zip((a, b), columns))
     return Comparison(names, lines, videos, differ, alone, _costs(a, b), notes)
@@ -156,11 +156,11 @@ def _same_test_set(a: Run, b: Run, reads: list[dict], answers: list[dict]) -> No
         one, other = (source.get(what, "not there") for source in sources)
         if one != other:
             reasons.append(f"{what} is {one} in A and {other} in B")
-    asked = [{row["id"]: _question(row) for rows in found.values() for row in rows} for found in answers]
+    asked = [{row["key"]: _question(row) for rows in found.values() for row in rows} for found in answers]
     common = asked[0].keys() & asked[1].keys()
     if len(common) < max(map(len, asked)):
-        reasons.append(f"A has {len(asked[0])} videos and B {len(asked[1])}, {len(common)} of them the same")
-    elif other := [id for id in common if asked[0][id] != asked[1][id]]:
+        reasons.append(f"A has {len(asked[0])} questions and B {len(asked[1])}, {len(common)} of them the same")
+    elif other := [key for key in common if asked[0][key] != asked[1][key]]:
         reasons.append(f"{len(other)} questions or truths differ, among them that of {min(other)}")
     if reasons:
         raise StageError(
@@ -185,31 +185,18 @@ def _question(row: dict) -> tuple:
 
 
 def _changes(mode: str, before: list[dict], after: list[dict]) -> list[Line]:
-    counts = [tally(rows) for rows in (before, after)]
-    ids = sorted(counts[0])
-    counts_NK = [np.stack([of_video[id] for id in ids]) for of_video in counts]
-    known = all(row["truth"] is not None for rows in (before, after) for row in rows)
-    silent = known and not all(RATIOS["mentions"](found.sum(0)) for found in counts_NK)
+    video_of = {row["key"]: row["video"] for row in before}  # B's folders may have other names
+    counts_NK = paired(before, [row | {"video": video_of[row["key"]]} for row in after])
+    silent = not all(RATIOS["mentions"](found.sum(0)) for found in counts_NK)
+    names = set(measured(before)) & set(measured(after))
     lines = []
     for name, measure in MEASURES.items():
-        if name in NEEDS_TRUTH and not known or name in ("hallucination", "precision") and silent:
+        if name not in names or name in ("hallucination", "precision") and silent:
             continue  # who names nothing does not hallucinate, which is no merit
-        if name == "repetition":
-            values, metric = [_means(rows, ids, name) for rows in (before, after)], None
-            ends = [float(found.mean()) for found in values]
-        else:
-            values, metric = counts_NK, RATIOS[name]
-            ends = [float(metric(found.sum(0))) for found in values]
-        lines.append(Line(mode, name, *ends, paired_bootstrap(*values, metric), measure.better, measure.share))
+        ends = [float(RATIOS[name](found.sum(0))) for found in counts_NK]
+        interval = paired_bootstrap(*counts_NK, RATIOS[name])
+        lines.append(Line(mode, name, *ends, interval, measure.better, measure.share))
     return lines
-
-
-def _means(rows: list[dict], ids: list[str], key: str) -> np.ndarray:
-    """Mean of a figure over the answers to each video, (N,)."""
-    of_video: dict[str, list[float]] = {}
-    for row in rows:
-        of_video.setdefault(row["id"], []).append(row[key])
-    return np.array([np.mean(of_video[id]) for id in ids])
 
 
 def _differences(a: dict, b: dict) -> tuple[dict[str, tuple[Any, Any]], tuple[dict[str, int], dict[str, int]]]:

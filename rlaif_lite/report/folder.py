@@ -12,7 +12,10 @@ IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 
 
 class Example(NamedTuple):
+    key: str
+    "of the record"
     id: str
+    "the user's, for display"
     image: str
     "the strip of frames as a data URI"
     truth: str | None
@@ -91,7 +94,9 @@ def _examples(folder: Path) -> list[Example]:
     for entry in _json(index):
         path = folder / entry["file"]
         data = base64.b64encode(path.read_bytes()).decode()
-        found.append(Example(entry["id"], f"data:{IMAGE_TYPES[path.suffix]};base64,{data}", entry["truth"]))
+        found.append(
+            Example(entry["key"], entry["id"], f"data:{IMAGE_TYPES[path.suffix]};base64,{data}", entry["truth"])
+        )
     return found
 
 

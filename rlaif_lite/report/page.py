@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from rlaif_lite.report import plots
 from rlaif_lite.report.folder import METHODS, Change, Changes, Run, changes, method_of, read_run
-from rlaif_lite.report.stats import Interval
+from rlaif_lite.report.stats import Interval, asked
 from rlaif_lite.report.verdict import judge_run, number, percent, rounds_of, signed
 
 ROLES = {"base": "Base", "sft": "SFT", "reference": "Reference", **METHODS}
@@ -123,7 +123,7 @@ def view(run: Run) -> dict[str, Any]:
             for panel in change_panels(method_of(summary), baseline, by_mode)
         ],
         "best_of": best_of_panels(summary),
-        "videos": len({row["id"] for row in run.rows}),
+        "asked": asked(run.rows),
         "method": METHODS[method_of(summary)],
         "curves": draw(CURVES, ppo) + draw(ROUND_CURVES, [row | {"step": row["round"]} for row in rounds]),
         "rounds": round_table(rounds),
@@ -342,13 +342,13 @@ class Card(NamedTuple):
 def example_cards(run: Run) -> list[Card]:
     """The examples that have an answer: SFT's before, the policy's after, greedy where there is a greedy one."""
     rows = sorted(run.rows, key=lambda row: row["mode"] == "greedy")  # stable: a greedy row replaces a sampled one
-    by_role = {(row["id"], row["role"]): row for row in rows}
+    by_role = {(row["key"], row["role"]): row for row in rows}
     method, cards = method_of(run.summary), []
     for example in run.examples:
         shown = {
-            label: by_role[example.id, role]
+            label: by_role[example.key, role]
             for role, label in (("sft", "Before, SFT"), (method, f"After, {METHODS[method]}"))
-            if (example.id, role) in by_role
+            if (example.key, role) in by_role
         }
         if shown:
             prompt = next(iter(shown.values()))["prompt"]

@@ -4,6 +4,8 @@ Precision over a test set is (sum of what was right) / (sum of what was said), n
 short answer must not count as much as a long one. Such a ratio has no standard error to look up, so its change gets a
 percentile bootstrap interval that resamples VIDEOS, all answers to a video together (Efron and Tibshirani 1993).
 
+Answers to several questions about one video are no independent draws, so a video is one item however many there are.
+
 Over seeds, which are few, Student's t.
 
 Shapes: N items (videos), K counts per item (`COUNTS`, in that order), R resamples.
@@ -16,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-COUNTS = ("answers", "correct", "wrong", "total", "mentions", "hallucinated", "malformed", "length", "stopped")
+FACTS = ("correct", "wrong", "total", "mentions", "hallucinated")
+COUNTS = ("answers", "known", *FACTS, "malformed", "length", "stopped", "repetition")
 Metric = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
@@ -33,17 +36,53 @@ class Interval(NamedTuple):
 
 
 def tally(rows: Iterable[Mapping]) -> dict[str, NDArray[np.float64]]:
-    """Counts (K,) per item id, summed over the item's answers, of rows of `evaluate/*.jsonl`.
+    """Counts (K,) per VIDEO, over all answers to all questions about it, of rows of `evaluate/*.jsonl`.
 
-    A row without truth counts as zero facts said and zero to say. `malformed` counts answers, not sentences.
+    A row without truth is no `known` answer and counts no facts. `malformed` counts answers, not sentences.
     """
     counts: dict[str, NDArray[np.float64]] = {}
     for row in rows:
-        truth = row["truth"] or dict.fromkeys(("correct", "wrong", "total", "mentions", "hallucinated", "malformed"), 0)
-        facts = [truth[name] for name in ("correct", "wrong", "total", "mentions", "hallucinated")]
-        values = [1, *facts, truth["malformed"] > 0, row["length"], row["stopped"]]
-        counts[row["id"]] = counts.get(row["id"], 0.0) + np.array(values, dtype=np.float64)
+        truth = row["truth"] or {}
+        facts = [truth.get(name, 0) for name in FACTS]
+        malformed = (truth.get("malformed") or 0) > 0
+        values = [1, bool(truth), *facts, malformed, row["length"], row["stopped"], row["repetition"]]
+        counts[row["video"]] = counts.get(row["video"], 0.0) + np.array(values, dtype=np.float64)
     return counts
+
+
+def measured(rows: Iterable[Mapping]) -> list[str]:
+    """The names in RATIOS that can be said of these rows: those that need the truth where it is known of an answer,
+    `malformed` where the truth has a grammar."""
+    truths = [row["truth"] for row in rows if row["truth"] is not None]
+    grammar = any(truth["malformed"] is not None for truth in truths)
+    return [name for name in RATIOS if name not in NEEDS_TRUTH or (truths and (name != "malformed" or grammar))]
+
+
+def paired(before: Iterable[Mapping], after: Iterable[Mapping]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`tally` of two sets of rows about the same videos, as counts (N, K) in the same order. Raises KeyError where
+    `after` is about a video that `before` is not about."""
+    one, other = tally(before), tally(after)
+    return np.stack([one[video] for video in other]), np.stack(list(other.values()))
+
+
+class Asked(NamedTuple):
+    """What was evaluated."""
+
+    videos: int
+    questions: int
+    known: int
+    "questions whose truth is known"
+
+    def __str__(self) -> str:
+        videos = f"{self.videos} held-out video{'s' * (self.videos != 1)}"
+        return videos if self.questions == self.videos else f"{self.questions} questions on {videos}"
+
+
+def asked(rows: Iterable[Mapping]) -> Asked:
+    """Counts of rows of `evaluate/*.jsonl`, each question once however many answers it has."""
+    rows = list(rows)
+    known = {row["key"] for row in rows if row["truth"] is not None}
+    return Asked(len({row["video"] for row in rows}), len({row["key"] for row in rows}), len(known))
 
 
 def _share(part: str, *whole: str) -> Metric:
@@ -71,13 +110,14 @@ RATIOS: dict[str, Metric] = {
     "recall": _share("correct", "total"),
     "f1": _f1,
     "hallucination": _share("hallucinated", "mentions"),
-    "mentions": _share("mentions", "answers"),
-    "malformed": _share("malformed", "answers"),
-    "right": _share("correct", "answers"),
-    "wrong": _share("wrong", "answers"),
+    "mentions": _share("mentions", "known"),
+    "malformed": _share("malformed", "known"),
+    "right": _share("correct", "known"),
+    "wrong": _share("wrong", "known"),
     "score": _score,
     "length": _share("length", "answers"),
     "stop_rate": _share("stopped", "answers"),
+    "repetition": _share("repetition", "answers"),
 }
 NEEDS_TRUTH = ("precision", "recall", "f1", "hallucination", "mentions", "malformed", "right", "wrong", "score")
 

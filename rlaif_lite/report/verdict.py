@@ -18,7 +18,7 @@ import re
 from typing import Any, NamedTuple
 
 from rlaif_lite.report.folder import METHODS, Changes, Run, method_of
-from rlaif_lite.report.stats import RATIOS, paired_bootstrap, tally
+from rlaif_lite.report.stats import RATIOS, Asked, asked, paired, paired_bootstrap
 
 
 class Verdict(NamedTuple):
@@ -30,7 +30,7 @@ class Verdict(NamedTuple):
 
 def judge_run(run: Run, greedy: Changes, sample: Changes) -> Verdict:
     """The verdict on a run, from what the policy changed against SFT (`folder.changes`; empty where nothing was evaluated)."""
-    items, warnings = len({row["id"] for row in run.rows}), cautions(run)
+    items, warnings = asked(run.rows), cautions(run)
     if not greedy and not sample:
         done = list(run.summary.get("stages", {}))  # done, skipped or shared: it has those that finished
         so_far = f"Stages finished: {', '.join(done)}." if done else "No stage has finished."
@@ -93,9 +93,13 @@ def cautions(run: Run) -> list[str]:
     missing = features.get("missing", 0) + features.get("unreadable", 0)
     if missing:
         found.append(f"{missing} videos were missing or unreadable and left out.")
-    items = len({row["id"] for row in run.rows})
-    if 0 < items < 100:
-        found.append(f"Only {items} videos were evaluated; the intervals are wide and rough.")
+    items = asked(run.rows)
+    if 0 < items.videos < 100:
+        found.append(f"Only {items.videos} videos were evaluated; the intervals are wide and rough.")
+    if 0 < items.known < items.questions:
+        found.append(
+            f"The truth is known for {items.known} of {items.questions} questions; figures of it are of these."
+        )
     return found
 
 
@@ -129,18 +133,18 @@ def _headline(kind: str, first: Changes, method: str) -> str:
     }[kind]
 
 
-def _effect(what: str, found: Changes, items: int) -> list[str]:
+def _effect(what: str, found: Changes, items: Asked) -> list[str]:
     if not found:
         return []
     if "f1" not in found:
         length = found["length"]
         tokens = f"went from {length.before:.1f} to {length.after:.1f} tokens"
-        return [f"{what} to {items} held-out videos {tokens}; no truth is known."]
+        return [f"{what} to {items} {tokens}; no truth is known."]
     parts = []
     for label, name in (("hallucination", "hallucination"), ("F1", "f1"), ("recall", "recall")):
         delta, low, high = (signed(100 * points) for points in found[name].interval)
         parts.append(f"{label} {delta} points ({low} to {high})")
-    return [f"{what} to {items} held-out videos, with 95\u00a0% intervals: {', '.join(parts)}."]
+    return [f"{what} to {items}, with 95\u00a0% intervals: {', '.join(parts)}."]
 
 
 def _temperature(run: Run, sample: Changes) -> list[str]:
@@ -155,13 +159,12 @@ def _temperature(run: Run, sample: Changes) -> list[str]:
     best = min(reached, key=lambda role: reached[role])
     temperature = best.removeprefix("sft@")
     sampled = [row for row in run.rows if row["mode"] == "sample"]
-    cooler = tally(row for row in sampled if row["role"] == "sft" and row["temperature"] == float(temperature))
+    cooler = [row for row in sampled if row["role"] == "sft" and row["temperature"] == float(temperature)]
     method = method_of(run.summary)
-    policy = tally(row for row in sampled if row["role"] == method)
-    ids = sorted(cooler.keys() & policy.keys())
-    if not ids:
+    policy = [row for row in sampled if row["role"] == method]
+    if not cooler or not policy:
         return []
-    change = paired_bootstrap([cooler[i] for i in ids], [policy[i] for i in ids], RATIOS["hallucination"])
+    change = paired_bootstrap(*paired(cooler, policy), RATIOS["hallucination"])
     verdict = "does not explain" if change.high < 0 else "may explain"
     delta, low, high = (signed(100 * points) for points in change)
     return [

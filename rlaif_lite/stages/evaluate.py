@@ -22,7 +22,7 @@ from ..errors import RlaifError, StageError
 from ..files import by_batches, chunks, write_json, write_jsonl
 from ..model.inputs import decode_answer, encode_prompt
 from ..progress import progress, say
-from ..report.stats import NEEDS_TRUTH, RATIOS, paired_bootstrap, tally
+from ..report.stats import RATIOS, asked, measured, paired, paired_bootstrap, tally
 from ..rl.losses import repetition
 from ..rollout import Sampling, sample
 from ..rollout.score import best_of
@@ -68,7 +68,8 @@ def run(work: Workspace) -> dict:
     if best:
         rows[best, "greedy", 0.0] = rows[best, "sample", section.temperature]  # one kind of answers against both
         intervals[f"{best}-{method}"] = compare(work, rows, method, best)
-    return {"evaluation": evaluation, "evaluation_intervals": intervals, "videos": len(records)}
+    counts = asked(row for found in rows.values() for row in found)
+    return {"evaluation": evaluation, "evaluation_intervals": intervals, **counts._asdict()}
 
 
 def answer_all(
@@ -85,7 +86,7 @@ def answer_all(
 
     def answer(batch: list[Record]) -> list[dict]:
         prompts = [encode_prompt(base, r.prompt, work.features(r)) for r in batch]
-        seeds = [work.seed("evaluate", r.id, j) for r in batch for j in range(per_prompt)]
+        seeds = [work.seed("evaluate", r.key, j) for r in batch for j in range(per_prompt)]
         if best_count:
             best = best_of(
                 work.roles,
@@ -109,6 +110,8 @@ def answer_all(
             truth = None if record.facts is None else world_text.truth(text, record.facts)._asdict()
             out.append(
                 {
+                    "key": record.key,
+                    "video": work.name_of(record),
                     "id": record.id,
                     "role": role,
                     "mode": mode,
@@ -144,9 +147,7 @@ def wrong_words(text: str, record: Record) -> list[list[int]]:
 def metrics_of(rows: list[dict]) -> dict[str, float]:
     """Metrics of one role in one mode; those that need the truth only where it is known."""
     total = sum(tally(rows).values())
-    known = all(row["truth"] is not None for row in rows)
-    metrics = {name: float(ratio(total)) for name, ratio in RATIOS.items() if known or name not in NEEDS_TRUTH}
-    return metrics | {"repetition": sum(row["repetition"] for row in rows) / len(rows)}
+    return {name: float(RATIOS[name](total)) for name in measured(rows)}
 
 
 def compare(work: Workspace, rows: dict, before: str, after: str) -> dict[str, dict[str, float]]:
@@ -154,14 +155,11 @@ def compare(work: Workspace, rows: dict, before: str, after: str) -> dict[str, d
     section = work.recipe.evaluate
     out = {}
     for mode, temperature in (("greedy", 0.0), ("sample", section.temperature)):
-        a, b = tally(rows[before, mode, temperature]), tally(rows[after, mode, temperature])
-        known = all(row["truth"] is not None for row in rows[after, mode, temperature])
-        for name, ratio in RATIOS.items():
-            if known or name not in NEEDS_TRUTH:
-                interval = paired_bootstrap(
-                    np.stack([a[i] for i in b]), np.stack(list(b.values())), ratio, section.bootstrap, work.recipe.seed
-                )
-                out[f"{mode}_{name}"] = interval._asdict()
+        one, other = rows[before, mode, temperature], rows[after, mode, temperature]
+        counts = paired(one, other)
+        for name in measured(other):
+            interval = paired_bootstrap(*counts, RATIOS[name], section.bootstrap, work.recipe.seed)
+            out[f"{mode}_{name}"] = interval._asdict()
     return out
 
 
@@ -186,5 +184,5 @@ def write_examples(work: Workspace, records: list[Record]) -> None:
             continue
         Image.fromarray(strip).save(folder / f"{number:02d}.png")
         truth = None if record.facts is None else world_text.describe(record.facts)
-        index.append({"id": record.id, "file": f"{number:02d}.png", "truth": truth})
+        index.append({"key": record.key, "id": record.id, "file": f"{number:02d}.png", "truth": truth})
     write_json(folder / "index.json", index)

@@ -54,7 +54,7 @@ def sample_answers(
         with work.roles.use(role) as active:
             found = sample(active, prompts, sampling, seeds=seeds, per_prompt=samples, batch_size=in_flight)
         return [
-            {"id": r.id, "answers": [decode_answer(base, t.ids) for t in part], "ids": [t.ids for t in part]}
+            {"key": r.key, "answers": [decode_answer(base, t.ids) for t in part], "ids": [t.ids for t in part]}
             for r, part in zip(batch, chunks(found, samples), strict=True)
         ]
 

@@ -38,7 +38,7 @@ def run(work: Workspace) -> dict:
             work.records("preference"),
             sampling,
             section.samples,
-            lambda record, j: work.seed("preference", record.id, j),
+            lambda record, j: work.seed("preference", record.key, j),
             work.stage("preference") / "answers.jsonl",
             "preference: answers",
         )
@@ -99,7 +99,7 @@ def write_pairs(work: Workspace, kept: list[Judged]) -> None:
         )
         own.append(
             {
-                "id": record.id,
+                "key": record.key,
                 "chosen": better,
                 "rejected": judged.b if judged.margin > 0 else judged.a,
                 "margin": abs(judged.margin),
@@ -130,7 +130,7 @@ def write_given(work: Workspace) -> dict:
 
 
 def given_pairs(work: Workspace) -> list[tuple[Record, str, str]]:
-    """The pairs of `data.pairs` whose answers differ. Taken from the records: their ids need not be unique."""
+    """The pairs of `data.pairs` whose answers differ."""
     given = work.records("preference") if work.recipe.data.pairs else []
     return [(r, r.chosen, r.rejected) for r in given if r.chosen != r.rejected]
 
@@ -139,9 +139,9 @@ def read_pairs(work: Workspace) -> list[tuple[Record, str, str]]:
     """(record, chosen, rejected) as this stage left them."""
     if not work.recipe.data.preference:
         return given_pairs(work)
-    records = {r.id: r for r in work.records("preference")}
+    records = {r.key: r for r in work.records("preference")}
     return [
-        (records[row["id"]], row["chosen"], row["rejected"])
+        (records[row["key"]], row["chosen"], row["rejected"])
         for row in read_jsonl(work.folder / "preference" / "pairs.jsonl")
     ]
 

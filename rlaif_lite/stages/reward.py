@@ -11,7 +11,6 @@ Shapes: B answers, S positions, D width.
 
 import math
 import random
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..data.records import VIDEO_MARK, Message, Record, question_of
+from ..data.splits import hold_out_videos
 from ..data.world_text import score as truth_score
 from ..errors import StageError
 from ..files import chunks, write_json
@@ -30,7 +30,7 @@ from ..progress import say
 from ..recipe import Recipe
 from ..rl.losses import pairwise_loss
 from ..training.fit import fit, steps_of
-from ..training.loop import batches, derive_seed, split_micro
+from ..training.loop import batches, split_micro
 from ..workspace import Workspace
 from .preference import read_pairs
 
@@ -109,7 +109,9 @@ def run(work: Workspace) -> dict:
     else:
         work.roles.add("reward", seed=work.seed("reward", "init"))
     work.roles.add_head("reward", zero=False, seed=work.seed("reward", "head"))
-    train, held = split_by_video(read_pairs(work), section.heldout, work.recipe.seed, work.name_of)
+    train, held = hold_out_videos(
+        read_pairs(work), section.heldout, lambda pair: work.name_of(pair[0]), lambda name: work.seed("heldout", name)
+    )
     train = train[: section.pairs] if section.pairs else train
     if not train or not held:
         raise StageError(
@@ -194,16 +196,6 @@ def stumbling(pairs: list[tuple[Record, str, str]], share: float, seed: int) -> 
         )
         extra.append((record, chosen, " ".join(worse)))
     return extra
-
-
-def split_by_video(
-    pairs: list, share: float, seed: int, name_of: Callable[[Record], str] = lambda r: str(r.video or r.id)
-) -> tuple[list, list]:
-    """(train, held out): the pairs of a random `share` of the videos are held out; `name_of` says which video a
-    record has."""
-    videos = sorted({name_of(record) for record, _, _ in pairs}, key=lambda name: derive_seed(seed, "heldout", name))
-    held = set(videos[: math.ceil(share * len(videos))])
-    return [p for p in pairs if name_of(p[0]) not in held], [p for p in pairs if name_of(p[0]) in held]
 
 
 @torch.no_grad()

@@ -47,11 +47,6 @@ class FeatureRecord(NamedTuple):
         return {name: value for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
 
 
-def video_name(video: str | tuple[str, ...]) -> str:
-    """A record's video in `index.json`: its path, or for frames the first path and a hash of all."""
-    if isinstance(video, str):
-        return video
-    return f"{video[0]} and {len(video) - 1} more ({hashlib.sha256(chr(10).join(video).encode()).hexdigest()[:16]})"
 
 
 def feature_key(*, video: str, views: dict, processor: dict, tower: str, chain: list[dict], dtype: str) -> str:
@@ -158,7 +153,7 @@ class FeatureStore:
 
 
 def write_index(path: str | os.PathLike, keys: dict[str, str]) -> None:
-    """Write a run's `index.json`, {video_name: key}, whole or not at all."""
+    """Write a run's `index.json`, {video's name: key}, whole or not at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{path}.{os.getpid()}.tmp")
     partial.write_text(json.dumps(keys, indent=1, sort_keys=True), encoding="utf-8")
@@ -166,7 +161,7 @@ def write_index(path: str | os.PathLike, keys: dict[str, str]) -> None:
 
 
 def read_index(path: str | os.PathLike) -> dict[str, str]:
-    """{video_name: key} of a run; empty when it was not written yet."""
+    """{video's name: key} of a run; empty when it was not written yet."""
     return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.exists(path) else {}
 
 

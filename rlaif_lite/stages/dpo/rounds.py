@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 
 from ...data.records import Record
+from ...data.splits import hold_out_videos
 from ...data.world_text import score as truth_score
 from ...errors import StageError
 from ...files import by_batches, chunks, read_jsonl, write_json, write_jsonl
@@ -123,7 +124,7 @@ def one_round(work: Workspace, number: int, before: Path, records: list[Record])
             records,
             sampling,
             preference.samples,
-            lambda record, j: work.seed("dpo", number, record.id, j),
+            lambda record, j: work.seed("dpo", number, record.key, j),
             folder / "answers.jsonl",
             f"dpo {number}: answers",
         )
@@ -140,7 +141,7 @@ def one_round(work: Workspace, number: int, before: Path, records: list[Record])
             raise StageError(f"{said}. More `preference.samples`, prompts or a higher `preference.temperature` help.")
         say(f"{said}: round {number - 1} was the last")
         return None
-    write_jsonl(folder / "pairs.jsonl", [pair._replace(record=pair.record.id)._asdict() for pair in choice.pairs])
+    write_jsonl(folder / "pairs.jsonl", [pair._replace(record=pair.record.key)._asdict() for pair in choice.pairs])
     with lent(work, "reference", before if section.reference == "previous" else start) as role:
         reference = reference_logps(work, role, choice.pairs, folder)
     learnt = train(work, number, before, choice.pairs, reference)
@@ -169,11 +170,11 @@ def one_round(work: Workspace, number: int, before: Path, records: list[Record])
 def split_by_video(work: Workspace) -> tuple[list[Record], list[Record]]:
     """(prompts of the rounds, prompts held out): a random `dpo.heldout` of the videos only chooses among rounds."""
     records, share = work.records("preference"), work.recipe.dpo.heldout
-    videos = sorted({work.name_of(r) for r in records}, key=lambda name: work.seed("dpo.heldout", name))
-    held = set(videos[: max(1, round(share * len(videos)))])
-    if len(held) == len(videos):
-        raise StageError(f"`dpo.heldout: {share}` leaves none of the {len(videos)} videos to learn from. Give more.")
-    return [r for r in records if work.name_of(r) not in held], [r for r in records if work.name_of(r) in held]
+    rest, held = hold_out_videos(records, share, work.name_of, lambda name: work.seed("dpo.heldout", name))
+    if not rest:
+        videos = len({work.name_of(r) for r in held})
+        raise StageError(f"`dpo.heldout: {share}` leaves none of the {videos} videos to learn from. Give more.")
+    return rest, held
 
 
 def round_folder(work: Workspace, number: int) -> Path:
@@ -228,7 +229,7 @@ def judge_round(
         by_prompt = candidates
     for of, found in zip(answers, candidates, strict=True):
         ids = dict(zip(of.texts, of.ids, strict=True))
-        drawn = draw_pairs(found, section.pairs, work.seed("dpo.pairs", number, of.record.id))
+        drawn = draw_pairs(found, section.pairs, work.seed("dpo.pairs", number, of.record.key))
         dropped["surplus"] += len(found) - len(drawn)
         for j in drawn:
             chosen, rejected = (j.a, j.b) if j.margin > 0 else (j.b, j.a)

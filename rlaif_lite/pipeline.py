@@ -21,6 +21,7 @@ import torch
 
 from . import __version__
 from .data.splits import own_files
+from .data.truth import module_file
 from .errors import StageError
 from .files import file_digest, write_json
 from .model.base import base_digest
@@ -209,6 +210,10 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
     for key in ("sft.adapter", "reward.adapter"):
         if found.get(key) is not None:
             found[f"files of {key}"] = folder_digest(Path(found[key]).expanduser())
+    if found.get("evaluate.synonyms") is not None:
+        found["file of evaluate.synonyms"] = file_digest(Path(found["evaluate.synonyms"]).expanduser())
+    if found.get("evaluate.truth") is not None:
+        found["code of evaluate.truth"] = file_digest(module_file(found["evaluate.truth"]))
     if name == "data":
         for path in own_files(work.recipe.data):
             found[f"file {path}"] = file_digest(path)

@@ -17,6 +17,7 @@ import torch
 
 from .data.records import Record
 from .data.splits import Loaded, load_splits
+from .data.truth import Truth
 from .errors import StageError
 from .model.base import Base, load_base
 from .model.roles import Roles
@@ -43,6 +44,7 @@ class Workspace:
         self._base: Base | None = None
         self._roles: Roles | None = None
         self._loaded: Loaded | None = None
+        self._truth: Truth | None = None
         self._features: FeatureStore | None = None
         self._index: dict[str, str] = {}
         self._narratives: dict[str, str] = {}
@@ -115,6 +117,14 @@ class Workspace:
     def name_of(self, record: Record) -> str:
         """A record's video as the run's files name it; of a record without a video, the record's key."""
         return record.key if record.video is None else self._load().video_names[record.video]
+
+    @property
+    def truth(self) -> Truth:
+        """What is true of the records' videos; nothing is trained on it."""
+        if self._truth is None:
+            section, splits = self.recipe.evaluate, self._load().records.values()
+            self._truth = Truth((r for records in splits for r in records), section.truth, section.synonyms)
+        return self._truth
 
     # ---- features
 

@@ -99,6 +99,19 @@ def test_the_report_reads_run_folders_only():
             ), (path, name)
 
 
+def test_the_toy_world_stays_behind_its_seams():
+    """No stage knows the toy's grammar: `data.truth` says what is true, `data.world` makes videos and texts to learn."""
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent != PACKAGE / "data":
+            assert not any("world_text" in name.split(".") for name in imports(path)), path
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in (PACKAGE / "stages").rglob("*.py")
+        if any(module_of(name) == "rlaif_lite.data.world" for name in imports(path))
+    }
+    assert users == {"stages/data.py", "stages/dpo/judges.py"}
+
+
 def test_the_embedded_base_is_made_from_the_world_alone():
     for path in (ROOT / "lab" / "embedded_base").glob("*.py"):
         used = {unit(name) for name in imports(path) if name.split(".")[0] == "rlaif_lite"}

@@ -6,14 +6,17 @@ import pytest
 
 from core import small_recipe
 from rlaif_lite import pipeline
+from rlaif_lite.data.records import question_of
 from rlaif_lite.data.splits import hold_out_videos, load_splits, name_videos
+from rlaif_lite.errors import DataError
 from rlaif_lite.exchange import export
 from rlaif_lite.files import read_jsonl
-from rlaif_lite.recipe import Data
+from rlaif_lite.recipe import Data, Recipe
 from rlaif_lite.report.compare import compare
 from rlaif_lite.report.folder import read_run
 from rlaif_lite.report.page import example_cards
 from rlaif_lite.report.stats import asked
+from rlaif_lite.stages.ppo import interventions, ranking
 from rlaif_lite.stages.preference import read_pairs
 from rlaif_lite.workspace import Workspace
 
@@ -44,13 +47,13 @@ def test_held_out_are_whole_videos_and_at_least_one():
 
 
 def repeating(world, folder, split: str) -> list[str]:
-    """Two files counted from 0, two folders with the same file names, two questions about each of eight videos."""
+    """Two files counted from 0, two folders with the same file names, two questions about each of four videos."""
     lines = [json.loads(line) for line in (world / f"{split}.jsonl").read_text().splitlines()]
     files = []
     for half, name in enumerate("ab"):
         (folder / name).mkdir(parents=True, exist_ok=True)
         out = []
-        for place, found in enumerate(lines[4 * half : 4 * half + 4]):
+        for place, found in enumerate(lines[2 * half : 2 * half + 2]):
             copy = folder / name / f"{split}{place}.mp4"
             copy.write_bytes((world / found["video"]).read_bytes())
             for question in ("describe the video", f"what is the colour {('first', 'then')[half]} ?"):
@@ -69,10 +72,15 @@ def shared(world, checkpoint, tmp_path_factory):
     own = [f"data.{split}={json.dumps(repeating(world, folder, split))}" for split in ("preference", "rl", "test")]
 
     def run(name: str, *overrides: str) -> Workspace:
-        (folder / name).mkdir()
-        data = [f"data.folder={folder / 'world'}", f"features.cache={folder / 'cache'}", "preference.compare_pairs=0"]
-        recipe = small_recipe(checkpoint, folder / name, *own, *data, *overrides)
-        pipeline.run(recipe, share=folder)
+        data = [f"data.folder={world}", f"features.cache={folder / 'cache'}", f"output={folder / 'runs' / name}"]
+        quick = [
+            "preference.compare_pairs=0",
+            "evaluate.roles=[sft, policy]",
+            "evaluate.temperatures=[]",
+            "ppo.steps=2",
+        ]
+        recipe = small_recipe(checkpoint, folder, *own, *data, *quick, *overrides)
+        pipeline.run(recipe, share=folder / "runs")
         return Workspace(recipe)
 
     return run
@@ -86,21 +94,21 @@ def by_ppo(shared) -> Workspace:
 def test_keys_are_unique_and_ids_stay(by_ppo):
     for split in ("preference", "rl", "test"):
         records = by_ppo.records(split)
-        assert [r.key for r in records] == [f"{split}/{place:05d}" for place in range(16)]
-        assert len({r.id for r in records}) == 4 and len({by_ppo.name_of(r) for r in records}) == 8
-        assert len({(by_ppo.features(r).features_KD.sum().item(), r.prompt) for r in records}) == 16
+        assert [r.key for r in records] == [f"{split}/{place:05d}" for place in range(8)]
+        assert len({r.id for r in records}) == 2 and len({by_ppo.name_of(r) for r in records}) == 4
+        assert len({(by_ppo.features(r).features_KD.sum().item(), r.prompt) for r in records}) == 8
 
 
 def test_left_out_records_move_no_key(tmp_path):
-    lines = [{"id": "x", "video": f"{i}.mp4", "messages": [{"role": "user", "content": "q"}]} for i in range(3)]
+    lines = [{"id": "x", "video": f"{i}.mp4", "messages": [{"role": "user", "content": "<video> q"}]} for i in range(3)]
     path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "1.mp4").write_bytes(b"x")
-    data = Data(test=(str(path),), on_missing="skip")
-    assert [r.key for r in load_splits(data, tmp_path).records["test"]] == ["test/00001"]
-    with pytest.raises(Exception, match="unknown key `key`"):
+    recipe = Recipe(name="t", output=str(tmp_path), data=Data(test=(str(path),), on_missing="skip"))
+    assert [r.key for r in load_splits(recipe, tmp_path).records["test"]] == ["test/00001"]
+    with pytest.raises(DataError, match="unknown key `key`"):
         path.write_text(json.dumps(lines[1] | {"key": "mine"}) + "\n")
-        load_splits(data, tmp_path)
+        load_splits(recipe, tmp_path)
 
 
 def test_pairs_stay_with_their_prompt_and_video(by_ppo):
@@ -111,7 +119,7 @@ def test_pairs_stay_with_their_prompt_and_video(by_ppo):
         for rows in read_jsonl(by_ppo.folder / "preference" / "answers.jsonl")
         for row in rows
     }
-    assert len(pairs) == len(released) > 8
+    assert len(pairs) == len(released) > 4
     for (record, chosen, rejected), theirs in zip(pairs, released, strict=True):
         assert record.video == theirs["video"]
         assert theirs["conversations"][0]["value"] == f"<video>\n{record.prompt[0].content.removeprefix('<video> ')}"
@@ -122,7 +130,7 @@ def test_pairs_stay_with_their_prompt_and_video(by_ppo):
 def rows_match(work: Workspace) -> None:
     of_key = {record.key: record for record in work.records("test")}
     rows = read_run(work.folder).rows
-    assert len({row["key"] for row in rows}) == 16
+    assert len({row["key"] for row in rows}) == 8
     for row in rows:
         record = of_key[row["key"]]
         assert (row["id"], row["video"]) == (record.id, work.name_of(record))
@@ -132,9 +140,9 @@ def rows_match(work: Workspace) -> None:
 def test_evaluation_and_report_count_videos(by_ppo):
     rows_match(by_ppo)
     run = read_run(by_ppo.folder)
-    assert asked(run.rows)[:2] == (8, 16)
+    assert asked(run.rows)[:2] == (4, 8)
     page = (by_ppo.folder / "report.html").read_text()
-    assert "16 questions on 8 held-out videos" in page and "16 held-out videos" not in page
+    assert "8 questions on 4 held-out videos" in page and "8 held-out videos" not in page
     greedy = {(r["key"], r["role"]): r["answer"] for r in run.rows if r["mode"] == "greedy"}
     cards = example_cards(run)
     for card, example in zip(cards, run.examples, strict=True):
@@ -144,7 +152,7 @@ def test_evaluation_and_report_count_videos(by_ppo):
 
 def test_the_same_seed_gives_different_questions_different_draws(by_ppo):
     """A key that repeats would draw the same random numbers for both records."""
-    assert len({by_ppo.seed("evaluate", r.key, 0) for r in by_ppo.records("test")}) == 16
+    assert len({by_ppo.seed("evaluate", r.key, 0) for r in by_ppo.records("test")}) == 8
 
 
 def test_export_measures_on_the_record_s_own_answers(by_ppo, monkeypatch):
@@ -168,13 +176,29 @@ def test_compare_pairs_by_record_and_clusters_by_video(by_ppo, shared):
         }
         assert row["record"] in keyed and {row["chosen"], row["rejected"]} <= set(answers[row["record"]])
     found = compare(by_ppo.folder, other.folder)
-    assert found.videos == {"greedy": 8, "sample": 8}
+    assert found.videos == {"greedy": 4, "sample": 4}
 
 
-def test_feedback_that_judges_answers_reads_the_record_of_each(shared, monkeypatch):
-    """RLIF and rankings: what the judge is asked about has the record's own video and question."""
-    from rlaif_lite.stages.ppo import ranking
-
-    work = Workspace(shared("ranking", "ppo.feedback=ranking", "ppo.group_size=2", "ppo.value=none").recipe)
-    records = work.records("rl")
-    assert len({(work.features(r).features_KD.sum().item(), ranking.question_of(r)) for r in records}) == 16
+@pytest.mark.parametrize(
+    ("feedback", "door", "overrides"),
+    [
+        ("ranking", (ranking, "judge_claims"), ("ppo.value=none",)),
+        (
+            "interventions",
+            (interventions, "read_claims"),
+            ("ppo.value=none", "ppo.baseline=batch", "ppo.whiten_rewards=false"),
+        ),
+    ],
+)
+def test_feedback_reads_each_answer_with_its_own_record(shared, monkeypatch, feedback, door, overrides):
+    """What the judge is asked about has the video, the question and the narrative of one record."""
+    heard, judge = [], getattr(*door)
+    monkeypatch.setattr(*door, lambda role, items, *rest: heard.extend(items) or judge(role, items, *rest))
+    keys = (f"ppo.feedback={feedback}", "ppo.group_size=2", "ppo.judge_context=true", *overrides)
+    work = shared(feedback, *keys, "evaluate.roles=[]")
+    told = work.narratives()
+    asked_of = {
+        (work.features(r).features_KD.sum().item(), question_of(r), told[work.name_of(r)]) for r in work.records("rl")
+    }
+    assert len(asked_of) == 8 and len(heard) == 16  # eight answers in each of two steps
+    assert {(item.video.features_KD.sum().item(), item.question, item.context) for item in heard} <= asked_of

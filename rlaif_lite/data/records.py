@@ -36,7 +36,7 @@ class Record:
     clip: int | None = None  # the record is about this clip of the video only; None is the whole video
     clips: int | None = None  # of so many that the video is cut into; None: `features.clips`
     verdicts: tuple[tuple[int, str], ...] = ()  # (end offset in `answer`, label word): process supervision
-    facts: dict | None = None  # the truth about the video; synthetic world only
+    facts: dict | None = None  # what is true of the video, as `data.truth` reads it; never trained on
     captions: tuple[str, ...] = ()  # facts that the data carry: a reward model reads them in place of the narrative
     caption_type: int | None = None  # LLaVA-RLHF: what the right answer is known to be (rl.shaping.symbolic_bonus)
     length_bonus: float | None = None  # LLaVA-RLHF: multiplies what this record's answers pay for their length

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -35,6 +36,8 @@ from rlaif_lite.data.world_text import (
     answer_yes_no,
     caption,
     claim,
+    claim_question,
+    claims_of,
     corrupt,
     describe,
     garbled,
@@ -43,6 +46,7 @@ from rlaif_lite.data.world_text import (
     question,
     sampled,
     score,
+    sentences_of,
     star_question,
     truth,
     verdicts,
@@ -67,6 +71,7 @@ __all__ = [
 ]
 
 EVENTS = len(ORDINALS)
+STUMBLING = 0.15  # share of the divided answers that stumble, as sampled answers do
 GARBLED = 0.25  # share of the checked answers with a malformed sentence
 RGB = {
     "red": (220, 40, 40),
@@ -258,6 +263,29 @@ def world_records(splits: WorldSplits, seed: int, config: WorldConfig) -> Iterat
             yield f"{split}.jsonl", _record(name, video, describe_it, facts=facts)
             if split == "rl":
                 yield "policy_init.jsonl", _record(f"{name}/init", video, describe_it, describe(corrupt(facts, rng)))
+
+
+class DividedAnswer(NamedTuple):
+    """A question, an answer and its atomic claims: what an adapter that divides answers learns from."""
+
+    question: str
+    answer: str
+    claims: list[str]
+    sentences: list[list[str]]
+
+    def asked(self, rng: random.Random) -> tuple[str, str]:
+        """One claim, of a sentence drawn first, and the question about it."""
+        chosen = rng.choice(claims_of(" ".join(rng.choice(self.sentences))))
+        return chosen, claim_question(chosen)
+
+
+def divided_answer(rng: random.Random) -> DividedAnswer:
+    """Of a video that is drawn here and is none of a run's; some sentences are left out, some stumble."""
+    facts = facts_of(rng.getrandbits(48), "divide", 0)
+    sentences = sentences_of(garbled(describe(facts), rng) if rng.random() < STUMBLING else describe(facts))
+    kept = sorted(rng.sample(range(len(sentences)), rng.randint(1, len(sentences))))  # also answers of few words
+    answer = " ".join(" ".join([*sentences[i], "."]) for i in kept)
+    return DividedAnswer("describe the video", answer, claims_of(answer), [sentences[i] for i in kept])
 
 
 def write_world(

@@ -188,4 +188,12 @@ class Evaluate(Section):
     max_new_tokens: Count = Field(64, description="longest answer")
     batch_size: Count = Field(64, description="answers in flight")
     bootstrap: Count = Field(2000, description="resamples for the intervals")
+    truth: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="`module:function` that says what is true of an answer; null: the records' own `facts`",
+    )
+    synonyms: str | None = Field(
+        None, description="file with a line per object, its name and synonyms, for annotated facts; null: names alone"
+    )
     examples: int = Field(10, ge=0, description="videos shown in the report")

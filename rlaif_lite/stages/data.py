@@ -8,6 +8,7 @@ tokens).
 
 import os
 
+from ..data.truth import TRUTH
 from ..data.world import WorldConfig, WorldSplits, write_world
 from ..model.limits import check_answers, check_lengths, load_limits, sampled
 from ..progress import progress
@@ -15,7 +16,7 @@ from ..workspace import Workspace
 
 # What decides whether the base can read and write the records; it changes none of them.
 CHECKED = ("model.base", "model.revision", "features.frames", "features.prune", "sft.train_on")
-READS = ("data", *CHECKED)
+READS = ("data", *CHECKED, *TRUTH)
 NEEDS = ()
 
 
@@ -35,7 +36,8 @@ def run(work: Workspace) -> dict:
             )
     check_texts(work)
     counts = {name: len(work.records(name)) for name in work.split_names()}
-    return {"records": counts, "missing_videos": len(work.missing_videos)}
+    known = work.truth.known(work.records("test")) if "test" in counts else 0  # refuses junk among all facts
+    return {"records": counts, "missing_videos": len(work.missing_videos), "test_records_with_truth": known}
 
 
 def check_texts(work: Workspace) -> None:

@@ -10,13 +10,11 @@ length-normalised implicit reward (`rollout.score.best_of`): a column of its own
 single answers, sampled and greedy.
 """
 
-import re
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
-from ..data import world_text
 from ..data.records import Record, question_of
 from ..errors import RlaifError, StageError
 from ..files import by_batches, chunks, write_json, write_jsonl
@@ -107,7 +105,7 @@ def answer_all(
         out = []
         for trajectory in found:
             record, text = batch[trajectory.prompt], decode_answer(base, trajectory.ids)
-            truth = None if record.facts is None else world_text.truth(text, record.facts)._asdict()
+            truth = work.truth.of(text, record)
             out.append(
                 {
                     "key": record.key,
@@ -120,9 +118,9 @@ def answer_all(
                     "answer": text,
                     "length": len(trajectory.ids),
                     "stopped": trajectory.stopped,
-                    "truth": truth,
+                    "truth": truth and truth.counts._asdict(),
                     "repetition": repetition(trajectory.ids),
-                    "wrong_words": wrong_words(text, record),
+                    "wrong_words": truth.wrong_words if truth else [],
                 }
             )
         return out
@@ -133,15 +131,6 @@ def answer_all(
     rows = by_batches(work.stage("evaluate") / "parts" / path.name, batches, answer, done)
     write_jsonl(path, rows)
     return rows
-
-
-def wrong_words(text: str, record: Record) -> list[list[int]]:
-    """Character spans of the words that the facts contradict."""
-    if record.facts is None:
-        return []
-    labels = world_text.verdicts(text, record.facts)
-    spans = [list(match.span()) for match in re.finditer(r"\S+", text)]
-    return [span for span, label in zip(spans, labels) if label == "no"]
 
 
 def metrics_of(rows: list[dict]) -> dict[str, float]:
@@ -183,6 +172,6 @@ def write_examples(work: Workspace, records: list[Record]) -> None:
             say(f"evaluate: the report shows no frames of {record.video}: {strip}")
             continue
         Image.fromarray(strip).save(folder / f"{number:02d}.png")
-        truth = None if record.facts is None else world_text.describe(record.facts)
-        index.append({"key": record.key, "id": record.id, "file": f"{number:02d}.png", "truth": truth})
+        found = {"key": record.key, "id": record.id, "file": f"{number:02d}.png"}
+        index.append(found | {"truth": work.truth.describe(record)})
     write_json(folder / "index.json", index)

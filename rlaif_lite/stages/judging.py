@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data.records import Record, question_of
-from ..data.world_text import score as truth_score
+from ..data.truth import Truth
 from ..files import by_batches, chunks
 from ..judge.claims import Item, judge_claims
 from ..judge.pairwise import Pair, judge_pairs
@@ -101,7 +101,7 @@ def item_of(work: Workspace, record: Record, answer: str, contexts: Mapping[str,
     return Item(work.features(record), question_of(record), answer, context_of(work, record, contexts))
 
 
-def figures_of(judge: str, context: bool, judged: list[Judged]) -> dict:
+def figures_of(truth: Truth, judge: str, context: bool, judged: list[Judged]) -> dict:
     """What can be said of a judge: consistency, length bias and, where the truth is known, agreement with it."""
     longer = [j for j in judged if len(j.a.split()) != len(j.b.split())]
     prefers_longer = sum((j.margin > 0) == (len(j.a.split()) > len(j.b.split())) for j in longer)
@@ -111,9 +111,9 @@ def figures_of(judge: str, context: bool, judged: list[Judged]) -> dict:
         "pairs": len(judged),
         "length_bias": prefers_longer / len(longer) if longer else None,
     }
-    known = [j for j in judged if j.record.facts is not None]
-    gaps = [truth_score(j.a, j.record.facts) - truth_score(j.b, j.record.facts) for j in known]
-    decided = [(j, gap) for j, gap in zip(known, gaps) if gap != 0]
+    gaps = [(j, truth.gap(j.record, j.a, j.b)) for j in judged]
+    known = [(j, gap) for j, gap in gaps if gap is not None]
+    decided = [(j, gap) for j, gap in known if gap != 0]
     if decided:
         right = sum((j.margin > 0) == (gap > 0) for j, gap in decided)
         figures |= {

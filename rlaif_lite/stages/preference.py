@@ -13,13 +13,14 @@ Pairs that the recipe gives (`data.pairs`) are used as they are instead: nothing
 """
 
 from ..data.records import VIDEO_MARK, Record, question_of
+from ..data.truth import TRUTH
 from ..files import read_jsonl, write_json, write_jsonl
 from ..progress import say
 from ..rollout import Sampling
 from ..workspace import Workspace
 from .judging import Answers, Judged, compare_pairs, figures_of, sample_answers
 
-READS = ("seed", "preference", "data.preference", "data.pairs")
+READS = ("seed", "preference", "data.preference", "data.pairs", *TRUTH)
 NEEDS = ("features", "sft", "context")
 SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}  # as the release spells them
 
@@ -65,7 +66,7 @@ def run(work: Workspace) -> dict:
         if j.margin != 0 and abs(j.margin) > section.min_margin and (j.consistent or not section.consistent_only)
     ]
     write_pairs(work, kept)
-    figures = [figures_of(judge, context, found) for (judge, context), found in table.items()]
+    figures = [figures_of(work.truth, judge, context, found) for (judge, context), found in table.items()]
     write_json(work.stage("preference") / "judgements.json", figures)
     return summary(section, figures, pairs=len(kept), judged=len(label))
 

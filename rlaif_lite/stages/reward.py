@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..data.records import VIDEO_MARK, Message, Record, question_of
 from ..data.splits import hold_out_videos
-from ..data.world_text import score as truth_score
+from ..data.truth import TRUTH
 from ..errors import StageError
 from ..files import chunks, write_json
 from ..model.base import Base
@@ -34,7 +34,7 @@ from ..training.loop import batches, split_micro
 from ..workspace import Workspace
 from .preference import read_pairs
 
-READS = ("seed", "model", "reward")
+READS = ("seed", "model", "reward", *TRUTH)
 NEEDS = ("features", "sft", "preference")
 CHECKPOINT_EVERY = 20
 BINS = 5  # of the calibration table: P(chosen) from 0.5 to 1
@@ -207,10 +207,9 @@ def measure(work: Workspace, layout: RewardInput, held: list[tuple[Record, str, 
             score_B2 = score_pairs(layout, active, part)
         gaps += (score_B2[:, 0] - score_B2[:, 1]).tolist()
     result = {"heldout_accuracy": sum(gap > 0 for gap in gaps) / len(gaps), "calibration": calibration(gaps)}
-    truths = [truth_score(c, r.facts) - truth_score(x, r.facts) for r, c, x in held if r.facts is not None]
-    if len(truths) == len(gaps):
-        decided = [(gap, truth) for gap, truth in zip(gaps, truths) if truth != 0]
-        result["heldout_accuracy_truth"] = sum((g > 0) == (t > 0) for g, t in decided) / max(1, len(decided))
+    decided = [(gap, true) for gap, pair in zip(gaps, held, strict=True) if (true := work.truth.gap(*pair))]
+    if decided:
+        result["heldout_accuracy_truth"] = sum((g > 0) == (t > 0) for g, t in decided) / len(decided)
     return result
 
 

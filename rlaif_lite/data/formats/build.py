@@ -12,12 +12,12 @@ from .turns import CUT_OUT, TIMES, Turns
 
 EXTRAS = ("caption_type", "length_bonus")
 IDS = ("id", "uid", "question_id", "problem_id", "video_id")
-SHARED = (*IDS, "system", "captions", "label", "kto_tag", "solution", "options", *EXTRAS, *FIELDS)
+SHARED = (*IDS, "system", "captions", "label", "kto_tag", "solution", "options", "facts", *EXTRAS, *FIELDS)
 SOUND = ("audio", "audios")
 TOOLS = ("tools", "objects", "functions")
-OURS_ALONE = ("clip", "clips", "verdicts", "facts")
+OURS_ALONE = ("clip", "clips", "verdicts")
 # A misspelling of one of these would lose a video, an answer or its meaning in silence.
-GUARDED = ("video", "videos", "image", "images", "chosen", "rejected", "rejected_response", "label", *OURS_ALONE)
+GUARDED = ("video", "videos", "image", "images", "chosen", "rejected", "rejected_response", "label", "facts", *OURS_ALONE)
 
 
 def refuse_unknown(found: dict, known: set[str]) -> None:
@@ -88,6 +88,8 @@ def record(
         if type(value) not in (int, float) or not abs(value) < HUGE:
             raise DataError(f"`{key}` is {value!r}, expected a number.")
     captions = texts(found.get("captions"), "`captions`") if captions is None else captions
+    if found.get("facts") is not None and not isinstance(found["facts"], dict):
+        raise DataError(f"`facts` is {found['facts']!r}, expected an object.")
     options, solution = texts(found.get("options"), "`options`"), solution_of(found)
     return Record(
         name,
@@ -95,6 +97,7 @@ def record(
         tuple(messages),
         chosen,
         rejected,
+        facts=found.get("facts"),
         source=source,
         captions=captions,
         options=options,

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...data.records import Message, Record, question_of
-from ...data.world import facts_of
-from ...data.world_text import claim_question, claims_of, garbled, narrative_share, sentences_of
-from ...data.world_text import describe as description_of
+from ...data.world import divided_answer
 from ...files import by_batches, chunks, write_json
 from ...judge.claims import ask, judge_claims
 from ...judge.describe import describe_again
@@ -28,7 +26,6 @@ from ..judging import Answers, item_of
 from ..sft import backward, example
 
 DIVIDER = "divider"  # the adapter that divides answers, where the recipe trains one
-GARBLED = 0.15  # share of the texts it learns from that stumble, as sampled answers do
 ASKING = 0.2  # share of the texts that ask
 CHECKPOINT_EVERY = 20
 
@@ -147,17 +144,13 @@ def prepare_divider(work: Workspace) -> None:
 def lesson(section: Divide, rng: random.Random) -> Record:
     """One text to learn from: an answer and its claims, or a claim and its question. What it tells of is drawn anew;
     it is no video of the run."""
-    facts = facts_of(rng.getrandbits(48), "divide", 0)
-    sentences = sentences_of(garbled(description_of(facts), rng) if rng.random() < GARBLED else description_of(facts))
-    kept = sorted(rng.sample(range(len(sentences)), rng.randint(1, len(sentences))))  # also answers of few words
-    answer = " ".join(" ".join([*sentences[i], "."]) for i in kept)
-    claims = claims_of(answer)
+    divided = divided_answer(rng)
     if section.split is None or (section.ask is not None and rng.random() < ASKING):
-        claim = rng.choice(claims_of(" ".join(sentences[rng.choice(kept)])))
-        prompt, written = section.ask.format(claim=claim), claim_question(claim)
+        claim, written = divided.asked(rng)
+        prompt = section.ask.format(claim=claim)
     else:
-        prompt = section.split.format(question="describe the video", answer=answer)
-        written = section.separator.join(claims)
+        prompt = section.split.format(question=divided.question, answer=divided.answer)
+        written = section.separator.join(divided.claims)
     return Record("lesson", None, (Message("user", prompt), Message("assistant", written)))
 
 
@@ -186,15 +179,13 @@ def describe_videos(
         texts = by_batches(folder / "described.jsonl", chunks(list(shown), size), write, bar.advance)
     now = dict(zip(shown, texts, strict=True))
     write_json(folder / "descriptions.json", read | now)
-    known = [(name, r.facts) for name, r in shown.items() if r.facts is not None]
     told = {
         "descriptions": [{"video": v, "read": read[v], "written": now[v]} for v in list(shown)[: section.examples]],
         "description_changed": sum(read[v] != now[v] for v in shown) / max(1, len(shown)),
         "description_words": sum(len(text.split()) for text in texts) / max(1, len(texts)),
     }
-    if known:  # the share of true claims: what is read in round 1 are the narratives
-        told |= {
-            f"description_true_{when}": sum(narrative_share(of[v], facts) for v, facts in known) / len(known)
-            for when, of in (("read", read), ("written", now))
-        }
+    for when, of in (("read", read), ("written", now)):  # what is read in round 1 are the narratives
+        shares = [share for v, r in shown.items() if (share := work.truth.share_true(of[v], r)) is not None]
+        if shares:
+            told[f"description_true_{when}"] = sum(shares) / len(shares)
     return now, told

@@ -34,7 +34,7 @@ import torch
 
 from ...data.records import Record
 from ...data.splits import hold_out_videos
-from ...data.world_text import score as truth_score
+from ...data.truth import TRUTH
 from ...errors import StageError
 from ...files import by_batches, chunks, read_jsonl, write_json, write_jsonl
 from ...judge.claims import split_claims
@@ -52,7 +52,7 @@ from ...workspace import Workspace
 from ..judging import Answers, Judged, compare_pairs, figures_of, sample_answers
 from .judges import describe_videos, prepare_divider, score_answers
 
-READS = ("seed", "model", "preference", "dpo", "data.preference")
+READS = ("seed", "model", "preference", "dpo", "data.preference", *TRUTH)
 NEEDS = ("features", "sft", "context")
 START = "reference"  # the adapter that round 1 starts from; `sft` where the recipe asks whose answers or log-probs
 CHECKPOINT_EVERY = 20
@@ -147,7 +147,7 @@ def one_round(work: Workspace, number: int, before: Path, records: list[Record])
     learnt = train(work, number, before, choice.pairs, reference)
     texts = [text for found in answers for text in found.texts]
     chosen, rejected = (mean_words([getattr(pair, which) for pair in choice.pairs]) for which in ("chosen", "rejected"))
-    figures = figures_of(judge_name(work), contexts is not None, choice.judged)
+    figures = figures_of(work.truth, judge_name(work), contexts is not None, choice.judged)
     known = {key: figures[key] for key in ("agreement", "truth_length_bias", "consistency") if key in figures}
     return {
         "prompts": len(records),
@@ -374,7 +374,7 @@ def look(work: Workspace, number: int, policy: Path, held: list[Record]) -> dict
                 -max(1, len(split_claims(of.texts[0]))) if score is None else score
                 for of, score in zip(answers, judged, strict=True)
             ]
-    truths = [truth_score(of.texts[0], of.record.facts) for of in answers if of.record.facts is not None]
+    truths = [score for of in answers if (score := work.truth.score(of.texts[0], of.record)) is not None]
     return {
         "heldout_score": sum(scores) / len(scores),
         "heldout_truth": sum(truths) / len(truths) if truths else None,

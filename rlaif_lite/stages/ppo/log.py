@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from ...data.records import Record
-from ...data.world_text import score as truth_score
 from ...errors import StageError
 from ...files import read_jsonl, write_json
 from ...model.inputs import decode_answer
@@ -65,11 +64,8 @@ def describe(
         metrics["loss/value_avg"] = mean["value_loss"]
         metrics["val/clipfrac_avg"] = mean["value_clipfrac"]
         metrics["val/explained_variance"] = explained_variance(e.value_BT, e.return_BT, e.mask_BT)
-    truths = [
-        truth_score(decode_answer(base, a.ids), r.facts)
-        for r, a in zip(records, answers, strict=True)
-        if r.facts is not None
-    ]
+    scores = [work.truth.score(decode_answer(base, a.ids), r) for r, a in zip(records, answers, strict=True)]
+    truths = [score for score in scores if score is not None]
     if truths:
         metrics["rollout/oracle_score"] = sum(truths) / len(truths)
     return metrics

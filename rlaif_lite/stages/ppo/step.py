@@ -31,6 +31,7 @@ from torch import Tensor
 from rlaif_kernels import gae
 
 from ...data.records import Record
+from ...data.truth import TRUTH
 from ...model.base import Base
 from ...model.inputs import decode_answer, encode_prompt
 from ...model.roles import ActiveRole, Roles
@@ -65,6 +66,7 @@ READS = (
     "preference.batch_size",
     "preference.claims",
     "preference.pairwise",
+    *TRUTH,
 )
 NEEDS = ("features", "sft", "context", "reward")
 BETAS = (0.9, 0.99)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .formats import duration
+
 LINE_EVERY_S = 5.0  # at most one plain line in this time
 
 _console = Console(stderr=True, highlight=False)
@@ -114,12 +116,3 @@ def _last_line(counter: Counter) -> str:
     unit = counter.unit + ("" if counter.unit == "it" or counter.done == 1 else "s")
     parts = (f"{counter.description}: {counter.done} {unit} in {duration(counter.seconds)}", counter.stats_text())
     return "  ".join(part for part in parts if part)
-
-
-def duration(seconds: float) -> str:
-    """ "8.2 s", "1 min 05 s", "2 h 03 min"."""
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s"

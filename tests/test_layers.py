@@ -25,7 +25,7 @@ FLOORS = [
     {"recipe"},
     {"progress", "phases"},
     {"files"},
-    {"errors"},
+    {"errors", "formats"},
     {"__init__"},
 ]
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
@@ -89,13 +89,13 @@ def test_an_upward_import_is_seen(tmp_path, monkeypatch):
 
 
 def test_the_report_reads_run_folders_only():
-    """It can be run on a folder from another machine: no torch, no transformers, nothing of this package but its errors."""
+    """It can be run on a folder from another machine: no torch, no transformers, nothing of this package but errors and formats."""
     allowed = {"numpy", "matplotlib", "jinja2", "markupsafe", "PIL"} | sys.stdlib_module_names
     for path in (PACKAGE / "report").glob("*.py"):
         for name in imports(path):
             first = name.split(".")[0]
             assert first in allowed or name.startswith(
-                ("rlaif_lite.report", "rlaif_lite.errors", "rlaif_lite.__version__")
+                ("rlaif_lite.report", "rlaif_lite.errors", "rlaif_lite.formats", "rlaif_lite.__version__")
             ), (path, name)
 
 

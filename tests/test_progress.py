@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from rlaif_lite import progress as module
-from rlaif_lite.progress import duration, progress, say
+from rlaif_lite.formats import duration
+from rlaif_lite.progress import progress, say
 
 
 class Clock:
@@ -70,7 +71,14 @@ def test_bar_on_a_terminal_with_text_above_and_a_second_one_inside(terminal, mon
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (59.9, "59.9 s"), (59.99, "1 min 00 s"), (65.4, "1 min 05 s"), (7384, "2 h 03 min")],
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (12.4, "12 s"),
+        (59.9, "1 min 00 s"),
+        (65.4, "1 min 05 s"),
+        (7384, "2 h 03 min"),
+    ],
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from rlaif_lite.errors import StageError
+from rlaif_lite.formats import duration, number, signed, size
 from rlaif_lite.report.folder import Change, changes, read_run
-from rlaif_lite.report.page import duration, size, write
+from rlaif_lite.report.page import write
 from rlaif_lite.report.stats import COUNTS, RATIOS, Interval, paired_bootstrap, tally
-from rlaif_lite.report.verdict import classify, number, signed
+from rlaif_lite.report.verdict import classify
 from run_folders import make_run
 
 KINDS = ("helped", "hacked", "no_truth", "unfinished", "dpo")

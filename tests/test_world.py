@@ -19,7 +19,7 @@ from rlaif_lite.data.world import (
     write_video,
     write_world,
 )
-from rlaif_lite.data.world_text import CLEAN, KINDS, Noise, caption, claim, garbled, narrative, pair, verdicts
+from rlaif_lite.data.world_text import KINDS, Noise, caption, claim, garbled, narrative, pair, verdicts
 from rlaif_lite.errors import DataError
 
 FACTS = {"events": [["red", "circle", "left"], ["blue", "square", "up"], ["green", "cross", "grows"]], "star": "yellow"}
@@ -110,7 +110,7 @@ def test_corruption_rates():
     yellow = np.mean([d["star"] == "yellow" for d in drawn if d["star"]])
     assert yellow == pytest.approx(0.7 + 0.3 / 6, abs=0.03)
     assert np.mean([corrupt(FACTS, rng, noise)["star"] is None for _ in range(trials)]) == pytest.approx(0.3, abs=0.03)
-    assert corrupt(FACTS, rng, CLEAN) == FACTS
+    assert corrupt(FACTS, rng, Noise(0.0, 0.0, 0.0, 0.0)) == FACTS
 
 
 def test_claims_are_true_as_often_as_they_say():

@@ -117,8 +117,8 @@ def read_split(split: Split, data: Data) -> tuple[list[Record], set[str]]:
         )
     if split.key == "data.pairs" and (alone := [r.source for r in records if r.chosen is None]):
         raise DataError(
-            f"{split.key}: {len(alone)} records hold no pair, the first {alone[0]}. Each needs `chosen` and `rejected`, or "
-            "the release's `output_1`, `output_2` and `preference`. Prompts alone go to `data.preference`."
+            f"{split.key}: {len(alone)} records hold no pair, the first {alone[0]}. Each needs `chosen` and "
+            "`rejected`, or the release's `output_1`, `output_2` and `preference`. Prompts alone go to `data.preference`."
         )
     return records, names
 

@@ -32,8 +32,8 @@ WORLD = {"events", "star"}  # keys of the world's facts
 STOP_WORDS = frozenset(
     re.findall(
         r"\w+",
-        "a an the is are was were be been being am do does did has have had of in on at to from by with for and or then "
-        "there here it its this that these those as into onto while",
+        "a an the is are was were be been being am do does did has have had of in on at to from by with for and or "
+        "then there here it its this that these those as into onto while",
     )
 )
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_]+(?:['’-][^\W_]+)*")  # Chinese and Japanese: by character

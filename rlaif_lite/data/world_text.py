@@ -41,9 +41,6 @@ class Noise(NamedTuple):
     omit_star: float = 0.05  # chance that a true star is left out
 
 
-CLEAN = Noise(0.0, 0.0, 0.0, 0.0)
-
-
 class Truth(NamedTuple):
     """One text held against the facts of its video."""
 

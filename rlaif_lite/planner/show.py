@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..report.page import duration
+from ..formats import duration
 from .plan import Plan
 
 SCHEMA = 1  # counted up when a name below changes its meaning

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from ..errors import RlaifError
+from ..formats import number, percent
 
 SCHEMA = 1  # of the JSON; counted up when a field changes its meaning
 COLUMNS = ("stage", "phase", "calls", "seconds", "per second", "share", "peak", "of matmul")
@@ -33,10 +34,10 @@ def as_text(profile: dict) -> str:
                     name,
                     str(phase["calls"]),
                     f"{phase['seconds']:.3f}",
-                    number(phase["per_second"]),
+                    "" if phase["per_second"] is None else number(phase["per_second"], 0),
                     f"{phase['share']:.1%}",
                     gib(phase["peak_memory_bytes"]),
-                    percent(phase["of_matmul"]),
+                    "" if phase["of_matmul"] is None else percent(phase["of_matmul"]),
                 )
             )
     made = "random weights, " if profile["random_weights"] else ""
@@ -91,14 +92,6 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
 
 def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
-
-
-def number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}"
-
-
-def percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
 
 
 def draw_memory(moments: dict[str, list], path: Path) -> None:

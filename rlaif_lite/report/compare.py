@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlaif_lite.errors import StageError
+from rlaif_lite.formats import duration, size
 from rlaif_lite.report.folder import Run, method_of, read_run
-from rlaif_lite.report.page import MEASURES, MODES, duration, size
+from rlaif_lite.report.page import MEASURES, MODES
 from rlaif_lite.report.stats import RATIOS, Interval, measured, paired, paired_bootstrap, ratio
 
 SEED_NOTE = "One run of each: with another seed, the same recipe may differ by more than these intervals say."

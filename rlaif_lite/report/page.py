@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from rlaif_lite.formats import duration, number, percent, signed, size
 from rlaif_lite.report import plots
 from rlaif_lite.report.folder import METHODS, Change, Changes, Run, changes, method_of, read_run
 from rlaif_lite.report.stats import Interval, asked
-from rlaif_lite.report.verdict import judge_run, number, percent, rounds_of, signed
+from rlaif_lite.report.verdict import judge_run, rounds_of
 
 ROLES = {"base": "Base", "sft": "SFT", "reference": "Reference", **METHODS}
 MOST_DESCRIBED = 6  # videos
@@ -365,28 +366,3 @@ def _answer(label: str, row: dict) -> Answer:
     pieces.append((text[end:], False))
     truth = row["truth"]
     return Answer(label, [piece for piece in pieces if piece[0]], truth and truth["correct"], truth and truth["wrong"])
-
-
-# ------------------------------------------------------------------------------------------------------------- formats
-
-
-def duration(seconds: float) -> str:
-    """0.4 s, 12 s, 3 min 05 s, 2 h 14 min."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def size(count: float) -> str:
-    """Bytes as people say them, in powers of 1000: 840 kB, 12.3 MB, 1.46 GB."""
-    if count < 1e6:
-        return f"{count / 1e3:.0f} kB"
-    if count < 1e9:
-        return f"{count / 1e6:.{1 if count < 1e8 else 0}f} MB"
-    return f"{count / 1e9:.2f} GB"

@@ -17,6 +17,7 @@ A change counts only when its 95 % interval (paired bootstrap over videos) exclu
 import re
 from typing import Any, NamedTuple
 
+from rlaif_lite.formats import number, percent, signed
 from rlaif_lite.report.folder import METHODS, Changes, Run, method_of
 from rlaif_lite.report.stats import RATIOS, Asked, asked, paired, paired_bootstrap
 
@@ -101,21 +102,6 @@ def cautions(run: Run) -> list[str]:
             f"The truth is known for {items.known} of {items.questions} questions; figures of it are of these."
         )
     return found
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}\u00a0%"
-
-
-def number(value: float, digits: int = 2) -> str:
-    "With a true minus sign, and no sign on what rounds to zero."
-    text = f"{value:.{digits}f}"
-    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
-
-
-def signed(value: float, digits: int = 1) -> str:
-    text = number(value, digits)
-    return text if text.startswith("−") or float(text) == 0 else f"+{text}"
 
 
 def _headline(kind: str, first: Changes, method: str) -> str:

@@ -4,7 +4,7 @@ Shapes: R rows, D width, V vocabulary, T new tokens.
 """
 
 from collections.abc import Sequence as Seq
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,6 @@ class Trajectory(NamedTuple):
     ids: list[int]  # sampled tokens, the EOS included when there is one
     stopped: bool  # ended by EOS (the only stop rule), not by the length limit
     logp: list[float]  # log-prob of each token as the sampler saw it (before top-k and top-p), for comparison
-
-    @property
-    def stop_reason(self) -> Literal["eos", "length"]:
-        return "eos" if self.stopped else "length"
 
 
 class Sampling(NamedTuple):

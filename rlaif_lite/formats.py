@@ -1,0 +1,38 @@
+"""Figures as people read them."""
+
+
+def duration(seconds: float) -> str:
+    """0.4 s, 12 s, 3 min 05 s, 2 h 14 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes in powers of 1000: 840 kB, 12.3 MB, 1.46 GB."""
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
+    if count < 1e9:
+        return f"{count / 1e6:.{1 if count < 1e8 else 0}f} MB"
+    return f"{count / 1e9:.2f} GB"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}\u00a0%"
+
+
+def number(value: float, digits: int = 2) -> str:
+    """With thousands, a true minus sign, and no sign on what rounds to zero."""
+    text = f"{value:,.{digits}f}"
+    return text.lstrip("-") if not text.strip("-0.") else text.replace("-", "−")
+
+
+def signed(value: float, digits: int = 1) -> str:
+    text = number(value, digits)
+    return text if text.startswith("−") or not text.strip("0.") else f"+{text}"

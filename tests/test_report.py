@@ -258,6 +258,7 @@ def test_sections_follow_what_the_run_has(pages):
         assert word in helped
     for word in ("Hallucination", "agree with the truth", "In truth", "True score", "Sharper sampling"):
         assert word in helped and word not in no_truth, word
+    assert "no truth is known. What their form shows: repetition" in no_truth and "stop by themselves" in no_truth
     for word in ("What changed", "Before and after", "Evaluation"):
         assert word not in unfinished
     assert pages["helped"].read_text().count("<svg xmlns") == 6 + 6 + 3 + 1  # PPO, more of PPO, losses, calibration

@@ -17,7 +17,7 @@ from rlaif_lite.report.folder import read_run
 from rlaif_lite.report.page import example_cards
 from rlaif_lite.report.stats import asked
 from rlaif_lite.stages.ppo import interventions, ranking
-from rlaif_lite.stages.preference import read_pairs
+from rlaif_lite.stages.preference import outside_narrative, read_pairs
 from rlaif_lite.workspace import Workspace
 
 # ---- names and keys
@@ -202,3 +202,10 @@ def test_feedback_reads_each_answer_with_its_own_record(shared, monkeypatch, fee
     }
     assert len(asked_of) == 8 and len(heard) == 16  # eight answers in each of two steps
     assert {(item.video.features_KD.sum().item(), item.question, item.context) for item in heard} <= asked_of
+
+
+def test_answers_that_name_nothing_of_the_narrative_are_counted(by_ppo):
+    one, *_ = by_ppo.records("preference")
+    told = {by_ppo.name_of(one): "A dog runs to the sea ."}
+    pairs = [(one, "The dogs sleep .", "A cat to the left ."), (one, "", "sea")]
+    assert outside_narrative(by_ppo, pairs, told) == 0.5 and outside_narrative(by_ppo, pairs, {}) is None

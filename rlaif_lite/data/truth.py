@@ -236,6 +236,11 @@ def words_of(text: str) -> list[str]:
     return [_singular(match.group().lower()) for match in WORD.finditer(text)]
 
 
+def content_words(text: str) -> frozenset[str]:
+    """The words of a text that are no STOP_WORDS."""
+    return frozenset(words_of(text)) - STOP_WORDS
+
+
 def _singular(word: str) -> str:
     """A guess by the ending: "dogs" and "dog's" as "dog", "boxes" as "box", "ladies" as "lady"."""
     word = re.sub("['’]s?$", "", word)

@@ -125,12 +125,20 @@ def _effect(what: str, found: Changes, items: Asked) -> list[str]:
     if "f1" not in found:
         length = found["length"]
         tokens = f"went from {length.before:.1f} to {length.after:.1f} tokens"
-        return [f"{what} to {items} {tokens}; no truth is known."]
+        form = _points(found, ("repetition", "repetition"), ("answers that stop by themselves", "stop_rate"))
+        return [f"{what} to {items} {tokens}; no truth is known. What their form shows: {form}."]
+    facts = _points(found, ("hallucination", "hallucination"), ("F1", "f1"), ("recall", "recall"))
+    return [f"{what} to {items}, with 95\u00a0% intervals: {facts}."]
+
+
+def _points(found: Changes, *named: tuple[str, str]) -> str:
+    """Changes of shares in points, with their intervals."""
     parts = []
-    for label, name in (("hallucination", "hallucination"), ("F1", "f1"), ("recall", "recall")):
-        delta, low, high = (signed(100 * points) for points in found[name].interval)
-        parts.append(f"{label} {delta} points ({low} to {high})")
-    return [f"{what} to {items}, with 95\u00a0% intervals: {', '.join(parts)}."]
+    for label, name in named:
+        if name in found:
+            delta, low, high = (signed(100 * points) for points in found[name].interval)
+            parts.append(f"{label} {delta} points ({low} to {high})")
+    return ", ".join(parts)
 
 
 def _temperature(run: Run, sample: Changes) -> list[str]:

@@ -13,7 +13,7 @@ Pairs that the recipe gives (`data.pairs`) are used as they are instead: nothing
 """
 
 from ..data.records import VIDEO_MARK, Record, question_of
-from ..data.truth import TRUTH
+from ..data.truth import TRUTH, content_words
 from ..files import read_jsonl, write_json, write_jsonl
 from ..progress import say
 from ..rollout import Sampling
@@ -68,7 +68,8 @@ def run(work: Workspace) -> dict:
     write_pairs(work, kept)
     figures = [figures_of(work.truth, judge, context, found) for (judge, context), found in table.items()]
     write_json(work.stage("preference") / "judgements.json", figures)
-    return summary(section, figures, pairs=len(kept), judged=len(label))
+    outside = outside_narrative(work, pairs, narratives)
+    return summary(section, figures, pairs=len(kept), judged=len(label)) | {"outside_narrative": outside}
 
 
 def make_pairs(answers: list[Answers]) -> list[tuple[Record, str, str]]:
@@ -79,6 +80,16 @@ def make_pairs(answers: list[Answers]) -> list[tuple[Record, str, str]]:
         for a, b in zip(found.texts[0::2], found.texts[1::2], strict=True)
         if a != b
     ]
+
+
+def outside_narrative(
+    work: Workspace, pairs: list[tuple[Record, str, str]], narratives: dict[str, str]
+) -> float | None:
+    """Share of the answers that have no content word of their video's narrative; None where there are no narratives.
+    It needs no truth, and says where judge and policy speak of different things."""
+    told = {name: content_words(text) for name, text in narratives.items()}
+    known = [(told[name], text) for r, a, b in pairs if (name := work.name_of(r)) in told for text in (a, b)]
+    return sum(not words & content_words(text) for words, text in known) / len(known) if known else None
 
 
 def write_pairs(work: Workspace, kept: list[Judged]) -> None:

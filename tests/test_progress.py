@@ -42,7 +42,7 @@ def test_lines_are_rare_and_say_rate_and_time_left(clock, capsys):
         "sft easy: 3/12  2.0 s/step  18 s left  loss 0.3333",
         "sft easy: 6/12  2.0 s/step  12 s left  loss 0.1667",
         "sft easy: 9/12  2.0 s/step  6.0 s left  loss 0.1111",
-        "sft easy: 12 steps in 24.0 s  loss 0.08333",
+        "sft easy: 12 steps in 24 s  loss 0.08333",
     ]
 
 

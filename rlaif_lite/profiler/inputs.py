@@ -36,7 +36,7 @@ def reduced(recipe: Recipe, folder: Path, steps: int) -> Recipe:
             plain["sft"][phase]["steps"] = steps + 1
     plain["reward"] |= {"steps": steps + 1, "floor": 0.0, "pairs": None}
     plain["ppo"] |= {"steps": steps + 1, "normalize_reward": False, "checkpoint_every": steps + 1}
-    plain["evaluate"] |= {"bootstrap": 1, "examples": 0}
+    plain["evaluate"] |= {"bootstrap": 1, "examples": 0, "truth": None, "synonyms": None}  # made-up answers have none
     return Recipe.model_validate(plain)
 
 

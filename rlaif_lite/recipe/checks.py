@@ -269,7 +269,7 @@ def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if data.video_root is not None and not is_folder(data.video_root):
         yield "data.video_root", f"names {data.video_root}, which is not a folder. Paths start at {Path.cwd()}."
     synonyms = recipe.evaluate.synonyms
-    if synonyms is not None and not Path(synonyms).expanduser().is_file():
+    if synonyms is not None and not is_file(Path(synonyms).expanduser()):
         yield "evaluate.synonyms", f"names {synonyms}, which is not a file. {files_near(Path(synonyms).expanduser())}"
     own = recipe.model.reward_base
     for key, base in (("model.base", recipe.model.base), ("model.reward_base.base", own.base if own else "embedded")):

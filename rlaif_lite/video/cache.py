@@ -47,8 +47,6 @@ class FeatureRecord(NamedTuple):
         return {name: value for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
 
 
-
-
 def feature_key(*, video: str, views: dict, processor: dict, tower: str, chain: list[dict], dtype: str) -> str:
     """The name of a cache file, 32 hex digits.
 

@@ -172,6 +172,6 @@ def write_examples(work: Workspace, records: list[Record]) -> None:
             say(f"evaluate: the report shows no frames of {record.video}: {strip}")
             continue
         Image.fromarray(strip).save(folder / f"{number:02d}.png")
-        found = {"key": record.key, "id": record.id, "file": f"{number:02d}.png"}
-        index.append(found | {"truth": work.truth.describe(record)})
+        shown = {"key": record.key, "id": record.id, "file": f"{number:02d}.png"}
+        index.append(shown | {"truth": work.truth.describe(record)})
     write_json(folder / "index.json", index)

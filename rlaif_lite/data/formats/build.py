@@ -46,7 +46,7 @@ def is_ours(found: dict) -> bool:
     """What `records.to_json` writes: turns with plain texts, an id, and no key but ours (or one that is ours alone)."""
     turns = found["messages"]
     plain = isinstance(turns, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in turns)
-    own = {field.name for field in fields(Record)} - {"key"}  # the key is ours to give
+    own = {field.name for field in fields(Record)}
     return plain and "id" in found and (found.keys() <= own or bool(found.keys() & {*OURS_ALONE}))
 
 

@@ -8,8 +8,9 @@ import torch
 from .data.records import VIDEO_MARK, Message
 from .errors import StageError
 from .model.base import Base, load_base
-from .model.inputs import decode_answer, encode_prompt
+from .model.inputs import encode_prompt
 from .model.roles import BASE, Roles
+from .model.text import decode_answer
 from .recipe import Recipe, load_recipe
 from .rollout import Sampling, sample
 from .rollout.score import best_of

@@ -21,7 +21,8 @@ from rlaif_lite.benchmarks.results import figures, table
 from rlaif_lite.data.records import Message
 from rlaif_lite.data.world_text import COLOURS, describe
 from rlaif_lite.errors import DataError
-from rlaif_lite.model.inputs import collate, encode_answer, encode_prompt
+from rlaif_lite.model.inputs import collate, encode_prompt
+from rlaif_lite.model.text import encode_answer
 from rlaif_lite.model.roles import Roles
 from rlaif_lite.recipe import Lora, dump_yaml, load_recipe
 
@@ -340,7 +341,10 @@ def test_texts_score_as_one_forward_each_says(load):
     base = load(quantization="none")
     roles, video = Roles(base, Lora(rank=4, alpha=8.0)), video_of(base, 8)
     prompt = encode_prompt(base, [Message("user", "<video> describe the video")], video)
-    texts = [encode_answer(base, text) for text in ("first a red circle left .", "yes", "then a blue square up . a .")]
+    texts = [
+        encode_answer(base, prompt.opening, text)
+        for text in ("first a red circle left .", "yes", "then a blue square up . a .")
+    ]
     with roles.use("base") as role:
         found = ranking.score_texts(role, prompt, texts)
         for ids, score in zip(texts, found, strict=True):
@@ -356,7 +360,7 @@ def test_texts_are_scored_in_several_forwards_when_they_are_many(load, monkeypat
     base = load(quantization="none")
     roles = Roles(base, Lora(rank=4, alpha=8.0))
     prompt = encode_prompt(base, [Message("user", "describe the video")], None)
-    texts = [encode_answer(base, f"a {colour} star .") for colour in COLOURS]
+    texts = [encode_answer(base, prompt.opening, f"a {colour} star .") for colour in COLOURS]
     with roles.use("base") as role:
         together = ranking.score_texts(role, prompt, texts)
         monkeypatch.setattr(ranking, "TOGETHER", 11)  # two texts of five tokens each

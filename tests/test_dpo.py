@@ -16,7 +16,7 @@ from rlaif_lite.data.records import Message
 from rlaif_lite.data.world_text import claim_question, claims_of
 from rlaif_lite.errors import ModelError, StageError
 from rlaif_lite.files import read_jsonl
-from rlaif_lite.judge.claims import Verdict
+from rlaif_lite.judge.claims import ClaimScores
 from rlaif_lite.judge.divide import Divided, TextModel, divide, parse_list, rejected
 from rlaif_lite.model.inputs import encode_prompt
 from rlaif_lite.recipe import Divide
@@ -186,7 +186,7 @@ def test_claims_and_questions_stay_together_or_the_answer_is_not_judged():
 
 
 def test_the_score_counts_what_is_not_likelier_true():
-    assert rejected(Verdict(0.0, ["a", "b", "c"], [0.1, -0.2, 0.0], [], [])) == 2
+    assert rejected(ClaimScores(0.0, ["a", "b", "c"], [0.1, -0.2, 0.0], [], [])) == 2
 
 
 def test_the_worlds_own_division():

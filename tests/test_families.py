@@ -23,10 +23,11 @@ from rlaif_lite.data.records import Message
 from rlaif_lite.errors import ModelError, RecipeError
 from rlaif_lite.model.base import Base, load_base
 from rlaif_lite.model.families import FAMILIES, _in_words
-from rlaif_lite.model.inputs import Sequence, collate, decode, encode_answer, encode_prompt
+from rlaif_lite.model.inputs import Sequence, collate, decode, encode_prompt
 from rlaif_lite.model.layout import check_chain, merged_times
 from rlaif_lite.model.pixels import image_spec, to_patches, to_pixels
 from rlaif_lite.model.roles import Roles
+from rlaif_lite.model.text import RUNNING, encode_answer
 from rlaif_lite.planner.shapes import shapes_of
 from rlaif_lite.recipe import Lora, Model
 from rlaif_lite.rollout import Sampling, sample
@@ -259,7 +260,7 @@ def test_placeholders_can_be_neither_said_nor_scored(case):
     token = base.tokenizer.convert_ids_to_tokens(base.placeholder_id)
     for text in (f"a {token} b", "a <video> b"):
         with pytest.raises(ModelError, match="placeholder"):
-            encode_answer(base, text)
+            encode_answer(base, RUNNING, text)
     with pytest.raises(ModelError, match="video placeholders|marks 2 videos"):
         encode_prompt(base, [Message("user", f"<video> a {token} b")], case.record([]))
 

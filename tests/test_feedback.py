@@ -16,9 +16,10 @@ from core import shake
 from rlaif_lite import pipeline
 from rlaif_lite.data.records import question_of
 from rlaif_lite.files import read_jsonl
-from rlaif_lite.judge.claims import Item, judge_claims
-from rlaif_lite.judge.pairwise import Pair, judge_pairs
-from rlaif_lite.model.inputs import IGNORE, decode_answer
+from rlaif_lite.judge.claims import AnswerToJudge, judge_claims
+from rlaif_lite.judge.pairwise import AnswerPair, judge_pairs
+from rlaif_lite.model.inputs import IGNORE
+from rlaif_lite.model.text import decode_answer
 from rlaif_lite.stages.ppo import step as ppo
 from rlaif_lite.stages.ppo.log import check_first_step
 from rlaif_lite.workspace import Workspace
@@ -92,9 +93,9 @@ def test_the_judge_ranks_by_claims_or_by_comparing_all(rerun):
     asked = [(work.features(r), question_of(r)) for r in step.records]
     section, duels = work.recipe.preference, {}
     with work.roles.use("sft") as judge:
-        alone = judge_claims(judge, [Item(*a, t, None) for a, t in zip(asked, texts)], section.claims, 1)
+        alone = judge_claims(judge, [AnswerToJudge(*a, t, None) for a, t in zip(asked, texts)], section.claims, 1)
         for i, j in permutations(range(4), 2):
-            [duels[i, j]] = judge_pairs(judge, [Pair(*asked[i], texts[i], texts[j], None)], section.pairwise, 1)
+            [duels[i, j]] = judge_pairs(judge, [AnswerPair(*asked[i], texts[i], texts[j], None)], section.pairwise, 1)
     assert step.feedback.by_claims(step.records, texts) == pytest.approx([v.score for v in alone], abs=1e-4)
     margins = [sum(duels[i, j].margin for j in range(4) if j != i) / 3 for i in range(4)]
     assert step.feedback.by_pairs(step.records, texts)[:4] == pytest.approx(margins, abs=1e-4)

@@ -20,14 +20,12 @@ from rlaif_lite.model.inputs import (
     Sequence,
     branch,
     collate,
-    decode_answer,
-    encode_answer,
     encode_prompt,
-    encode_text,
     split_prompt,
     target_rows,
 )
 from rlaif_lite.model.roles import Roles
+from rlaif_lite.model.text import RUNNING, decode_answer, encode_answer
 from rlaif_lite.recipe import Lora
 from rlaif_lite.video.cache import FeatureRecord
 
@@ -224,8 +222,9 @@ def test_marks_in_a_message_make_branches(base):
         ids(base, "better ? <ans>"),
     )
     assert (row.ids_S, places(row), row.group_S) == (want.ids_S, places(want), want.group_S)
-    prefix, tail = split_prompt(base, "<video> what <|>", video_of(base, 4))
-    assert words(base, prefix.ids_S) == ["<s>", *["<video>"] * 4, "what"] and words(base, tail) == ["<ans>"]
+    split = split_prompt(base, "<video> what <|>", video_of(base, 4))
+    assert words(base, split.prefix.ids_S) == ["<s>", *["<video>"] * 4, "what"]
+    assert words(base, split.branch(base, "red")) == ["red", "<ans>"]
 
 
 def encode_prompt_without_end(base, text: str, video: FeatureRecord) -> Sequence:
@@ -276,7 +275,7 @@ def test_a_template_that_ends_in_a_newline_keeps_it(base):
     chatml.tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
     chatml.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}\n{{ m.content[0].text }}\n{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
     assert words(chatml, encode_prompt(chatml, user("hi"), None).ids_S) == ["user", "\n", "hi", "\n", "assistant", "\n"]
-    _, tail = split_prompt(chatml, "hi<|>", None)
+    tail = split_prompt(chatml, "hi<|>", None).branch(chatml, " hi")
     assert words(chatml, tail)[-2:] == ["assistant", "\n"]
     row = encode_prompt(chatml, user("hi <|> hi <|> hi <|> hi"), None)
     assert words(chatml, row.ids_S)[-2:] == ["assistant", "\n"]
@@ -306,13 +305,12 @@ def test_a_second_mark_in_a_branch_is_refused(base, text):
 
 
 def test_a_mark_in_an_answer_is_refused(base):
-    for encode in (encode_text, encode_answer):
-        with pytest.raises(ModelError, match="placeholder"):
-            encode(base, "a red <video> circle")
+    with pytest.raises(ModelError, match="placeholder"):
+        encode_answer(base, RUNNING, "a red <video> circle")
 
 
 def test_answers_there_and_back(base):
-    answer = encode_answer(base, "first a red circle left .")
+    answer = encode_answer(base, RUNNING, "first a red circle left .")
     assert words(base, answer) == ["first", "a", "red", "circle", "left", ".", "</s>"]
     assert decode_answer(base, answer) == "first a red circle left ."
     assert decode_answer(base, answer[:-1]) == "first a red circle left ."  # cut by the length limit

@@ -23,7 +23,7 @@ from rlaif_lite.data.world_text import COLOURS
 from rlaif_lite.errors import RecipeError
 from rlaif_lite.files import read_jsonl
 from rlaif_lite.judge import intervene
-from rlaif_lite.judge.claims import split_claims
+from rlaif_lite.data.sentences import split_claims
 from rlaif_lite.judge.intervene import (
     Claim,
     missing_words,

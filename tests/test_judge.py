@@ -8,12 +8,14 @@ import torch
 
 from core import shake, video_of
 from rlaif_lite.data.records import Message
+from rlaif_lite.data.sentences import split_claims
 from rlaif_lite.errors import ModelError
-from rlaif_lite.judge.claims import Item, judge_claims, split_claims, user_message
+from rlaif_lite.judge.claims import AnswerToJudge, judge_claims, user_message
 from rlaif_lite.judge.narrative import narrative
-from rlaif_lite.judge.pairwise import Pair, judge_pairs
-from rlaif_lite.model.inputs import collate, encode_prompt, single_token
+from rlaif_lite.judge.pairwise import AnswerPair, judge_pairs
+from rlaif_lite.model.inputs import collate, encode_prompt
 from rlaif_lite.model.roles import Roles
+from rlaif_lite.model.text import RUNNING, word_tokens
 from rlaif_lite.recipe import Claims, Pairwise
 
 ASK = Claims(
@@ -39,18 +41,18 @@ def judge(load) -> Roles:
     return roles
 
 
-def items(base) -> list[Item]:
+def items(base) -> list[AnswerToJudge]:
     video, other = video_of(base, layout=12, keep=[1, 2, 8]), video_of(base, 8, seed=2)
     return [
-        Item(
+        AnswerToJudge(
             video,
             "describe the video",
             "first a red circle left . then a blue square up . also a yellow star .",
             "first a green cross",
         ),
-        Item(other, "what is true ?", "finally a white cross grows .", None),
-        Item(other, "describe the video", "", "a red circle ."),
-        Item(None, "what is true ?", "first a red circle left . yes", None),
+        AnswerToJudge(other, "what is true ?", "finally a white cross grows .", None),
+        AnswerToJudge(other, "describe the video", "", "a red circle ."),
+        AnswerToJudge(None, "what is true ?", "first a red circle left . yes", None),
     ]
 
 
@@ -117,12 +119,12 @@ def test_claims_keep_their_order_in_any_batch(judge, section):
         assert a.claims == b.claims and a.score == pytest.approx(b.score, abs=1e-5)
 
 
-def pairs(base) -> list[Pair]:
+def pairs(base) -> list[AnswerPair]:
     video = video_of(base, 8)
     return [
-        Pair(video, "what", "first a red circle left .", "also a yellow star .", "a blue cross"),
-        Pair(video, "what", "star", "first a red circle left . then a blue square up .", None),
-        Pair(video_of(base, 12, seed=4), "what", "red", "green", None),
+        AnswerPair(video, "what", "first a red circle left .", "also a yellow star .", "a blue cross"),
+        AnswerPair(video, "what", "star", "first a red circle left . then a blue square up .", None),
+        AnswerPair(video_of(base, 12, seed=4), "what", "red", "green", None),
     ]
 
 
@@ -177,8 +179,8 @@ def test_the_default_prompts_carry_the_video(judge):
     claims = Claims(mode="ask")
     words = Claims(mode="ask", prompt=f"<video>\n{claims.prompt}", context_prefix=claims.context_prefix)
     given = [
-        Item(video_of(base), "what", "first a red circle left .", "a blue cross"),
-        Item(None, "what", "star", None),
+        AnswerToJudge(video_of(base), "what", "first a red circle left .", "a blue cross"),
+        AnswerToJudge(None, "what", "star", None),
     ]
     with judge.use("sft") as role:
         default, marked = judge_claims(role, given, claims, 8), judge_claims(role, given[:1], words, 8)
@@ -196,9 +198,9 @@ def test_user_messages():
 
 
 def test_a_verdict_of_several_tokens_is_refused(judge):
-    assert single_token(judge.base, "yes", "here") == judge.base.tokenizer.convert_tokens_to_ids("yes")
+    assert word_tokens(judge.base, RUNNING, "yes", "here") == [judge.base.tokenizer.convert_tokens_to_ids("yes")]
     with pytest.raises(ModelError, match=r"`here`: 'yes no' is 2 tokens of this base \(\['yes', 'no'\]\)"):
-        single_token(judge.base, "yes no", "here")
+        word_tokens(judge.base, RUNNING, "yes no", "here")
     with judge.use("sft") as role:
         with pytest.raises(ModelError, match="preference.claims.*'not at all' is 3 tokens"):
             judge_claims(role, items(judge.base)[:1], INLINE.model_copy(update={"no": "not at all"}), 8)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from core import shake, video_of
 from rlaif_lite.errors import StageError
 from rlaif_lite.files import read_jsonl
-from rlaif_lite.judge.claims import Item, judge_claims
-from rlaif_lite.judge.pairwise import Pair, judge_pairs
+from rlaif_lite.judge.claims import AnswerToJudge, judge_claims
+from rlaif_lite.judge.pairwise import AnswerPair, judge_pairs
 from rlaif_lite.model.memory import in_pieces, out_of_memory
 from rlaif_lite.model.roles import ActiveRole, Roles
 from rlaif_lite.recipe import Claims, Lora, Pairwise
@@ -178,8 +178,8 @@ def test_a_judge_that_runs_out_of_memory_says_the_same(load, monkeypatch):
     shake(roles, "sft")
     video = video_of(roles.base, layout=12, keep=[1, 2, 8])
     texts = ["a red circle .", "a blue square up . a star .", "left", "a green cross", "yes ."]
-    items = [Item(video, "describe", text, None) for text in texts]
-    pairs = [Pair(video, "describe", text, "a red circle .", None) for text in texts]
+    items = [AnswerToJudge(video, "describe", text, None) for text in texts]
+    pairs = [AnswerPair(video, "describe", text, "a red circle .", None) for text in texts]
     claims = Claims(mode="inline", prompt="<video> {context} response :", context_prefix="context : {context}")
     pairwise = Pairwise(prompt="<video> {context} response A : {a} response B : {b} better ?")
 

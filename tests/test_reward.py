@@ -13,7 +13,7 @@ from core import record, shake
 from rlaif_lite.data.splits import hold_out_videos
 from rlaif_lite.errors import StageError
 from rlaif_lite.files import read_jsonl
-from rlaif_lite.model.inputs import encode_answer
+from rlaif_lite.model.text import RUNNING, encode_answer
 from rlaif_lite.stages import reward
 from rlaif_lite.stages.features import views_of
 from rlaif_lite.stages.reward import RewardInput, calibration, check_floor, stumbling
@@ -54,7 +54,7 @@ def test_the_score_is_the_head_at_the_last_token_or_at_chosen_ones(work, prompt,
     layout = configured(work, pool=pool, prompt=prompt, pool_tokens=(".", "red"))
     base = work.base()
     records = work.records("preference")[: len(ANSWERS)]
-    answers = [encode_answer(base, text) for text in ANSWERS]
+    answers = [encode_answer(base, RUNNING, text) for text in ANSWERS]
     answers[3] = answers[3][:-1]  # cut by the length limit: the last real token is "green"
     with torch.no_grad(), work.roles.use("reward") as role:
         score_B = layout.score(role, [layout.prompt(r) for r in records], answers)
@@ -106,7 +106,7 @@ def test_pool_words_of_several_tokens_are_refused(work):
 def test_padding_and_neighbours_do_not_change_a_score(work):
     layout, base = RewardInput(work), work.base()
     records = work.records("preference")[: len(ANSWERS)]
-    prompts, answers = [layout.prompt(r) for r in records], [encode_answer(base, text) for text in ANSWERS]
+    prompts, answers = [layout.prompt(r) for r in records], [encode_answer(base, RUNNING, text) for text in ANSWERS]
     with torch.no_grad(), work.roles.use("reward") as role:
         together_B = layout.score(role, prompts, answers)
         alone_B = torch.cat([layout.score(role, [p], [a]) for p, a in zip(prompts, answers)])

@@ -154,7 +154,7 @@ def plain_score(given: Step, minibatches: list[list[Micro]], answers: list[Traje
         with layout.work.roles.use("reward") as reward:
             read = [given.records[i] for i in rows.tolist()]
             prompts = [layout.prompt(r)._replace(features_KD=f) for r, f in zip(read, through_tower(given, read))]
-            ids = [layout.answer(answers[i].ids, work.base()) for i in rows.tolist()]
+            ids = [layout.answer(p, answers[i].ids, work.base()) for p, i in zip(prompts, rows.tolist(), strict=True)]
             rm_B[rows] = layout.score(reward, prompts, ids)
         with work.roles.use("value") as value:
             fresh = micro._replace(value_batch=refreshed(given, micro.value_batch, rows))

@@ -18,8 +18,9 @@ from ..errors import DataError, StageError
 from ..files import chunks
 from ..judge.narrative import narrative, spans_of
 from ..model.base import Base, base_digest
-from ..model.inputs import Sequence, decode_answer, encode_answer, encode_prompt
-from ..model.roles import BASE
+from ..model.inputs import Sequence, encode_prompt
+from ..model.roles import BASE, ActiveRole
+from ..model.text import decode_answer, encode_answer
 from ..progress import progress
 from ..recipe import load_recipe
 from ..rollout import Sampling, sample
@@ -132,13 +133,16 @@ class Examinee:
     def rankings(self, items: list[Item], path: Path, request: str, retrieval: bool) -> dict[str, dict]:
         """{id: {rank, ...}}, from the scores of all texts for every video, one line of `path` per video."""
         texts = list(dict.fromkeys(text for item in items for text in ((item.reference,) if retrieval else item.among)))
-        ids = [encode_answer(self.base, text) for text in texts]
         videos = {item.video: item.video for item in items}
+
+        def scores_of(role: ActiveRole, video: str | None) -> list[float]:
+            prompt = self.prompt(request, video)
+            return score_texts(role, prompt, [encode_answer(self.base, prompt.opening, text) for text in texts])
 
         def work(batch: list[str]) -> Iterable[dict]:
             with self.use(self.role) as role:
                 for name in batch:
-                    yield {"video": name, "scores": score_texts(role, self.prompt(request, name), ids)}
+                    yield {"video": name, "scores": scores_of(role, name)}
 
         lines = resumed(path, "video", videos, self._keys, 16, work, "scores")
         scores = {name: line["scores"] for name, line in lines.items()}
@@ -148,7 +152,7 @@ class Examinee:
             of_text = list(zip(*scores.values(), strict=True))
             return {item.id: {"rank": rank(of_text[right[item.id]], place[item.video])} for item in items}
         with self.use(self.role) as role:
-            prior = score_texts(role, self.prompt(request, None), ids)
+            prior = scores_of(role, None)
         out = {}
         for item in items:
             mine = scores[item.video]

@@ -17,8 +17,7 @@ import json
 from typing import NamedTuple
 
 from ..data.records import VIDEO_MARK
-from ..judge.claims import Item as Claimed
-from ..judge.claims import Verdict, judge_claims
+from ..judge.claims import AnswerToJudge, ClaimScores, judge_claims
 from ..model.roles import ActiveRole
 from ..recipe import Claims, Context
 from ..video.cache import FeatureRecord
@@ -58,16 +57,16 @@ def audit(role: ActiveRole, rows: list[Audited], section: Claims, batch_size: in
         items = []
         for row in rows:
             video, checked, context = given(row)
-            items.append(Claimed(video, row.item.questions[0], checked, context))
+            items.append(AnswerToJudge(video, row.item.questions[0], checked, context))
         for found, verdict in zip(out, judge_claims(role, items, using, batch_size), strict=True):
             found[name] = _decided(verdict, section)
     return out
 
 
-def _decided(verdict: Verdict, section: Claims) -> list[bool]:
+def _decided(verdict: ClaimScores, section: Claims) -> list[bool]:
     """Yes or no for each claim; an inline judge marks the words that are none by saying neither."""
-    claims = zip(verdict.values, verdict.told, strict=True)
-    kept = [value for value, told in claims if section.mode == "ask" or told >= TOLD]
+    claims = zip(verdict.values, verdict.mass, strict=True)
+    kept = [value for value, mass in claims if section.mode == "ask" or mass >= TOLD]
     return [value > 0 for value in kept]
 
 

@@ -24,8 +24,9 @@ from torch import Tensor
 from ..errors import ModelError, StageError
 from ..files import read_jsonl
 from ..model.base import load_base, resolve_base
-from ..model.inputs import collate, encode_answer, encode_prompt
+from ..model.inputs import collate, encode_prompt
 from ..model.roles import BASE, Roles
+from ..model.text import encode_answer
 from ..recipe import Model, load_recipe
 from ..stages.evaluate import ADAPTERS
 from ..workspace import Workspace
@@ -232,7 +233,7 @@ def _logits(work: Workspace, section: Model, adapter: Path | None, answers: dict
     with roles.use(BASE if adapter is None else "exported") as active:
         for record in work.records("test")[:PROMPTS]:
             prompt = encode_prompt(base, record.prompt, work.features(record))
-            answer = encode_answer(base, answers[record.key])[:-1][:ANSWER_TOKENS] if record.key in answers else []
+            answer = encode_answer(base, prompt.opening, answers.get(record.key, ""), end=False)[:ANSWER_TOKENS]
             hidden_SD = active.hidden(collate(base, [prompt.extend(answer)]))[0, len(prompt.ids_S) - 1 :]
             found.append((hidden_SD @ base.head_weight_VD.T).float().cpu())
     return torch.cat(found)

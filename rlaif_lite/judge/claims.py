@@ -17,7 +17,6 @@ order.
 Shapes: B rows, S positions, D width, N scored positions.
 """
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,46 +25,64 @@ import torch
 from rlaif_kernels import linear_logprob
 
 from ..data.records import VIDEO_MARK, Message
+from ..data.sentences import split_claims
+from ..errors import ModelError
 from ..model.base import Base
-from ..model.inputs import BRANCH_MARK, branch, collate, encode_prompt, encode_text, single_token, split_prompt
+from ..model.inputs import BRANCH_MARK, branch, collate, encode_prompt, split_prompt
 from ..model.memory import in_pieces
 from ..model.roles import ActiveRole
+from ..model.text import Opening, encode_answer, word_tokens
 from ..recipe import Claims
 from ..video.cache import FeatureRecord
 
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+MIN_MASS = 1e-3  # P(yes) + P(no) below which a judge gives no verdict
 
 
-class Item(NamedTuple):
+class AnswerToJudge(NamedTuple):
     """One answer to be judged."""
 
     video: FeatureRecord | None
     question: str  # as the user asked it, without the video's mark
     answer: str
     context: str | None  # the narrative, or None to judge without it
-    ids: list[int] | None = None  # the answer's tokens as they were sampled, read `inline`; None: encoded anew
+    ids: list[int] | None = None  # the answer's tokens as they were sampled, read `inline`; None: encoded here
 
 
-class Verdict(NamedTuple):
-    """What the judge said of one answer."""
+class ClaimScores(NamedTuple):
+    """What the judge says about one answer."""
 
     score: float  # sum of P(yes) - P(no): higher is better
     claims: list[str]  # the sentences asked about, or the words at which a verdict was read
     values: list[float]  # P(yes) - P(no) of each claim, in [-1, 1]
     odds: list[float]  # log P(no) - log P(yes) of each claim: positive = more likely false
-    told: list[float]  # P(yes) + P(no) of each claim: near 0 where an inline judge sees no claim
+    mass: list[float]  # P(yes) + P(no) of each claim: near 0 where an inline judge sees no claim
+
+    @property
+    def has_mass(self) -> bool:
+        """Whether the judge says yes or no anywhere; true for an answer without claims."""
+        return not self.mass or max(self.mass) >= MIN_MASS
 
 
-def split_claims(answer: str) -> list[str]:
-    """The sentences of an answer."""
-    return [part.strip() for part in SENTENCE_END.split(answer) if part.strip(" .")]
+def refuse_silent_judge(with_mass: Sequence[bool], who: str) -> int:
+    """How many verdicts have no probability mass. Raises ModelError where none has any: such a judge answers with
+    other words than the recipe's, and what is read is noise."""
+    silent = len(with_mass) - sum(with_mass)
+    if with_mass and not any(with_mass):
+        raise ModelError(
+            f"{who}: in all of {silent} verdicts the judge gives its verdict words together less than {MIN_MASS} of "
+            "probability, so they say nothing. Ask for these words in the judge's prompt, choose words that the model "
+            "uses (`preference.claims.yes` and `.no`, `preference.pairwise.choices`), or train it longer in `sft`."
+        )
+    return silent
 
 
 @torch.no_grad()
-def judge_claims(role: ActiveRole, items: Sequence[Item], section: Claims, batch_size: int) -> list[Verdict]:
+def judge_claims(
+    role: ActiveRole, items: Sequence[AnswerToJudge], section: Claims, batch_size: int
+) -> list[ClaimScores]:
     """Judge answers; the role is the judge's. Results stand in the order of `items`; work is batched by length."""
     score = _inline if section.mode == "inline" else _ask
-    verdicts: list[Verdict | None] = [None] * len(items)
+    verdicts: list[ClaimScores | None] = [None] * len(items)
     order = sorted(range(len(items)), key=lambda i: len(items[i].answer))
     found = in_pieces(order, batch_size, lambda chunk: score(role, [items[i] for i in chunk], section))
     for i, verdict in zip(order, found, strict=True):
@@ -81,7 +98,7 @@ def user_message(template: str, context_template: str, context: str | None, vide
     return Message("user", mark + template.format(context=filled, **fields))
 
 
-def _inline(role: ActiveRole, items: Sequence[Item], section: Claims) -> list[Verdict]:
+def _inline(role: ActiveRole, items: Sequence[AnswerToJudge], section: Claims) -> list[ClaimScores]:
     base = role.roles.base
     rows, answers = [], []
     for item in items:
@@ -89,8 +106,9 @@ def _inline(role: ActiveRole, items: Sequence[Item], section: Claims) -> list[Ve
         message = user_message(
             section.prompt, section.context_prefix, item.context, seen, question=item.question, claim=""
         )
-        answers.append(encode_text(base, item.answer) if item.ids is None else item.ids)
-        rows.append(encode_prompt(base, [message], item.video).extend(answers[-1]))
+        prompt = encode_prompt(base, [message], item.video)
+        answers.append(encode_answer(base, prompt.opening, item.answer, end=False) if item.ids is None else item.ids)
+        rows.append(prompt.extend(answers[-1]))
     batch = collate(base, rows)
     hidden_BSD = role.hidden(batch)
     # A verdict on token t is the prediction made AT t, having read it.
@@ -101,15 +119,17 @@ def _inline(role: ActiveRole, items: Sequence[Item], section: Claims) -> list[Ve
     ]
     rows_N, places_N = torch.tensor(at, device=base.device).T if at else torch.zeros(2, 0, dtype=torch.long)
     words = [[base.tokenizer.decode([token]) for token in answer] for answer in answers]
-    return _verdicts(base, hidden_BSD[rows_N, places_N], words, section)
+    return _verdicts(base, hidden_BSD[rows_N, places_N], words, section, rows[0].opening)
 
 
-def _ask(role: ActiveRole, items: Sequence[Item], section: Claims) -> list[Verdict]:
+def _ask(role: ActiveRole, items: Sequence[AnswerToJudge], section: Claims) -> list[ClaimScores]:
     return ask(role, items, [split_claims(item.answer) for item in items], section)
 
 
 @torch.no_grad()
-def ask(role: ActiveRole, items: Sequence[Item], claims: Sequence[Sequence[str]], section: Claims) -> list[Verdict]:
+def ask(
+    role: ActiveRole, items: Sequence[AnswerToJudge], claims: Sequence[Sequence[str]], section: Claims
+) -> list[ClaimScores]:
     """Ask about `claims` of each item (its `answer` is not read), those of one item in one row; one forward for all."""
     base = role.roles.base
     rows, ends = [], []
@@ -119,31 +139,39 @@ def ask(role: ActiveRole, items: Sequence[Item], claims: Sequence[Sequence[str]]
             section.prompt, section.context_prefix, item.context, seen, question=item.question, claim="\0"
         )
         lead, _, rest = message.content.partition("\0")
-        prefix, tail = split_prompt(base, lead + BRANCH_MARK, item.video)
-        branches = [encode_text(base, claim + rest) + tail for claim in found]
-        row = branch(prefix, branches)
-        at = len(prefix.ids_S)
+        prompt = split_prompt(base, lead + BRANCH_MARK, item.video)
+        branches = [prompt.branch(base, claim + rest) for claim in found]
+        row = branch(prompt.prefix, branches)
+        at = len(prompt.prefix.ids_S)
         for tokens in branches:
             at += len(tokens)
             ends.append((b, at - 1))
         rows.append(row)
     hidden_BSD = role.hidden(collate(base, rows))
     rows_N, places_N = torch.tensor(ends, device=base.device).T if ends else torch.zeros(2, 0, dtype=torch.long)
-    return _verdicts(base, hidden_BSD[rows_N, places_N], claims, section)
+    return _verdicts(base, hidden_BSD[rows_N, places_N], claims, section, prompt.opening)
 
 
-def _verdicts(base: Base, hidden_ND: torch.Tensor, claims: Sequence[Sequence[str]], section: Claims) -> list[Verdict]:
-    """What the next-token distribution at each claim says of it; hidden_ND stands in the order of the claims."""
-    logps = []
-    for word in (section.yes, section.no):
-        token = single_token(base, word, "preference.claims")
-        target_N = torch.full((hidden_ND.shape[0],), token, device=hidden_ND.device)
-        logps.append(linear_logprob(hidden_ND, base.head_weight_VD, target_N, bias_V=base.ban_bias_V).logp_N)
-    yes_N, no_N = logps
+def _verdicts(
+    base: Base, hidden_ND: torch.Tensor, claims: Sequence[Sequence[str]], section: Claims, opening: Opening
+) -> list[ClaimScores]:
+    """What the next-token distribution at each claim says of it; hidden_ND is in the order of the claims. All
+    spellings of yes and of no count."""
+    target_N = torch.empty(len(hidden_ND), dtype=torch.int64, device=hidden_ND.device)
+
+    def logp_N(word: str) -> torch.Tensor:
+        tokens = word_tokens(base, opening, word, "preference.claims")
+        every = [
+            linear_logprob(hidden_ND, base.head_weight_VD, target_N.fill_(token), bias_V=base.ban_bias_V).logp_N
+            for token in tokens
+        ]
+        return torch.stack(every).logsumexp(0)
+
+    yes_N, no_N = logp_N(section.yes), logp_N(section.no)
     figures_3N = torch.stack([yes_N.exp() - no_N.exp(), no_N - yes_N, yes_N.exp() + no_N.exp()])
     out, at = [], 0
     for found in claims:
-        values, odds, told = figures_3N[:, at : at + len(found)].tolist()
-        out.append(Verdict(sum(values), list(found), values, odds, told))
+        values, odds, mass = figures_3N[:, at : at + len(found)].tolist()
+        out.append(ClaimScores(sum(values), list(found), values, odds, mass))
         at += len(found)
     return out

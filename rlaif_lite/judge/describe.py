@@ -8,8 +8,9 @@ published). Decoding is greedy, so that it is a function of the policy and of wh
 from collections.abc import Sequence
 
 from ..data.records import VIDEO_MARK, Message
-from ..model.inputs import decode_answer, encode_prompt
+from ..model.inputs import encode_prompt
 from ..model.roles import ActiveRole
+from ..model.text import decode_answer
 from ..recipe import Context, Describe
 from ..rollout import Sampling, sample
 from ..video.cache import FeatureRecord

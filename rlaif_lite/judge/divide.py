@@ -17,12 +17,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from ..data.records import Message
+from ..data.sentences import says_something, split_claims
 from ..errors import ModelError
-from ..model.inputs import decode_answer, encode_prompt
+from ..model.inputs import encode_prompt
 from ..model.roles import ActiveRole
+from ..model.text import decode_answer
 from ..recipe import Divide
 from ..rollout import Sampling, sample
-from .claims import Verdict, split_claims
+from .claims import ClaimScores
 
 Writer = Callable[[list[str]], list[str]]  # prompts -> what is written to each
 BULLET = re.compile(r"^(?:[-*\u2022]|\d+[.)])\s+")
@@ -54,12 +56,13 @@ def divide(write: Writer, answers: Sequence[tuple[str, str]], section: Divide) -
 
 
 def parse_list(text: str, separator: str) -> list[str]:
-    """The items of a written list: headings (`### Facts:`) and blank items are dropped, bullets and numbers cut off."""
+    """The items of a written list: headings (`### Facts:`) and items without a word are dropped, bullets and
+    numbers cut off."""
     parts = [part.strip() for part in text.split(separator.strip() or separator)]
-    return [BULLET.sub("", part) for part in parts if part and not part.startswith("###")]
+    return [BULLET.sub("", part) for part in parts if says_something(part) and not part.startswith("###")]
 
 
-def rejected(verdict: Verdict) -> int:
+def rejected(verdict: ClaimScores) -> int:
     """Claims that the judge does not find likelier true than false."""
     return sum(value <= 0 for value in verdict.values)
 

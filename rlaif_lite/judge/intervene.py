@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from math import tanh
 from typing import NamedTuple
 
+from ..data.sentences import split_claims
 from ..model.base import Base
 from ..model.memory import in_pieces
 from ..model.roles import ActiveRole
 from ..recipe import Checklist, Claims
 from ..video.cache import FeatureRecord
-from .claims import Item, Verdict, ask, judge_claims, split_claims
+from .claims import AnswerToJudge, ClaimScores, ask, judge_claims
 
 VERDICT = 0.5  # P(yes) + P(no) from which on an inline judge's word is a verdict
 CLIP_HEAD = re.compile(r"\[[\d.]+s-[\d.]+s\]\s*")  # as `judge.narrative` heads a caption
@@ -36,10 +37,12 @@ class Claim(NamedTuple):
     odds: float  # log P(no) - log P(yes): positive = the judge takes it for false
 
 
-def spoken(base: Base, video: FeatureRecord | None, question: str, ids: Sequence[int], context: str | None) -> Item:
+def spoken(
+    base: Base, video: FeatureRecord | None, question: str, ids: Sequence[int], context: str | None
+) -> AnswerToJudge:
     """An answer as it was sampled, for `read_claims`; `ids` with or without the EOS that ends it."""
     said = [i for i in ids if i != base.eos_id]
-    return Item(video, question, text_of(base, said), context, said)
+    return AnswerToJudge(video, question, text_of(base, said), context, said)
 
 
 def text_of(base: Base, ids: Sequence[int]) -> str:
@@ -47,13 +50,15 @@ def text_of(base: Base, ids: Sequence[int]) -> str:
     return base.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
-def read_claims(role: ActiveRole, items: Sequence[Item], section: Claims, batch_size: int) -> list[list[Claim]]:
+def read_claims(
+    role: ActiveRole, items: Sequence[AnswerToJudge], section: Claims, batch_size: int
+) -> list[list[Claim]]:
     """The claims of answers made by `spoken`, in the order of `items`; the role is the judge's."""
     base = role.roles.base
     out = []
     for item, verdict in zip(items, judge_claims(role, items, section, batch_size), strict=True):
         if section.mode == "inline":
-            found = [(t + 1, verdict.odds[t]) for t, told in enumerate(verdict.told) if told > VERDICT]
+            found = [(t + 1, verdict.odds[t]) for t, mass in enumerate(verdict.mass) if mass > VERDICT]
         else:
             found = list(zip(token_ends(base, item.ids, verdict.claims), verdict.odds, strict=True))
         starts = [0, *(end for end, _ in found)]
@@ -111,9 +116,9 @@ def omissions(
     if checklist.by == "words":
         return [sum(missing_words(s, answer) for s in found) for found, answer in zip(lists, answers, strict=True)]
     asked = claims.model_copy(update={"prompt": checklist.prompt, "context_prefix": "{context}"})
-    items = [Item(None, "", "", answer) for answer in answers]
+    items = [AnswerToJudge(None, "", "", answer) for answer in answers]
 
-    def read(part: list[int]) -> list[Verdict]:
+    def read(part: list[int]) -> list[ClaimScores]:
         return ask(role, [items[i] for i in part], [lists[i] for i in part], asked)
 
     verdicts = in_pieces(list(range(len(items))), batch_size, read)

@@ -6,6 +6,7 @@ the narrative holds what the judge's own view of the video misses.
 
 from collections.abc import Sequence
 
+from ..data.sentences import says_something
 from ..video.cache import FeatureRecord
 
 
@@ -13,11 +14,12 @@ def narrative(captions: Sequence[str], markers: Sequence[str], spans: Sequence[t
     """Join clip captions in order. `markers` ("first", "then", ...) precede them when the recipe gives one per clip.
 
     Otherwise each caption is headed by its clip's entry of `spans`, the times of the clip's first and last frame in
-    seconds. Clips have equal counts of frames, which are unequal spans of time at a variable frame rate.
+    seconds. Clips have equal counts of frames, which are unequal spans of time at a variable frame rate. A
+    caption without a word is left out, with its marker.
     """
-    if markers:
-        return " ".join(f"{marker} {caption}" for marker, caption in zip(markers, captions, strict=True))
-    return " ".join(f"[{a:.1f}s-{b:.1f}s] {caption}" for caption, (a, b) in zip(captions, spans, strict=True))
+    heads = markers or [f"[{start:.1f}s-{end:.1f}s]" for start, end in spans]
+    said = zip(heads, captions, strict=True)
+    return " ".join(f"{head} {caption}" for head, caption in said if says_something(caption))
 
 
 def spans_of(clips: Sequence[FeatureRecord]) -> list[tuple[float, float]]:

@@ -11,6 +11,7 @@ Shapes: B rows, S positions, D width, V vocabulary.
 """
 
 import hashlib
+import inspect
 import logging
 import os
 import warnings
@@ -25,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from ..errors import ModelError
 from ..recipe import Model
 from . import unsloth_loader
-from .families import Encoded, Family, family_of
+from .families import CHAT_TEMPLATES, Encoded, Family, family_of
 from .pixels import ImageSpec, image_spec, read_file, read_json
 
 # Noise that no user can act on: bitsandbytes announces that an optional kernel is not installed, transformers is
@@ -54,6 +55,9 @@ class Base:
         self.placeholder_id: int = getattr(model.config, f"{family.placeholder}_token_id")
         self.eos_id: int = tokenizer.eos_token_id
         self.decoder = model.get_decoder()
+        # transformers renames this argument: both names work until 5.40, and the old one warns
+        known = inspect.signature(type(self.decoder).forward).parameters
+        self.cache_argument = "cache" if "cache" in known else "past_key_values"
         self.width: int = self.decoder.config.hidden_size
         self.head_weight_VD: Tensor = model.get_output_embeddings().weight
         self.ban_bias_V = self._ban_bias()
@@ -194,7 +198,10 @@ def finish(model: nn.Module, section: Model, device: torch.device, tower: bool) 
     model.requires_grad_(False)
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(path, revision=section.revision)
-    tokenizer.chat_template = chat_template(path, section.revision, tokenizer, family)
+    named = named_template(section)
+    tokenizer.chat_template = named or chat_template(path, section.revision, tokenizer, family)
+    if named:
+        family = family._replace(template=None)
     images = image_spec(path, section.revision, any_size=family.any_size, of_video=family.of_video)
     base = Base(model, tokenizer, family, images, path, section.quantization)
     base.dense_rollouts = section.dense_rollouts
@@ -207,11 +214,12 @@ def finish(model: nn.Module, section: Model, device: torch.device, tower: bool) 
 
 
 def base_digest(section: Model) -> str:
-    """What the base is, for telling whether it changed: of a folder, the small files whole, and of each weight file
-    its name, size, first and last MiB (hashing 15 GB would take longer than loading them); of a hub id, the id and
-    the revision."""
+    """What the base is, for telling whether it changed: the template that the recipe names and, of a folder, the small
+    files whole and of each weight file its name, size, first and last MiB (hashing 15 GB would take longer than
+    loading them); of a hub id, the id and the revision."""
     path = Path(resolve_base(section.base))
     digest = hashlib.sha256(f"{section.base}@{section.revision}".encode() if not path.is_dir() else b"")
+    digest.update((named_template(section) or "").encode())
     for file in sorted(path.iterdir()) if path.is_dir() else []:
         if file.suffix in (".json", ".safetensors", ".jinja"):
             size = file.stat().st_size
@@ -228,6 +236,17 @@ def torch_dtype(section: Model, device: torch.device) -> torch.dtype:
     if section.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[section.dtype]
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def named_template(section: Model) -> str | None:
+    """The text of the template that the recipe names; None: the checkpoint's own is meant."""
+    name = section.chat_template
+    if name is None or name in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES.get(name)
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"`model.chat_template: {name}` cannot be read as a Jinja file: {error}") from error
 
 
 def chat_template(path: str, revision: str | None, tokenizer, family: Family) -> str:

@@ -202,6 +202,8 @@ VICUNA = (
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
+CHAT_TEMPLATES = {"vicuna_v1": VICUNA}  # that a recipe may name
+
 
 # ---- time in the rope
 

@@ -17,6 +17,7 @@ Shapes: B rows, S positions, C channels of a position, K video tokens, R runs of
 layers.
 """
 
+import re
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
@@ -24,12 +25,14 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from ..data.records import VIDEO_MARK, Message
+from ..data.records import Message
 from ..errors import ModelError
 from ..video.cache import FeatureRecord
 from .base import Base
+from .text import RUNNING, Opening, encode_after, encode_start, write_prompt
 
 BRANCH_MARK = "<|>"  # in a message: prefix <|> branch <|> branch <|> closing
+MARK_WITH_BLANKS = re.compile(rf" *{re.escape(BRANCH_MARK)} *")
 CLOSING = -1  # group of the tokens that see every branch
 IGNORE = -100
 
@@ -43,6 +46,7 @@ class Sequence(NamedTuple):
     next_position_C: Tensor  # int64, of the token that would follow; each further one is 1 more in every channel
     group_S: list[int] | None = None  # branch of each token: 0 prefix, 1.. branches, CLOSING; None = no branches
     deepstack_LKD: Tensor | None = None  # what a deepstack family adds to the video's tokens after its first layers
+    opening: Opening = RUNNING  # where an answer begins, for `text.encode_answer`
 
     def extend(self, ids: Seq[int]) -> "Sequence":
         """The same row with `ids` appended; after branches they see everything, as the closing part does."""
@@ -91,8 +95,8 @@ def decode(base: Base, batch: Batch, cache: Cache | None = None) -> Tensor:
         inputs_embeds=embeds_BSD,
         attention_mask=batch.attention,
         position_ids=rope_positions(batch.position_CBS),
-        past_key_values=cache,
         use_cache=cache is not None,
+        **{base.cache_argument: cache},
         **deepstack,
     ).last_hidden_state
 
@@ -103,61 +107,44 @@ def rope_positions(position_CBS: Tensor) -> Tensor:
 
 
 def encode_prompt(base: Base, messages: Seq[Message], video: FeatureRecord | None) -> Sequence:
-    """Apply the base's own chat template, up to where the assistant speaks, and put the video's tokens in.
+    """Apply the base's chat template, up to where the assistant speaks, and put the video's tokens in.
 
     `<video>` in a message marks the place, and the family's own layout of a video takes it; two or more `<|>` make
     branches (see the module). Raises ModelError when a video is given but not marked, or marked but not given: a
     placeholder that reaches a forward without features would silently be read as a word.
     """
-    text = _written(base, messages, video)
-    head, *parts = text.split(BRANCH_MARK)
-    if not parts:
-        return place_video(base, _begin(base, text), video, text)
-    prefix = place_video(base, _begin(base, head.rstrip()), video, text)
-    *branches, closing = [encode_text(base, part.lstrip() if part is parts[-1] else part.strip()) for part in parts]
-    return branch(prefix, branches, closing)
+    text, opening = write_prompt(base, messages, video)
+    # a blank next to a mark belongs to the text after it, as it does in a tokenizer's words
+    head, *parts = MARK_WITH_BLANKS.sub(lambda m: BRANCH_MARK + " " * (m[0] != BRANCH_MARK), text).split(BRANCH_MARK)
+    row = place_video(base, encode_start(base, head), video, text)
+    if parts:
+        branches = [encode_after(base, head, part) for part in parts[:-1]]
+        row = branch(row, branches, encode_after(base, [head, *parts][-2], parts[-1]))
+    return row._replace(opening=opening)
 
 
-def split_prompt(base: Base, content: str, video: FeatureRecord | None) -> tuple[Sequence, list[int]]:
-    """A user message with ONE `<|>` at its end -> (the row up to the mark, the ids of the template's rest).
+class SplitPrompt(NamedTuple):
+    """A prompt for several continuations of one prefix, each ended by the same rest of the template."""
 
-    For several continuations of one prefix, each to be ended by the same rest (see `judge.claims`)."""
-    text = _written(base, [Message("user", content)], video)
-    head, tail = text.split(BRANCH_MARK)
-    prefix = place_video(base, _begin(base, head.rstrip()), video, text)
-    return prefix, encode_text(base, tail.lstrip())
+    prefix: Sequence
+    before: str  # the prefix's text
+    joint: str  # the blank before a continuation
+    rest: str  # the template's text after it
+    opening: Opening  # where the answer to each begins
 
-
-def _written(base: Base, messages: Seq[Message], video: FeatureRecord | None) -> str:
-    """The chat template's text, with one placeholder for each run of the video's tokens."""
-    family = base.family
-    marks = sum(message.content.count(VIDEO_MARK) for message in messages)
-    if marks != (video is not None):
-        shown = " ".join(message.content for message in messages)[:200]
-        raise ModelError(
-            f"The prompt marks {marks} videos with `{VIDEO_MARK}` and {int(video is not None)} was given: {shown!r}."
-            " Write `<video>` exactly once in the first user message of a record that has a video."
-        )
-    shown = [{"type": family.content}] * (len(video.kept_R) if video is not None and family.content == "image" else 1)
-    turns = []
-    for message in messages:
-        before, *after = message.content.split(VIDEO_MARK)
-        texts = [text.strip() for text in (before, *after)] if after else [before]
-        parts = [{"type": "text", "text": text} if text else None for text in texts]
-        parts[1:1] = shown if after else []
-        turns.append({"role": message.role, "content": [part for part in parts if part]})
-    template = family.template() if family.template and video is not None else None
-    text = base.tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, add_generation_prompt=True)
-    if video is None or family.write is None:
-        return text
-    token = base.tokenizer.convert_ids_to_tokens(base.placeholder_id)
-    return text.replace(family.mark or token, family.write(video, token))
+    def branch(self, base: Base, text: str) -> list[int]:
+        """The ids of one continuation, with the template's rest."""
+        return encode_after(base, self.before, self.joint + text + self.rest)
 
 
-def _begin(base: Base, text: str) -> list[int]:
-    """The beginning of a row -> ids, with the tokenizer's BOS where it has one and the template does not write it."""
-    bos = base.tokenizer.bos_token
-    return base.tokenizer.encode(text, add_special_tokens=not (bos and text.startswith(bos)))
+def split_prompt(base: Base, content: str, video: FeatureRecord | None) -> SplitPrompt:
+    """A user message with ONE `<|>` at its end, split there (see `judge.claims`)."""
+    text, opening = write_prompt(base, [Message("user", content)], video)
+    head, rest = text.split(BRANCH_MARK)
+    before = head.rstrip(" ")
+    return SplitPrompt(
+        place_video(base, encode_start(base, before), video, text), before, head[len(before) :], rest, opening
+    )
 
 
 def place_video(base: Base, ids: list[int], video: FeatureRecord | None, text: str) -> Sequence:
@@ -189,26 +176,6 @@ def place_video(base: Base, ids: list[int], video: FeatureRecord | None, text: s
     if video is None:
         return Sequence(ids_S, position_CS, None, next_C)
     return Sequence(ids_S, position_CS, video.features_KD, next_C, deepstack_LKD=video.deepstack_LKD)
-
-
-def encode_text(base: Base, text: str) -> list[int]:
-    """Plain text -> ids, without special tokens; refuses a text that holds the video's placeholder."""
-    ids = base.tokenizer.encode(text, add_special_tokens=False)
-    if base.placeholder_id in ids or VIDEO_MARK in text:
-        raise ModelError(
-            f"A text holds the video placeholder: {text[:200]!r}. Remove it: only prompts may mark a video."
-        )
-    return ids
-
-
-def encode_answer(base: Base, text: str) -> list[int]:
-    """An answer -> ids, ended by EOS."""
-    return [*encode_text(base, text), base.eos_id]
-
-
-def decode_answer(base: Base, ids: Seq[int]) -> str:
-    """Ids of an answer -> text, without EOS."""
-    return base.tokenizer.decode([i for i in ids if i != base.eos_id], clean_up_tokenization_spaces=False).strip()
 
 
 def branch(prefix: Sequence, branches: Seq[Seq[int]], closing: Seq[int] = ()) -> Sequence:
@@ -265,14 +232,3 @@ def target_rows(rows: Seq[Sequence], answers: Seq[Seq[int]], length: int) -> Ten
         start = len(row.ids_S) - len(answer)
         targets_BS[b, start - 1 : start - 1 + len(answer)] = torch.tensor(answer)
     return targets_BS
-
-
-def single_token(base: Base, word: str, where: str) -> int:
-    """The id of a verdict word that must be one token; raises ModelError with the pieces when it is several."""
-    ids = encode_text(base, word)
-    if len(ids) != 1:
-        pieces = base.tokenizer.convert_ids_to_tokens(ids)
-        raise ModelError(
-            f"`{where}`: {word!r} is {len(ids)} tokens of this base ({pieces}); choose a word that is one token."
-        )
-    return ids[0]

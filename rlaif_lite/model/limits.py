@@ -13,7 +13,8 @@ from ..data.readers import answers_of
 from ..data.records import VIDEO_MARK, Record
 from ..errors import DataError
 from ..recipe import Model, Recipe
-from .base import banned_ids, read_config, resolve_base
+from .base import banned_ids, named_template, read_config, resolve_base
+from .text import apply_template
 
 Count = Callable[[str], int]
 CHUNK = 1000  # texts tokenised at a time
@@ -35,7 +36,7 @@ def load_limits(section: Model) -> Limits:
     config = read_config(section)
     tokenizer = AutoTokenizer.from_pretrained(resolve_base(section.base), revision=section.revision)
     unwritable = banned_ids(tokenizer, config) | {tokenizer.eos_token_id}
-    return Limits(tokenizer, frozenset(unwritable), positions_of(config), template_tokens(tokenizer) or 0)
+    return Limits(tokenizer, frozenset(unwritable), positions_of(config), template_tokens(tokenizer, named_template(section)) or 0)
 
 
 def positions_of(config) -> int | None:
@@ -43,14 +44,14 @@ def positions_of(config) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def template_tokens(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Tokens that the chat template puts around one question; None where the tokenizer has no template."""
-    if not tokenizer.chat_template:
+def template_tokens(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> int | None:
+    """Tokens that the chat template puts around one question; None where there is no template. `template`: the
+    recipe's own, else the tokenizer's."""
+    template = template or tokenizer.chat_template
+    if not template:
         return None
-    asked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True
-    )
-    return len(tokenizer.encode(asked, add_special_tokens=False)) - 1
+    said = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    return len(tokenizer.encode(apply_template(tokenizer, said, template), add_special_tokens=False)) - 1
 
 
 def record_tokens(record: Record, count: Count) -> tuple[int, int]:

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from jinja2 import Template
 from transformers import AutoTokenizer
 
 from ..data.readers import read_records
 from ..data.records import Record, from_json
 from ..data.splits import WORLD, WORLD_VIDEOS
 from ..data.world import WorldConfig, WorldSplits, world_records
-from ..model.base import resolve_base
+from ..model.base import named_template, resolve_base
 from ..model.limits import record_tokens, template_tokens
 from ..recipe import SPLITS, Recipe
 
@@ -47,14 +48,18 @@ class Lengths(NamedTuple):
 
 def lengths_of(recipe: Recipe) -> Lengths:
     """Look at the recipe's data; files that are not there yet are assumed to hold PROMPT and ANSWER tokens."""
-    path = Path(resolve_base(recipe.model.base))
+    path, named = Path(resolve_base(recipe.model.base)), named_template(recipe.model)
+    said = [{"role": "user", "content": "a"}]
     if (path / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(path)
         count = lambda text: len(tokenizer.encode(text, add_special_tokens=False))
-        around = template_tokens(tokenizer)
+        around = template_tokens(tokenizer, named)
         template = TEMPLATE if around is None else around
     else:
         count, template = lambda text: round(len(text) / PER_TOKEN), TEMPLATE
+        if named:
+            written = Template(named).render(messages=said, bos_token="", eos_token="", add_generation_prompt=True)
+            template = count(written)
     named = {split: recipe.data.files(split) for split in SPLITS}
     return Lengths(
         count, template, {name: _texts(recipe, files, count, template) for name, files in named.items() if files}

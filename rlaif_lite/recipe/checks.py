@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DATA_KEYS = ("sft", *SPLITS)
 LARGEST = 10**9  # of any number in a recipe; so is steps times batch
+CHAT_TEMPLATES = ("vicuna_v1",)  # that `model.families` knows by name
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -276,6 +277,13 @@ def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         is_path = base.startswith((".", "/", "~")) or base.count("/") > 1  # a hub id is `name` or `owner/name`
         if is_path and not is_folder(base):
             yield key, f"names {base}, which is not a folder. Paths start at {Path.cwd()}."
+    templates = {"model.chat_template": recipe.model.chat_template}
+    if own is not None:
+        templates["model.reward_base.chat_template"] = own.chat_template
+    for key, name in templates.items():
+        if name is not None and name not in CHAT_TEMPLATES and not Path(name).expanduser().is_file():
+            hint = did_you_mean(name, CHAT_TEMPLATES) or f"Named templates: {', '.join(CHAT_TEMPLATES)}."
+            yield key, f"is {name}, which is neither a named template nor a file. {hint}"
     yield from _adapter_checks(recipe)
 
     dpo = recipe.method == "dpo"

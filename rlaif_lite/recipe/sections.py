@@ -77,6 +77,7 @@ class RewardBase(Section):
     base: str = Field(description="embedded | a folder | a Hugging Face id; of any family, with any tokenizer")
     revision: str | None = Field(None, description="revision of a Hugging Face id")
     quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4-bit with double quantisation")
+    chat_template: str | None = Field(None, description="as `model.chat_template`, for this base")
 
 
 class Model(Section):
@@ -85,6 +86,9 @@ class Model(Section):
     base: str = Field("embedded", description="embedded | embedded_weak | a folder | a Hugging Face id")
     revision: str | None = Field(None, description="revision of a Hugging Face id")
     quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4-bit with double quantisation")
+    chat_template: str | None = Field(
+        None, description="vicuna_v1 (published) | a Jinja file; null: the checkpoint's own"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: float32 on CPU, bfloat16 on GPU")
     loader: Literal["transformers", "unsloth"] = Field(
         "transformers", description="unsloth: its kernels, on NVIDIA GPUs (extra [unsloth], its own environment)"

@@ -109,8 +109,8 @@ class DecodeStep:
             inputs_embeds=base.model.get_input_embeddings()(self.token_R[:rows, None]),
             attention_mask=mask_R11L,
             position_ids=rope_positions(self.position_CR[:, :rows, None]),
-            past_key_values=cache,
             use_cache=True,
+            **{base.cache_argument: cache},
         ).last_hidden_state[:, 0]
         uniform_R = self.uniform_RT[:rows].gather(1, count_R[:, None])[:, 0]
         token_R, logp_R = draw(base.head_weight_VD, base.ban_bias_V, hidden_RD, uniform_R, self.sampling)

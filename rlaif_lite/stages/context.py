@@ -7,10 +7,12 @@ many prompts it has.
 """
 
 from ..data.records import VIDEO_MARK, Message
+from ..data.sentences import says_something
 from ..files import by_batches, chunks, write_json
 from ..judge.narrative import narrative, spans_of
-from ..model.inputs import decode_answer, encode_prompt
-from ..progress import progress
+from ..model.inputs import encode_prompt
+from ..model.text import decode_answer
+from ..progress import progress, say
 from ..rollout import Sampling, sample
 from ..workspace import Workspace
 
@@ -55,4 +57,12 @@ def run(work: Workspace) -> dict:
     narratives = {row["video"]: narrative(row["captions"], section.markers, row["spans"]) for row in rows}
     write_json(work.stage("context") / "narratives.json", narratives)
     words = [len(text.split()) for text in narratives.values()]
-    return {"videos": len(narratives), "clips": recipe.features.clips, "mean_words": sum(words) / max(1, len(words))}
+    empty = sum(not says_something(caption) for row in rows for caption in row["captions"])
+    if empty:
+        say(f"context: {empty} of {len(rows) * recipe.features.clips} captions have no word and are left out")
+    return {
+        "videos": len(narratives),
+        "clips": recipe.features.clips,
+        "empty_captions": empty,
+        "mean_words": sum(words) / max(1, len(words)),
+    }

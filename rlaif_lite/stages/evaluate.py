@@ -18,7 +18,8 @@ from PIL import Image
 from ..data.records import Record, question_of
 from ..errors import RlaifError, StageError
 from ..files import by_batches, chunks, write_json, write_jsonl
-from ..model.inputs import decode_answer, encode_prompt
+from ..model.inputs import encode_prompt
+from ..model.text import decode_answer
 from ..progress import progress, say
 from ..report.stats import RATIOS, asked, measured, paired, paired_bootstrap, tally
 from ..rl.losses import repetition

@@ -8,9 +8,10 @@ from typing import NamedTuple
 from ..data.records import Record, question_of
 from ..data.truth import Truth
 from ..files import by_batches, chunks
-from ..judge.claims import Item, judge_claims
-from ..judge.pairwise import Pair, judge_pairs
-from ..model.inputs import decode_answer, encode_prompt
+from ..judge.claims import AnswerToJudge, judge_claims, refuse_silent_judge
+from ..judge.pairwise import AnswerPair, judge_pairs
+from ..model.inputs import encode_prompt
+from ..model.text import decode_answer
 from ..phases import phase
 from ..progress import progress
 from ..rollout import Sampling, sample
@@ -25,6 +26,7 @@ class Judged(NamedTuple):
     b: str
     margin: float  # positive: a is better
     consistent: bool  # both orders agreed (always true of judges that see one answer at a time)
+    has_mass: bool = True  # the judge gave its verdict words probability, for both answers
 
 
 class Answers(NamedTuple):
@@ -81,15 +83,19 @@ def compare_pairs(
         with work.roles.use(role) as active, phase("judge"):
             if judge == "pairwise":
                 asked = [
-                    Pair(work.features(r), question_of(r), a, b, context_of(work, r, contexts)) for r, a, b in batch
+                    AnswerPair(work.features(r), question_of(r), a, b, context_of(work, r, contexts))
+                    for r, a, b in batch
                 ]
-                return [list(choice) for choice in judge_pairs(active, asked, section.pairwise, section.batch_size)]
+                found = judge_pairs(active, asked, section.pairwise, section.batch_size)
+                return [[c.margin, c.consistent, c.has_mass] for c in found]
             items = [item_of(work, r, x, contexts) for r, a, b in batch for x in (a, b)]
-            scores = [v.score for v in judge_claims(active, items, section.claims, section.batch_size)]
-        return [[a - b, True] for a, b in zip(scores[0::2], scores[1::2], strict=True)]
+            found = judge_claims(active, items, section.claims, section.batch_size)
+        both = zip(found[0::2], found[1::2], strict=True)
+        return [[a.score - b.score, True, a.has_mass and b.has_mass] for a, b in both]
 
     with progress(len(pairs), label, unit="pair") as bar:
         decisions = by_batches(path, chunks(pairs, 4 * section.batch_size), decide, bar.advance)
+    refuse_silent_judge([has_mass for _, _, has_mass in decisions], label)
     return [Judged(*pair, *decision) for pair, decision in zip(pairs, decisions, strict=True)]
 
 
@@ -97,8 +103,8 @@ def context_of(work: Workspace, record: Record, contexts: Mapping[str, str] | No
     return contexts[work.name_of(record)] if contexts is not None and record.video is not None else None
 
 
-def item_of(work: Workspace, record: Record, answer: str, contexts: Mapping[str, str] | None) -> Item:
-    return Item(work.features(record), question_of(record), answer, context_of(work, record, contexts))
+def item_of(work: Workspace, record: Record, answer: str, contexts: Mapping[str, str] | None) -> AnswerToJudge:
+    return AnswerToJudge(work.features(record), question_of(record), answer, context_of(work, record, contexts))
 
 
 def figures_of(truth: Truth, judge: str, context: bool, judged: list[Judged]) -> dict:
@@ -109,6 +115,7 @@ def figures_of(truth: Truth, judge: str, context: bool, judged: list[Judged]) ->
         "judge": judge,
         "context": context,
         "pairs": len(judged),
+        "without_mass": sum(not j.has_mass for j in judged),
         "length_bias": prefers_longer / len(longer) if longer else None,
     }
     gaps = [(j, truth.gap(j.record, j.a, j.b)) for j in judged]

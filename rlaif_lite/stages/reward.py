@@ -23,8 +23,9 @@ from ..data.truth import TRUTH
 from ..errors import StageError
 from ..files import chunks, write_json
 from ..model.base import Base
-from ..model.inputs import Sequence, collate, decode_answer, encode_answer, encode_prompt, encode_text
+from ..model.inputs import Sequence, collate, encode_prompt
 from ..model.roles import ActiveRole
+from ..model.text import RUNNING, decode_answer, encode_answer, word_tokens
 from ..phases import phase
 from ..progress import say
 from ..recipe import Recipe
@@ -66,20 +67,20 @@ class RewardInput:
         self.work = work
         self.base = work.base()
         self.section = work.recipe.reward
-        words = [encode_text(self.base, word) for word in self.section.pool_tokens]
-        if several := [word for word, ids in zip(self.section.pool_tokens, words) if len(ids) != 1]:
-            raise StageError(f"`reward.pool_tokens`: {several} are not single tokens of this base; leave them out.")
-        self.pooled = torch.tensor([ids[0] for ids in words], dtype=torch.long)
+        words = [
+            word_tokens(self.base, RUNNING, word, "reward.pool_tokens", capitals=False)
+            for word in self.section.pool_tokens
+        ]
+        self.pooled = torch.tensor([token for spelled in words for token in spelled], dtype=torch.long)
 
     def prompt(self, record: Record) -> Sequence:
         return reward_prompt(self.work, record)
 
-    def answer(self, ids: Seq[int], base: Base) -> Seq[int]:
+    def answer(self, prompt: Sequence, ids: Seq[int], base: Base) -> Seq[int]:
         """Token ids of an answer that `base` gave, in the reward role's own tokens; EOS where the answer has one."""
         if base is self.base:
             return ids
-        own = encode_text(self.base, decode_answer(base, ids))
-        return [*own, self.base.eos_id] if ids[-1] == base.eos_id else own
+        return encode_answer(self.base, prompt.opening, decode_answer(base, ids), end=ids[-1] == base.eos_id)
 
     def score(self, role: ActiveRole, prompts: Seq[Sequence], answers: Seq[Seq[int]]) -> Tensor:
         """Scores of answers (token ids, EOS included where the answer has one) -> score_B float32."""
@@ -174,7 +175,11 @@ def use_given(work: Workspace, folder: Path) -> dict:
 def score_pairs(layout: RewardInput, active: ActiveRole, pairs: Seq[tuple[Record, str, str]]) -> Tensor:
     """score_B2 of (chosen, rejected), both in one forward."""
     prompts = [layout.prompt(record) for record, _, _ in pairs]
-    answers = [encode_answer(layout.base, text) for _, chosen, rejected in pairs for text in (chosen, rejected)]
+    answers = [
+        encode_answer(layout.base, prompt.opening, text)
+        for prompt, (_, *both) in zip(prompts, pairs, strict=True)
+        for text in both
+    ]
     return layout.score(active, [p for p in prompts for _ in range(2)], answers).view(-1, 2)
 
 

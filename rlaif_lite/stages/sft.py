@@ -29,8 +29,9 @@ from rlaif_kernels import linear_logprob
 from ..data.records import Record
 from ..errors import DataError
 from ..model.base import Base
-from ..model.inputs import IGNORE, Sequence, collate, encode_answer, encode_prompt, encode_text, single_token
+from ..model.inputs import IGNORE, Sequence, collate, encode_prompt
 from ..model.roles import ActiveRole
+from ..model.text import Opening, answer_offsets, encode_answer, word_tokens
 from ..phases import phase
 from ..recipe import Training
 from ..rl.losses import sft_loss
@@ -180,22 +181,21 @@ def last_answer(base: Base, record: Record, features, loss_per: str) -> Example:
         raise DataError(f"{record.source}: a record for SFT needs an answer; its last turn is the user's.")
     prompt = encode_prompt(base, record.prompt, features)
     if record.verdicts:
-        ids = encode_text(base, record.answer)
+        ids = encode_answer(base, prompt.opening, record.answer, end=False)
         row = prompt.extend(ids)
-        targets_S = [IGNORE] * len(prompt.ids_S) + verdict_targets(base, record)
+        targets_S = [IGNORE] * len(prompt.ids_S) + verdict_targets(base, prompt.opening, record)
     else:
-        ids = encode_answer(base, record.answer)
+        ids = encode_answer(base, prompt.opening, record.answer)
         row = prompt.extend(ids)
         # The last token of the prompt predicts the first of the answer; the EOS predicts nothing.
         targets_S = [IGNORE] * (len(prompt.ids_S) - 1) + ids + [IGNORE]
     return Example(row, targets_S, 1.0 / scored(targets_S) if loss_per == "record" else 1.0)
 
 
-def verdict_targets(base: Base, record: Record) -> list[int]:
+def verdict_targets(base: Base, opening: Opening, record: Record) -> list[int]:
     """The verdict's token at the last token of each judged span of the answer, IGNORE elsewhere. Raises DataError for a
     verdict whose end lies in no token."""
-    encoded = base.tokenizer(record.answer, add_special_tokens=False, return_offsets_mapping=True)
-    spans = encoded["offset_mapping"]
+    spans = answer_offsets(base, opening, record.answer)
     targets = [IGNORE] * len(spans)
     for place, word in record.verdicts:
         at = next((t for t, (start, end) in enumerate(spans) if start < place <= end), None)
@@ -204,5 +204,5 @@ def verdict_targets(base: Base, record: Record) -> list[int]:
                 f"{record.source}: the verdict {word!r} ends at character {place} of the answer, where no word ends. "
                 "An offset counts the characters up to the end of the judged word."
             )
-        targets[at] = single_token(base, word, record.source)
+        targets[at] = word_tokens(base, opening, word, record.source)[0]
     return targets

@@ -21,10 +21,11 @@ from ...files import chunks
 from ...judge.divide import TextModel
 from ...model.base import base_digest, load_base, read_config
 from ...model.families import FAMILIES
-from ...model.inputs import BRANCH_MARK, collate, decode_answer, encode_prompt, encode_text, single_token
+from ...model.inputs import BRANCH_MARK, collate, encode_prompt
 from ...model.inputs import Sequence as Row
 from ...model.memory import in_pieces
 from ...model.roles import BASE, Roles
+from ...model.text import decode_answer, word_tokens
 from ...recipe import Divide, Lora
 from ...recipe import Model as Section
 from ...rollout import Sampling, sample
@@ -74,7 +75,7 @@ class LocalRole:
     @torch.no_grad()
     def _decide(self, rows: list[Row]) -> list[str]:
         base = self._roles.base
-        yes, no = (self._spellings(word) for word in ("yes", "no"))
+        yes, no = (word_tokens(base, rows[0].opening, word, "judge") for word in ("yes", "no"))
 
         def read(part: Sequence[Row]) -> list[str]:
             hidden_BSD = role.hidden(collate(base, part))
@@ -86,13 +87,6 @@ class LocalRole:
 
         with self._roles.use(self._role) as role:
             return in_pieces(rows, self._batch_size, read)
-
-    def _spellings(self, word: str) -> list[int]:
-        """Tokens that are the word, as it is or with a capital (RLAIF-V adds these up too)."""
-        base = self._roles.base
-        tokens, capital = [single_token(base, word, "judge")], encode_text(base, word.capitalize())
-        known = len(capital) == 1 and capital[0] != base.tokenizer.unk_token_id
-        return tokens + (capital if known and capital != tokens else [])
 
 
 class LocalText:

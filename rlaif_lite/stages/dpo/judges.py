@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ...data.records import Message, Record, question_of
 from ...data.world import divided_answer
 from ...files import by_batches, chunks, write_json
-from ...judge.claims import ask, judge_claims
+from ...judge.claims import ask, judge_claims, refuse_silent_judge
 from ...judge.describe import describe_again
 from ...judge.divide import Divided, TextModel, Writer, divide, rejected, write_by_role
 from ...model.memory import in_pieces
@@ -59,12 +59,19 @@ def score_answers(
                 verdicts = in_pieces(both, len(both), lambda part: ask(active, *zip(*part), preference.claims))
                 scores = [-rejected(verdict) for verdict in verdicts]
         return [
-            {"answer": text, "claims": verdict.claims, "values": verdict.values, "score": score}
+            {
+                "answer": text,
+                "claims": verdict.claims,
+                "values": verdict.values,
+                "score": score,
+                "has_mass": verdict.has_mass,
+            }
             for (_, text, _), verdict, score in zip(batch, verdicts, scores, strict=True)
         ]
 
     with progress(len(todo), f"{label}: judge", unit="answer") as bar:
         rows = by_batches(folder / "judged.jsonl", chunks(todo, preference.batch_size), judge, bar.advance)
+    refuse_silent_judge([row["has_mass"] for row in rows], label)
     score_of = {(place, text): row["score"] for (place, text, _), row in zip(todo, rows, strict=True)}
     why = {
         key: "mismatched" if found.claims else "claimless"

@@ -33,11 +33,11 @@ from typing import NamedTuple
 import torch
 
 from ...data.records import Record
+from ...data.sentences import split_claims
 from ...data.splits import hold_out_videos
 from ...data.truth import TRUTH
 from ...errors import StageError
 from ...files import by_batches, chunks, read_jsonl, write_json, write_jsonl
-from ...judge.claims import split_claims
 from ...model.inputs import encode_prompt
 from ...model.memory import in_pieces
 from ...model.roles import ActiveRole

@@ -117,7 +117,9 @@ class RewardModelFeedback(Feedback):
         base = self.work.base()
         prompts = [self.layout.prompt(record) for record in records]
         with self.beside.roles.use("reward") as reward:
-            return self.layout.score(reward, prompts, [self.layout.answer(a.ids, base) for a in answers])
+            return self.layout.score(
+                reward, prompts, [self.layout.answer(p, a.ids, base) for p, a in zip(prompts, answers, strict=True)]
+            )
 
     @torch.no_grad()
     def scale(self) -> tuple[float, float]:

@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 from ...data.records import Record, question_of
 from ...judge.intervene import Claim, omissions, read_claims, spoken
-from ...model.inputs import decode_answer, encode_prompt
+from ...model.inputs import encode_prompt
+from ...model.text import decode_answer
 from ...phases import phase
 from ...rl.interventions import end_reward, takeovers, token_rewards
 from ...rollout import Sampling, Trajectory, sample

@@ -6,7 +6,7 @@ from torch import Tensor
 from ...data.records import Record
 from ...errors import StageError
 from ...files import read_jsonl, write_json
-from ...model.inputs import decode_answer
+from ...model.text import decode_answer
 from ...rl.losses import explained_variance, repetition
 from ...rollout import Trajectory
 from ...workspace import Workspace

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ...data.records import Record, question_of
 from ...files import chunks
-from ...judge.claims import judge_claims
-from ...judge.pairwise import Pair, judge_pairs
-from ...model.inputs import decode_answer
+from ...judge.claims import judge_claims, refuse_silent_judge
+from ...judge.pairwise import AnswerPair, judge_pairs
+from ...model.text import decode_answer
 from ...phases import phase
 from ...rl.advantages import in_groups, place_gain, rank_penalty
 from ...rollout import Trajectory
@@ -40,32 +40,37 @@ class RankingFeedback(Feedback):
         super().__init__(work)
         work.load_role("sft")
         self.contexts = work.narratives() if work.recipe.ppo.judge_context else None
+        self.without_mass = 0  # verdicts of the last step in which the judge says neither of its words
 
     def take(self, records: list[Record], answers: list[Trajectory], step: int) -> Taken:
         texts = [decode_answer(self.work.base(), a.ids) for a in answers]
         with phase("judge", sum(len(a.ids) for a in answers)):
             by_claims = self.work.recipe.preference.judge == "claims"
             scores = self.by_claims(records, texts) if by_claims else self.by_pairs(records, texts)
-        metrics = {"objective/scores": sum(scores) / len(scores)}  # places are worth the same in every step
+        # places are worth the same in every step
+        metrics = {"objective/scores": sum(scores) / len(scores), "judge/without_mass": float(self.without_mass)}
         return super().take(records, answers, step)._replace(scores=scores, metrics=metrics)
 
     def by_claims(self, records: list[Record], texts: list[str]) -> list[float]:
         section = self.work.recipe.preference
         items = [item_of(self.work, r, text, self.contexts) for r, text in zip(records, texts, strict=True)]
         with self.work.roles.use("sft") as judge:
-            return [verdict.score for verdict in judge_claims(judge, items, section.claims, section.batch_size)]
+            verdicts = judge_claims(judge, items, section.claims, section.batch_size)
+        self.without_mass = refuse_silent_judge([verdict.has_mass for verdict in verdicts], "ppo: ranking")
+        return [verdict.score for verdict in verdicts]
 
     def by_pairs(self, records: list[Record], texts: list[str]) -> list[float]:
         """Each answer's mean margin over the others of its prompt."""
         work, section, size = self.work, self.work.recipe.preference, self.work.recipe.ppo.group_size
         numbers = [pair for group in chunks(list(range(len(texts))), size) for pair in combinations(group, 2)]
         pairs = [
-            Pair(work.features(r), question_of(r), texts[i], texts[j], context_of(work, r, self.contexts))
+            AnswerPair(work.features(r), question_of(r), texts[i], texts[j], context_of(work, r, self.contexts))
             for i, j in numbers
             for r in (records[i],)
         ]
         with work.roles.use("sft") as judge:
             choices = judge_pairs(judge, pairs, section.pairwise, section.batch_size)
+        self.without_mass = refuse_silent_judge([choice.has_mass for choice in choices], "ppo: ranking")
         totals = [0.0] * len(texts)
         for (i, j), choice in zip(numbers, choices, strict=True):
             totals[i] += choice.margin

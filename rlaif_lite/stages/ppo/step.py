@@ -33,8 +33,9 @@ from rlaif_kernels import gae
 from ...data.records import Record
 from ...data.truth import TRUTH
 from ...model.base import Base
-from ...model.inputs import decode_answer, encode_prompt
+from ...model.inputs import encode_prompt
 from ...model.roles import ActiveRole, Roles
+from ...model.text import decode_answer
 from ...phases import phase
 from ...phases import step as step_begins
 from ...progress import progress, say

@@ -11,7 +11,7 @@ import torch
 
 from core import record, shake
 from rlaif_lite.data.splits import hold_out_videos
-from rlaif_lite.errors import StageError
+from rlaif_lite.errors import ModelError, StageError
 from rlaif_lite.files import read_jsonl
 from rlaif_lite.model.text import RUNNING, encode_answer
 from rlaif_lite.stages import reward
@@ -99,7 +99,7 @@ def test_the_narrative_stands_in_the_prompt_where_the_recipe_says(work):
 
 
 def test_pool_words_of_several_tokens_are_refused(work):
-    with pytest.raises(StageError, match=r"pool_tokens`: \['a red'\] are not single tokens"):
+    with pytest.raises(ModelError, match=r"`reward.pool_tokens`: 'a red' is 2 tokens"):
         configured(work, pool_tokens=("red", "a red"))
 
 

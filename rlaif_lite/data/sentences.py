@@ -38,7 +38,7 @@ def _sentences(line: str) -> list[str]:
     for piece in DETACHED.split(line):
         start = len(found)
         for sentence in sentencex.segment("en", piece):
-            if len(found) > start and (OPEN.search(found[-1]) or not says_something(sentence)):
+            if len(found) > start and OPEN.search(found[-1]):
                 found[-1] += sentence
             else:
                 found.append(sentence)

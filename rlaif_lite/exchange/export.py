@@ -28,11 +28,11 @@ from ..model.inputs import collate, encode_prompt
 from ..model.roles import BASE, Roles
 from ..model.text import encode_answer
 from ..recipe import Model, load_recipe
+from ..recipe.adapter import check_settings
 from ..stages.evaluate import ADAPTERS
 from ..workspace import Workspace
 from .card import card
 from .files import SHARD_BYTES, ShardWriter, WeightFile, listed, local_folder, read_json, weight_files, whole_folder
-from .lora import refuse_not_plain
 
 SCALARS = ("reward", "value")
 ROLE_FILES = ("adapter_model.safetensors", "adapter_config.json", "head.safetensors")
@@ -125,7 +125,7 @@ def describe(compared: Comparison) -> str:
 def merge(base: Path, adapter: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
     """Write the checkpoint in `base`, with the adapter added, into the folder `out`, in bfloat16."""
     settings = read_json(adapter / "adapter_config.json")
-    refuse_not_plain(settings, adapter)
+    check_settings(settings, adapter / "adapter_config.json")
     config = read_json(base / "config.json")
     if "quantization_config" in config:
         raise ModelError(f"{base} is stored quantised; an adapter is merged onto unquantised weights. Give that base.")

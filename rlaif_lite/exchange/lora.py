@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ModelError
+from ..recipe.adapter import check_settings
 from .files import WeightFile, listed, read_json, weight_files, whole_folder
 
 # Where the release's own loader looks, in its order (RLAIF/models/qlora_model.py).
@@ -25,16 +26,6 @@ PLACES = ("adapter_model/lora_default", "adapter_model", "lora_default", ".")
 KEY = re.compile(r"^base_model\.model\.model\.(layers\.\d+\.\w+\.(\w+))\.lora_([AB])(?:\.\w+)?\.weight$")
 SOURCE_LAYERS = re.compile(r"^language_model\.model\.(layers\.\d+\.\w+\.(\w+))\.weight$")
 HEAD_FILE = "reward_head"
-PLAIN = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "use_dora": (None, False),
-    "use_rslora": (None, False),
-    "fan_in_fan_out": (None, False),
-}
 
 
 class ImportedLora(NamedTuple):
@@ -59,9 +50,9 @@ def import_lora(source: Path, base: Path, out: Path) -> ImportedLora:
     if folder is None:
         raise ModelError(f"{source} holds no adapter: no adapter_config.json there or in {', '.join(PLACES[:3])}.")
     settings = read_json(folder / "adapter_config.json")
-    refuse_not_plain(settings, folder)
+    check_settings(settings, folder / "adapter_config.json")
     file = _adapter_file(folder)
-    targets = sorted(settings["target_modules"])
+    targets = sorted({match[2] for key in file.shapes if (match := KEY.match(key))})
     tensors = _mapped(file, _linears(base, targets), settings["r"], base)
     head = _head(source / HEAD_FILE, read_json(base / "config.json")["text_config"]["hidden_size"])
     config = LoraConfig(
@@ -79,13 +70,6 @@ def import_lora(source: Path, base: Path, out: Path) -> ImportedLora:
         if head is not None:
             save_file(head, made / "head.safetensors")
     return ImportedLora(settings["r"], len(tensors), sum(t.numel() for t in tensors.values()), head is not None)
-
-
-def refuse_not_plain(settings: dict, folder: Path) -> None:
-    """Raises ModelError for an adapter_config.json whose update is not just alpha / rank * B @ A."""
-    for key, allowed in PLAIN.items():
-        if settings.get(key) not in allowed:
-            raise ModelError(f"{folder}/adapter_config.json has `{key}` = {settings[key]!r}; only plain LoRA is read.")
 
 
 def _adapter_file(folder: Path) -> WeightFile:

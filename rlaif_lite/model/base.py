@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils import logging as transformers_logging
@@ -27,6 +28,7 @@ from ..errors import ModelError
 from ..recipe import Model
 from . import unsloth_loader
 from .families import CHAT_TEMPLATES, Encoded, Family, family_of
+from .memory import out_of_memory
 from .pixels import ImageSpec, image_spec, read_file, read_json
 
 # Noise that no user can act on: bitsandbytes announces that an optional kernel is not installed, transformers is
@@ -166,6 +168,7 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
     family = family_of(config)
     dtype = torch_dtype(section, device)
     quantization = None
+    refuse_quantised(config, section.base)
     if section.quantization == "nf4":
         check_widths(config, section.base)
         quantization = BitsAndBytesConfig(
@@ -179,14 +182,24 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
     if section.loader == "unsloth":
         model = unsloth_loader.load(section, path, config, quantization, dtype, device)
     else:
-        model = AutoModelForImageTextToText.from_pretrained(
-            path,
-            revision=section.revision,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=quantization,
-            attn_implementation="sdpa",
-        )
+        try:
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                path,
+                revision=section.revision,
+                dtype=dtype,
+                device_map={"": device},
+                quantization_config=quantization,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+        except LOAD_ERRORS as error:
+            if isinstance(error, RuntimeError) and out_of_memory(error):
+                raise
+            raise ModelError(
+                f"`model.base: {section.base}` is not loaded: {type(error).__name__}: {error}. A weight file is missing, cut "
+                "or of another model; download the checkpoint again."
+            ) from error
+        refuse_incomplete(info, section.base)
     return finish(model, section, device, tower)
 
 
@@ -197,7 +210,7 @@ def finish(model: nn.Module, section: Model, device: torch.device, tower: bool) 
         _disable_packed_cpu_path(model)
     model.requires_grad_(False)
     model.eval()
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=section.revision)
+    tokenizer = load_tokenizer(section, model)
     named = named_template(section)
     tokenizer.chat_template = named or chat_template(path, section.revision, tokenizer, family)
     if named:
@@ -211,6 +224,62 @@ def finish(model: nn.Module, section: Model, device: torch.device, tower: bool) 
     if not tower:
         base.drop_tower()
     return base
+
+
+# what transformers, safetensors and bitsandbytes raise at files that are not whole
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, AttributeError, ImportError, SafetensorError)
+
+
+def refuse_quantised(config: PretrainedConfig, name: str) -> None:
+    """Raises ModelError for a checkpoint whose weights are quantised already, in whatever way."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    found = found if isinstance(found, dict) else found.to_dict()
+    raise ModelError(
+        f"`model.base: {name}` is quantised already (config.json: `quantization_config`, method "
+        f"{found.get('quant_method', 'unknown')}). Give the original checkpoint: `model.quantization` quantises it here."
+    )
+
+
+def refuse_incomplete(info: dict, name: str) -> None:
+    """Raises ModelError unless every tensor of the model came from the checkpoint. `info` is transformers' own."""
+    for key, what in (("missing_keys", "are not in the checkpoint"), ("mismatched_keys", "have another shape there")):
+        if found := sorted(map(str, info[key])):
+            raise ModelError(
+                f"`model.base: {name}` is not loaded: {len(found)} tensors of the model {what}, the first {found[0]}. They "
+                "would be random. Download the checkpoint again."
+            )
+    if info["error_msgs"]:
+        raise ModelError(f"`model.base: {name}` is not loaded: {info['error_msgs'][0]}. Download the checkpoint again.")
+
+
+def load_tokenizer(section: Model, model: nn.Module):
+    """The checkpoint's tokenizer. Raises ModelError: none that can be read, no EOS, tokens that the model has no row
+    for."""
+    path, name = resolve_base(section.base), section.base
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=section.revision)
+    except Exception as error:  # each tokenizer class fails in its own way at missing and damaged files
+        raise ModelError(
+            f"`model.base: {name}` has no tokenizer that can be read: {type(error).__name__}: {error}. Copy "
+            "tokenizer.json and tokenizer_config.json from the checkpoint's origin."
+        ) from error
+    if not len(tokenizer):
+        raise ModelError(f"`model.base: {name}` has an empty tokenizer; copy tokenizer.json from its origin.")
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"`model.base: {name}` has a tokenizer without `eos_token`: no answer would ever end. Set it in "
+            "tokenizer_config.json."
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last >= rows:
+        raise ModelError(
+            f"`model.base: {name}`: token {token!r} has the id {last}, the model has {rows} embeddings. Tokenizer and "
+            "weights belong to different models."
+        )
+    return tokenizer
 
 
 def base_digest(section: Model) -> str:

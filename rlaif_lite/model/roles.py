@@ -18,21 +18,25 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..recipe import Lora
+from ..recipe.adapter import read_settings, target_names
 from .base import Base
 from .inputs import Batch, decode
 from .merged_lora import merge_forwards
 
+DECODER = r".*(language_model|text_model\.layers).*"  # the modules that carry adapters
 BASE = "base"  # the role without an adapter
 
 
@@ -64,17 +68,11 @@ class Roles:
     def add(self, name: str, *, copy_of: str | None = None, seed: int = 0) -> None:
         """Make role `name`: a fresh adapter (its output is zero), or a copy of another role's adapter (and head)."""
         self._refuse_known(name)
-        config = LoraConfig(
-            r=self.lora.rank,
-            lora_alpha=self.lora.alpha,
-            lora_dropout=0.0,
-            bias="none",
-            target_modules=rf".*(language_model|text_model\.layers).*\.({'|'.join(map(re.escape, self.lora.targets))})",
-        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._attach(name, config)
+            self._attach(name, self.lora)
         if copy_of is not None:
+            self._refuse_other_scale(copy_of)
             for target, source in zip(self.parameters(name), self.parameters(copy_of), strict=True):
                 target.data.copy_(source.data)
             if copy_of in self.heads:
@@ -100,10 +98,17 @@ class Roles:
             raise ModelError(
                 f"There is no adapter at {folder} (adapter_model.safetensors is missing) to load role `{name}` from."
             )
-        config = LoraConfig.from_pretrained(str(folder))
-        config.inference_mode = False
-        self._attach(name, config)
-        saved = load_file(path)
+        settings = read_settings(folder)
+        try:
+            saved = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} cannot be read: {error}. Copy it again, or run its stage again.") from error
+        shape = Lora(
+            rank=settings["r"],
+            alpha=float(settings["lora_alpha"]),
+            targets=tuple(target_names(saved)) or self.lora.targets,
+        )
+        self._attach(name, shape)
         for key, parameter in self._named_parameters(name).items():
             if key not in saved:
                 raise ModelError(
@@ -197,7 +202,24 @@ class Roles:
         if name == BASE or name in self._names:
             raise ModelError(f"Role `{name}` exists already.")
 
-    def _attach(self, name: str, config: LoraConfig) -> None:
+    def _refuse_other_scale(self, name: str) -> None:
+        own, alpha = self._peft.peft_config[name], self.lora.alpha
+        if own.lora_alpha / own.r != alpha / self.lora.rank:
+            raise ModelError(
+                f"Role `{name}` has alpha {own.lora_alpha} and rank {own.r}, `model.lora` has {alpha} and {self.lora.rank}: "
+                "a copy would run at another scale. All roles have one shape: set it so."
+            )
+
+    def _attach(self, name: str, lora: Lora) -> None:
+        if self._peft is None:
+            self._refuse_unknown_targets(lora)
+        config = LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=0.0,
+            bias="none",
+            target_modules=rf"{DECODER}\.({'|'.join(map(re.escape, lora.targets))})",
+        )
         # PEFT turns every other adapter's gradients off when it adds one: remember and restore them.
         training = {other: self.parameters(other)[0].requires_grad for other in self._names}
         if self._peft is None:
@@ -205,14 +227,25 @@ class Roles:
         else:
             self._peft.add_adapter(name, config)
         self._layers = [m for m in self.base.model.modules() if isinstance(m, LoraLayer)]
-        if not self._layers:
-            raise ModelError(f"No layer of the base matches `model.lora.targets` = {self.lora.targets}.")
         if self.base.device.type == "cpu" and self.base.dtype == torch.float32:
             merge_forwards(self._layers)
         self._names.append(name)
         self.trainable(name, False)
         for other, on in training.items():
             self.trainable(other, on)
+
+    def _refuse_unknown_targets(self, lora: Lora) -> None:
+        """Raises ModelError, naming what the decoder has, for a target that matches none of its linear layers."""
+        modules = (name for name, module in self.base.model.named_modules() if isinstance(module, nn.Linear))
+        there = sorted({name.rsplit(".", 1)[-1] for name in modules if re.fullmatch(rf"{DECODER}\.\w+", name)})
+        for target in lora.targets:
+            if target not in there:
+                near = get_close_matches(target, there, 1)
+                raise ModelError(
+                    f"`model.lora.targets`: the base's decoder has no linear layer `{target}`."
+                    + (f" Did you mean `{near[0]}`?" if near else "")
+                    + f" It has {', '.join(there)}."
+                )
 
     def _named_parameters(self, name: str) -> dict[str, nn.Parameter]:
         found = {}

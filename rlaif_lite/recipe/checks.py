@@ -5,7 +5,6 @@ Each check yields (key, message); `recipe.raise_all` adds where the key was writ
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -13,6 +12,8 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING
 
+from ..errors import ModelError
+from .adapter import FILES, read_adapter
 from .dpo import Describe, Divide
 from .file import did_you_mean, files_near, is_file, is_folder, shortened
 from .sections import SPLITS
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 DATA_KEYS = ("sft", *SPLITS)
 LARGEST = 10**9  # of any number in a recipe; so is steps times batch
 CHAT_TEMPLATES = ("vicuna_v1",)  # that `model.families` knows by name
-ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -215,8 +215,8 @@ def _adapter_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     lora = recipe.model.lora
     wanted = {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}
     for key, name, files in (
-        ("sft.adapter", recipe.sft.adapter, ADAPTER),
-        ("reward.adapter", recipe.reward.adapter, (*ADAPTER, "head.safetensors")),
+        ("sft.adapter", recipe.sft.adapter, FILES),
+        ("reward.adapter", recipe.reward.adapter, (*FILES, "head.safetensors")),
     ):
         if name is None:
             continue
@@ -230,27 +230,17 @@ def _adapter_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield key, f"names {name}, inside this run's own folder, where it may be replaced. Set another `output`."
         else:
             try:
-                shape = _shape_of_adapter(folder)
-            except (KeyError, ValueError) as error:
-                yield key, f"names {name}, which is no LoRA adapter that can be read ({error!r})."
+                shape = read_adapter(folder)
+            except ModelError as error:
+                yield key, f"names {name}, which cannot be used. {error}"
                 continue
-            for what, found in shape.items():
+            for what, found in shape._asdict().items():
                 if found != wanted[what]:
                     here = f"`model.lora.{what}` ({recipe.where(f'model.lora.{what}')}) is {wanted[what]}"
                     yield (
                         key,
                         f"names {name}, whose {what} is {found}, but {here}. All roles have one shape: set it so.",
                     )
-
-
-def _shape_of_adapter(folder: Path) -> dict:
-    """Rank, alpha and targets; the targets from the names of the tensors, as a configuration may hold a pattern."""
-    settings = json.loads((folder / ADAPTER[0]).read_text(encoding="utf-8"))
-    with open(folder / ADAPTER[1], "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(size, 1 << 27)))  # a file of another kind has any size there
-    targets = {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in header if ".lora_" in key}
-    return {"rank": settings["r"], "alpha": settings["lora_alpha"], "targets": sorted(targets)}
 
 
 def tracker_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:

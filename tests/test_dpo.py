@@ -94,7 +94,7 @@ def test_two_rounds_leave_a_policy_and_say_what_they_did(work):
 
 
 def test_the_reference_may_stay_the_first_model(work):
-    made = work("dpo.reference=sft", "dpo.generator=sft", "dpo.judge_role=policy")
+    made = work("dpo.reference=start", "dpo.generator=start", "dpo.judge_role=policy")
     dpo.run(made)
     margins = [line["margin"] for line in logged(made)]
     assert margins[0] == pytest.approx(0, abs=1e-3)

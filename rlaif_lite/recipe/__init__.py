@@ -21,8 +21,8 @@ from . import file
 from .checks import cross_checks, file_checks, tracker_checks
 from .dpo import Describe, Divide, Dpo
 from .feedback import Claims, Pairwise, Preference, Reward
-from .interventions import Checklist, Interventions
 from .ppo import Ppo
+from .rlif import Checklist, Interventions
 from .sections import (
     SPLITS,
     Context,

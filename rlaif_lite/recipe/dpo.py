@@ -54,16 +54,16 @@ class Dpo(Training):
 
     rounds: Count = Field(1, description="rounds of answering, judging and training (RLAIF-V 4, i-SRT 9)")
     prompts: Count | None = Field(None, description="prompts per round; null: all that are not held out")
-    generator: Literal["policy", "sft"] = Field(
+    generator: Literal["policy", "start"] = Field(
         "policy", description="who answers: the last round's policy, or always the model that round 1 starts from"
     )
     judge_role: Literal["policy", "sft"] = Field(
         "sft", description="who judges: the SFT adapter, or the last round's policy (i-SRT)"
     )
-    reference: Literal["previous", "sft"] = Field(
+    reference: Literal["previous", "start"] = Field(
         "previous", description="what the policy is held to: the last round's, or the model that round 1 starts from"
     )
-    pairs: Count = Field(2, description="at most so many pairs of a prompt's answers")
+    pairs: Count = Field(2, description="most pairs of one prompt's answers")
     balance_lengths: bool = Field(True, description="drop pairs with much longer rejected answers (RLAIF-V's search)")
     beta: Positive = Field(0.1, description="how strongly the policy is held to the reference")
     loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="DPO's, or IPO's squared one")

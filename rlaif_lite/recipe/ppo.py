@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from .interventions import Interventions
+from .rlif import Interventions
 from .sections import Count, Positive, Rows, Section, Share
 
 

@@ -50,9 +50,9 @@ from ...training.oom import Backoff, put_back, remember
 from ...workspace import Workspace
 from .experience import Experience, Micro, answer_hidden, answer_logp, cut, padded, place, spread, token_value
 from .feedback import Feedback, RewardModelFeedback, Taken
-from .interventions import InterventionFeedback
 from .log import check_first_step, describe, summary
 from .ranking import RankingFeedback
+from .rlif import InterventionFeedback
 
 READS = (
     "seed",

@@ -37,7 +37,7 @@ class Claim(NamedTuple):
     odds: float  # log P(no) - log P(yes): positive = the judge takes it for false
 
 
-def spoken(
+def sampled_answer(
     base: Base, video: FeatureRecord | None, question: str, ids: Sequence[int], context: str | None
 ) -> AnswerToJudge:
     """An answer as it was sampled, for `read_claims`; `ids` with or without the EOS that ends it."""
@@ -53,7 +53,7 @@ def text_of(base: Base, ids: Sequence[int]) -> str:
 def read_claims(
     role: ActiveRole, items: Sequence[AnswerToJudge], section: Claims, batch_size: int
 ) -> list[list[Claim]]:
-    """The claims of answers made by `spoken`, in the order of `items`; the role is the judge's."""
+    """The claims of answers made by `sampled_answer`, in the order of `items`; the role is the judge's."""
     base = role.roles.base
     out = []
     for item, verdict in zip(items, judge_claims(role, items, section, batch_size), strict=True):

@@ -19,17 +19,17 @@ from core import shake, video_of
 from family_checkpoints import TINY, build_tokenizer
 from rlaif_lite import pipeline
 from rlaif_lite.data.records import Message
+from rlaif_lite.data.sentences import split_claims
 from rlaif_lite.data.world_text import COLOURS
 from rlaif_lite.errors import RecipeError
 from rlaif_lite.files import read_jsonl
 from rlaif_lite.judge import intervene
-from rlaif_lite.data.sentences import split_claims
-from rlaif_lite.judge.intervene import (
+from rlaif_lite.judge.rlif import (
     Claim,
     missing_words,
     omissions,
     read_claims,
-    spoken,
+    sampled_answer,
     statements,
     text_of,
     token_ends,
@@ -37,10 +37,10 @@ from rlaif_lite.judge.intervene import (
 from rlaif_lite.model.inputs import collate, encode_prompt
 from rlaif_lite.model.roles import Roles
 from rlaif_lite.recipe import Checklist, Claims, Lora
-from rlaif_lite.rl.interventions import end_reward, takeovers, token_rewards
+from rlaif_lite.rl.rlif import end_reward, takeovers, token_rewards
 from rlaif_lite.rollout import Sampling, Trajectory, sample
 from rlaif_lite.stages.ppo import step as ppo
-from rlaif_lite.stages.ppo.interventions import InterventionFeedback
+from rlaif_lite.stages.ppo.rlif import InterventionFeedback
 from rlaif_lite.workspace import Workspace
 
 # ---- the arithmetic, by hand
@@ -174,7 +174,7 @@ ANSWERS = ["first a red circle left . then a blue square up . </s>", "</s>", "al
 def test_inline_claims_stand_where_the_word_is_a_verdict(judge, monkeypatch):
     base, video = judge.base, video_of(judge.base)
     section = Claims(mode="inline", prompt="<video> {context} response :", context_prefix="context : {context}")
-    items = [spoken(base, video, "what", ids_of(base, text), "a blue cross") for text in ANSWERS]
+    items = [sampled_answer(base, video, "what", ids_of(base, text), "a blue cross") for text in ANSWERS]
     prompt = encode_prompt(base, [Message("user", "<video> context : a blue cross response :")], video)
     told = [[yes_no(judge, prompt.extend(item.ids[: t + 1])) for t in range(len(item.ids))] for item in items]
     sums = sorted(yes + no for answer in told for yes, no in answer)
@@ -193,7 +193,7 @@ def test_inline_claims_stand_where_the_word_is_a_verdict(judge, monkeypatch):
 def test_claims_that_are_asked_about_keep_their_places(judge):
     base, video = judge.base, video_of(judge.base)
     section = Claims(mode="ask", prompt="<video> claim : {claim} ?")
-    items = [spoken(base, video, "what", ids_of(base, text), None) for text in ANSWERS]
+    items = [sampled_answer(base, video, "what", ids_of(base, text), None) for text in ANSWERS]
     with judge.use("sft") as role:
         found = read_claims(role, items, section, batch_size=2)
     assert [[claim[:2] for claim in claims] for claims in found] == [[(0, 6), (6, 12)], [], [(0, 3)]]
@@ -235,10 +235,10 @@ CERTAIN = (
 
 
 class AgainstRed(InterventionFeedback):
-    def read(self, records, speeches):
+    def read(self, records, drafts):
         out = []
-        for speech in speeches:
-            words = self.work.base().tokenizer.convert_ids_to_tokens(speech.said.ids)
+        for draft in drafts:
+            words = self.work.base().tokenizer.convert_ids_to_tokens(draft.said.ids)
             ends = [t + 1 for t, word in enumerate(words) if word in COLOURS]
             odds = [3.0 if words[end - 1] == "red" else -3.0 for end in ends]
             out.append([Claim(start, end, gap) for start, end, gap in zip([0, *ends], ends, odds)])

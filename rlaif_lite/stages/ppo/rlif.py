@@ -1,7 +1,7 @@
 """A judge that intervenes on the policy's answers, as feedback to PPO (RLIF, arXiv 2311.12996, put on answers).
 
-The judge is the SFT role. It reads what the policy said claim by claim (`judge.intervene`) and decides which claims it
-takes over (`rl.interventions`); the policy's last token before a takeover gets -1. What then happens is the recipe's:
+The judge is the SFT role. It reads what the policy said claim by claim (`judge.rlif`) and decides which claims it
+takes over (`rl.rlif`); the policy's last token before a takeover gets -1. What then happens is the recipe's:
 
     label     nothing: the answer stands as it was said, with a -1 at each such claim
     stop      the answer, and the episode, end with the first such claim
@@ -11,7 +11,7 @@ takes over (`rl.interventions`); the policy's last token before a takeover gets 
 `replace` makes of one answer several rows for the update, one for each time the policy spoke. A row holds everything
 before as context that is not learnt from, and ends with the claim that was taken back or with the answer. So each token
 that the policy sampled is learnt from once, where it was sampled (but what it said after such a claim, which nobody
-heard), and blame falls on the words that earned it, which the answer no longer holds. Nothing is bootstrapped beyond a
+judged), and blame falls on the words that earned it, which the answer no longer holds. Nothing is bootstrapped beyond a
 row's end: what is taken back costs 1, whatever would have come.
 
 What an answer leaves out of the narrative is counted at its end, wherever that is: at its EOS, at the length limit, or
@@ -27,18 +27,18 @@ from math import inf
 from typing import NamedTuple
 
 from ...data.records import Record, question_of
-from ...judge.intervene import Claim, omissions, read_claims, spoken
+from ...judge.rlif import Claim, omissions, read_claims, sampled_answer
 from ...model.inputs import encode_prompt
 from ...model.text import decode_answer
 from ...phases import phase
-from ...rl.interventions import end_reward, takeovers, token_rewards
+from ...rl.rlif import end_reward, takeovers, token_rewards
 from ...rollout import Sampling, Trajectory, sample
 from ...rollout.sampling import uniforms
 from ...workspace import Workspace
 from .feedback import Feedback, Taken
 
 
-class Speech(NamedTuple):
+class Draft(NamedTuple):
     """An answer so far, with what the policy said last."""
 
     answer: int  # number of the answer in the step
@@ -46,8 +46,8 @@ class Speech(NamedTuple):
     since: int  # tokens before this one are not the policy's, or have been learnt from: a row's context
 
 
-class Heard(NamedTuple):
-    """What the judge made of a speech."""
+class JudgedDraft(NamedTuple):
+    """What the judge made of a draft."""
 
     claims: list[Claim]  # those that end in what the policy said last
     taken: list[int]  # numbers of those that are taken over
@@ -66,54 +66,58 @@ class InterventionFeedback(Feedback):
         self.narratives = work.narratives()
 
     def take(self, records: list[Record], answers: list[Trajectory], step: int) -> Taken:
-        speeches = [Speech(i, said, 0) for i, said in enumerate(answers)]
-        heard = self.hear(records, speeches, step, 0)
-        omitted = self.omitted(records, speeches)
-        metrics = figures(heard, omitted, self.section.tau)
+        drafts = [Draft(i, said, 0) for i, said in enumerate(answers)]
+        judged = self.judge(records, drafts, step, 0)
+        omitted = self.omitted(records, drafts)
+        metrics = figures(judged, omitted, self.section.tau)
         if self.section.takeover == "label":
-            rows = [self.row(s, h.taken_ends(), left) for s, h, left in zip(speeches, heard, omitted, strict=True)]
+            rows = [self.row(s, h.taken_ends(), left) for s, h, left in zip(drafts, judged, omitted, strict=True)]
         elif self.section.takeover == "stop":
-            cut = [cut_short(s, h) for s, h in zip(speeches, heard, strict=True)]
+            cut = [cut_short(s, h) for s, h in zip(drafts, judged, strict=True)]
             left_out = self.omitted(records, cut)
-            rows = [self.row(s, h.taken_ends()[:1], left) for s, h, left in zip(cut, heard, left_out, strict=True)]
+            rows = [self.row(s, h.taken_ends()[:1], left) for s, h, left in zip(cut, judged, left_out, strict=True)]
         else:
-            rows = self.replace(records, speeches, heard, step)
-        of_row = [records[speech.answer] for speech, _ in rows]
-        said = [speech.said for speech, _ in rows]
-        own = [[t >= speech.since for t in range(len(speech.said.ids))] for speech, _ in rows]
+            rows = self.replace(records, drafts, judged, step)
+        of_row = [records[draft.answer] for draft, _ in rows]
+        said = [draft.said for draft, _ in rows]
+        own = [[t >= draft.since for t in range(len(draft.said.ids))] for draft, _ in rows]
         return Taken(of_row, said, own, [0.0] * len(rows), [rewards for _, rewards in rows], metrics)
 
     # ---- what the judge hears
 
-    def hear(self, records: list[Record], speeches: list[Speech], step: int, turn: int) -> list[Heard]:
+    def judge(self, records: list[Record], drafts: list[Draft], step: int, turn: int) -> list[JudgedDraft]:
         """The claims of what the policy said last, and which of them are taken over: a function of (seed, step, answer,
         turn)."""
         work, section = self.work, self.section
-        claims = self.read(records, speeches)
-        seeds = [work.seed("ppo", "interventions", step, speech.answer, turn) for speech in speeches]
+        claims = self.read(records, drafts)
+        seeds = [work.seed("ppo", "interventions", step, draft.answer, turn) for draft in drafts]
         uniform_AT = uniforms(seeds, work.recipe.ppo.max_new_tokens).tolist() if seeds else []
-        heard = []
-        for speech, found, uniform_T in zip(speeches, claims, uniform_AT, strict=True):
-            new = [claim for claim in found if claim.end > speech.since]
+        judged = []
+        for draft, found, uniform_T in zip(drafts, claims, uniform_AT, strict=True):
+            new = [claim for claim in found if claim.end > draft.since]
             odds, ends = [claim.odds for claim in new], [claim.end for claim in new]
-            heard.append(Heard(new, takeovers(odds, ends, uniform_T, section.tau, section.beta, section.spurious)))
-        return heard
+            judged.append(
+                JudgedDraft(new, takeovers(odds, ends, uniform_T, section.tau, section.beta, section.spurious))
+            )
+        return judged
 
-    def read(self, records: list[Record], speeches: list[Speech]) -> list[list[Claim]]:
+    def read(self, records: list[Record], drafts: list[Draft]) -> list[list[Claim]]:
         work, judge = self.work, self.work.recipe.preference
         items = []
-        for speech in speeches:
-            record = records[speech.answer]
+        for draft in drafts:
+            record = records[draft.answer]
             context = self.narrative(record) if work.recipe.ppo.judge_context else None
-            items.append(spoken(work.base(), work.features(record), question_of(record), speech.said.ids, context))
-        with work.roles.use("sft") as role, phase("judge claims", sum(len(s.said.ids) for s in speeches)):
+            items.append(
+                sampled_answer(work.base(), work.features(record), question_of(record), draft.said.ids, context)
+            )
+        with work.roles.use("sft") as role, phase("judge claims", sum(len(s.said.ids) for s in drafts)):
             return read_claims(role, items, judge.claims, judge.batch_size)
 
-    def omitted(self, records: list[Record], speeches: list[Speech]) -> list[float]:
-        """How many statements of the narrative each speech leaves out."""
+    def omitted(self, records: list[Record], drafts: list[Draft]) -> list[float]:
+        """How many statements of the narrative each draft leaves out."""
         work, judge = self.work, self.work.recipe.preference
-        answers = [decode_answer(work.base(), speech.said.ids) for speech in speeches]
-        narratives = [self.narrative(records[speech.answer]) for speech in speeches]
+        answers = [decode_answer(work.base(), draft.said.ids) for draft in drafts]
+        narratives = [self.narrative(records[draft.answer]) for draft in drafts]
         with work.roles.use("sft") as role, phase("judge omissions"):
             return omissions(role, answers, narratives, judge.claims, self.section.checklist, judge.batch_size)
 
@@ -123,49 +127,49 @@ class InterventionFeedback(Feedback):
 
     # ---- what follows from it
 
-    def row(self, speech: Speech, ends: Sequence[int], omitted: float | None) -> tuple[Speech, list[float]]:
-        """A speech and the rewards on its tokens: for the claims that end at `ends`, and at the answer's end, which
+    def row(self, draft: Draft, ends: Sequence[int], omitted: float | None) -> tuple[Draft, list[float]]:
+        """A draft and the rewards on its tokens: for the claims that end at `ends`, and at the answer's end, which
         this is where `omitted` is given."""
-        length = len(speech.said.ids)
+        length = len(draft.said.ids)
         rewards = token_rewards(length, ends)
         if omitted is not None:
             rewards[-1] += end_reward(omitted, length, self.section.omission, self.section.length_floor)
-        return speech, rewards
+        return draft, rewards
 
     def replace(
-        self, records: list[Record], speeches: list[Speech], heard: list[Heard], step: int
-    ) -> list[tuple[Speech, list[float]]]:
+        self, records: list[Record], drafts: list[Draft], judged: list[JudgedDraft], step: int
+    ) -> list[tuple[Draft, list[float]]]:
         """Take claims back and let the policy speak on, `takeovers` times at most; claims after that are marked."""
-        rows, ended, heard_now = [], [], list(zip(speeches, heard, strict=True))
+        rows, ended, heard_now = [], [], list(zip(drafts, judged, strict=True))
         for turn in range(1, self.section.takeovers + 1):
             ended += [(s, h) for s, h in heard_now if not h.taken]
             over = [(s, h) for s, h in heard_now if h.taken]
             rows += [self.row(cut_short(s, h), h.taken_ends()[:1], None) for s, h in over]
-            kept = [Speech(s.answer, first(s.said, h.claims[h.taken[0]].start), s.since) for s, h in over]
-            speeches = self.speak_on(records, self.written(records, kept, step, turn), step, turn)
-            heard_now = list(zip(speeches, self.hear(records, speeches, step, turn), strict=True))
+            kept = [Draft(s.answer, first(s.said, h.claims[h.taken[0]].start), s.since) for s, h in over]
+            drafts = self.continue_drafts(records, self.written(records, kept, step, turn), step, turn)
+            heard_now = list(zip(drafts, self.judge(records, drafts, step, turn), strict=True))
         ended += heard_now
         left = self.omitted(records, [s for s, _ in ended])
         return rows + [self.row(s, h.taken_ends(), out) for (s, h), out in zip(ended, left, strict=True)]
 
-    def written(self, records: list[Record], kept: list[Speech], step: int, turn: int) -> list[Speech]:
+    def written(self, records: list[Record], kept: list[Draft], step: int, turn: int) -> list[Draft]:
         """The next claim of each answer, or its end, as the reference writes it and the judge likes it best."""
         section, eos = self.section, self.work.base().eos_id
         found = self.sample(
             "reference", records, kept, "candidates", step, turn, section.candidates, section.claim_tokens
         )
-        best: dict[int, tuple[float, Speech]] = {}
-        for speech, claims in zip(found, self.read(records, found), strict=True):
-            new = next((claim for claim in claims if claim.end > speech.since), None)
+        best: dict[int, tuple[float, Draft]] = {}
+        for draft, claims in zip(found, self.read(records, found), strict=True):
+            new = next((claim for claim in claims if claim.end > draft.since), None)
             if new is None:  # an end is neither true nor false; what neither ends nor claims is the last choice
-                odds, piece = (0.0 if speech.said.ids[-1] == eos else inf), speech
+                odds, piece = (0.0 if draft.said.ids[-1] == eos else inf), draft
             else:
-                odds, piece = new.odds, speech._replace(said=first(speech.said, new.end))
-            if speech.answer not in best or odds < best[speech.answer][0]:
-                best[speech.answer] = (odds, piece)
+                odds, piece = new.odds, draft._replace(said=first(draft.said, new.end))
+            if draft.answer not in best or odds < best[draft.answer][0]:
+                best[draft.answer] = (odds, piece)
         return [piece for _, piece in best.values()]
 
-    def speak_on(self, records: list[Record], written: list[Speech], step: int, turn: int) -> list[Speech]:
+    def continue_drafts(self, records: list[Record], written: list[Draft], step: int, turn: int) -> list[Draft]:
         """The policy goes on after what was put in; answers that ended with it, or have no room left, are over."""
         eos, longest = self.work.base().eos_id, self.work.recipe.ppo.max_new_tokens
         open_ = [s for s in written if s.said.ids[-1] != eos and len(s.said.ids) < longest]
@@ -175,13 +179,13 @@ class InterventionFeedback(Feedback):
         self,
         role: str,
         records: list[Record],
-        kept: list[Speech],
+        kept: list[Draft],
         stream: str,
         step: int,
         turn: int,
         count: int,
         most: int,
-    ) -> list[Speech]:
+    ) -> list[Draft]:
         """`count` continuations of each answer by `role`, of at most `most` tokens and within `ppo.max_new_tokens`."""
         if not kept:
             return []
@@ -201,7 +205,7 @@ class InterventionFeedback(Feedback):
             before, new = kept[more.prompt], first(more, room[more.prompt])
             ids, logp = before.said.ids + new.ids, before.said.logp + new.logp
             said = before.said._replace(ids=ids, logp=logp, stopped=new.stopped)
-            out.append(Speech(before.answer, said, len(before.said.ids)))
+            out.append(Draft(before.answer, said, len(before.said.ids)))
         return out
 
 
@@ -210,24 +214,24 @@ def first(said: Trajectory, count: int) -> Trajectory:
     return said._replace(ids=said.ids[:count], logp=said.logp[:count], stopped=said.stopped and count >= len(said.ids))
 
 
-def cut_short(speech: Speech, heard: Heard) -> Speech:
+def cut_short(draft: Draft, judged: JudgedDraft) -> Draft:
     """Up to the end of the first claim that was taken over. It counts as stopped: no fault of the policy's that there
     is no EOS."""
-    if not heard.taken:
-        return speech
-    return speech._replace(said=first(speech.said, heard.taken_ends()[0])._replace(stopped=True))
+    if not judged.taken:
+        return draft
+    return draft._replace(said=first(draft.said, judged.taken_ends()[0])._replace(stopped=True))
 
 
-def figures(heard: list[Heard], omitted: list[float], tau: float) -> dict[str, float]:
+def figures(judged: list[JudgedDraft], omitted: list[float], tau: float) -> dict[str, float]:
     """Of answers as they were sampled: how much they claim, how much of it is taken over, how much they leave out. None
     of the three says anything without the others: who says nothing is never interrupted."""
-    claims = sum(len(h.claims) for h in heard)
-    taken = sum(len(h.taken) for h in heard)
-    unsupported = sum(claim.odds > tau for h in heard for claim in h.claims)
+    claims = sum(len(h.claims) for h in judged)
+    taken = sum(len(h.taken) for h in judged)
+    unsupported = sum(claim.odds > tau for h in judged for claim in h.claims)
     return {
-        "interventions/claims": claims / len(heard),
+        "interventions/claims": claims / len(judged),
         "interventions/rate": taken / max(1, claims),
         "interventions/unsupported": unsupported / max(1, claims),
-        "interventions/answers": sum(bool(h.taken) for h in heard) / len(heard),
+        "interventions/answers": sum(bool(h.taken) for h in judged) / len(judged),
         "interventions/omitted": sum(omitted) / len(omitted),
     }

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..data.records import Record, question_of
 from ..data.truth import Truth
 from ..files import by_batches, chunks
-from ..judge.claims import AnswerToJudge, judge_claims, refuse_silent_judge
+from ..judge.claims import AnswerToJudge, judge_claims
 from ..judge.pairwise import AnswerPair, judge_pairs
 from ..model.inputs import encode_prompt
 from ..model.text import decode_answer
@@ -95,7 +95,6 @@ def compare_pairs(
 
     with progress(len(pairs), label, unit="pair") as bar:
         decisions = by_batches(path, chunks(pairs, 4 * section.batch_size), decide, bar.advance)
-    refuse_silent_judge([has_mass for _, _, has_mass in decisions], label)
     return [Judged(*pair, *decision) for pair, decision in zip(pairs, decisions, strict=True)]
 
 

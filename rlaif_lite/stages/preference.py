@@ -15,6 +15,7 @@ Pairs that the recipe gives (`data.pairs`) are used as they are instead: nothing
 from ..data.records import VIDEO_MARK, Record, question_of
 from ..data.truth import TRUTH, content_words
 from ..files import read_jsonl, write_json, write_jsonl
+from ..judge.claims import refuse_silent_judge
 from ..progress import say
 from ..rollout import Sampling
 from ..workspace import Workspace
@@ -53,6 +54,7 @@ def run(work: Workspace) -> dict:
         return compare_pairs(work, "sft", judge, pairs[:count], contexts, path, f"preference: {name}")
 
     label = judged(section.judge, section.context, len(pairs))
+    refuse_silent_judge([j.has_mass for j in label], "preference")
     table = {(section.judge, section.context): label}
     if section.compare_context:
         table[section.judge, not section.context] = judged(section.judge, not section.context, len(pairs))
@@ -169,6 +171,7 @@ def summary(section, figures: list[dict], pairs: int, judged: int) -> dict:
         "pairs": pairs,
         "pairs_judged": judged,
         "dropped": judged - pairs,
+        "verdicts_without_mass": own["without_mass"],
         "judge_agreement_with_truth": own.get("agreement"),
         "length_bias": own["length_bias"],
         "truth_length_bias": own.get("truth_length_bias"),

@@ -38,6 +38,7 @@ from ...data.splits import hold_out_videos
 from ...data.truth import TRUTH
 from ...errors import StageError
 from ...files import by_batches, chunks, read_jsonl, write_json, write_jsonl
+from ...judge.claims import refuse_silent_judge
 from ...model.inputs import encode_prompt
 from ...model.memory import in_pieces
 from ...model.roles import ActiveRole
@@ -252,6 +253,7 @@ def judge_neighbours(
         if a != b
     ]
     found = compare_pairs(work, role, "pairwise", [pair for _, pair in asked], contexts, path, label)
+    refuse_silent_judge([judged.has_mass for judged in found], label)
     by_prompt: list[list[Judged]] = [[] for _ in answers]
     for (place, _), judged in zip(asked, found, strict=True):
         by_prompt[place].append(judged)

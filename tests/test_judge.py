@@ -10,7 +10,7 @@ from core import shake, video_of
 from rlaif_lite.data.records import Message
 from rlaif_lite.data.sentences import split_claims
 from rlaif_lite.errors import ModelError
-from rlaif_lite.judge.claims import AnswerToJudge, judge_claims, user_message
+from rlaif_lite.judge.claims import MIN_MASS, AnswerToJudge, judge_claims, refuse_silent_judge, user_message
 from rlaif_lite.judge.narrative import narrative
 from rlaif_lite.judge.pairwise import AnswerPair, judge_pairs
 from rlaif_lite.model.inputs import collate, encode_prompt
@@ -220,3 +220,25 @@ def test_narratives():
     assert narrative(["a", "b"], [], spans) == "[0.0s-2.5s] a [3.0s-5.5s] b"
     with pytest.raises(ValueError):
         narrative(["a", "b"], ["first"], spans)
+
+
+
+def test_a_verdict_without_probability_mass_is_seen(judge):
+    """Words that the judge would never say: pushed down by the ban, as 30 nats would push them."""
+    base, kept = judge.base, judge.base.ban_bias_V.clone()
+    words = [base.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no", "A", "B")]
+    with judge.use("sft") as role:
+        heard = judge_claims(role, items(base)[:3], ASK, 8)
+        chosen = judge_pairs(role, pairs(base), PLAIN, 8)
+        try:
+            base.ban_bias_V[words] = -30.0
+            silent = judge_claims(role, items(base)[:3], ASK, 8)
+        finally:
+            base.ban_bias_V.copy_(kept)
+    assert all(verdict.has_mass for verdict in heard) and all(0 < choice.mass < 1 for choice in chosen)
+    assert [verdict.has_mass for verdict in silent] == [False, False, True]  # nothing was asked of the third
+    assert max(max(verdict.mass, default=0) for verdict in silent) < MIN_MASS
+    assert refuse_silent_judge([verdict.has_mass for verdict in silent], "preference") == 2
+    with pytest.raises(ModelError, match="preference: in all of 2 verdicts .* less than 0.001 of probability"):
+        refuse_silent_judge([False, False], "preference")
+    assert refuse_silent_judge([], "preference") == 0

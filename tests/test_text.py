@@ -4,19 +4,22 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from core import small_recipe
 from family_checkpoints import CHATML, LLAVA_TOKENS, QWEN_TOKENS, TINY, VICUNA
 from rlaif_lite.data.records import Message
 from rlaif_lite.data.sentences import split_claims
 from rlaif_lite.data.world import facts_of
 from rlaif_lite.data.world_text import describe
-from rlaif_lite.errors import ModelError
+from rlaif_lite.errors import ModelError, RecipeError
 from rlaif_lite.judge.narrative import narrative
 from rlaif_lite.model import families
+from rlaif_lite.model.base import base_digest, load_base
 from rlaif_lite.model.families import CHAT_TEMPLATES, FAMILIES
-from rlaif_lite.model.inputs import MARK_WITH_BLANKS, split_prompt
+from rlaif_lite.model.inputs import MARK_WITH_BLANKS, encode_prompt, split_prompt
 from rlaif_lite.model.text import (
     RUNNING,
     answer_offsets,
@@ -27,6 +30,8 @@ from rlaif_lite.model.text import (
     word_tokens,
     write_prompt,
 )
+from rlaif_lite.planner.lengths import lengths_of
+from rlaif_lite.recipe import Model, check_files
 
 ANSWERS = ["She is here.", "yes", "Yes, he does. No!", "1. One thing", '"Quoted" words', "他在走路。"]
 CORPUS = ["Assistant: She is here. user assistant what happens ? Yes, he does. No! yes no Yes No one thing words " * 3]
@@ -260,3 +265,26 @@ def test_the_worlds_answers_are_split_as_before_and_fast():
 def test_a_caption_without_a_word_is_left_out():
     assert narrative(["a dog", " ... ", "a cat"], ["first", "then", "finally"], 3.0) == "first a dog finally a cat"
     assert narrative(["", "a cat"], [], 4.0) == "[2.0s-4.0s] a cat"
+
+
+# ---- the template of a recipe
+
+
+def test_a_recipe_names_its_template(checkpoint, tmp_path):
+    """By name or by file; the plan counts its tokens; another template is another base; a wrong name is refused."""
+    own = tmp_path / "own.jinja"
+    own.write_text(
+        "{% for m in messages %}what what {{ m.content[0].text }}{% endfor %}{% if add_generation_prompt %} red{% endif %}"
+    )
+    plain, named, filed = (
+        Model(base=str(checkpoint), quantization="none", chat_template=template)
+        for template in (None, "vicuna_v1", str(own))
+    )
+    base = load_base(filed, torch.device("cpu"))
+    assert base.tokenizer.decode(encode_prompt(base, [Message("user", "star")], None).ids_S).endswith("what what star red")
+    assert len({base_digest(section) for section in (plain, named, filed)}) == 3
+    key = f"model.chat_template={own}"
+    counted = [lengths_of(small_recipe(checkpoint, tmp_path, *keys)).template for keys in ((), (key,))]
+    assert counted[1] == len(base.tokenizer.encode("what what a red", add_special_tokens=False)) - 1 != counted[0]
+    with pytest.raises(RecipeError, match="`model.chat_template` .*vicuna_v2, which is neither .* mean .*vicuna_v1"):
+        check_files(small_recipe(checkpoint, tmp_path, "model.chat_template=vicuna_v2"))

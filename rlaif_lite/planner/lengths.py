@@ -49,7 +49,7 @@ class Lengths(NamedTuple):
 def lengths_of(recipe: Recipe) -> Lengths:
     """Look at the recipe's data; files that are not there yet are assumed to hold PROMPT and ANSWER tokens."""
     path, named = Path(resolve_base(recipe.model.base)), named_template(recipe.model)
-    said = [{"role": "user", "content": "a"}]
+    said = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
     if (path / "tokenizer_config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(path)
         count = lambda text: len(tokenizer.encode(text, add_special_tokens=False))

@@ -23,7 +23,7 @@ from rlaif_lite.data.sentences import split_claims
 from rlaif_lite.data.world_text import COLOURS
 from rlaif_lite.errors import RecipeError
 from rlaif_lite.files import read_jsonl
-from rlaif_lite.judge import intervene
+from rlaif_lite.judge import rlif
 from rlaif_lite.judge.rlif import (
     Claim,
     missing_words,
@@ -178,12 +178,12 @@ def test_inline_claims_stand_where_the_word_is_a_verdict(judge, monkeypatch):
     prompt = encode_prompt(base, [Message("user", "<video> context : a blue cross response :")], video)
     told = [[yes_no(judge, prompt.extend(item.ids[: t + 1])) for t in range(len(item.ids))] for item in items]
     sums = sorted(yes + no for answer in told for yes, no in answer)
-    monkeypatch.setattr(intervene, "VERDICT", (sums[7] + sums[8]) / 2)  # this random judge is sure of nothing
+    monkeypatch.setattr(rlif, "VERDICT", (sums[7] + sums[8]) / 2)  # this random judge is sure of nothing
     with judge.use("sft") as role:
         found = read_claims(role, items, section, batch_size=2)
     assert found[1] == [] and sum(map(len, found)) == len(sums) - 8
     for claims, answer in zip(found, told):
-        ends = [t + 1 for t, (yes, no) in enumerate(answer) if yes + no > intervene.VERDICT]
+        ends = [t + 1 for t, (yes, no) in enumerate(answer) if yes + no > rlif.VERDICT]
         assert [claim.end for claim in claims] == ends and [claim.start for claim in claims] == [0, *ends][: len(ends)]
         for claim in claims:
             yes, no = answer[claim.end - 1]
@@ -433,7 +433,7 @@ def test_labels_end_to_end(rerun):
 
 @pytest.mark.parametrize("takeover", ["stop", "replace"])
 def test_an_interrupted_run_ends_the_same(rerun, takeover, monkeypatch):
-    monkeypatch.setattr(intervene, "VERDICT", 0.02)  # this judge was trained for three steps: it is sure of nothing
+    monkeypatch.setattr(rlif, "VERDICT", 0.02)  # this judge was trained for three steps: it is sure of nothing
     asked = (
         "ppo.feedback=interventions",
         f"ppo.interventions.takeover={takeover}",

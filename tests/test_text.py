@@ -281,7 +281,9 @@ def test_a_recipe_names_its_template(checkpoint, tmp_path):
         for template in (None, "vicuna_v1", str(own))
     )
     base = load_base(filed, torch.device("cpu"))
-    assert base.tokenizer.decode(encode_prompt(base, [Message("user", "star")], None).ids_S).endswith("what what star red")
+    assert base.tokenizer.decode(encode_prompt(base, [Message("user", "star")], None).ids_S).endswith(
+        "what what star red"
+    )
     assert len({base_digest(section) for section in (plain, named, filed)}) == 3
     key = f"model.chat_template={own}"
     counted = [lengths_of(small_recipe(checkpoint, tmp_path, *keys)).template for keys in ((), (key,))]

@@ -82,9 +82,9 @@ def check_settings(settings: object, where: str | Path) -> None:
             f"{where}: `init_lora_weights` = {start!r}: it belongs to a base whose weights it changed; only plain LoRA is "
             "read. Convert it with PEFT's `path_initial_model_for_weight_conversion`."
         )
-    for key, least in (("r", 1), ("lora_alpha", 0)):
+    for key, kinds in (("r", int), ("lora_alpha", int | float)):
         value = settings.get(key)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value < 1e6:
+        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < 1e6:
             raise ModelError(f"{where}: `{key}` = {value!r} in adapter_config.json is no {key} of a LoRA adapter.")
 
 
@@ -133,4 +133,4 @@ def read_adapter(folder: Path) -> AdapterShape:
                 f"{path}: layer {layer} has no {bare[0][0]}.lora_{bare[0][1]}: it is on some of the layers only, and roles "
                 "are on all."
             )
-    return AdapterShape(int(settings["r"]), float(settings["lora_alpha"]), target_names(names))
+    return AdapterShape(settings["r"], float(settings["lora_alpha"]), target_names(names))

@@ -301,7 +301,7 @@ def test_what_does_not_fit_is_refused_by_the_line_to_change(llava):
     with pytest.raises(StageError, match=said):
         refuse(plan)
     refuse(plan, until="reward")
-    with pytest.raises(StageError, match=r"`sft.easy.micro_batch` \(.*vlm_rlaif_7b_24gb.yaml:25\)"):
+    with pytest.raises(StageError, match=r"`sft.easy.micro_batch` \(.*vlm_rlaif_7b_24gb.yaml:26\)"):
         refuse(on_card(llava, "8GB"))
     with pytest.raises(StageError, match=r"`model.gradient_checkpointing: true`"):
         refuse(on_card(llava, "8GB", "model.gradient_checkpointing=false"), until="sft")

@@ -86,7 +86,11 @@ def test_the_folder(finished):
     ]
     assert not left  # and never a pickle
     narratives = json.loads((folder / "context" / "narratives.json").read_text())
-    assert len(narratives) == VIDEOS and all("first" in text and "finally" in text for text in narratives.values())
+    assert len(narratives) == VIDEOS
+    for row in read_jsonl(folder / "context" / "captions.jsonl"):  # a caption without a word goes with its marker
+        for marker, caption in zip(("first", "then", "finally"), row["captions"], strict=True):
+            said = f"{marker} {caption}" in narratives[row["video"]]
+            assert said == any(character.isalnum() for character in caption)
     released = json.loads((folder / "preference" / "pairs.json").read_text())
     assert {"id", "video", "conversations", "output_1", "output_2", "preference"} <= released[0].keys()
     own = read_jsonl(folder / "preference" / "pairs.jsonl")

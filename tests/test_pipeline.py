@@ -87,7 +87,8 @@ def test_the_folder(finished):
     assert not left  # and never a pickle
     narratives = json.loads((folder / "context" / "narratives.json").read_text())
     assert len(narratives) == VIDEOS
-    for row in read_jsonl(folder / "context" / "captions.jsonl"):  # a caption without a word goes with its marker
+    rows = [row for batch in read_jsonl(folder / "context" / "captions.jsonl") for row in batch]
+    for row in rows:  # a caption without a word goes with its marker
         for marker, caption in zip(("first", "then", "finally"), row["captions"], strict=True):
             said = f"{marker} {caption}" in narratives[row["video"]]
             assert said == any(character.isalnum() for character in caption)

@@ -289,7 +289,7 @@ def test_a_captured_step_runs_over_all_slots(policy, monkeypatch):
     seen, real = [], policy.base.decoder.forward
 
     def forward(*args, **kwargs):
-        if (cache := kwargs["past_key_values"]) is not None and isinstance(cache, SlotCache):
+        if (cache := kwargs[policy.base.cache_argument]) is not None and isinstance(cache, SlotCache):
             seen.append(
                 (tuple(kwargs["inputs_embeds"].shape), tuple(kwargs["attention_mask"].shape), cache.keys.data_ptr())
             )

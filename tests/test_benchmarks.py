@@ -22,8 +22,8 @@ from rlaif_lite.data.records import Message
 from rlaif_lite.data.world_text import COLOURS, describe
 from rlaif_lite.errors import DataError
 from rlaif_lite.model.inputs import collate, encode_prompt
-from rlaif_lite.model.text import encode_answer
 from rlaif_lite.model.roles import Roles
+from rlaif_lite.model.text import encode_answer
 from rlaif_lite.recipe import Lora, dump_yaml, load_recipe
 
 VIDEOS = files.facts(6)

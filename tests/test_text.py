@@ -263,8 +263,8 @@ def test_the_worlds_answers_are_split_as_before_and_fast():
 
 
 def test_a_caption_without_a_word_is_left_out():
-    assert narrative(["a dog", " ... ", "a cat"], ["first", "then", "finally"], 3.0) == "first a dog finally a cat"
-    assert narrative(["", "a cat"], [], 4.0) == "[2.0s-4.0s] a cat"
+    assert narrative(["a dog", " ... ", "a cat"], ["first", "then", "finally"], []) == "first a dog finally a cat"
+    assert narrative(["", "a cat"], [], [(0.0, 1.5), (2.0, 4.0)]) == "[2.0s-4.0s] a cat"
 
 
 # ---- the template of a recipe

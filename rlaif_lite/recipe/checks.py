@@ -271,7 +271,7 @@ def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if own is not None:
         templates["model.reward_base.chat_template"] = own.chat_template
     for key, name in templates.items():
-        if name is not None and name not in CHAT_TEMPLATES and not Path(name).expanduser().is_file():
+        if name is not None and name not in CHAT_TEMPLATES and not is_file(name):
             hint = did_you_mean(name, CHAT_TEMPLATES) or f"Named templates: {', '.join(CHAT_TEMPLATES)}."
             yield key, f"is {name}, which is neither a named template nor a file. {hint}"
     yield from _adapter_checks(recipe)

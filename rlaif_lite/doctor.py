@@ -112,7 +112,7 @@ def _driver() -> str:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text()
+        return Path(path).read_text(encoding="utf-8")
     except OSError:
         return ""
 
@@ -128,7 +128,7 @@ def requirements() -> list[Requirement]:
         import tomllib
 
         project = Path(__file__).parent.parent / "pyproject.toml"
-        lines = tomllib.loads(project.read_text())["project"]["dependencies"]
+        lines = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["dependencies"]
     wanted = [Requirement(line) for line in lines]
     return [need for need in wanted if need.marker is None or need.marker.evaluate({"extra": ""})]
 

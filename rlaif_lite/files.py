@@ -1,11 +1,181 @@
-"""Files of a run: JSON lines that a killed stage resumes from, atomic writes, digests."""
+"""Files of a run: one atomic and durable writer, JSON lines that a killed stage resumes from, and digests.
 
+`atomic` is the only way to a file of a run. A kill or a full disk leaves the old file or the new one, never half of
+one, and what is in place after a return survives a power cut. What is being written has a hidden name that ends in
+`.tmp`; `clean` removes what a killed run left of that.
+"""
+
+import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from .errors import StageError
+from .progress import say
+
+SUMS = "files.sha256"  # digests of a folder's files, as `sha256sum -c` reads them
+
+# ------------------------------------------------------------------------------------------------------ atomic writes
+
+
+@contextlib.contextmanager
+def atomic(path: Path | str, durable: bool = True) -> Iterator[Path]:
+    """A temporary path beside `path` for a file or a folder. It becomes `path` when the block ends well.
+
+    A folder replaces the whole old folder. `durable=False` leaves the sync to the caller (see `sync`): for many small
+    files that are checked together later."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove(tmp)
+    try:
+        yield tmp
+        if durable:
+            sync(tmp)
+        if path.is_dir():  # a folder cannot be renamed onto one that has files
+            old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+            remove(old)
+            os.replace(path, old)
+            os.replace(tmp, path)
+            remove(old)
+        else:
+            os.replace(tmp, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove(tmp)
+        raise
+    if durable:
+        fsync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, is on the disk."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            sync(inner)
+    fsync(path)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def clean(folder: Path, older_than: float = 0.0) -> None:
+    """Remove what killed writers left anywhere in `folder`.
+
+    What a living process writes stays, and so does what is younger than `older_than` seconds."""
+    for left in [*folder.rglob(".*.tmp"), *folder.rglob(".tmp*")]:  # the second kind is safetensors'
+        writer = left.name.split(".")[-2]
+        if writer.isdigit() and int(writer) != os.getpid() and Path(f"/proc/{writer}").exists():
+            continue
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime >= older_than:
+                remove(left)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically, with line ends as they are."""
+    with atomic(path) as tmp:
+        tmp.write_bytes(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises StageError for a file that is not there or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        what = "is not there" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+        raise StageError(
+            f"{path} {what}. Delete the folder {path.parent} and run again: its stage starts over."
+        ) from None
+
+
+def write_sealed(path: Path, value: dict) -> None:
+    """Write a JSON object atomically, with a digest of itself."""
+    write_json(path, value | {"sha256": _seal(value)})
+
+
+def read_sealed(path: Path) -> dict | None:
+    """An object that `write_sealed` wrote; None where there is none. Raises StageError when it is damaged."""
+    if not path.exists():
+        return None
+    value = read_json(path)
+    if not isinstance(value, dict) or value.pop("sha256", None) != _seal(value):
+        raise StageError(
+            f"{path} is damaged: its content does not match its checksum. Delete the folder {path.parent} and run again: "
+            "its stage starts over, and later stages are kept where nothing changed."
+        )
+    return value
+
+
+def _seal(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------- JSON lines
+
+
+def write_jsonl(path: Path, values: Iterable[Any]) -> None:
+    """Write JSON lines atomically."""
+    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """Every line of a file; one that a kill cut short is left out."""
+    return [json.loads(line) for line in whole_lines(path) if line != "\n"]
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file, with their ends, but for one that a kill cut short; none where there is no file."""
+    # Not splitlines(): an answer may hold U+2028 and the like, which are line ends to Python and not to JSON lines.
+    text = path.read_bytes().decode() if path.exists() else ""
+    return [line + "\n" for line in text.split("\n")[:-1]]
+
+
+@contextlib.contextmanager
+def appending(path: Path, lines: list[str]) -> Iterator[Callable[[Any], str]]:
+    """A function that appends a value as a line and returns the line. `lines`: the first lines of the file, which stay;
+    what comes after them, such as a line cut short by a kill, goes first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        file.truncate(sum(len(line.encode()) for line in lines))
+
+        def append(value: Any) -> str:
+            line = json.dumps(value) + "\n"
+            file.write(line.encode())
+            file.flush()
+            return line
+
+        yield append
+        os.fsync(file.fileno())
 
 
 def by_batches(
@@ -13,57 +183,68 @@ def by_batches(
 ) -> list:
     """Map `work` over `batches`, one JSON line per batch in `path`; batches whose line is there already are not redone.
 
-    A line cut short by a kill is dropped. Returns the concatenated results, read back from the file, so that a
-    resumed stage and an uninterrupted one hold the very same objects.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = _whole_lines(path)
-    with open(path, "w" if not lines else "r+", encoding="utf-8") as file:
-        file.seek(sum(len(line.encode()) for line in lines))
-        file.truncate()
-        for _, batch in zip(lines, batches):
+    A line is `{"items": batch size, "results": [...], "crc32": ...}`. From the first line on that is cut short, damaged
+    or of another batch size, the batches are done again. Returns the concatenated results, read back from the file, so
+    that a resumed stage and an uninterrupted one hold the very same objects."""
+    lines, results = whole_lines(path), []
+    for number, (line, batch) in enumerate(zip(lines, batches, strict=False)):
+        found = _sound(line)
+        if found is None or found["items"] != len(batch):
+            say(f"{path}: line {number + 1} is damaged or of another batch size; it and what follows is made again")
+            break
+        results.append(found["results"])
+    with appending(path, lines[: len(results)]) as append:
+        for batch in batches[: len(results)]:
             done(len(batch))
-        for batch in batches[len(lines) :]:
-            line = json.dumps(work(batch)) + "\n"
-            file.write(line)
-            file.flush()
-            lines.append(line)
+        for batch in batches[len(results) :]:
+            value = {"items": len(batch), "results": work(batch)}
+            line = append(value | {"crc32": _crc(value)})
+            results.append(json.loads(line)["results"])
             done(len(batch))
-    return [item for line in lines for item in json.loads(line)]
+    return [item for found in results for item in found]
 
 
-def _whole_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return lines if not lines or lines[-1].endswith("\n") else lines[:-1]
+def _sound(line: str) -> dict | None:
+    try:
+        value = json.loads(line)
+        return value if value.pop("crc32") == _crc(value) else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a kill leaves either the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.tmp")
-    tmp.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(tmp, path)
-
-
-def write_jsonl(path: Path, values: Iterable[Any]) -> None:
-    """Write JSON lines atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.tmp")
-    tmp.write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values), encoding="utf-8")
-    os.replace(tmp, path)
-
-
-def read_jsonl(path: Path) -> list[Any]:
-    # Not splitlines(): an answer may hold U+2028 and the like, which are line ends to Python and not to JSON lines.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+def _crc(value: dict) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def chunks(items: list, size: int) -> list[list]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def file_digest(path: str) -> str:
+# ------------------------------------------------------------------------------------------------------------- digests
+
+
+def file_digest(path: Path | str) -> str:
+    """The first 16 hex digits of a file's sha256: enough to tell versions apart."""
+    return sha256(path)[:16]
+
+
+def sha256(path: Path | str) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(path: Path, files: Iterable[Path], root: Path) -> None:
+    """Write the digests of `files` into `path`, named from `root`, in the format that `sha256sum -c` checks."""
+    lines = [f"{sha256(file)}  {os.path.relpath(file, root)}\n" for file in sorted(files)]
+    write_text(path, "".join(lines))
+
+
+def damaged(path: Path, root: Path) -> list[Path]:
+    """The files listed in `path` (by `write_sums`) that are gone or not what they were."""
+    out = []
+    for line in whole_lines(path):
+        digest, _, name = line.rstrip("\n").partition("  ")
+        file = root / name
+        if not file.is_file() or sha256(file) != digest:
+            out.append(file)
+    return out

@@ -1,19 +1,16 @@
 """The order of the stages; what is done, what is stale and why; the summary.
 
 A stage is finished when its folder holds `done.json`: what it read (recipe keys, and the digests of the stages before
-it) and what it returned. When nothing of that changed it is skipped. When something did, its folder is emptied and it
+it), what it returned, and the digest of what it left (see `run_folder.py`). When nothing of that changed it is skipped. When something did, its folder is emptied and it
 runs again, and so do the stages that need it. A stage that was killed has no `done.json` and goes on from its own
 checkpoint. What a stage read says all that decides what it finds, so a run may also take a stage from another run
 that read the same (`share`).
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +19,17 @@ import torch
 from . import __version__
 from .data.splits import own_files
 from .data.truth import module_file
-from .errors import StageError
-from .files import file_digest, write_json
+from .errors import RlaifError, StageError
+from .files import clean, file_digest, read_json, read_jsonl, read_sealed, remove, write_json, write_sealed, write_text
 from .model.base import base_digest
 from .planner import Plan, make_plan, refuse, settle
 from .progress import say
-from .recipe import Recipe, dump_yaml, flatten, load_recipe, recipe_hash
+from .recipe import Recipe, dump_yaml, flatten, load_recipe, neutral_keys, recipe_hash
 from .report import page
+from .run_folder import MARKS, check, explained, left_by, only_run, seal
 from .stages import context, data, dpo, evaluate, features, ppo, preference, reward, sft
+from .training.health import findings
+from .training.loop import MetricsLog
 from .training.meter import Meter, describe_machine, versions
 from .video.cache import read_index
 from .workspace import Workspace
@@ -47,15 +47,6 @@ STAGES = {
 }
 # Roles that each stage leaves behind; emptied with it when it is stale.
 LEAVES = {"sft": ("sft", "reference"), "reward": ("reward",), "ppo": ("policy", "value"), "dpo": ("policy", "divider")}
-# Where and how fast, not what: a change of these makes nothing stale.
-NEUTRAL = (
-    "data.folder",
-    "data.world.workers",
-    "features.cache",
-    "features.workers",
-    "model.gradient_checkpointing",
-    "ppo.checkpoint_every",
-)
 GATES = {"reward": "reward.floor"}  # a key of the stage's section that only a later stage acts on
 # What makes a stage run again, but changes nothing that a later stage reads without asking for it by itself.
 INWARD = {
@@ -83,24 +74,37 @@ def run(
         refuse(plan, until)
     work = Workspace(recipe)
     work.video_tokens = plan.video_tokens
-    work.folder.mkdir(parents=True, exist_ok=True)
-    with only_run(work.folder):
-        (work.folder / "recipe.yaml").write_text(dump_yaml(recipe), encoding="utf-8")
-        if again is not None:
-            empty(work, again)
-        digests: dict[str, str] = {}
-        try:
-            for name in recipe.stages:
-                run_stage(work, name, STAGES[name], digests, plan, share)
-                write_summary(work, list(digests), finished=name == "evaluate")
-                if name == until:
-                    break
-        finally:
-            if (work.folder / "summary.json").exists():
-                page.write(work.folder)
-    summary = json.loads((work.folder / "summary.json").read_text())
+    digests: dict[str, str] = {}
+    here = lambda: list(digests)[-1] if digests else str(work.folder)
+    with explained(work.folder, here, lambda: list(digests)[:-1]):
+        work.folder.mkdir(parents=True, exist_ok=True)
+        with only_run(work.folder):
+            clean(work.folder)
+            write_text(work.folder / "recipe.yaml", dump_yaml(recipe))
+            if again is not None:
+                empty(work, again)
+            try:
+                for name in recipe.stages:
+                    run_stage(work, name, STAGES[name], digests, plan, share)
+                    write_summary(work, list(digests), finished=name == "evaluate")
+                    if name == until:
+                        break
+            except BaseException:
+                report_anyway(work.folder)
+                raise
+            page.write(work.folder)
+    summary = read_json(work.folder / "summary.json")
     say(f"{work.folder / 'report.html'}")
     return summary
+
+
+def report_anyway(folder: Path) -> None:
+    """Write the report of a run that an exception ended; what fails here must not hide that exception."""
+    try:
+        if (folder / "summary.json").exists():
+            page.write(folder)
+    except (RlaifError, OSError, MemoryError) as error:
+        say(f"the report was not written: {error}")
 
 
 def evaluate_again(run_dir: Path, best_of: int | None = None) -> dict:
@@ -122,10 +126,11 @@ def run_stage(
     }
     outward = {key: value for key, value in reads.items() if key not in INWARD.get(name, ())}
     digests[name] = hashlib.sha256(json.dumps([name, outward], sort_keys=True).encode()).hexdigest()[:16]
-    done, begun = read(folder / "done.json"), read(folder / "begun.json")
+    done, begun = read_sealed(folder / "done.json"), read_sealed(folder / "begun.json")
     if done is not None and done["reads"] == reads:
+        check(work.folder, name, done, work.log.digests())
         say(f"{name}: done before, nothing it reads has changed")
-        write_json(folder / "done.json", done | {"status": "skipped"})
+        write_sealed(folder / "done.json", done | {"status": "skipped"})
         return
     displace(work, name)
     if share is not None and (source := finished_beside(work, name, reads, share)) is not None:
@@ -138,14 +143,17 @@ def run_stage(
         empty(work, name)
     elif begun is not None:
         say(f"{name}: goes on where it was stopped")
-    write_json(folder / "begun.json", {"reads": reads})
+    write_sealed(folder / "begun.json", {"reads": reads})
     with Meter(work.device) as meter:
         result = stage.run(work)
     work.release_roles()
-    skipped = [other for other in list(digests)[:-1] if read(work.stage(other) / "done.json")["status"] != "done"]
+    skipped = [
+        other for other in list(digests)[:-1] if read_sealed(work.stage(other) / "done.json")["status"] != "done"
+    ]
     planned = plan.stages[name].without(skipped)
     cost = {"seconds": meter.seconds, "peak_memory_bytes": meter.peak_memory_bytes, "planned_memory_bytes": planned}
-    write_json(folder / "done.json", {"reads": reads, "status": "done", "cost": cost, "result": result})
+    kept = {"files": seal(work.folder, name, outputs(work, name)), "metrics": work.log.digests().get(name)}
+    write_sealed(folder / "done.json", {"reads": reads, "status": "done", "cost": cost, "result": result, **kept})
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     peak = f"{meter.peak_memory_bytes / 2**20:.0f} MiB, planned {planned / 2**20:.0f}"
     say(f"{name}: {meter.seconds:.1f} s, peak memory {peak}")
@@ -155,13 +163,20 @@ def finished_beside(work: Workspace, name: str, reads: dict[str, Any], share: Pa
     """A run folder in `share` that has finished the stage from the same inputs, if what the stage leaves outside the
     run folder (the world's files, cached features) is where this run looks for it."""
     for path in sorted(share.glob(f"*/{name}/done.json")):
-        if read(path)["reads"] != reads:
+        run = path.parents[1]
+        try:
+            done = read_sealed(path)
+            if done["reads"] != reads:
+                continue
+            check(run, name, done, MetricsLog(run / "metrics.jsonl").digests())
+        except StageError as error:
+            say(f"{name}: not taken from {run}. {error}")
             continue
         if name == "data" and work.recipe.data.world and not (work.data_folder / "world.json").exists():
             continue
         keys = [key for index in path.parent.glob("index*.json") for key in read_index(index).values()]
         if all(work.store.path(key).exists() for key in keys):
-            return path.parents[1]
+            return run
     return None
 
 
@@ -169,15 +184,25 @@ def take(work: Workspace, name: str, source: Path) -> None:
     """Make the stage's folder, adapters and metrics those of the run in `source`. Weights are hard links: they are only
     ever written anew, never into. A kill in the middle leaves the stage stale."""
     empty(work, name)
-    write_json(work.stage(name) / "begun.json", {"reads": {"half taken from": str(source)}})
+    write_sealed(work.stage(name) / "begun.json", {"reads": {"half taken from": str(source)}})
     roles = [f"adapters/{role}" for role in LEAVES.get(name, ()) if (source / "adapters" / role).exists()]
     left = shutil.ignore_patterns("begun.json", "done.json", "cache", "checkpoint")
     for folder in (name, *roles):
         shutil.copytree(source / folder, work.folder / folder, ignore=left, copy_function=link, dirs_exist_ok=True)
     work.log.take(name, source / "metrics.jsonl")
-    done = {"shared_from": source.name} | read(source / name / "done.json") | {"status": "shared"}
-    write_json(work.stage(name) / "begun.json", {"reads": done["reads"]})
-    write_json(work.stage(name) / "done.json", done)
+    done = {"shared_from": source.name} | read_sealed(source / name / "done.json") | {"status": "shared"}
+    write_sealed(work.stage(name) / "begun.json", {"reads": done["reads"]})
+    write_sealed(work.stage(name) / "done.json", done | {"files": seal(work.folder, name, outputs(work, name))})
+
+
+def outputs(work: Workspace, name: str) -> list[Path]:
+    """The files that a stage leaves: in its folder, its adapters, and the world where it is written elsewhere."""
+    found = left_by(work.stage(name))
+    for role in LEAVES.get(name, ()):
+        found += [path for path in work.adapter(role).rglob("*") if path.is_file()]
+    if name == "data" and work.recipe.data.world and work.data_folder != work.stage("data"):
+        found += left_by(work.data_folder)
+    return found
 
 
 def link(source: str, target: str) -> None:
@@ -194,10 +219,11 @@ def link(source: str, target: str) -> None:
 def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]:
     """What a stage depends on beside the stages before it: recipe keys, the base's files, the data files, this
     version."""
+    neutral = neutral_keys()
     found = {
         key: value
         for key, value in flatten(work.recipe).items()
-        if key not in NEUTRAL
+        if key not in neutral
         and key != GATES.get(name)
         and any(key == prefix or key.startswith(prefix + ".") for prefix in reads)
     }
@@ -209,14 +235,16 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
         found["splits with a narrative"] = list(work.recipe.narrated)
     for key in ("sft.adapter", "reward.adapter"):
         if found.get(key) is not None:
-            found[f"files of {key}"] = folder_digest(Path(found[key]).expanduser())
+            found[f"files of {key}"] = folder_digest(Path(found[key]))
     if found.get("evaluate.synonyms") is not None:
-        found["file of evaluate.synonyms"] = file_digest(Path(found["evaluate.synonyms"]).expanduser())
+        found["file of evaluate.synonyms"] = file_digest(Path(found["evaluate.synonyms"]))
     if found.get("evaluate.truth") is not None:
         found["code of evaluate.truth"] = file_digest(module_file(found["evaluate.truth"]))
     if name == "data":
         for path in own_files(work.recipe.data):
             found[f"file {path}"] = file_digest(path)
+        if own_files(work.recipe.data):
+            found["videos"] = work.videos_digest()
     return found | {"version": __version__}
 
 
@@ -225,14 +253,18 @@ def folder_digest(folder: Path) -> str:
     files = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".safetensors"))
     if not files:
         raise StageError(f"There is no adapter in {folder}. Paths start at {Path.cwd()}.")
-    return hashlib.sha256(json.dumps([(path.name, file_digest(str(path))) for path in files]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([(path.name, file_digest(path)) for path in files]).encode()).hexdigest()[:16]
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What differs between two sets of inputs, in words."""
     keys = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     said = [
-        f"{key} ran again" if key.startswith("stage ") else f"`{key}` was {before.get(key)!r} and is {now.get(key)!r}"
+        "videos were added, removed or replaced"
+        if key == "videos" and key in before
+        else f"{key} ran again"
+        if key.startswith("stage ")
+        else f"`{key}` was {before.get(key)!r} and is {now.get(key)!r}"
         for key in keys
     ]
     return "; ".join(said[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
@@ -244,10 +276,9 @@ def empty(work: Workspace, name: str) -> None:
     work.log.drop(name)
     for role in LEAVES.get(name, ()):
         shutil.rmtree(work.adapter(role), ignore_errors=True)
-    marks = ("begun.json", "done.json")
-    for path in sorted(work.stage(name).iterdir(), key=lambda p: p.name in marks):
+    for path in sorted(work.stage(name).iterdir(), key=lambda p: p.name in MARKS):
         if path.name != "cache":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
 
 
 def displace(work: Workspace, name: str) -> None:
@@ -257,7 +288,7 @@ def displace(work: Workspace, name: str) -> None:
     for other, roles in LEAVES.items():
         if other != name and mine.intersection(roles) and (work.folder / other / "done.json").exists():
             say(f"{other}: removed, because {name} makes adapters of the same names")
-            write_json(work.folder / other / "begun.json", {"reads": {"replaced by": name}})
+            write_sealed(work.folder / other / "begun.json", {"reads": {"replaced by": name}})
             (work.folder / other / "done.json").unlink()
             empty(work, other)
 
@@ -266,7 +297,7 @@ def write_summary(work: Workspace, stages: list[str], finished: bool) -> None:
     """`summary.json`: the contract of the design, with more beside it. `stages` are those that this run did or found
     done: what a stale stage once found does not belong to this recipe."""
     recipe = work.recipe
-    found = {name: read(work.folder / name / "done.json") for name in stages}
+    found = {name: read_sealed(work.folder / name / "done.json") for name in stages}
     results = {name: done["result"] for name, done in found.items() if done is not None}
     evaluation = results.get("evaluate", {})
     write_json(
@@ -287,6 +318,7 @@ def write_summary(work: Workspace, stages: list[str], finished: bool) -> None:
                 for name, done in found.items()
                 if done is not None
             },
+            "health": findings(read_jsonl(work.log.path)),
             "features": results.get("features"),
             "evaluation": evaluation.get("evaluation", {}),
             "evaluation_intervals": evaluation.get("evaluation_intervals", {}),
@@ -295,20 +327,3 @@ def write_summary(work: Workspace, stages: list[str], finished: bool) -> None:
             recipe.method: results.get(recipe.method, {}),
         },
     )
-
-
-def read(path: Path) -> dict | None:
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-@contextmanager
-def only_run(folder: Path) -> Iterator[None]:
-    """Hold the run folder: two runs in one folder would overwrite each other's checkpoints."""
-    with open(folder / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StageError(
-                f"Another run is going on in {folder}. Wait for it, or set `output` to another folder."
-            ) from error
-        yield

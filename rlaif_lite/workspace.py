@@ -9,18 +9,23 @@ A stage takes what it needs from here and leaves its results in the run folder:
     <run>/<stage>/               the stage's own outputs, its checkpoint, and `done.json` when it is finished
 """
 
+import contextlib
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from .data.readers import read_records
 from .data.records import Record
-from .data.splits import Loaded, load_splits
+from .data.splits import Loaded, load_splits, name_videos, own_files, roots_of
 from .data.truth import Truth
 from .errors import StageError
+from .files import read_json, read_sealed, sha256, write_sealed
 from .model.base import Base, load_base
 from .model.roles import Roles
+from .progress import say
 from .recipe import Recipe, flatten
 from .training.loop import MetricsLog, derive_seed
 from .training.trackers import Trackers
@@ -39,7 +44,7 @@ class Workspace:
         self.folder = Path(recipe.output)
         self.device = torch.device(pick_device(recipe.device))
         trackers = Trackers(recipe.track, self.folder, flatten(recipe)) if recipe.track else None
-        self.log = MetricsLog(self.folder / "metrics.jsonl", trackers)
+        self.log = MetricsLog(self.folder / "metrics.jsonl", trackers, recipe.health)
         self.video_tokens = 0  # of a whole video, as planned; 0: not planned
         self._base: Base | None = None
         self._roles: Roles | None = None
@@ -48,6 +53,8 @@ class Workspace:
         self._features: FeatureStore | None = None
         self._index: dict[str, str] = {}
         self._narratives: dict[str, str] = {}
+        self._files: dict[str, list[Record]] = {}
+        self._read_before: dict[str, list] = {}
         self._for_reward: Workspace | None = None
         self.index_file = self.folder / "features" / index
 
@@ -105,14 +112,49 @@ class Workspace:
 
     def _load(self) -> Loaded:
         if self._loaded is None:
-            self._loaded = load_splits(self.recipe, self.data_folder)
+            self._loaded = load_splits(self.recipe, self.data_folder, self._of_file)
         return self._loaded
+
+    def _of_file(self, path: str) -> list[Record]:
+        if path not in self._files:
+            read = read_records(path, video_root=self.recipe.data.video_root)
+            say(f"{path}: {len(read.records)} records, {read.format}")
+            self._files[path] = read.records
+        return self._files[path]
+
+    def videos_digest(self) -> str:
+        """Of the content of the user's own videos, missing ones included: it changes when one comes, goes or is replaced.
+
+        `videos.json` in the run folder keeps what was read, so that only files of another size or time are read again."""
+        memo = self.folder / "videos.json"
+        with contextlib.suppress(StageError):  # a damaged one is made again
+            self._read_before = read_sealed(memo) or {}
+        states, found = {}, {}
+        data = self.recipe.data
+        videos = [r.video for path in own_files(data) for r in self._of_file(path) if r.video is not None]
+        for video, name in name_videos(videos, roots_of(data, self.data_folder)).items():
+            if name not in states:
+                parts = [video] if isinstance(video, str) else video
+                states[name] = [self._content(file, found) for part in parts for file in _files_of(Path(part))]
+        if found != self._read_before:
+            write_sealed(memo, found)
+        return hashlib.sha256(json.dumps(states, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _content(self, path: Path, found: dict[str, list]) -> str | None:
+        """sha256 of a file, or None where there is none; `found` gains [size, time, sha256]."""
+        if not path.is_file():
+            return None
+        stat = path.stat()
+        known = self._read_before.get(str(path), [None, None, None])
+        same = known[:2] == [stat.st_size, stat.st_mtime_ns]
+        found[str(path)] = known if same else [stat.st_size, stat.st_mtime_ns, sha256(path)]
+        return found[str(path)][2]
 
     @property
     def quarantined(self) -> set[str]:
         """Videos that a finished features stage could not decode (only with `data.on_missing: skip`)."""
         folder = self.folder / "features"
-        return set(json.loads((folder / "quarantine.json").read_text())) if (folder / "done.json").exists() else set()
+        return set(read_json(folder / "quarantine.json")) if (folder / "done.json").exists() else set()
 
     def name_of(self, record: Record) -> str:
         """A record's video as the run's files name it; of a record without a video, the record's key."""
@@ -152,7 +194,7 @@ class Workspace:
         if not self._index:
             self._index = read_index(self.index_file)
         name = self.name_of(record)
-        views = self.store.get(self._index[name])
+        views = self.store.get(self._index[name]) if name in self._index else None
         if views is None:
             raise StageError(
                 f"The cached features of {name} are gone or damaged. Delete {self.folder / 'features' / 'done.json'} and run again: "
@@ -165,7 +207,7 @@ class Workspace:
     def narratives(self) -> dict[str, str]:
         """{video: narrative}, as the context stage wrote them."""
         if not self._narratives:
-            self._narratives = json.loads((self.folder / "context" / "narratives.json").read_text())
+            self._narratives = read_json(self.folder / "context" / "narratives.json")
         return self._narratives
 
     # ---- model
@@ -194,6 +236,11 @@ class Workspace:
         if self._roles is not None:
             for name in self._roles.names:
                 self._roles.remove(name)
+
+
+def _files_of(video: Path) -> list[Path]:
+    """A video's files: itself, or the frames in a folder."""
+    return sorted(video.iterdir()) if video.is_dir() else [video]
 
 
 def pick_device(device: str) -> str:

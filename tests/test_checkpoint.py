@@ -94,8 +94,25 @@ def test_damage_is_named_with_the_way_out(tmp_path):
     checkpoint.save(tmp_path, 1, {"w": torch.ones(100)}, {}, {})
     file = next(tmp_path.rglob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-50])
-    with pytest.raises(StageError, match="delete .* to start the stage over"):
+    with pytest.raises(StageError, match="is damaged .* Delete .* to start this phase over"):
         checkpoint.load(tmp_path)
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_found(tmp_path):
+    """Bits over the whole file: the length and text of the header, numbers in the state, and tensors."""
+    _, optimizer = training()
+    checkpoint.save(tmp_path, 7, {"w": torch.arange(40.0), "b": torch.zeros(())}, {"policy": optimizer}, {"kl": 0.25})
+    file = tmp_path / checkpoint.FILE
+    sound, rng = file.read_bytes(), random.Random(0)
+    places = [0, 1, 7, 8, sound.index(b"0.25"), sound.index(b"lr"), len(sound) - 1, *rng.sample(range(len(sound)), 150)]
+    for place in places:
+        data = bytearray(sound)
+        data[place] ^= 1 << rng.randrange(8)
+        file.write_bytes(data)
+        with pytest.raises(StageError, match="is damaged"):
+            checkpoint.load(tmp_path)
+    file.write_bytes(sound)
+    assert checkpoint.load(tmp_path).step == 7
 
 
 def test_a_foreign_optimizer_is_refused(tmp_path):
@@ -113,6 +130,7 @@ KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
+from rlaif_lite import files
 from rlaif_lite.training import checkpoint
 
 torch.set_num_threads(1)
@@ -132,9 +150,8 @@ def die_at_call(n):
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)
         return guarded
-    checkpoint.save_file, checkpoint._sync = guard(checkpoint.save_file), guard(checkpoint._sync)
-    checkpoint.os.replace, checkpoint.shutil.rmtree = guard(os.replace), guard(checkpoint.shutil.rmtree)
-    Path.write_text, Path.mkdir = guard(Path.write_text), guard(Path.mkdir)
+    checkpoint.save_file, files.fsync, os.replace = guard(checkpoint.save_file), guard(files.fsync), guard(os.replace)
+    Path.unlink, Path.mkdir = guard(Path.unlink), guard(Path.mkdir)
 
 checkpoint.save(folder, 0, {"w": torch.full((200_000,), 0)}, {}, {"step": 0, "text": "x" * 50_000})
 seen, rng, patience = 0, random.Random(0), 0.05
@@ -155,9 +172,9 @@ for round in range(32 if crash_at else 16):
     assert bool((loaded.tensors["w"] == loaded.step).all())
     patience *= 1.3 if loaded.step == seen else 0.8  # kills fall into the first saves, however busy the machine is
     seen = loaded.step
-checkpoint.save(folder, seen + 1, {}, {}, {})
-left = sorted(path.name for path in folder.iterdir())
-assert len(left) == 2 and "latest" in left, left  # nothing of a killed save is left behind
+files.clean(folder)  # as every run does when it starts
+left = [path.name for path in folder.iterdir()]
+assert left == [checkpoint.FILE], left  # nothing of a killed save is left behind
 print(seen)
 """
 

@@ -126,7 +126,7 @@ def test_killed_again_and_again_it_ends_the_same(work, tmp_path, monkeypatch, ov
     attempts = 0
     while True:
         again = Workspace(whole.recipe) if attempts else work(*overrides, "preference.batch_size=2")
-        left[0] = 5 + 3 * attempts  # lines, checkpoints and files that an attempt writes
+        left[0] = 5 + 7 * attempts  # lines, checkpoints and files that an attempt writes
         with monkeypatch.context() as patch:
             for module in (run_files, loop, checkpoint):
                 patch.setattr(module, "json", writers)
@@ -138,7 +138,7 @@ def test_killed_again_and_again_it_ends_the_same(work, tmp_path, monkeypatch, ov
         for path in (again.folder / "dpo").glob("round*/answers.jsonl"):
             if not (path.parent / "round.json").exists():
                 with open(path, "a") as file:
-                    file.write('[{"id": "half a li')
+                    file.write('{"items": 1, "results": [{"id": "half a li')
     assert attempts > 4
     assert files(again.folder / "dpo") == kept and logged(again) == lines
     assert (again.adapter("policy") / "adapter_model.safetensors").read_bytes() == policy
@@ -208,7 +208,9 @@ def test_answers_that_cannot_be_judged_are_counted(work):
     assert scored.dropped == {"mismatched": 0, "claimless": 1}
     ((first, empty, other, again),) = scored.scores
     assert empty is None and first == again and {first, other} <= {0, -1}
-    assert len(read_jsonl(made.stage("dpo") / "judged.jsonl")[0]) == 2  # what stands twice is asked about once
+    assert (
+        len(read_jsonl(made.stage("dpo") / "judged.jsonl")[0]["results"]) == 2
+    )  # what stands twice is asked about once
 
 
 def test_held_out_answers_that_cannot_be_judged_do_not_win(work, monkeypatch):

@@ -15,7 +15,7 @@ FLOORS = [
     {"profiler", "sweep"},
     {"pipeline", "chat", "doctor", "exchange", "benchmarks", "data_report"},
     {"stages", "planner"},
-    {"workspace"},
+    {"workspace", "run_folder"},
     {"judge", "training"},
     {"rollout"},
     {"model"},
@@ -23,8 +23,8 @@ FLOORS = [
     {"data"},
     {"report"},
     {"recipe"},
-    {"progress", "phases"},
     {"files"},
+    {"progress", "phases"},
     {"errors", "formats"},
     {"__init__"},
 ]
@@ -95,7 +95,13 @@ def test_the_report_reads_run_folders_only():
         for name in imports(path):
             first = name.split(".")[0]
             assert first in allowed or name.startswith(
-                ("rlaif_lite.report", "rlaif_lite.errors", "rlaif_lite.formats", "rlaif_lite.__version__")
+                (
+                    "rlaif_lite.report",
+                    "rlaif_lite.errors",
+                    "rlaif_lite.files",
+                    "rlaif_lite.formats",
+                    "rlaif_lite.__version__",
+                )
             ), (path, name)
 
 

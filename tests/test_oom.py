@@ -86,6 +86,28 @@ def test_the_update_is_the_same(rerun, scarce, capfd, stage, whole, half, rows, 
     assert change <= 1e-3 * sum(a.abs().sum() for a in large)
 
 
+@pytest.mark.parametrize("when", ["before", "half-way"])
+@pytest.mark.parametrize(("stage", "half"), [(sft, 3), (reward, 2), (ppo, 2)], ids=["sft", "reward", "ppo"])
+def test_memory_that_runs_out_in_the_optimiser(rerun, monkeypatch, capfd, stage, half, when):
+    """Its state is made in the first step; half-way the parameters have moved already. The update is that of `half`."""
+    recipe = lambda *more: rerun(*ONE_STEP[stage], *more)
+    small = trained(stage, recipe(f"{SIZE[stage]}={half}"))
+    step, failed = torch.optim.AdamW.step, []
+
+    def scarce_step(self, *arguments, **keys):
+        if not failed:
+            failed.append(True)
+            if when == "half-way":
+                step(self, *arguments, **keys)
+            no_room()
+        return step(self, *arguments, **keys)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", scarce_step)
+    found = trained(stage, recipe())
+    assert f"done again at {half}" in capfd.readouterr().err
+    assert all(torch.equal(a, b) for a, b in zip(found, small, strict=True))
+
+
 def test_the_smaller_size_stays_and_is_resumed_with(rerun, scarce, capfd, monkeypatch):
     """Three steps, memory short in the first; killed after its checkpoint, it goes on at the smaller size."""
     keys = ("sft.easy.steps=3", "sft.hard=null", "sft.policy_init=null")

@@ -2,6 +2,8 @@
 
 import fcntl
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -295,13 +297,15 @@ def test_a_changed_recipe_after_a_kill_in_the_middle_of_emptying(rerun, monkeypa
     monkeypatch.setattr(pipeline.page, "write", lambda _: None)
     (Path(recipe.output) / "summary.json").write_text("{}")
     pipeline.run(recipe, until="context")
-    assert ran.names == ["context"] and sorted(p.name for p in folder.iterdir()) == ["begun.json", "done.json"]
+    assert ran.names == ["context"] and sorted(p.name for p in folder.iterdir()) == [
+        "begun.json",
+        "done.json",
+        "files.sha256",
+    ]
 
 
 def test_changed_files_make_stale_what_reads_them(checkpoint, world, tmp_path, monkeypatch):
     """A data file of one's own, and the base in its folder."""
-    import shutil
-
     shutil.copytree(checkpoint, tmp_path / "base")
     shutil.copy(world / "test.jsonl", tmp_path / "own.jsonl")
     own = [f"model.base={tmp_path / 'base'}", f"data.test=[{tmp_path / 'own.jsonl'}]", f"data.video_root={world}"]
@@ -351,8 +355,6 @@ def test_until_stops_after_a_stage(checkpoint, tmp_path):
 @pytest.fixture
 def broken(checkpoint, world, tmp_path):
     """broken(overrides) -> a recipe on a world whose rl video 2 is empty and rl video 3 is gone, files of one's own."""
-    import shutil
-
     shutil.copytree(world, tmp_path / "world")
     videos = sorted((tmp_path / "world" / "videos" / "rl").iterdir())
     videos[2].write_bytes(b"")
@@ -397,6 +399,34 @@ def test_bad_videos_can_be_skipped_and_are_counted(broken):
     assert [r.id for r in work.records("policy_init")] == [f"{i}/init" for i in kept]
     for record in work.records("rl"):
         assert record.video.endswith(f"{record.id}.mp4") and work.features(record).features_KD.shape == (24, 128)
+
+
+def test_videos_that_come_go_or_are_replaced_make_the_run_stale(broken, monkeypatch, capsys):
+    """Only the content counts: a file that was touched, or is the same again, changes nothing."""
+    recipe, ran = broken("data.on_missing=skip", gone=True), []
+    for name, stage in pipeline.STAGES.items():
+        monkeypatch.setattr(stage, "run", lambda work, name=name: ran.append(name) or {})
+    monkeypatch.setattr(pipeline, "write_summary", lambda *_, **__: None)
+    monkeypatch.setattr(pipeline.page, "write", lambda _: None)
+    Path(recipe.output).mkdir()
+    (Path(recipe.output) / "summary.json").write_text("{}")
+
+    def after() -> list[str]:
+        ran.clear()
+        pipeline.run(recipe, until="features")
+        return ran.copy()
+
+    assert after() == ["data", "features"] and after() == []
+    first, second, third, fourth = sorted(Path(recipe.data.rl[0]).parent.glob("videos/rl/*.mp4"))[:4]
+    os.utime(first, (1, 1))
+    assert after() == []
+    third.write_bytes(first.read_bytes())  # the empty one, replaced in place
+    assert after() == ["data", "features"] and after() == []
+    assert "videos were added, removed or replaced" in capsys.readouterr().err
+    shutil.copy(first, first.with_name("00003.mp4"))  # the missing one arrives
+    assert after() == ["data", "features"] and after() == []
+    fourth.unlink()
+    assert after() == ["data", "features"]
 
 
 def test_lost_features_are_said(rerun):
@@ -445,7 +475,7 @@ def test_the_narrative_may_have_other_clips_than_the_records(rerun):
     work = Workspace(recipe)
     assert torch.equal(work.features(clip).features_KD, was.features_KD)
     captions = read_jsonl(Path(recipe.output) / "context" / "captions.jsonl")
-    assert {len(row["captions"]) for batch in captions for row in batch} == {2}
+    assert {len(row["captions"]) for batch in captions for row in batch["results"]} == {2}
     narrated = work.views(work.records("preference")[0])
     assert set(narrated) == {"video", "clip0", "clip1"}
 

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from rlaif_lite.errors import RecipeError
 from rlaif_lite.recipe import (
-    NOT_SCIENCE,
     Recipe,
     check_files,
     dump_yaml,
@@ -17,6 +16,7 @@ from rlaif_lite.recipe import (
     json_schema,
     load_recipe,
     marked_yaml,
+    neutral_keys,
     recipe_hash,
     show_fields,
 )
@@ -389,16 +389,28 @@ def test_hash_follows_results_and_nothing_else():
         "name": "b",
         "output": "elsewhere",
         "device": "cpu",
+        "health": "warn",
         "model.gradient_checkpointing": "true",
         "data.folder": "w",
         "features.cache": "c",
         "track": "[tensorboard]",
     }
-    for key in NOT_SCIENCE:
+    for key in neutral_keys():
         assert key in fields(), key
         assert recipe_hash(load_recipe("x.yaml", [f"{key}={other.get(key, 7)}"])) == plain, key
     for override in ("seed=1", "data.world.seed=1", "ppo.lr=1e-5", "features.prune=[{pool: 4}]", "data.rl=[a]"):
         assert recipe_hash(load_recipe("x.yaml", [override])) != plain, override
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
+    """Every key that takes a path; the recipe's own fields say which they are."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = ("output", "features.cache", "data.folder", "data.video_root", "sft.adapter", "reward.adapter", "model.base")
+    lists = ("sft_easy", "sft_hard", "policy_init", "pairs", "rl", "test")
+    given = [f"{key}=~/x" for key in keys] + [f"data.{name}=[~/x]" for name in lists] + ["data.preference=[]"]
+    found = flatten(load_recipe(write("name: a\n"), given))
+    assert [found[key] for key in keys] == [f"{tmp_path}/x"] * len(keys)
+    assert [found[f"data.{name}"] for name in lists] == [[f"{tmp_path}/x"]] * len(lists)
 
 
 def test_resolved_recipe_reads_back():

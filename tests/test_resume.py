@@ -176,14 +176,14 @@ def test_killed_between_the_adapter_and_the_mark(rerun, stage, monkeypatch):
     recipe = rerun()
     folder = Path(recipe.output)
     shutil.rmtree(folder / stage)
-    write_json = pipeline.write_json
+    write_sealed = pipeline.write_sealed
 
     def dying(path, value):
         if path == folder / stage / "done.json":
             raise SystemExit("killed")
-        write_json(path, value)
+        write_sealed(path, value)
 
-    monkeypatch.setattr(pipeline, "write_json", dying)
+    monkeypatch.setattr(pipeline, "write_sealed", dying)
     before = {path: path.read_bytes() for path in (folder / "adapters").rglob("*.safetensors")}
     lines = metrics(folder)
     with pytest.raises(SystemExit):

@@ -6,6 +6,7 @@ import pytest
 
 from core import small_recipe
 from rlaif_lite import pipeline
+from rlaif_lite.data.readers import read_records
 from rlaif_lite.data.records import question_of
 from rlaif_lite.data.splits import hold_out_videos, load_splits, name_videos
 from rlaif_lite.errors import DataError
@@ -105,10 +106,10 @@ def test_left_out_records_move_no_key(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "1.mp4").write_bytes(b"x")
     recipe = Recipe(name="t", output=str(tmp_path), data=Data(test=(str(path),), on_missing="skip"))
-    assert [r.key for r in load_splits(recipe, tmp_path).records["test"]] == ["test/00001"]
+    assert [r.key for r in load_splits(recipe, tmp_path, lambda path: read_records(path).records).records["test"]] == ["test/00001"]
     with pytest.raises(DataError, match="unknown key `key`"):
         path.write_text(json.dumps(lines[1] | {"key": "mine"}) + "\n")
-        load_splits(recipe, tmp_path)
+        load_splits(recipe, tmp_path, lambda path: read_records(path).records)
 
 
 def test_pairs_stay_with_their_prompt_and_video(by_ppo):

@@ -99,7 +99,7 @@ def test_from_released_parts_to_ppo(given, start):
     assert summary["finished"] and summary["ppo"]["kl_start"] == 0
 
     # nothing sampled, judged or narrated
-    assert sorted(p.name for p in (folder / "preference").iterdir()) == ["begun.json", "done.json", "pairs.json"]
+    assert sorted(p.name for p in (folder / "preference").iterdir()) == ["begun.json", "done.json", "files.sha256", "pairs.json"]
     assert json.loads((folder / "context" / "narratives.json").read_text()) == {}
     assert summary["preference"] == {"source": "given", "pairs": VIDEOS - 1, "dropped": 1, "judges": []}
     page = (folder / "report.html").read_text()

@@ -183,7 +183,7 @@ def plain_update(given: Step, minibatches: list[list[Micro]], e: Experience) -> 
                 old_bT, advantage_bT, mask_bT = (x_BT[micro.index_b] for x_BT in (e.logp_BT, e.advantage_BT, e.mask_BT))
                 logp_bT = padded(plain_logp(given, policy, micro), mask_bT)
                 policy_loss(logp_bT, old_bT, advantage_bT, weight_bT, section.clip)[0].backward()
-        ppo.clip_and_step(roles.parameters("policy"), given.optimizers["policy"], section.max_grad_norm)
+        ppo.clip_and_step(roles.parameters("policy"), given.optimizers["policy"], section.max_grad_norm, "plain")
         with roles.use("value") as value:
             for micro in minibatch:
                 fresh = micro._replace(value_batch=refreshed(given, micro.value_batch, micro.index_b))
@@ -191,7 +191,9 @@ def plain_update(given: Step, minibatches: list[list[Micro]], e: Experience) -> 
                 value_bT, real = padded(token_value(value, fresh), mask_bT), e.mask_BT[rows].sum()
                 loss, _ = value_loss(value_bT, old_bT, return_bT, mask_bT, section.value_clip, real)
                 (section.value_coef * loss).backward()
-        ppo.clip_and_step(roles.parameters("value", head=True), given.optimizers["value"], section.max_grad_norm)
+        ppo.clip_and_step(
+            roles.parameters("value", head=True), given.optimizers["value"], section.max_grad_norm, "plain"
+        )
 
 
 def prepare(work: Workspace) -> Step:

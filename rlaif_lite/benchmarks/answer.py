@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from ..data.records import VIDEO_MARK, Message
 from ..errors import DataError, StageError
-from ..files import chunks
+from ..files import appending, chunks, whole_lines
 from ..judge.narrative import narrative, spans_of
 from ..model.base import Base, base_digest
 from ..model.inputs import Sequence, encode_prompt
@@ -220,20 +220,15 @@ def resumed(
 
     `seen` is a digest of what an item depends on, such as the video's content. Lines of `path` with the same `seen` are
     reused; the others are made and appended."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = (
-        path.read_text(encoding="utf-8").rpartition("\n")[0] if path.exists() else ""
-    )  # a kill may cut the last line
-    lines = {line[key]: line for line in map(json.loads, filter(None, whole.split("\n")))}
+    whole = whole_lines(path)
+    lines = {line[key]: line for line in map(json.loads, whole)}
     todo = [thing for value, thing in things.items() if lines.get(value, {}).get("seen") != seen[value]]
-    with open(path, "a+", encoding="utf-8") as file, progress(len(things), name, unit="item") as bar:
-        file.truncate(len(f"{whole}\n".encode()) if whole else 0)
+    with appending(path, whole) as append, progress(len(things), name, unit="item") as bar:
         bar.advance(len(things) - len(todo))
         for batch in chunks(todo, at_once):
             for line in work(batch):
                 line["seen"] = seen[line[key]]
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
+                append(line)
                 lines[line[key]] = line
                 bar.advance(1)
     return {value: lines[value] for value in things}

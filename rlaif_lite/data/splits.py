@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from ..errors import DataError
-from ..progress import say
 from ..recipe import SPLITS, Data, Recipe
 from .objects import files_of
-from .readers import read_records, split_by_answer_length, with_videos
+from .readers import split_by_answer_length, with_videos
 from .records import Record
 
 T = TypeVar("T")
@@ -56,33 +55,32 @@ def splits_of(data: Data, folder: Path) -> list[Split]:
 
 def path_of(entry: str, folder: Path) -> str:
     """The file that an entry of the recipe's `data` names."""
-    return str(folder / f"{entry.removeprefix(WORLD)}.jsonl") if entry.startswith(WORLD) else os.path.expanduser(entry)
+    return str(folder / f"{entry.removeprefix(WORLD)}.jsonl") if entry.startswith(WORLD) else entry
 
 
 def own_files(data: Data) -> list[str]:
     """The data files that are the user's, not the world's. Raises DataError for one that is not there."""
     named = [path for key in ("sft", *SPLITS, "pairs") for path in getattr(data, key)]
-    files = [Path(path).expanduser() for path in named if not path.startswith(WORLD)]
+    files = [Path(path) for path in named if not path.startswith(WORLD)]
     if missing := [str(path) for path in files if not path.exists()]:
         raise DataError(f"There is no data file {', '.join(missing)}. Paths start at {Path.cwd()}.")
     return [str(file) for path in files for file in files_of(path)]
 
 
-def load_splits(recipe: Recipe, folder: Path) -> Loaded:
+def load_splits(recipe: Recipe, folder: Path, read: Callable[[str], list[Record]]) -> Loaded:
     """Read every split; `sft` files are cut into `sft_easy` and `sft_hard` by the length of the answer.
 
-    Records whose video is missing stop the run with their list, or are left out (`data.on_missing: skip`)."""
+    `read` gives the records of a file. Those whose video is missing stop the run with their list, or are left out (`data.on_missing: skip`)."""
     data, loaded, missing = recipe.data, {}, set()
     for split in splits_of(data, folder):
-        loaded[split.name], lost = read_split(split, data)
+        loaded[split.name], lost = read_split(split, data, read)
         missing |= lost
     if "sft" in loaded:
         easy, hard = cut_by_length(loaded.pop("sft"), recipe)
         loaded["sft_easy"] = loaded.get("sft_easy", []) + easy
         loaded["sft_hard"] = loaded.get("sft_hard", []) + hard
     videos = (record.video for records in loaded.values() for record in records if record.video is not None)
-    roots = [str(folder), *([os.path.expanduser(data.video_root)] if data.video_root else [])]
-    return Loaded(loaded, name_videos(videos, roots), missing)
+    return Loaded(loaded, name_videos(videos, roots_of(data, folder)), missing)
 
 
 def cut_by_length(records: list[Record], recipe: Recipe) -> tuple[list[Record], list[Record]]:
@@ -99,13 +97,11 @@ def cut_by_length(records: list[Record], recipe: Recipe) -> tuple[list[Record], 
     return easy, hard
 
 
-def read_split(split: Split, data: Data) -> tuple[list[Record], set[str]]:
+def read_split(split: Split, data: Data, read: Callable[[str], list[Record]]) -> tuple[list[Record], set[str]]:
     """(the records of a split, each with its key; names of the videos that are missing). Raises DataError."""
     records: list[Record] = []
     for path in split.paths:
-        read = read_records(path, video_root=data.video_root)
-        say(f"{path}: {len(read.records)} records, {read.format}")
-        records += read.records
+        records += read(path)
     records = [replace(record, key=f"{split.name}/{place:05d}") for place, record in enumerate(records)]
     records, missing = with_videos(records)
     names = {video_name(r.video) for r in missing}
@@ -131,6 +127,11 @@ def video_name(video: Video) -> str:
     if isinstance(video, str):
         return video
     return f"{video[0]} and {len(video) - 1} more ({hashlib.sha256(chr(10).join(video).encode()).hexdigest()[:16]})"
+
+
+def roots_of(data: Data, folder: Path) -> list[str]:
+    """The folders that videos' names leave out: the world's and `data.video_root`."""
+    return [str(folder), *([data.video_root] if data.video_root else [])]
 
 
 def name_videos(videos: Iterable[Video], roots: Sequence[str] = ()) -> dict[Video, str]:

@@ -256,7 +256,7 @@ def read_synonyms(path: str | None) -> dict[tuple[str, ...], str]:
     if path is None:
         return {}
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"`evaluate.synonyms`: {path} cannot be read as text ({error}).") from None
     named: dict[tuple[str, ...], str] = {}

@@ -52,6 +52,7 @@ from rlaif_lite.data.world_text import (
     verdicts,
 )
 from rlaif_lite.errors import DataError
+from rlaif_lite.files import atomic, read_json, remove, write_json, write_text
 
 __all__ = [
     "EVENTS",
@@ -185,10 +186,10 @@ def write_video(
 
 
 def _write_one(job: tuple[str, int, str, int, WorldConfig]) -> None:
-    """Writes a video under a temporary name first: an interrupted world never holds half a file."""
+    """An interrupted world never holds half a file."""
     path, *what = job
-    write_video(path + ".part", *what)
-    os.replace(path + ".part", path)
+    with atomic(path, durable=False) as tmp:  # many small files: whoever needs them on the disk syncs them together
+        write_video(tmp, *what)
 
 
 def _record(name: str, video: str, prompt: str, answer: str | None = None, **more) -> dict:
@@ -307,7 +308,7 @@ def write_world(
     world = {"seed": seed, "splits": asdict(splits), "config": asdict(config)}
     card, begun = folder / "world.json", folder / "world.part.json"
     for path in (card, begun):
-        if path.exists() and json.loads(path.read_text()) != world:
+        if path.exists() and read_json(path) != world:
             raise DataError(
                 f"{path} describes another world than the one asked for (seed {seed}). "
                 "Choose an empty folder or delete this one."
@@ -316,7 +317,7 @@ def write_world(
         return folder
     for split in asdict(splits):
         (folder / "videos" / split).mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(world, indent=2) + "\n")
+    write_json(begun, world)
     wanted = [
         (str(folder / f"videos/{s}/{i:05d}.mp4"), seed, s, i, config)
         for s, n in asdict(splits).items()
@@ -330,8 +331,9 @@ def write_world(
     for file, record in world_records(splits, seed, config):
         files.setdefault(file, []).append(json.dumps(record) + "\n")
     for file, lines in files.items():
-        (folder / file).write_text("".join(lines))
-    os.replace(begun, card)
+        write_text(folder / file, "".join(lines))
+    write_json(card, world)
+    remove(begun)
     return folder
 
 

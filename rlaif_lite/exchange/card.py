@@ -1,13 +1,12 @@
 """The model card of an exported role: what it is, from which base and data, what was measured, what it cost."""
 
-import hashlib
 import json
 from pathlib import Path
 from statistics import median
 
 from .. import __version__
 from ..data.splits import splits_of
-from ..files import read_jsonl
+from ..files import file_digest, read_jsonl
 from ..model.base import base_digest, resolve_base
 from ..recipe import recipe_hash
 from ..workspace import Workspace
@@ -90,20 +89,17 @@ def provenance(work: Workspace) -> str:
     ]
     for what, given in (("sft", recipe.sft.adapter), ("reward", recipe.reward.adapter)):
         if given is not None:
-            digest = file_digest(Path(given).expanduser() / "adapter_model.safetensors")
+            digest = digest_if_there(Path(given) / "adapter_model.safetensors")
             rows.append((f"{what} started from", f"{Path(given).name}, sha256 `{digest}`"))
     for split in splits_of(recipe.data, work.data_folder):
         for path in split.paths:
-            rows.append((f"data: {split.name}", f"{Path(path).name}, sha256 `{file_digest(Path(path))}`"))
+            rows.append((f"data: {split.name}", f"{Path(path).name}, sha256 `{digest_if_there(Path(path))}`"))
     return "## Where it comes from\n\n" + table(("", ""), rows)
 
 
-def file_digest(path: Path) -> str:
-    """The first 16 hex digits of a file's sha256; says so when the file is not there any more."""
-    if not path.is_file():
-        return "file not there at export"
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+def digest_if_there(path: Path) -> str:
+    """A file's digest; says so when the file is not there any more."""
+    return file_digest(path) if path.is_file() else "file not there at export"
 
 
 def measured(summary: dict, role: str) -> str:

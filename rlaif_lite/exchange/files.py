@@ -49,7 +49,9 @@ def weight_files(folder: Path) -> list[WeightFile]:
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            paths = sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
+            paths = sorted(
+                {folder / file for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+            )
             if missing := [path.name for path in paths if not path.is_file()]:
                 raise ModelError(f"{index} names files that are not there: {', '.join(missing)}. Download them again.")
             return [WeightFile(path) for path in paths]
@@ -84,7 +86,9 @@ class ShardWriter:
             weight_map |= dict.fromkeys(keys, name)
         if count > 1:
             index = {"metadata": {"total_size": self.bytes}, "weight_map": weight_map}
-            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+            (self.folder / "model.safetensors.index.json").write_text(
+                json.dumps(index, indent=1) + "\n", encoding="utf-8"
+            )
 
     def _write(self) -> None:
         self._shards.append(list(self._waiting))

@@ -1,8 +1,10 @@
-"""Memory that runs out in a forward without gradients: what is read goes through in smaller pieces.
+"""Memory that runs out: what did not fit is done again in pieces of half the size.
 
-What belongs to an update is done again as a whole instead (`training/oom.py`).
+`halving` is the mechanism. Reading without gradients (`in_pieces`), sampling (`rollout/loop.py`) and updates
+(`training/oom.py`) differ in what a piece is and in what must be undone.
 """
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -16,24 +18,44 @@ R = TypeVar("R")
 SAYINGS = ("DefaultCPUAllocator: ", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in SAYINGS)
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of Python or torch says that memory ran out."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in SAYINGS)
+    )
+
+
+def halving(size: int, attempt: Callable[[int], R], failed: Callable[[int, str], None]) -> tuple[R, int]:
+    """`attempt(size)`, again with half the size for as long as memory runs out -> (its result, the size that fitted).
+
+    `failed(size, reason)` is called after each attempt that did not fit, when its tensors are free, and undoes what must
+    be undone. Raises what the attempt raised where size 1 does not fit."""
+    while True:
+        try:
+            return attempt(size), size
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not out_of_memory(error):
+                raise
+            reason = str(error).split(". ")[0]
+        # Outside of the except block, whose traceback keeps the tensors of the failed attempt alive.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        failed(size, reason)
+        size //= 2
 
 
 def in_pieces(items: Sequence[T], size: int, read: Callable[[Sequence[T]], list[R]]) -> list[R]:
     """`read` of all items, `size` at a time, one result for each; a piece that does not fit into memory is read again
     in halves, and so is what comes after it. Raises what `read` raised where one item alone does not fit."""
     out: list[R] = []
+
+    def failed(count: int, reason: str) -> None:
+        log.warning("%d rows in one forward do not fit (%s): going on with %d.", count, reason, count // 2)
+
     while len(out) < len(items):
         piece = items[len(out) : len(out) + size]
-        try:
-            out += read(piece)
-            continue
-        except RuntimeError as error:
-            if len(piece) == 1 or not out_of_memory(error):
-                raise
-            reason = str(error).split(". ")[0]
-        # outside of the except block, which keeps the tensors of the failed attempt alive
-        size = len(piece) // 2
-        log.warning("%d rows in one forward do not fit (%s): going on with %d.", len(piece), reason, size)
+        found, fitted = halving(len(piece), lambda count, piece=piece: read(piece[:count]), failed)
+        size = fitted if fitted < len(piece) else size
+        out += found
     return out

@@ -135,7 +135,7 @@ def checkpoint_of(name: str, folder: Path, words: tuple[str, ...], small: bool =
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     frames |= {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(frames))
+    (folder / "preprocessor_config.json").write_text(json.dumps(frames), encoding="utf-8")
     return str(folder)
 
 

@@ -14,9 +14,7 @@ Shapes: B rows, S positions, D width.
 
 import contextlib
 import copy
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -29,7 +27,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, StageError
+from ..files import SUMS, atomic, damaged, write_sums
 from ..recipe import Lora
 from ..recipe.adapter import read_settings, target_names
 from .base import Base
@@ -91,12 +90,19 @@ class Roles:
         self.heads[name] = head.to(self.base.device).requires_grad_(False)
 
     def load(self, name: str, folder: Path) -> None:
-        """Load a role saved by `save` (a PEFT adapter folder, `head.safetensors` beside it if it has a head)."""
+        """Load a role saved by `save`: a PEFT adapter folder, with `head.safetensors` if it has a head.
+
+        Raises ModelError for a folder that is not whole, is damaged, or fits another base."""
         self._refuse_known(name)
         path = folder / "adapter_model.safetensors"
         if not path.exists():
             raise ModelError(
                 f"There is no adapter at {folder} (adapter_model.safetensors is missing) to load role `{name}` from."
+            )
+        if bad := damaged(folder / SUMS, folder):
+            raise ModelError(
+                f"{', '.join(map(str, bad))}: damaged, as the content does not match its checksum in {folder / SUMS}. "
+                "Delete the stage's folder in the run folder and run again, or copy the adapter again."
             )
         settings = read_settings(folder)
         try:
@@ -129,24 +135,23 @@ class Roles:
             self.heads[name].load_state_dict(load_file(folder / "head.safetensors"))
 
     def save(self, name: str, folder: Path) -> None:
-        """Write role `name` as a PEFT adapter folder that plain `PeftModel.from_pretrained` loads; a head lies beside
-        it.
+        """Write role `name` as a PEFT adapter folder that plain `PeftModel.from_pretrained` loads, with its head if it
+        has one and the digests of the files.
 
-        The folder appears whole or not at all."""
-        tmp = folder.with_name(f".{folder.name}.tmp")
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.mkdir(parents=True)
+        The folder appears whole or not at all. Raises StageError, and writes nothing, for a tensor that is not finite."""
         tensors = {key: p.data.contiguous().cpu() for key, p in self._named_parameters(name).items()}
-        save_file(tensors, tmp / "adapter_model.safetensors", metadata={"format": "pt"})
+        head = self.heads[name].state_dict() if name in self.heads else {}
+        refuse_non_finite(tensors | {f"head.{key}": tensor for key, tensor in head.items()}, f"the adapter {folder}")
         config = copy.deepcopy(self._peft.peft_config[name])
         config.base_model_name_or_path = self.base.path
         config.inference_mode = True
-        config.save_pretrained(str(tmp))
-        if name in self.heads:
-            save_file(
-                {k: v.contiguous().cpu() for k, v in self.heads[name].state_dict().items()}, tmp / "head.safetensors"
-            )
-        _replace_folder(tmp, folder)
+        with atomic(folder) as tmp:
+            tmp.mkdir()
+            save_file(tensors, tmp / "adapter_model.safetensors", metadata={"format": "pt"})
+            config.save_pretrained(str(tmp))
+            if head:
+                save_file({k: v.contiguous().cpu() for k, v in head.items()}, tmp / "head.safetensors")
+            write_sums(tmp / SUMS, list(tmp.iterdir()), tmp)
 
     def remove(self, name: str) -> None:
         """Free a role's adapter and head."""
@@ -298,11 +303,11 @@ class ActiveRole:
             )
 
 
-def _replace_folder(tmp: Path, folder: Path) -> None:
-    """Swap a finished folder into place; a kill in between leaves the old one beside it under a hidden name."""
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(tmp, folder)
-    shutil.rmtree(old, ignore_errors=True)
+def refuse_non_finite(tensors: dict[str, Tensor], what: str) -> None:
+    """Raises StageError where a tensor holds NaN or infinity: it must not replace what is on disk."""
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise StageError(
+            f"{len(bad)} of {len(tensors)} tensors of {what} are not finite, the first {bad[0]}: training diverged. "
+            "Nothing was written; the last checkpoint is kept. Lower the learning rate, or look at the steps before in "
+            "metrics.jsonl."
+        )

@@ -71,8 +71,8 @@ def _texts(recipe: Recipe, files: Iterable[str], count: Callable[[str], int], te
     for file in files:
         if file.startswith(WORLD):
             records, share = _of_world(recipe, file.removeprefix(WORLD))
-        elif Path(file).expanduser().exists():
-            read = read_records(Path(file).expanduser(), limit=LOOK)
+        elif Path(file).exists():
+            read = read_records(Path(file), limit=LOOK)
             records, share = read.records, read.share
         else:
             records, share, known = [], 1.0, False

@@ -112,14 +112,14 @@ def host_memory() -> int:
     """Bytes of memory that this machine, or the container around this process, has."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
+    text = limit.read_text(encoding="ascii").strip() if limit.exists() else "max"
     return total if text == "max" else min(total, int(text))
 
 
 def resident() -> int:
     """Bytes that this process holds now; 0 where the system does not say."""
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+    return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
 def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:

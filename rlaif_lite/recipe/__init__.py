@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PrivateAttr, Strict, ValidationError
 
@@ -24,12 +24,14 @@ from .feedback import Claims, Pairwise, Preference, Reward
 from .ppo import Ppo
 from .rlif import Checklist, Interventions
 from .sections import (
+    NEUTRAL,
     SPLITS,
     Context,
     Count,
     Data,
     Evaluate,
     Features,
+    FilePath,
     Lora,
     Model,
     Prune,
@@ -71,27 +73,11 @@ __all__ = [
     "flatten",
     "json_schema",
     "load_recipe",
+    "neutral_keys",
     "raise_all",
     "recipe_hash",
     "show_fields",
 ]
-
-# Keys that say where and how fast, not what: two runs that differ only here have the same hash.
-# Batch sizes of sampling are not among them: they change which random numbers an answer is drawn with.
-NOT_SCIENCE = (
-    "name",
-    "output",
-    "device",
-    "threads",
-    "track",
-    "data.folder",
-    "data.world.workers",
-    "model.gradient_checkpointing",
-    "features.workers",
-    "features.cache",
-    "context.batch_size",
-    "ppo.checkpoint_every",
-)
 
 
 MOST_ERRORS = 30  # shown at a time
@@ -100,15 +86,34 @@ MOST_ERRORS = 30  # shown at a time
 class Recipe(Section):
     """A recipe of rlaif-lite."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the recipe; names the run folder")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="name of the recipe; names the run folder",
+        json_schema_extra=NEUTRAL,
+    )
     method: Literal["ppo", "dpo"] = Field("ppo", description="how the policy learns from preferences")
     seed: int = Field(0, ge=0, description="seed of everything random but the world")
-    output: str = Field("runs/{name}", min_length=1, description="run folder; {name} and {seed} are filled in")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: the GPU where there is one")
-    threads: Count | None = Field(None, description="CPU threads; null: one per physical core")
+    output: FilePath = Field(
+        "runs/{name}",
+        min_length=1,
+        description="run folder; {name} and {seed} are filled in",
+        json_schema_extra=NEUTRAL,
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: the GPU where there is one", json_schema_extra=NEUTRAL
+    )
+    threads: Count | None = Field(
+        None, description="CPU threads; null: one per physical core", json_schema_extra=NEUTRAL
+    )
     track: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Strict(False)] = Field(
         (),
         description="trackers that get every line of metrics.jsonl; each is an extra: pip install 'rlaif-lite[wandb]'",
+        json_schema_extra=NEUTRAL,
+    )
+    health: Literal["warn", "stop"] = Field(
+        "stop",
+        description="where the metrics show that nothing can be learnt: warn once and go on, or stop",
+        json_schema_extra=NEUTRAL,
     )
     data: Data = Data()
     model: Model = Model()
@@ -197,9 +202,25 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
     return dict(walk(recipe.model_dump(mode="json"), ""))
 
 
+@cache
+def neutral_keys() -> frozenset[str]:
+    """The keys that say where and how fast, not what; they are marked where they are declared."""
+
+    def walk(section: type[Section], prefix: str) -> Iterator[str]:
+        for name, field in section.model_fields.items():
+            if field.json_schema_extra == NEUTRAL:
+                yield prefix + name
+            for kind in (field.annotation, *get_args(field.annotation)):
+                if isinstance(kind, type) and issubclass(kind, Section):
+                    yield from walk(kind, f"{prefix}{name}.")
+
+    return frozenset(walk(Recipe, ""))
+
+
 def recipe_hash(recipe: Recipe) -> str:
-    """Twelve hex digits of sha256 over the keys that can change a result (all but NOT_SCIENCE)."""
-    science = {key: value for key, value in flatten(recipe).items() if key not in NOT_SCIENCE}
+    """Twelve hex digits of sha256 over the keys that can change a result (all that are not neutral)."""
+    neutral = neutral_keys()
+    science = {key: value for key, value in flatten(recipe).items() if key not in neutral}
     return hashlib.sha256(json.dumps(science, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -5,7 +5,6 @@ Each check yields (key, message); `recipe.raise_all` adds where the key was writ
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -220,7 +219,7 @@ def _adapter_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     ):
         if name is None:
             continue
-        folder = Path(os.path.expanduser(name))
+        folder = Path(name)
         if missing := [file for file in files if not is_file(folder / file)]:
             yield (
                 key,
@@ -255,13 +254,13 @@ def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     for name in (*DATA_KEYS, "pairs"):
         for i, entry in enumerate(getattr(data, name)):
             if (name == "pairs" or not entry.startswith("world:")) and not (is_file(entry) or is_folder(entry)):
-                near = files_near(Path(os.path.expanduser(entry)))
+                near = files_near(Path(entry))
                 yield f"data.{name}[{i}]", f"names {shortened(entry)}, which is not a file. {near}"
     if data.video_root is not None and not is_folder(data.video_root):
         yield "data.video_root", f"names {data.video_root}, which is not a folder. Paths start at {Path.cwd()}."
     synonyms = recipe.evaluate.synonyms
-    if synonyms is not None and not is_file(Path(synonyms).expanduser()):
-        yield "evaluate.synonyms", f"names {synonyms}, which is not a file. {files_near(Path(synonyms).expanduser())}"
+    if synonyms is not None and not is_file(synonyms):
+        yield "evaluate.synonyms", f"names {synonyms}, which is not a file. {files_near(Path(synonyms))}"
     own = recipe.model.reward_base
     for key, base in (("model.base", recipe.model.base), ("model.reward_base.base", own.base if own else "embedded")):
         is_path = base.startswith((".", "/", "~")) or base.count("/") > 1  # a hub id is `name` or `owner/name`

@@ -10,14 +10,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from .sections import Count, Positive, Rows, Section, Share, Training
+from .sections import Count, FilePath, Positive, Rows, Section, Share, Training
 
 
 class Divide(Section):
     """RLAIF-V's judge: an answer's score is minus the number of its claims that are rejected. Claims are asked about by
     `preference.claims` (`mode: ask`), whose {claim} is the question."""
 
-    model: str | None = Field(
+    model: FilePath | None = Field(
         None, description="who splits and asks: a text model (a folder or a Hugging Face id); null: the run's own base"
     )
     train: Training | None = Field(

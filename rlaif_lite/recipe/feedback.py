@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from .sections import Count, Positive, Rows, Section, Share, Training, Words
+from .sections import Count, FilePath, Positive, Rows, Section, Share, Training, Words
 
 NARRATIVE = "Video description (may be incomplete): {context}\n"
 
@@ -59,7 +59,9 @@ class Preference(Section):
 class Reward(Training):
     """The reward model: an adapter and a scalar head, trained on the pairs (published: constant rate, norm 0.3)."""
 
-    adapter: str | None = Field(None, description="folder of a trained reward role, used as it is; null: train one")
+    adapter: FilePath | None = Field(
+        None, description="folder of a trained reward role, used as it is; null: train one"
+    )
     lr: Positive = Field(2e-5, description="highest learning rate")
     batch_size: Count = Field(16, description="pairs per optimiser step")
     micro_batch: Rows | None = Field(None, description="pairs per forward; auto: most that fit; null: the whole batch")

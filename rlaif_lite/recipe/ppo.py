@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from .rlif import Interventions
-from .sections import Count, Positive, Rows, Section, Share
+from .sections import NEUTRAL, Count, Positive, Rows, Section, Share
 
 
 class Ppo(Section):
@@ -35,6 +35,11 @@ class Ppo(Section):
     kl_coef: float = Field(0.1, ge=0, description="weight of the KL to the reference in the reward")
     kl_target: Positive | None = Field(None, description="KL per answer aimed at by adapting the weight; null: fixed")
     kl_horizon: Count = Field(10000, description="answers over which the adaptive weight moves")
+    kl_bound: Positive | None = Field(
+        2.0,
+        description="KL per token above which a step is reported as unhealthy; null: none",
+        json_schema_extra=NEUTRAL,
+    )
     kl_estimator: Literal["k1", "k3", "exact"] = Field(
         "k1", description="log ratio, Schulman's non-negative estimator, or the sum over the vocabulary"
     )
@@ -83,4 +88,4 @@ class Ppo(Section):
     )
     group_std: bool = Field(True, description="baseline: group; divide by the group's deviation (Dr. GRPO: no)")
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
-    checkpoint_every: Count = Field(5, description="steps between checkpoints")
+    checkpoint_every: Count = Field(5, description="steps between checkpoints", json_schema_extra=NEUTRAL)

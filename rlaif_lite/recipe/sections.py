@@ -6,15 +6,21 @@ To add a key, add one line with its default, range and help. "published" in a he
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, model_serializer
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, model_serializer
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Rows = Count | Literal["auto"]  # auto: the planner's proposal, a number in the run folder's recipe
 Share = Annotated[float, Field(ge=0, le=1)]
+FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # the only place where `~` is expanded
 Words = Annotated[tuple[str, ...], Strict(False)]  # not strict about list or tuple; the items are text all the same
+FilePaths = Annotated[tuple[FilePath, ...], Strict(False)]
+# Marks a key that says where and how fast, not what: a change of it makes no stage stale and leaves `recipe_hash` alone.
+# Batch sizes of sampling are science: they change which random numbers an answer is drawn with.
+NEUTRAL = {"neutral": True}
 
 SPLITS = ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")  # what stages read; `world:` has the same
 SEVEN_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -34,24 +40,32 @@ class World(Section):
     test: Count = Field(300, description="videos for evaluation only")
     dropout: float = Field(0.33, ge=0, lt=1, description="share of frames in which an object is hidden")
     weak_video: bool = Field(False, description="leave tasks about whole videos out of the easy records")
-    workers: Count | None = Field(None, description="processes that write videos; null: one per core")
+    workers: Count | None = Field(
+        None, description="processes that write videos; null: one per core", json_schema_extra=NEUTRAL
+    )
 
 
 class Data(Section):
     """Files of records, from the working directory; `world:rl` and the like name sets of the synthetic world."""
 
     world: World | None = Field(None, description="synthetic videos with known facts, made by the run; null: none")
-    sft: Words = Field((), description="instruction files, split into easy and hard by answer length")
-    sft_easy: Words = Field((), description="instruction files of the easy stage (instead of `sft`)")
-    sft_hard: Words = Field((), description="instruction files of the hard stage (instead of `sft`)")
+    sft: FilePaths = Field((), description="instruction files, split into easy and hard by answer length")
+    sft_easy: FilePaths = Field((), description="instruction files of the easy stage (instead of `sft`)")
+    sft_hard: FilePaths = Field((), description="instruction files of the hard stage (instead of `sft`)")
     max_easy_words: Count = Field(20, description="`sft` answers up to this many words are easy")
-    policy_init: Words = Field((), description="instruction files of the RL domain, for policy initialisation")
-    preference: Words = Field((), description="prompts that the model answers twice and judges")
-    pairs: Words = Field((), description="preference pairs that are there, instead of `preference`: nothing is judged")
-    rl: Words = Field((), description="prompts of PPO")
-    test: Words = Field((), description="prompts of the evaluation, on videos used nowhere else")
-    folder: str | None = Field(None, description="where the world is written; null: inside the run folder")
-    video_root: str | None = Field(None, description="folder that video paths start from; null: the data file's folder")
+    policy_init: FilePaths = Field((), description="instruction files of the RL domain, for policy initialisation")
+    preference: FilePaths = Field((), description="prompts that the model answers twice and judges")
+    pairs: FilePaths = Field(
+        (), description="preference pairs that are there, instead of `preference`: nothing is judged"
+    )
+    rl: FilePaths = Field((), description="prompts of PPO")
+    test: FilePaths = Field((), description="prompts of the evaluation, on videos used nowhere else")
+    folder: FilePath | None = Field(
+        None, description="where the world is written; null: inside the run folder", json_schema_extra=NEUTRAL
+    )
+    video_root: FilePath | None = Field(
+        None, description="folder that video paths start from; null: the data file's folder"
+    )
     on_missing: Literal["error", "skip"] = Field("error", description="an unreadable video: stop, or skip and count")
 
     def files(self, split: str) -> tuple[str, ...]:
@@ -74,7 +88,7 @@ class RewardBase(Section):
     """A second base, for the reward role alone. It costs its own weights beside the policy's while rewards are learnt
     and during PPO (13B in 4 bits: 6.7 GiB), and every video's features once more on disk."""
 
-    base: str = Field(description="embedded | a folder | a Hugging Face id; of any family, with any tokenizer")
+    base: FilePath = Field(description="embedded | a folder | a Hugging Face id; of any family, with any tokenizer")
     revision: str | None = Field(None, description="revision of a Hugging Face id")
     quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4-bit with double quantisation")
     chat_template: str | None = Field(None, description="as `model.chat_template`, for this base")
@@ -83,7 +97,7 @@ class RewardBase(Section):
 class Model(Section):
     """The frozen base that all roles share."""
 
-    base: str = Field("embedded", description="embedded | embedded_weak | a folder | a Hugging Face id")
+    base: FilePath = Field("embedded", description="embedded | embedded_weak | a folder | a Hugging Face id")
     revision: str | None = Field(None, description="revision of a Hugging Face id")
     quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4-bit with double quantisation")
     chat_template: str | None = Field(
@@ -93,7 +107,9 @@ class Model(Section):
     loader: Literal["transformers", "unsloth"] = Field(
         "transformers", description="unsloth: its kernels, on NVIDIA GPUs (extra [unsloth], its own environment)"
     )
-    gradient_checkpointing: bool = Field(False, description="recompute in the backward: less memory, more time")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute in the backward: less memory, more time", json_schema_extra=NEUTRAL
+    )
     dense_rollouts: bool | None = Field(
         None, description="sample with a dense copy of the decoder, adapter merged in; null: on a CPU only"
     )
@@ -131,8 +147,10 @@ class Features(Section):
     clip_frames: Count = Field(20, description="frames taken from a clip")
     max_pixels: Count | None = Field(None, description="bound on a frame's area, where a base takes any size (Qwen-VL)")
     prune: Prunes = Field((), description="chain of steps, such as [{pool: 12}, {evs: 0.25}]")
-    cache: str | None = Field(None, description="folder of the feature cache; null: inside the run folder")
-    workers: Count = Field(2, description="processes that hash and decode videos ahead")
+    cache: FilePath | None = Field(
+        None, description="folder of the feature cache; null: inside the run folder", json_schema_extra=NEUTRAL
+    )
+    workers: Count = Field(2, description="processes that hash and decode videos ahead", json_schema_extra=NEUTRAL)
     max_source_pixels: Count = Field(2**26, description="larger frames are refused, not opened (8K has 2**25)")
 
 
@@ -156,7 +174,9 @@ class Training(Section):
 class Sft(Section):
     """Supervised training in two stages, short answers then long ones, then on the RL domain."""
 
-    adapter: str | None = Field(None, description="folder of an adapter that training goes on from; null: a fresh one")
+    adapter: FilePath | None = Field(
+        None, description="folder of an adapter that training goes on from; null: a fresh one"
+    )
     easy: Training | None = Field(Training(), description="short answers; null leaves the phase out")
     hard: Training | None = Field(Training(), description="long answers; null leaves the phase out")
     policy_init: Training | None = Field(Training(), description="RL domain, seeds the policy; null leaves it out")
@@ -171,7 +191,7 @@ class Context(Section):
     prompt: str = Field("Describe this video in detail.", description="what is asked about each clip (published)")
     markers: Words = Field((), description="word before each clip's caption: none, or one per clip")
     max_new_tokens: Count = Field(128, description="longest caption")
-    batch_size: Count = Field(32, description="clips in flight")
+    batch_size: Count = Field(32, description="clips in flight", json_schema_extra=NEUTRAL)
 
 
 class Evaluate(Section):
@@ -197,7 +217,7 @@ class Evaluate(Section):
         pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
         description="`module:function` that says what is true of an answer; null: the records' own `facts`",
     )
-    synonyms: str | None = Field(
+    synonyms: FilePath | None = Field(
         None, description="file with a line per object, its name and synonyms, for annotated facts; null: names alone"
     )
     examples: int = Field(10, ge=0, description="videos shown in the report")

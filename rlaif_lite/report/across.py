@@ -108,7 +108,7 @@ def figures(folder: Path) -> dict[str, Any]:
     path = folder / "summary.json"
     if not path.exists():
         raise StageError(f"{path} is missing: {folder} is not the folder of a run.")
-    summary = json.loads(path.read_text())
+    summary = json.loads(path.read_text(encoding="utf-8"))
     if not summary["finished"]:
         raise StageError(f"The run in {folder} is not finished. Run its recipe again; it goes on where it stopped.")
     method = method_of(summary)

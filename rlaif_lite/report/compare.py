@@ -6,7 +6,6 @@ videos). The intervals cover which videos were drawn, not which seed: two runs o
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,7 +125,10 @@ def _column(run: Run, role: str | None) -> str:
 
 def _reads(run: Run) -> dict[str, dict[str, Any]]:
     """{stage: what it read}, of every stage that is done: recipe keys, digests of files, the version."""
-    found = {path.parent.name: json.loads(path.read_text()) for path in sorted(run.folder.glob("*/done.json"))}
+    found = {
+        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(run.folder.glob("*/done.json"))
+    }
     if missing := {"data", "evaluate"} - found.keys():
         raise StageError(
             f"{run.folder} has not done {' and '.join(sorted(missing))}, so there is nothing to compare. Run its "
@@ -177,7 +179,7 @@ def _sources(reads: dict[str, Any]) -> dict[str, Any]:
         if path.startswith("world:"):
             found |= {f"`{key}`": reads[key] for key in ("data.world.seed", "data.world.dropout")}
         else:
-            found[f"the content of `data.test[{number}]`"] = reads[f"file {os.path.expanduser(path)}"]
+            found[f"the content of `data.test[{number}]`"] = reads[f"file {path}"]
     return found
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import StageError
+from ..files import write_json, write_text
 from .across import METHOD, ROWS, Row, figures, value_of
 from .plots import Spread, panels
 from .stats import Stat, stat
@@ -30,8 +31,8 @@ def write(out: Path, ran: list[Ran], of: int) -> None:
     """`sweep.md`, `sweep.json`, `sweep.svg` and `sweep.png` of the points that ran so far, out of `of`."""
     found = summed(ran)
     settings = list(dict.fromkeys(point.setting for point in ran))
-    (out / "sweep.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (out / "sweep.md").write_text(markdown(found, settings, of), encoding="utf-8")
+    write_json(out / "sweep.json", found)
+    write_text(out / "sweep.md", markdown(found, settings, of))
     drawn = []
     for label, by_setting in found["figures"].items():
         spreads = []

@@ -3,13 +3,13 @@
 The page needs no network and no JavaScript. What a run does not have (truth, a finished stage, examples) is left out.
 """
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
+from rlaif_lite.files import write_text
 from rlaif_lite.formats import duration, number, percent, signed, size
 from rlaif_lite.report import plots
 from rlaif_lite.report.folder import METHODS, Change, Changes, Run, changes, method_of, read_run
@@ -101,9 +101,7 @@ def write(run_dir: Path) -> Path:
     templates.filters.update(percent=percent, number=number, signed=signed, duration=duration, size=size)
     html = templates.get_template("page.html.jinja").render(view(run))
     path = run.folder / "report.html"
-    temporary = path.with_name(".report.html.tmp")
-    temporary.write_text(html, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, html)
     return path
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from ..model.inputs import Sequence, collate, decode
-from ..model.memory import out_of_memory
+from ..model.memory import halving
 from ..model.roles import ActiveRole
 from ..phases import phase
 from .dense import dense_copy
@@ -56,17 +56,12 @@ def sample(
     dense = not on_gpu if dense is None else dense
     slots = min(batch_size, len(seeds))
     with dense_copy(role) if dense else contextlib.nullcontext():
-        while slots:
-            try:
-                return Rollout(role, prompts, sampling, seeds, per_prompt, slots, graph).run()
-            except RuntimeError as error:
-                if slots == 1 or not out_of_memory(error):
-                    raise
-                reason = str(error).split(". ")[0]
-            # outside of the except block, which keeps the tensors of the failed attempt alive
-            log.warning("%d answers in flight do not fit (%s): going on with %d.", slots, reason, slots // 2)
-            slots //= 2
-    return []
+        if not slots:
+            return []
+        draw = lambda slots: Rollout(role, prompts, sampling, seeds, per_prompt, slots, graph).run()
+        say = "%d answers in flight do not fit (%s): going on with %d."
+        found, _ = halving(slots, draw, lambda slots, reason: log.warning(say, slots, reason, slots // 2))
+        return found
 
 
 class Prefilled(NamedTuple):

@@ -102,7 +102,7 @@ def run(work: Workspace) -> dict:
     section = work.recipe.reward
     shared, work = work, work.for_reward
     if section.adapter is not None:
-        return use_given(work, Path(section.adapter).expanduser())
+        return use_given(work, Path(section.adapter))
     if work is shared:
         work.load_role("sft")
         work.roles.add("reward", copy_of="sft")

@@ -68,7 +68,7 @@ def run(work: Workspace) -> dict:
     if recipe.sft.adapter is None:
         work.roles.add("sft", seed=work.seed("sft", "init"))
     else:
-        work.roles.load("sft", Path(recipe.sft.adapter).expanduser())
+        work.roles.load("sft", Path(recipe.sft.adapter))
     easy = work.records("sft_easy") if "sft_easy" in work.split_names() else []
     result = {}
     if recipe.sft.easy is not None:
@@ -105,7 +105,8 @@ def train(
         loss = 0.0
         for part in split_micro(rows, micro):
             loss += backward(active, part, total)
-        return {"loss": loss}
+        targets = [t for e in examples for t in e.targets_S if t != IGNORE]
+        return {"loss": loss, "unknown_share": targets.count(base.tokenizer.unk_token_id) / len(targets)}
 
     fit(
         work.roles,

@@ -1,30 +1,27 @@
-"""A training state as a folder of safetensors and JSON, replaced so that a kill at any moment leaves a valid one.
+"""A training state as one safetensors file, replaced so that a kill at any moment leaves a valid one.
 
-    <folder>/latest             the name of the slot that holds the checkpoint
-    <folder>/slot-a, slot-b     tensors.safetensors and state.json; one slot is current, the other is being written
-
-`save` fills the slot that `latest` does not name, syncs it to disk, swaps `latest` in one rename, and removes the old
-slot. Whatever a killed save left behind is cleared by the next one. Loading gives the same bits back: tensors,
+The file's header holds everything that is no tensor, and the sha256 of all. Loading gives the same bits back: tensors,
 optimizer states with their step counters, other state, and the random states of Python, NumPy, torch and CUDA devices.
 """
 
+import hashlib
 import json
-import os
 import random
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from rlaif_lite.errors import StageError
+from ..errors import StageError
+from ..files import atomic
 
-SLOTS = ("slot-a", "slot-b")
+FILE = "checkpoint.safetensors"
+HEADER = "rlaif_lite"  # safetensors writes several keys in any order; with one key the same state is the same bytes
 
 
 class Checkpoint(NamedTuple):
@@ -46,49 +43,39 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], optimizers: dict[s
     `state`: schedules, controllers, positions, ... nested dicts, lists and tuples of numbers, strings and tensors.
     Raises TypeError, before anything is touched, when it or an optimizer holds anything else.
     """
-    folder = Path(folder)
     flat = {f"tensor/{name}": tensor for name, tensor in tensors.items()}
     described: dict[str, Any] = {"step": step, "state": _pack(state, "state", flat), "optimizers": {}}
     for name, optimizer in optimizers.items():
         described["optimizers"][name] = _pack(optimizer.state_dict(), f"optimizer/{name}", flat)
     described["rng"] = _pack(_rng_states(), "rng", flat)
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in flat.items()}
     text = json.dumps(described)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    current = _current_slot(folder)
-    fresh = SLOTS[1] if current == SLOTS[0] else SLOTS[0]
-    shutil.rmtree(folder / fresh, ignore_errors=True)
-    (folder / fresh).mkdir()
-    save_file({name: t.detach().contiguous() for name, t in flat.items()}, folder / fresh / "tensors.safetensors")
-    (folder / fresh / "state.json").write_text(text, encoding="utf-8")
-    for path in (folder / fresh / "tensors.safetensors", folder / fresh / "state.json", folder / fresh, folder):
-        _sync(path)
-
-    pointer = folder / "latest.tmp"
-    pointer.write_text(fresh, encoding="utf-8")
-    _sync(pointer)
-    os.replace(pointer, folder / "latest")
-    _sync(folder)
-    if current is not None:
-        shutil.rmtree(folder / current)
+    header = json.dumps({"sha256": _digest(on_cpu, text), "state": text})
+    with atomic(Path(folder) / FILE) as tmp:
+        save_file(on_cpu, tmp, metadata={HEADER: header})
 
 
 def load(folder: Path) -> Checkpoint | None:
     """The checkpoint in `folder`, or None when none was ever completed. Changes no random state: see `restore_rng`.
 
-    Raises StageError when the checkpoint that `latest` names is damaged.
+    Raises StageError when it is damaged.
     """
-    folder = Path(folder)
-    slot = _current_slot(folder)
-    if slot is None:
+    path = Path(folder) / FILE
+    if not path.exists():
         return None
     try:
-        described = json.loads((folder / slot / "state.json").read_text(encoding="utf-8"))
-        flat = load_file(folder / slot / "tensors.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        with safe_open(path, "pt") as file:
+            header = json.loads(file.metadata()[HEADER])
+            flat = {name: file.get_tensor(name) for name in file.keys()}
+        text = header["state"]
+        if _digest(flat, text) != header["sha256"]:
+            raise ValueError("its content does not match its checksum")
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise StageError(
-            f"the checkpoint in {folder / slot} cannot be read ({error}); delete {folder} to start the stage over"
+            f"The checkpoint {path} is damaged ({error}). Delete {folder} to start this phase over; stages that are done "
+            "are kept."
         ) from error
+    described = json.loads(text)
     return Checkpoint(
         step=described["step"],
         tensors={name.removeprefix("tensor/"): t for name, t in flat.items() if name.startswith("tensor/")},
@@ -96,6 +83,15 @@ def load(folder: Path) -> Checkpoint | None:
         state=_unpack(described["state"], flat),
         rng=_unpack(described["rng"], flat),
     )
+
+
+def _digest(tensors: dict[str, Tensor], text: str) -> str:
+    """sha256 over the text and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def restore_optimizer(optimizer: Optimizer, checkpoint: Checkpoint, name: str) -> None:
@@ -164,21 +160,3 @@ def _unpack(packed: Any, flat: dict[str, Tensor]) -> Any:
     if "tuple" in packed:
         return tuple(_unpack(item, flat) for item in packed["tuple"])
     return {key: _unpack(item, flat) for key, item in packed["dict"]}
-
-
-def _current_slot(folder: Path) -> str | None:
-    try:
-        slot = (folder / "latest").read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return None
-    if slot not in SLOTS:
-        raise StageError(f"{folder / 'latest'} names {slot!r}, not one of {SLOTS}; delete {folder} to start over")
-    return slot
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,23 +2,26 @@
 
 A step's batch, learning rate and randomness follow from its number alone, so a killed run that goes on from its last
 checkpoint ends with the same bits as one that was never killed. Forward and backward stay inside the role's scope.
-A step that runs out of memory is done again in smaller pieces (`training/oom.py`).
+A step that runs out of memory, optimiser included, is undone and done again in smaller pieces (`training/oom.py`).
+No update is made with a gradient that is not finite.
 """
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from ..model.roles import ActiveRole, Roles
+from ..errors import StageError
+from ..model.roles import ActiveRole, Roles, refuse_non_finite
 from ..phases import phase
 from ..phases import step as step_begins
 from ..progress import progress
 from ..recipe import Training
 from .checkpoint import load, restore_optimizer, save
 from .loop import MetricsLog, derive_seed, lr_at
-from .oom import Backoff
+from .oom import Backoff, of, put_back, remember
 
 
 def steps_of(section: Training, items: int, per_step: int) -> int:
@@ -49,17 +52,21 @@ def fit(
     optimizer = torch.optim.AdamW(
         parameters, lr=section.lr, weight_decay=section.weight_decay, betas=(0.9, 0.98), fused=True
     )
+    optimizers = {role: optimizer}
     backoff = Backoff(label, section.micro_batch or section.batch_size, log.path.parent)
-    start, state = restore(roles, {role: optimizer}, folder)
+    start, state = restore(roles, optimizers, folder)
     if start:
         backoff.micro = state["micro_batch"]
+    log.resume(label, start, state.get("metrics"))
 
     def attempt(micro: int) -> dict[str, float]:
         torch.manual_seed(derive_seed(seed, label, step))
         with roles.use(role) as active:
-            return step_loss(active, step, micro)
+            stats = step_loss(active, step, micro)
+        return stats | {
+            "grad_norm": clip_and_step(parameters, optimizer, section.max_grad_norm, f"{label}, step {step}")
+        }
 
-    log.resume(label, start)
     with progress(steps, label, unit="step") as bar:
         bar.advance(start)
         for step in range(start, steps):
@@ -68,26 +75,47 @@ def fit(
             lr = lr_at(step, steps, section.lr, section.schedule, section.warmup_ratio, section.lr_end)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            stats = backoff.run(step, attempt, undo=lambda: optimizer.zero_grad(set_to_none=True))
-            with phase("optimiser"):
-                norm = torch.nn.utils.clip_grad_norm_(parameters, section.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            log.append(
-                label, step, {**stats, "lr": lr, "grad_norm": norm.item()}, {"seconds": time.perf_counter() - began}
-            )
+            with phase("copy to undo"):
+                before = remember(roles, optimizers)
+            stats = backoff.run(step, attempt, undo=lambda before=before: put_back(roles, optimizers, before))
+            log.append(label, step, {**stats, "lr": lr}, {"seconds": time.perf_counter() - began})
             if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
-                keep(roles, {role: optimizer}, folder, step + 1, {"micro_batch": backoff.micro})
+                extra = {"micro_batch": backoff.micro, "metrics": log.digest_of(label)}
+                keep(roles, optimizers, folder, step + 1, extra)
             bar.advance(1, loss=stats["loss"])
     roles.trainable(role, False)
 
 
+def clip_and_step(
+    parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, max_norm: float, where: str
+) -> float:
+    """Clip the gradients to `max_norm`, take one optimiser step and drop the gradients -> their norm before the clip.
+
+    Raises StageError, and changes no parameter, where the norm is not finite; `where` names the step."""
+    with phase("optimiser"):
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+        if not math.isfinite(norm):
+            raise StageError(
+                f"{where}: the gradient's norm is {norm}, so the run diverged. This update was not made and nothing of it was "
+                "saved; the last checkpoint is kept. Lower the learning rate, or look at the steps before in metrics.jsonl."
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def keep(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Path, step: int, state: dict) -> None:
-    """Checkpoint the adapters and heads of the roles that `optimizers` train, and the optimisers themselves."""
-    tensors = {}
-    for role in optimizers:
-        for i, parameter in enumerate(roles.parameters(role, head=role in roles.heads)):
-            tensors[f"{role}/{i}"] = parameter.data
+    """Checkpoint the adapters and heads of the roles that `optimizers` train, and the optimisers themselves.
+
+    Raises StageError, and keeps the last checkpoint, where anything is not finite."""
+    tensors = {f"{role}/{i}": parameter.data for role in optimizers for i, parameter in enumerate(of(roles, role))}
+    moments = {
+        f"optimiser of {role}: {name} {index}": value
+        for role, optimizer in optimizers.items()
+        for index, entries in optimizer.state_dict()["state"].items()
+        for name, value in entries.items()
+    }
+    refuse_non_finite(tensors | moments, f"the checkpoint after step {step - 1}")
     save(folder, step, tensors, optimizers, state)
 
 
@@ -98,7 +126,7 @@ def restore(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: 
     if checkpoint is None:
         return 0, {}
     for role, optimizer in optimizers.items():
-        for i, parameter in enumerate(roles.parameters(role, head=role in roles.heads)):
+        for i, parameter in enumerate(of(roles, role)):
             parameter.data.copy_(checkpoint.tensors[f"{role}/{i}"])
         restore_optimizer(optimizer, checkpoint, role)
     return checkpoint.step, checkpoint.state

@@ -14,8 +14,9 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from rlaif_lite.errors import StageError
-
+from ..errors import StageError
+from ..files import whole_lines, write_text
+from .health import Watch
 from .trackers import Trackers
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -70,35 +71,62 @@ def lr_at(step: int, total: int, base_lr: float, schedule: Schedule, warmup_rati
 class MetricsLog:
     """`metrics.jsonl`: one JSON line per (stage, step), full precision, fsynced line by line.
 
-    Wall-clock quantities stand under the key `time`, apart from the rest, which a repeated run reproduces exactly.
+    Wall-clock quantities are under the key `time`, apart from the rest, which a repeated run reproduces exactly.
     Log a step BEFORE saving the checkpoint that follows it; then `resume` loses nothing and doubles nothing.
     """
 
-    def __init__(self, path: Path, trackers: Trackers | None = None):
-        """`trackers` get every line that is written."""
+    def __init__(self, path: Path, trackers: Trackers | None = None, health: Literal["warn", "stop"] = "warn"):
+        """`trackers` get every line that is written. `health`: what happens where the metrics say that nothing can be learnt (see `health.py`)."""
         self.path = Path(path)
         self._trackers = trackers
+        self._watch = Watch(health)
+        self._written: dict[str, hashlib._Hash] = {}  # of the lines of each stage label that this process resumed
 
-    def resume(self, stage: str, step: int) -> None:
-        """Drops this stage's lines of `step` and later (all of them for step 0), and a line cut short by a kill."""
+    def resume(self, stage: str, step: int, digest: str | None = None) -> None:
+        """Drops this stage's lines of `step` and later (all of them for step 0), and a line cut short by a kill.
+
+        `digest`: what `digest_of` gave at the checkpoint. Raises StageError where the lines before `step` are others."""
+        lines = self._lines()
+        kept = [line for line in lines if not (_stage(line) == stage and json.loads(line)["step"] >= step)]
+        own = hashlib.sha256("".join(line for line in kept if _stage(line) == stage).encode())
+        if digest is not None and own.hexdigest() != digest:
+            raise StageError(
+                f"{self.path}: the lines of {stage} before step {step} are missing or changed since the checkpoint of that "
+                f"step. Put the file back, or delete the folder {self.path.parent / stage.partition('.')[0]} and run "
+                "again: that stage starts over."
+            )
+        self._written[stage] = own
         if self._trackers is not None:
-            steps = [line["step"] for line in map(json.loads, self._whole_lines()) if line["stage"] == stage]
+            steps = [json.loads(line)["step"] for line in lines if _stage(line) == stage]
             self._trackers.resume(stage, step, max(steps, default=-1))
         if self.path.exists():
-            self._replace([line for line in self._whole_lines() if not self._is_redone(line, stage, step)])
+            self._replace(kept)
 
     def drop(self, stage: str) -> None:
         """Drops all lines of `stage` and its phases (`sft.easy` of `sft`)."""
         if self.path.exists():
-            self._replace([line for line in self._whole_lines() if not self._is_of(line, stage)])
+            self._replace([line for line in self._lines() if _owner(line) != stage])
 
     def take(self, stage: str, other: Path) -> None:
         """Adds another log's lines of `stage` and its phases."""
-        found = [line for line in MetricsLog(other)._whole_lines() if self._is_of(line, stage)]
-        self._replace([*self._whole_lines(), *found])
+        self._replace([*self._lines(), *(line for line in MetricsLog(other)._lines() if _owner(line) == stage)])
+
+    def digest_of(self, stage: str) -> str:
+        """sha256 of the lines of a stage label that was resumed here, for its checkpoint."""
+        return self._written[stage].hexdigest()
+
+    def digests(self) -> dict[str, str]:
+        """{stage: sha256 of all its lines, those of its phases included}, as the file has them now."""
+        found: dict[str, hashlib._Hash] = {}
+        for line in self._lines():
+            found.setdefault(_owner(line), hashlib.sha256()).update(line.encode())
+        return {stage: digest.hexdigest() for stage, digest in found.items()}
 
     def append(self, stage: str, step: int, values: Mapping[str, float], time: Mapping[str, float] | None = None):
-        """Writes one line. Raises StageError when a value is NaN or infinite: nothing after it can be trusted."""
+        """Writes one line. Raises StageError when a value is NaN or infinite: nothing after it can be trusted.
+
+        Says, once, where the metrics of several steps show that something is wrong; raises StageError where nothing can
+        be learnt and the recipe has `health: stop`."""
         for name, value in values.items():
             if not math.isfinite(value):
                 raise StageError(
@@ -109,36 +137,43 @@ class MetricsLog:
         if time is not None:
             line["time"] = {name: float(value) for name, value in time.items()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        text = json.dumps(line) + "\n"
+        with open(self.path, "ab") as file:
+            file.write(text.encode())
             file.flush()
             os.fsync(file.fileno())
+        if stage in self._written:
+            self._written[stage].update(text.encode())
         if self._trackers is not None:
             timed = {f"time/{name}": value for name, value in line.pop("time", {}).items()}
             self._trackers.log(stage, step, {name: line[name] for name in values} | timed)
+        self._watch.see(stage, step, line)
 
-    def _whole_lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return lines if not lines or lines[-1].endswith("\n") else lines[:-1]
+    def _lines(self) -> list[str]:
+        """Raises StageError for a line that is no entry of a log."""
+        lines = whole_lines(self.path)
+        for number, line in enumerate(lines, 1):
+            try:
+                _stage(line)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise StageError(
+                    f"{self.path}, line {number}, is damaged: {line[:80]!r}. Put the file back, or delete it together with "
+                    "the folder of the stage that was running, and run again."
+                ) from None
+        return lines
 
     def _replace(self, lines: list[str]) -> None:
-        replacement = self.path.with_name(self.path.name + ".tmp")
-        with open(replacement, "w", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(replacement, self.path)
+        write_text(self.path, "".join(lines))
 
-    @staticmethod
-    def _is_of(line: str, stage: str) -> bool:
-        return json.loads(line)["stage"].partition(".")[0] == stage
 
-    @staticmethod
-    def _is_redone(line: str, stage: str, step: int) -> bool:
-        entry = json.loads(line)
-        return entry["stage"] == stage and entry["step"] >= step
+def _stage(line: str) -> str:
+    """The label of a line's stage: "sft.easy"."""
+    return json.loads(line)["stage"]
+
+
+def _owner(line: str) -> str:
+    """The stage that a line belongs to: "sft" of "sft.easy"."""
+    return _stage(line).partition(".")[0]
 
 
 def _plain(value: float) -> int | float:

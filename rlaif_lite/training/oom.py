@@ -5,7 +5,6 @@ centring term excepted, which centres each micro-batch: it is the same where the
 size stays, and is kept in the checkpoint. On a GPU the state of the allocator is left as JSON, not as torch's pickle.
 """
 
-import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from ..errors import StageError
-from ..model.memory import out_of_memory
+from ..files import write_text
+from ..model.memory import halving, out_of_memory
 from ..model.roles import Roles
 from ..progress import say
 
@@ -33,35 +33,37 @@ class Backoff:
         """`attempt(micro)`, again with half of it after `undo()` for as long as memory runs out.
 
         Raises StageError where it does with a single record."""
-        while True:
+        left = ""
+
+        def guarded(micro: int) -> T:
+            nonlocal left
             try:
-                return attempt(self.micro)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                left = snapshot(self.folder / f"oom_{self.label}_{step}.json")
-                if self.micro == 1:
-                    raise StageError(
-                        f"{self.label}: step {step} does not fit into memory with a single record per forward. Set "
-                        "`model.gradient_checkpointing: true`, keep fewer video tokens (`features.prune`), or shorten "
-                        f"the answers.{left}"
-                    ) from error
-            # Out of the `except`: its traceback held the tensors of the step.
+                return attempt(micro)
+            except (RuntimeError, MemoryError) as error:
+                if out_of_memory(error):
+                    left = snapshot(self.folder / f"oom_{self.label}_{step}.json")
+                    if micro == 1:
+                        raise StageError(
+                            f"{self.label}: step {step} does not fit into memory with a single record per forward. Set "
+                            "`model.gradient_checkpointing: true`, keep fewer video tokens (`features.prune`), or "
+                            f"shorten the answers. The last checkpoint is kept.{left}"
+                        ) from error
+                raise
+
+        def failed(micro: int, reason: str) -> None:
             undo()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            half = self.micro // 2
-            say(f"{self.label}: step {step}: out of memory at {self.micro} a forward, done again at {half}.{left}")
-            self.micro = half
+            half = micro // 2
+            say(f"{self.label}: step {step}: out of memory at {micro} a forward, done again at {half}.{left}")
+
+        found, self.micro = halving(self.micro, guarded, failed)
+        return found
 
 
 def snapshot(path: Path) -> str:
     """Leave the allocator's blocks and counters in `path` and say where; on a CPU there is nothing to leave."""
     if not torch.cuda.is_available():
         return ""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"stats": torch.cuda.memory_stats(), "segments": torch.cuda.memory_snapshot()}))
+    write_text(path, json.dumps({"stats": torch.cuda.memory_stats(), "segments": torch.cuda.memory_snapshot()}))
     return f" The allocator's state is in {path}."
 
 

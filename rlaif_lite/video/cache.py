@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 import zlib
 from collections import OrderedDict
 from pathlib import Path
@@ -21,6 +20,8 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from ..files import atomic, clean, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +68,7 @@ class FeatureStore:
         self.memory_bytes = memory_bytes
         self._held: OrderedDict[str, tuple[dict[str, FeatureRecord], int]] = OrderedDict()
         self._held_bytes = 0
-        for left in self.folder.glob("*.tmp"):  # of a run killed while writing; younger ones may be a neighbour's
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink(missing_ok=True)
+        clean(self.folder, older_than=3600)  # younger ones may be a neighbour's
 
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
@@ -94,7 +93,7 @@ class FeatureStore:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             return self._damaged(key, str(error))
-        if _checksum(tensors) != header["checksum"]:
+        if _checksum(tensors, header["views"]) != header["checksum"]:
             return self._damaged(key, "its checksum does not fit its content")
         parts: dict[str, dict] = {name: dict(numbers) for name, numbers in header["views"].items()}
         for path, tensor in tensors.items():
@@ -115,10 +114,9 @@ class FeatureStore:
             name: {part: getattr(view, part) for part in ("layout_tokens", "frames", "duration")}
             for name, view in views.items()
         }
-        header = {"key": key, "views": numbers, "checksum": _checksum(tensors), "about": about or {}}
-        partial = self.folder / f"{key}.{os.getpid()}.tmp"
-        save_file(tensors, partial, metadata={"rlaif_lite": json.dumps(header)})
-        os.replace(partial, self.path(key))
+        header = {"key": key, "views": numbers, "checksum": _checksum(tensors, numbers), "about": about or {}}
+        with atomic(self.path(key)) as partial:
+            save_file(tensors, partial, metadata={"rlaif_lite": json.dumps(header)})
         self._drop(key)
 
     def _header(self, key: str) -> dict | None:
@@ -152,19 +150,16 @@ class FeatureStore:
 
 def write_index(path: str | os.PathLike, keys: dict[str, str]) -> None:
     """Write a run's `index.json`, {video's name: key}, whole or not at all."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(f"{path}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(keys, indent=1, sort_keys=True), encoding="utf-8")
-    os.replace(partial, path)
+    write_json(Path(path), dict(sorted(keys.items())))
 
 
 def read_index(path: str | os.PathLike) -> dict[str, str]:
     """{video's name: key} of a run; empty when it was not written yet."""
-    return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.exists(path) else {}
+    return read_json(Path(path)) if os.path.exists(path) else {}
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> int:
-    total = 0
+def _checksum(tensors: dict[str, torch.Tensor], numbers: dict) -> int:
+    total = zlib.crc32(json.dumps(numbers, sort_keys=True).encode())
     for name in sorted(tensors):
         total = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), zlib.crc32(name.encode(), total))
     return total

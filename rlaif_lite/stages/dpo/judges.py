@@ -1,7 +1,6 @@
 """Who judges the answers of a round of DPO: scores by claims or by divided claims (RLAIF-V), and the descriptions that
 i-SRT's judge reads."""
 
-import json
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import NamedTuple
 
 from ...data.records import Message, Record, question_of
 from ...data.world import divided_answer
-from ...files import by_batches, chunks, write_json
+from ...files import by_batches, chunks, read_json, write_json
 from ...judge.claims import ask, judge_claims, refuse_silent_judge
 from ...judge.describe import describe_again
 from ...judge.divide import Divided, TextModel, Writer, divide, rejected, write_by_role
@@ -171,7 +170,7 @@ def describe_videos(
     -> ({video: description}, what to say of them). `descriptions.json` holds them, and the last ones of other videos.
     """
     section = work.recipe.dpo.describe
-    read = json.loads(last.read_text()) if last.exists() else dict(work.narratives())
+    read = read_json(last) if last.exists() else dict(work.narratives())
     shown = {work.name_of(r): r for r in records if r.video is not None}
     clips = [f"clip{i}" for i in range(work.recipe.features.clips)]
 

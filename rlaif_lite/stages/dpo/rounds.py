@@ -23,7 +23,6 @@ Departure from RLAIF-V: an answer keeps its tokens as they were sampled, so that
 Shapes: B pairs.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from ...data.sentences import split_claims
 from ...data.splits import hold_out_videos
 from ...data.truth import TRUTH
 from ...errors import StageError
-from ...files import by_batches, chunks, read_jsonl, write_json, write_jsonl
+from ...files import by_batches, chunks, read_json, read_jsonl, write_json, write_jsonl
 from ...judge.claims import refuse_silent_judge
 from ...model.inputs import encode_prompt
 from ...model.memory import in_pieces
@@ -96,7 +95,7 @@ def run(work: Workspace) -> dict:
                 row |= learnt
             row |= look(work, number, folder / "policy" if number else policy, held)
             write_json(folder / "round.json", row)
-        table.append(json.loads((folder / "round.json").read_text()))
+        table.append(read_json(folder / "round.json"))
         policy = folder / "policy" if number else policy
     start, *trained = table
     best = max(trained, key=lambda row: row["heldout_score"]) if section.select == "best" else trained[-1]

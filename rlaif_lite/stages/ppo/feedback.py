@@ -10,14 +10,13 @@ What `ppo` adds to it (penalties, KL, where the score stands, advantages) is the
 Shapes: B answers of a step, T answer tokens (padded on the right).
 """
 
-import json
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...data.records import Record
-from ...files import chunks
+from ...files import chunks, read_json
 from ...model.inputs import Sequence, encode_prompt
 from ...phases import phase
 from ...rollout import Sampling, Trajectory, sample
@@ -82,7 +81,7 @@ class RewardModelFeedback(Feedback):
 
     def __init__(self, work: Workspace):
         super().__init__(work)
-        heldout = json.loads((work.folder / "reward" / "heldout.json").read_text())["heldout_accuracy"]
+        heldout = read_json(work.folder / "reward" / "heldout.json")["heldout_accuracy"]
         check_floor(work.recipe, heldout)
         self.beside = work.for_reward
         self.beside.load_role("reward")
@@ -134,4 +133,4 @@ class RewardModelFeedback(Feedback):
         size = section.micro_batch or section.minibatch
         parts = chunks(list(range(len(records))), size)
         score_N = torch.cat([self.read([records[i] for i in part], [answers[i] for i in part]) for part in parts])
-        return score_N.mean().item(), max(score_N.std().item(), 1e-6)
+        return score_N.mean().item(), max(score_N.std(correction=0).item(), 1e-6) if len(score_N) > 1 else 1.0

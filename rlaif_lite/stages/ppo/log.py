@@ -9,6 +9,7 @@ from ...files import read_jsonl, write_json
 from ...model.text import decode_answer
 from ...rl.losses import explained_variance, repetition
 from ...rollout import Trajectory
+from ...training.health import FLAT
 from ...workspace import Workspace
 from .experience import Experience
 
@@ -42,6 +43,7 @@ def describe(
     metrics = {
         "objective/kl": kl_B.mean().item(),
         "objective/kl_coef": kl_coef,
+        "objective/kl_per_token": (kl_B.sum() / e.own_BT.sum().clamp(min=1)).item(),
         "objective/scores": e.raw_B.mean().item(),
         "objective/rlhf_reward": (e.score_B - kl_coef * kl_B).mean().item(),
         "objective/entropy": e.entropy_BT.sum(1).mean().item(),
@@ -49,6 +51,7 @@ def describe(
         "policy/clipfrac_avg": mean["clipfrac"],
         "policy/entropy_avg": mean["entropy"],
         "loss/policy_avg": mean["policy_loss"],
+        "policy/grad_norm": mean["grad_norm"],
         "val/ratio": mean["ratio"],
         "val/ratio_min": min(h["ratio_min"].item() for h in history),
         "val/ratio_max": max(h["ratio_max"].item() for h in history),
@@ -56,8 +59,17 @@ def describe(
         "rollout/length": sum(lengths) / len(lengths),
         "rollout/stop_rate": sum(a.stopped for a in answers) / len(answers),
         "rollout/learnt": (e.learn_BT.sum() / e.mask_BT.sum()).item(),
+        "rollout/empty_rate": sum(a.ids == [base.eos_id] for a in answers) / len(answers),
         "rollout/repetition": sum(repetition(a.ids) for a in answers) / len(answers),
     }
+    bound, size = work.recipe.ppo.kl_bound, work.recipe.ppo.group_size
+    if bound is not None:
+        metrics["objective/kl_over_bound"] = float(metrics["objective/kl_per_token"] > bound)
+    if len(e.score_B) > 1:
+        metrics["objective/scores_std"] = e.score_B.std(correction=0).item()
+    if size > 1:
+        spread_G = e.score_B.view(-1, size).std(1, correction=0)
+        metrics["objective/flat_groups"] = (spread_G <= FLAT).float().mean().item()
     if "kl" in mean:
         metrics["loss/kl_avg"] = mean["kl"]
     if "value_loss" in mean:

@@ -44,7 +44,7 @@ from ...rl.advantages import group_relative, rloo, whiten
 from ...rl.losses import PolicyStats, merge_stats, policy_loss, token_weights, value_loss, weighted_sum
 from ...rl.shaping import AdaptiveKL, FixedKL, kl_penalty, sequence_score, shaped_reward, symbolic_bonus
 from ...rollout import Sampling, Trajectory, sample
-from ...training.fit import keep, restore
+from ...training.fit import clip_and_step, keep, restore
 from ...training.loop import batches, derive_seed
 from ...training.oom import Backoff, put_back, remember
 from ...workspace import Workspace
@@ -93,7 +93,7 @@ def run(work: Workspace) -> dict:
         backoff.micro = state["micro_batch"]
     else:
         feedback.begin()
-    work.log.resume("ppo", start)
+    work.log.resume("ppo", start, state.get("metrics"))
     records = work.records("rl")
     prompts_of_step = batches(len(records), section.rollouts // section.group_size, section.steps, recipe.seed, "ppo")
     with progress(section.steps, "ppo", unit="step") as bar:
@@ -108,7 +108,8 @@ def run(work: Workspace) -> dict:
             work.log.append("ppo", step, metrics, times)
             if (step + 1) % section.checkpoint_every == 0 or step + 1 == section.steps:
                 extra = {"controller": controller.state_dict(), "feedback": feedback.state()}
-                keep(work.roles, optimizers, folder, step + 1, extra | {"micro_batch": backoff.micro})
+                extra |= {"micro_batch": backoff.micro, "metrics": work.log.digest_of("ppo")}
+                keep(work.roles, optimizers, folder, step + 1, extra)
             bar.advance(1, reward=metrics["objective/scores"], kl=metrics["objective/kl"])
     for role in optimizers:
         work.roles.trainable(role, False)
@@ -326,14 +327,16 @@ def update(
             stats["entropy"] = stats["entropy"] / weight_mT.sum().clamp(
                 min=1e-9
             )  # a mean, whatever the weights add up to
+            where, norm = f"ppo, step {step}", 0.0
             if weight_mT.any():  # else nothing to learn from, and Adam's momentum would move the policy all the same
-                clip_and_step(roles.parameters("policy"), optimizers["policy"], section.max_grad_norm)
+                norm = clip_and_step(roles.parameters("policy"), optimizers["policy"], section.max_grad_norm, where)
+            stats["grad_norm"] = torch.tensor(norm)
             if section.value == "adapter":
                 real = e.mask_BT[rows].sum()
                 with roles.use("value") as value:
                     losses = [value_backward(section, value, micro, e, real) for micro in minibatch]
                 stats |= {"value_loss": sum(loss for loss, _ in losses), "value_clipfrac": sum(c for _, c in losses)}
-                clip_and_step(roles.parameters("value", head=True), optimizers["value"], section.max_grad_norm)
+                clip_and_step(roles.parameters("value", head=True), optimizers["value"], section.max_grad_norm, where)
             history.append(stats)
     return history
 
@@ -407,13 +410,6 @@ def value_backward(
     with phase("update value backward", micro.value_batch.ids_BS.numel()):
         (section.value_coef * loss).backward()
     return loss.detach(), stats.clipfrac
-
-
-def clip_and_step(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-    with phase("optimiser"):
-        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
 
 def lr_share(section: Ppo, step: int) -> float:

@@ -1,0 +1,166 @@
+"""What a stage reads of the recipe is what makes it stale: every key is recorded while the shipped tiny recipes run."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from core import RECIPE
+from rlaif_lite import pipeline
+from rlaif_lite.recipe import Recipe, Section, flatten, load_recipe, neutral_keys
+from rlaif_lite.workspace import Workspace
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("tiny*.yaml"))
+# Sizes that a test can afford; what a recipe does otherwise stays as shipped.
+SMALL = {
+    "threads": 1,
+    "device": "cpu",
+    "data.world.sft": 6,
+    "data.world.preference": 6,
+    "data.world.rl": 6,
+    "data.world.test": 4,
+    "data.world.workers": 1,
+    "features.workers": 0,
+    "preference.samples": 2,
+    "preference.max_new_tokens": 8,
+    "reward.floor": 0.0,
+    "ppo.steps": 1,
+    "ppo.max_new_tokens": 6,
+    "ppo.epochs": 1,
+    "dpo.rounds": 1,
+    "dpo.prompts": 4,
+    "dpo.heldout": 0.3,
+    "evaluate.max_new_tokens": 6,
+    "evaluate.bootstrap": 20,
+    "evaluate.samples": 1,
+    "evaluate.examples": 1,
+    "health": "warn",
+}
+# Read, but without a say in what the stage leaves.
+HARMLESS = {
+    "features": {  # the base is loaded whole, and only its tower is run, which is neither quantised nor adapted
+        *("model.quantization", "model.loader", "model.dense_rollouts", "model.lora.rank", "model.lora.alpha"),
+        *("model.lora.targets", "model.reward_base.quantization", "model.reward_base"),
+    },
+    "sft": {"features.clips"},  # the name of a record's view follows from it, its frames do not
+}
+FAST = ("tiny_grpo", "tiny_isr_dpo")  # the others with `-m slow`
+
+
+class Reads:
+    """Records the dotted keys that are read of a recipe's sections."""
+
+    def __init__(self, recipe: Recipe):
+        self.keys: set[str] = set()
+        self.on = False
+        self._place: dict[int, str] = {}
+        self._kind: dict[type, str] = {}
+        self._held = recipe
+        self._walk(recipe, "")
+
+    def _walk(self, section: Section, prefix: str) -> None:
+        self._place[id(section)] = prefix
+        self._kind.setdefault(type(section), prefix)
+        for name in type(section).model_fields:
+            value = section.__dict__[name]
+            if isinstance(value, Section):
+                self._walk(value, f"{prefix}{name}.")
+
+    def saw(self, section: Section, name: str) -> None:
+        """A copy of a section (another base for the reward role) counts as the section that it is a copy of."""
+        if self.on and name in type(section).model_fields and not isinstance(section.__dict__.get(name), Section):
+            place = self._place.get(id(section), self._kind.get(type(section)))
+            if place is not None:
+                self.keys.add(place + name)
+
+
+@pytest.fixture
+def record(monkeypatch):
+    def install(recipe: Recipe) -> Reads:
+        reads = Reads(recipe)
+        plain, dump = Section.__getattribute__, Section.model_dump
+
+        def watched(self, name):
+            if not name.startswith("_"):
+                reads.saw(self, name)
+            return plain(self, name)
+
+        def dumped(self, *arguments, **keys):
+            for name in type(self).model_fields:
+                getattr(self, name)
+            return dump(self, *arguments, **keys)
+
+        def narrated(self):  # an input of its own, "splits with a narrative"
+            on, reads.on = reads.on, False
+            try:
+                return whose.fget(self)
+            finally:
+                reads.on = on
+
+        whose = Recipe.narrated
+        monkeypatch.setattr(Recipe, "narrated", property(narrated))
+        monkeypatch.setattr(Section, "__getattribute__", watched)
+        monkeypatch.setattr(Section, "model_dump", dumped)
+        return reads
+
+    return install
+
+
+def covered(recipe: Recipe, name: str) -> set[str]:
+    """Keys whose change makes a stage run again: its own, and those of stages that it needs, unless only they mind."""
+    stage = pipeline.STAGES[name]
+    keys = flatten(recipe)
+    found = {key for key in keys for read in stage.READS if key == read or key.startswith(f"{read}.")}
+    found -= {pipeline.GATES.get(name)}
+    for need in stage.NEEDS:
+        if need in recipe.stages:
+            found |= covered(recipe, need) - set(pipeline.INWARD.get(need, ()))
+    return found
+
+
+def small(path: Path, folder: Path, checkpoint: Path) -> Recipe:
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    base = yaml.safe_load((path.parent / given["base_recipe"]).read_text()) if "base_recipe" in given else {}
+    training = [f"{key}.{name}={value}" for key in ("sft.easy", "sft.hard", "sft.policy_init", "reward", "dpo",
+                "dpo.divide.train") for name, value in (("steps", 1), ("batch_size", 4), ("micro_batch", "null"))
+                if not any(part is None for part in _path(base | given, key))]  # fmt: skip
+    group = 2 if {**base.get("ppo", {}), **given.get("ppo", {})}.get("group_size", 1) > 1 else 1
+    sizes = ["ppo.rollouts=4", f"ppo.group_size={group}", "ppo.minibatch=4", "ppo.micro_batch=null"]
+    overrides = [f"{key}={value}" for key, value in SMALL.items()] + training + sizes
+    return load_recipe(path, [*overrides, f"model.base={checkpoint}", f"output={folder / 'run'}"])
+
+
+def _path(given: dict, key: str) -> list:
+    out = []
+    for word in key.split("."):
+        given = given.get(word, None if word in ("divide", "train") else {}) if isinstance(given, dict) else None
+        out.append(given)
+    return out
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=() if p.stem in FAST else pytest.mark.slow) for p in RECIPES]
+)
+def test_every_key_that_a_stage_reads_makes_it_stale(path, tmp_path, checkpoint, record):
+    recipe = small(path, tmp_path, checkpoint)
+    reads = record(recipe)
+    missed = {}
+    for name in recipe.stages:
+        work = Workspace(recipe)  # a fresh one: what it loads lazily belongs to the stage that asks
+        reads.keys.clear()
+        reads.on = True
+        pipeline.STAGES[name].run(work)
+        reads.on = False
+        missed[name] = reads.keys - covered(recipe, name) - neutral_keys() - HARMLESS.get(name, set())
+        (work.stage(name) / "done.json").write_text("{}")  # some stages ask whether another is done
+    assert missed == {name: set() for name in recipe.stages}
+
+
+def test_a_key_that_is_not_declared_is_found(recipe, monkeypatch, record):
+    """The recorder itself, on a stage whose READS lack a key."""
+    given = recipe()
+    monkeypatch.setattr(pipeline.STAGES["context"], "READS", ("seed",))
+    reads = record(given)
+    reads.on = True
+    assert given.context.prompt == RECIPE["context"]["prompt"]
+    assert reads.keys == {"context.prompt"} and "context.prompt" not in covered(given, "context")

@@ -384,7 +384,7 @@ def look(work: Workspace, number: int, policy: Path, held: list[Record]) -> dict
 
 
 def read_answers(records: list[Record], path: Path) -> list[Answers]:
-    rows = [row for line in read_jsonl(path) for row in line]
+    rows = [row for line in read_jsonl(path) for row in line["results"]]  # as `by_batches` wrote them
     return [Answers(record, row["answers"], row["ids"]) for record, row in zip(records, rows, strict=True)]
 
 

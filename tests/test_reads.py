@@ -126,6 +126,8 @@ def small(path: Path, folder: Path, checkpoint: Path) -> Recipe:
                 if not any(part is None for part in _path(base | given, key))]  # fmt: skip
     group = 2 if {**base.get("ppo", {}), **given.get("ppo", {})}.get("group_size", 1) > 1 else 1
     sizes = ["ppo.rollouts=4", f"ppo.group_size={group}", "ppo.minibatch=4", "ppo.micro_batch=null"]
+    if any("dpo.divide." in override for override in training):  # a divider of one step divides nothing
+        sizes += ["dpo.divide.split=null", "dpo.divide.ask=null"]
     overrides = [f"{key}={value}" for key, value in SMALL.items()] + training + sizes
     return load_recipe(path, [*overrides, f"model.base={checkpoint}", f"output={folder / 'run'}"])
 

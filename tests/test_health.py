@@ -35,7 +35,7 @@ WELL = {
 @pytest.mark.parametrize("mode", ["warn", "stop"])
 def test_each_sign_is_said_once_and_stops_where_nothing_can_be_learnt(tmp_path, capfd, name, mode):
     assert signs_of(WELL) == [] and signs_of(WELL | {"grad_norm": 0.1} | SICK[name]) in ([name], [])
-    log = MetricsLog(tmp_path / "metrics.jsonl", mode)
+    log = MetricsLog(tmp_path / "metrics.jsonl", health=mode)
     log.append("ppo", 0, WELL)
     for step in range(1, PATIENCE):
         log.append("ppo", step, SICK[name])

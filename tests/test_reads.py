@@ -20,7 +20,7 @@ SMALL = {
     "data.world.rl": 6,
     "data.world.test": 4,
     "data.world.workers": 1,
-    "features.workers": 0,
+    "features.workers": 1,
     "preference.samples": 2,
     "preference.max_new_tokens": 12,
     "reward.floor": 0.0,

@@ -43,7 +43,7 @@ def describe(
     metrics = {
         "objective/kl": kl_B.mean().item(),
         "objective/kl_coef": kl_coef,
-        "objective/kl_per_token": (kl_B.sum() / e.own_BT.sum().clamp(min=1)).item(),
+        "objective/kl_per_token": (kl_B.sum() / e.mask_BT.sum()).item(),
         "objective/scores": e.raw_B.mean().item(),
         "objective/rlhf_reward": (e.score_B - kl_coef * kl_B).mean().item(),
         "objective/entropy": e.entropy_BT.sum(1).mean().item(),

@@ -105,7 +105,7 @@ def train(
         loss = 0.0
         for part in split_micro(rows, micro):
             loss += backward(active, part, total)
-        targets = [t for e in examples for t in e.targets_S if t != IGNORE]
+        targets = [t for e in rows for t in e.targets_S if t != IGNORE]
         return {"loss": loss, "unknown_share": targets.count(base.tokenizer.unk_token_id) / len(targets)}
 
     fit(

@@ -58,11 +58,11 @@ def test_a_nan_in_the_last_minibatch_of_the_last_step_is_not_saved(rerun, monkey
     (work.adapter("policy") / "adapter_model.safetensors").unlink()
     backward, calls = ppo.policy_backward, []
 
-    def spoilt(work, policy, *rest):
-        found = backward(work, policy, *rest)
+    def spoilt(section, policy, *rest):
+        found = backward(section, policy, *rest)
         calls.append(1)
         if len(calls) == 4:  # two minibatches of four answers in each of two steps
-            work.roles.parameters("policy")[0].grad.fill_(float("nan"))
+            policy.roles.parameters("policy")[0].grad.fill_(float("nan"))
         return found
 
     monkeypatch.setattr(ppo, "policy_backward", spoilt)

@@ -17,7 +17,7 @@ from rlaif_lite.report.compare import compare
 from rlaif_lite.report.folder import read_run
 from rlaif_lite.report.page import example_cards
 from rlaif_lite.report.stats import asked
-from rlaif_lite.stages.ppo import interventions, ranking
+from rlaif_lite.stages.ppo import ranking, rlif
 from rlaif_lite.stages.preference import outside_narrative, read_pairs
 from rlaif_lite.workspace import Workspace
 
@@ -186,7 +186,7 @@ def test_compare_pairs_by_record_and_clusters_by_video(by_ppo, shared):
         ("ranking", (ranking, "judge_claims"), ("ppo.value=none",)),
         (
             "interventions",
-            (interventions, "read_claims"),
+            (rlif, "read_claims"),
             ("ppo.value=none", "ppo.baseline=batch", "ppo.whiten_rewards=false"),
         ),
     ],

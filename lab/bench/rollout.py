@@ -210,7 +210,7 @@ def page(facts: dict) -> str:
     """The figures as Markdown."""
     given = facts["arguments"]
     lines = [
-        "# Rollouts beside transformers' `generate`",
+        "# Rollouts against transformers' `generate`",
         "",
         f"{facts['hardware']}, {facts['clock']}, torch {facts['versions']['torch']}, transformers "
         f"{facts['versions']['transformers']}, commit {facts['commit']}. Medians of {given['rounds']} interleaved "

@@ -2,13 +2,17 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Installed by itself and first: a range would let pip take a newer build with gigabytes of CUDA libraries. On a GPU machine
+# Installed alone and first: a range would let pip take a newer build with gigabytes of CUDA libraries. On a GPU machine
 # choose yours, for example `make demo TORCH="torch --index-url <the index of your CUDA version>"`.
 TORCH ?= torch==2.13.0
-# What is to be installed beside the package, such as an older version of something that it needs.
+# The versions that the tests passed with. Empty: the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
+# More to install, such as an older version of a dependency.
 WITH ?=
 
-.PHONY: demo test test-oldest test-gpu gpu clean
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-oldest test-newest test-gpu gpu lint types docs constraints clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/rlaif-lite run recipes/tiny.yaml
@@ -18,7 +22,11 @@ test: $(VENV)/ready
 
 # The oldest transformers that is supported (the newest that unsloth allows), in an environment of its own.
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest WITH="transformers==5.17.*"
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS= WITH="transformers==5.17.*"
+
+# The newest release of everything, in an environment of its own.
+test-newest:
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
 
 test-gpu: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -m gpu
@@ -27,11 +35,31 @@ test-gpu: $(VENV)/ready
 gpu:
 	@if [ -x $(VENV)/bin/python ]; then $(VENV)/bin/python -m lab.bench.gpu; else $(PYTHON) -m lab.bench.gpu; fi
 
-$(VENV)/ready: pyproject.toml
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/ready
+	$(VENV)/bin/mypy
+
+# The site, into site/. Strict: a broken link fails.
+docs: $(VENV)/ready-docs
+	$(VENV)/bin/python -m pytest tests/test_docs.py tests/test_prose.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+# Write the installed versions to constraints.txt, after the tests passed with them. torch is pinned above, and brings its triton.
+constraints: $(VENV)/ready-docs
+	$(VENV)/bin/python -m pip freeze --exclude-editable | grep -viE '^(torch|triton|nvidia-[^=]*|setuptools|wheel)==' > constraints.txt
+
+$(VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]" $(if $(WITH),"$(WITH)")
+	$(PIP) $(TORCH)
+	$(PIP) --editable ".[dev]" $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) $(if $(WITH),"$(WITH)")
+	touch $@
+
+$(VENV)/ready-docs: $(VENV)/ready
+	$(PIP) --editable ".[docs]" $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest runs build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest runs site build dist *.egg-info

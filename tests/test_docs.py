@@ -74,7 +74,7 @@ def test_readme_names_commands_and_recipes_that_exist():
     used = set(re.findall(r"rlaif-lite ([a-z]+)", readme)) - {"runs"}  # "rlaif-lite runs VLM-RLAIF" is a sentence
     commands = set(get_command(app).commands)
     assert used <= commands and len(commands - used) <= 2, (used - commands, commands - used)
-    makes = set(re.findall(r"make ([a-z-]+)", readme))
+    makes = set(re.findall(r"(?:^|`)make ([a-z-]+)", readme, flags=re.M))
     assert all(re.search(rf"^{name}:", (ROOT / "Makefile").read_text(), flags=re.M) for name in makes)
 
 
@@ -95,7 +95,7 @@ def test_the_recipe_that_readme_builds_for_own_data_is_a_recipe(tmp_path, monkey
     name, *overrides = shlex.split(command.replace("\\\n", " "))
     recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", overrides)
     check_files(recipe)
-    assert recipe.output == "runs/mine" and recipe.data.sft == ["train.jsonl"] and not recipe.data.sft_easy
+    assert recipe.output == "runs/mine" and list(recipe.data.sft) == ["train.jsonl"] and not recipe.data.sft_easy
     (only,) = read_records(tmp_path / "test.jsonl").records
     assert only.messages[-1].content == "A man opens a door."
 

@@ -217,6 +217,7 @@ def _crc(value: dict) -> int:
 
 
 def chunks(items: list, size: int) -> list[list]:
+    """`items` in lists of `size`; the last may be shorter."""
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 

@@ -10,6 +10,8 @@ from typing import Protocol
 
 
 class Listener(Protocol):
+    """What is told of phases and steps while it listens."""
+
     def phase(self, name: str, count: int) -> AbstractContextManager: ...
 
     def step(self) -> None: ...
@@ -32,6 +34,7 @@ def step() -> None:
 
 @contextmanager
 def listen(listener: Listener) -> Iterator[None]:
+    """Send phases and steps to `listener` inside the block; blocks may be nested."""
     global _listener
     before, _listener = _listener, listener
     try:

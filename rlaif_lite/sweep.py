@@ -118,6 +118,7 @@ def grid(paths: list[str], axes: list[list[Choice]], overrides: list[str], out: 
 
 
 def folder_name(words: str) -> str:
+    """`words` as a folder's name: other characters become _, and a long name ends in a digest."""
     name = re.sub(r"[^A-Za-z0-9._=,+-]+", "_", words)
     return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
 

@@ -244,6 +244,7 @@ def _files_of(video: Path) -> list[Path]:
 
 
 def pick_device(device: str) -> str:
+    """`cuda` or `cpu` for the recipe's `device`. Raises StageError where there is no GPU to take."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

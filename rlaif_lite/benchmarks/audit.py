@@ -71,6 +71,7 @@ def _decided(verdict: ClaimScores, section: Claims) -> list[bool]:
 
 
 def tally(item: Item, row: dict) -> Tally:
+    """Parts and wholes of an audited answer, for each figure."""
     claims = row["claims"]
     return {
         "hallucinated": (claims["true"].count(False), len(claims["true"])),

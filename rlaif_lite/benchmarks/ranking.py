@@ -186,6 +186,7 @@ def rank(scores: Seq[float], right: int) -> int:
 
 
 def tally_retrieval(item: Item, row: dict) -> Tally:
+    """Whether the right video was among the first 1, 5 and 10."""
     return {f"R@{k}": (float(row["rank"] <= k), 1.0) for k in (1, 5, 10)}
 
 

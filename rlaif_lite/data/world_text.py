@@ -228,6 +228,7 @@ def claim(facts: Facts, rng: random.Random) -> tuple[str, bool]:
 
 
 def answer_yes_no(is_true: bool) -> str:
+    """The world's answer to a question that is true or not."""
     return "yes ." if is_true else "no ."
 
 

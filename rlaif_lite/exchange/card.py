@@ -45,6 +45,7 @@ def card(work: Workspace, role: str, scalar: bool, compared: str | None) -> str:
 
 
 def front_matter(work: Workspace, scalar: bool) -> str:
+    """The card's YAML head, as the hub reads it."""
     base = work.recipe.model.base
     lines = [
         *([f"base_model: {base}"] if is_on_hub(base) else []),
@@ -56,10 +57,12 @@ def front_matter(work: Workspace, scalar: bool) -> str:
 
 
 def is_on_hub(base: str) -> bool:
+    """Whether the base is named by a hub id, not by a folder."""
     return not Path(resolve_base(base)).is_dir()
 
 
 def use(scalar: bool) -> str:
+    """The card's section on loading the weights; `scalar`: a role with a head that gives a number."""
     if scalar:
         return (
             "## Use\n\nA PEFT adapter and, in `head.safetensors`, one linear layer from the hidden state to a number. "
@@ -144,5 +147,6 @@ def cost(work: Workspace, summary: dict) -> str:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Rows as a Markdown table."""
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

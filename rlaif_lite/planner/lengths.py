@@ -41,6 +41,8 @@ class Texts(NamedTuple):
 
 
 class Lengths(NamedTuple):
+    """How long the texts of a run are, in tokens."""
+
     count: Callable[[str], int]  # tokens of a text
     template: int  # tokens around a message
     splits: dict[str, Texts]

@@ -53,6 +53,7 @@ def videos_of(recipe: Recipe, bases: list[Shapes], lengths: Lengths) -> dict[str
 
 
 def name_of(recipe: Recipe, split: str) -> str:
+    """The name under which the videos of `split` are shared."""
     return WORLD_VIDEOS.get(split, split) if recipe.data.world else split
 
 
@@ -97,4 +98,5 @@ def left_over(recipe: Recipe, videos: dict[str, Videos], activations: dict[str, 
 
 
 def size_of(videos: dict[str, Videos], names: set[str]) -> int:
+    """Bytes that the features of the videos of `names` hold in memory."""
     return sum(videos[name].held for name in names if name in videos)

@@ -91,6 +91,7 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
 
 
 def gib(size: int) -> str:
+    """Bytes as GiB."""
     return f"{size / 2**30:.2f} GiB"
 
 

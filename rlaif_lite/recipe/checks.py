@@ -250,6 +250,7 @@ def tracker_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) for every file or folder that the recipe names and that is not there."""
     data, sft = recipe.data, recipe.sft
     for name in (*DATA_KEYS, "pairs"):
         for i, entry in enumerate(getattr(data, name)):

@@ -27,6 +27,8 @@ SEVEN_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 
 class Section(BaseModel):
+    """A part of a recipe: no unknown keys, no conversion of types, no changes after reading."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 

@@ -12,6 +12,8 @@ IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 
 
 class Example(NamedTuple):
+    """A held-out video that the report shows."""
+
     key: str
     "of the record"
     id: str
@@ -23,6 +25,8 @@ class Example(NamedTuple):
 
 
 class Run(NamedTuple):
+    """What the report reads from a run folder."""
+
     folder: Path
     summary: dict[str, Any]
     metrics: dict[str, list[dict]]

@@ -22,6 +22,8 @@ MODES = {"greedy": "Greedy", "sample": "Sampled"}
 
 
 class Measure(NamedTuple):
+    """A metric as the report shows it."""
+
     label: str
     help: str
     better: int
@@ -145,6 +147,8 @@ def view(run: Run) -> dict[str, Any]:
 
 
 class ChangeRow(NamedTuple):
+    """One metric's change against the baseline."""
+
     measure: Measure
     change: Change
     verdict: str
@@ -154,6 +158,8 @@ class ChangeRow(NamedTuple):
 
 
 class ChangePanel(NamedTuple):
+    """The changes of all metrics of one way to decode."""
+
     title: str
     baseline: str
     reach: float
@@ -196,6 +202,8 @@ def _verdict(measure: Measure, interval: Interval) -> str:
 
 
 class Table(NamedTuple):
+    """Every role's value of some metrics."""
+
     title: str
     measures: list[Measure]
     rows: list[tuple[str, str, list[float | None]]]
@@ -261,6 +269,8 @@ def _points(lines: list[dict], metric: str) -> tuple[list[int], list[float]]:
 
 
 class StageRow(NamedTuple):
+    """A stage's time and memory."""
+
     name: str
     status: str
     seconds: float
@@ -271,6 +281,7 @@ class StageRow(NamedTuple):
 
 
 def stage_rows(stages: dict[str, dict]) -> list[StageRow]:
+    """The stages of a summary, in its order, with bars relative to the longest."""
     longest = max([1e-9, *(stage["seconds"] for stage in stages.values())])
     return [
         StageRow(
@@ -323,6 +334,8 @@ def descriptions(rounds: list[dict]) -> list[Described]:
 
 
 class Answer(NamedTuple):
+    """A role's answer to an example, with what is wrong in it marked."""
+
     label: str
     pieces: list[tuple[str, bool]]
     "text, and whether it is wrong"
@@ -331,6 +344,8 @@ class Answer(NamedTuple):
 
 
 class Card(NamedTuple):
+    """An example with all answers."""
+
     id: str
     image: str
     prompt: str

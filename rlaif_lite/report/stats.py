@@ -27,6 +27,8 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228) 
 
 
 class Interval(NamedTuple):
+    """A change and its 95 % interval."""
+
     delta: float
     "the change, after - before, on the items as they are"
     low: float

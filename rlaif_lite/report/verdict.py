@@ -23,6 +23,8 @@ from rlaif_lite.report.stats import RATIOS, Asked, asked, paired, paired_bootstr
 
 
 class Verdict(NamedTuple):
+    """What the report concludes, in words."""
+
     kind: str
     headline: str
     sentences: list[str]

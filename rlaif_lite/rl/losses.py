@@ -26,6 +26,8 @@ Mean = Literal["token", "sequence", "constant"]
 
 
 class PairwiseStats(NamedTuple):
+    """What a batch of preference pairs shows of the reward model; each is a scalar."""
+
     accuracy: Tensor
     "share of pairs whose chosen answer scores higher; equal scores count as wrong"
     margin: Tensor

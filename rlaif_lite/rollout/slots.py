@@ -24,6 +24,7 @@ def slot_bytes(text_config: PretrainedConfig, length: int, dtype: torch.dtype) -
 
 
 def round_up(length: int, unit: int) -> int:
+    """The smallest multiple of `unit` that is at least `length`."""
     return -(-length // unit) * unit
 
 

@@ -99,10 +99,12 @@ def compare_pairs(
 
 
 def context_of(work: Workspace, record: Record, contexts: Mapping[str, str] | None) -> str | None:
+    """The narrative of the record's video; None without narratives, or without a video."""
     return contexts[work.name_of(record)] if contexts is not None and record.video is not None else None
 
 
 def item_of(work: Workspace, record: Record, answer: str, contexts: Mapping[str, str] | None) -> AnswerToJudge:
+    """An answer with all that its judge reads."""
     return AnswerToJudge(work.features(record), question_of(record), answer, context_of(work, record, contexts))
 
 

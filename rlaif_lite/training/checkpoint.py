@@ -25,6 +25,8 @@ HEADER = "rlaif_lite"  # safetensors writes several keys in any order; with one 
 
 
 class Checkpoint(NamedTuple):
+    """What `load` gives back of a checkpoint."""
+
     step: int
     "steps done; the next one to run"
     tensors: dict[str, Tensor]

@@ -91,6 +91,7 @@ def put_back(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], saved: 
 
 
 def of(roles: Roles, role: str) -> list[torch.nn.Parameter]:
+    """The parameters of a role that are trained, its head among them."""
     return roles.parameters(role, head=role in roles.heads)
 
 

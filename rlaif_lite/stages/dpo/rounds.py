@@ -178,12 +178,14 @@ def split_by_video(work: Workspace) -> tuple[list[Record], list[Record]]:
 
 
 def round_folder(work: Workspace, number: int) -> Path:
+    """The folder of a round, made where it is not there."""
     folder = work.stage("dpo") / f"round{number}"
     folder.mkdir(exist_ok=True)
     return folder
 
 
 def judge_name(work: Workspace) -> str:
+    """How answers are judged: divide, claims or pairwise."""
     return "divide" if work.recipe.dpo.divide is not None else work.recipe.preference.judge
 
 
@@ -384,9 +386,11 @@ def look(work: Workspace, number: int, policy: Path, held: list[Record]) -> dict
 
 
 def read_answers(records: list[Record], path: Path) -> list[Answers]:
+    """The answers in a JSON lines file, with the records that they answer."""
     rows = [row for line in read_jsonl(path) for row in line["results"]]  # as `by_batches` wrote them
     return [Answers(record, row["answers"], row["ids"]) for record, row in zip(records, rows, strict=True)]
 
 
 def mean_words(texts: list[str]) -> float:
+    """Words per text."""
     return sum(len(text.split()) for text in texts) / len(texts)

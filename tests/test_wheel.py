@@ -58,6 +58,8 @@ def test_the_wheel_holds_what_it_needs(wheel):
         "rlaif_lite/tiny/base/chat_template.jinja",
         "rlaif_lite/tiny/base/preprocessor_config.json",
         "rlaif_lite/tiny/base/README.md",
+        "rlaif_lite/py.typed",
+        "rlaif_kernels/py.typed",
         "rlaif_lite/tiny/base_weak/model.safetensors",
         "rlaif_lite/tiny/base_weak/README.md",
     } <= set(names)

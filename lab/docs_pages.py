@@ -16,7 +16,11 @@ BLOB = "https://github.com/rlaif-lite/rlaif-lite/blob/main/"
 
 
 def on_config(config):
-    """Adds the API's pages to the navigation."""
+    """Adds the API's pages to the navigation, and before them the pages that mkdocs.yml does not name."""
+    named = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
+    more = [page for page in pages if page not in named]
+    config.nav += [{"More": more}] if more else []
     config.nav.append({"API": [{name: f"api/{name}.md"} for name in packages()]})
     return config
 

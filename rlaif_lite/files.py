@@ -230,6 +230,7 @@ def file_digest(path: Path | str) -> str:
 
 
 def sha256(path: Path | str) -> str:
+    """The 64 hexadecimal digits of a file's SHA-256."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

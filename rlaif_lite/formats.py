@@ -24,6 +24,7 @@ def size(count: float) -> str:
 
 
 def percent(share: float) -> str:
+    """A share in per cent, with a no-break space."""
     return f"{100 * share:.1f}\u00a0%"
 
 
@@ -34,5 +35,6 @@ def number(value: float, digits: int = 2) -> str:
 
 
 def signed(value: float, digits: int = 1) -> str:
+    """A number with its sign, + included; none on what rounds to zero."""
     text = number(value, digits)
     return text if text.startswith("−") or not text.strip("0.") else f"+{text}"

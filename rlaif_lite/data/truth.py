@@ -187,6 +187,7 @@ def finding_of(said: Mapping[str, Any], place: str) -> Finding:
 
 
 def is_world(facts: Mapping) -> bool:
+    """Whether a record's facts have the keys of the synthetic world's."""
     return facts.keys() == WORLD
 
 

@@ -438,7 +438,8 @@ def main() -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, stop)
-    # Before torch starts OpenMP: threads that wait for one whose core is taken sleep instead of burning their own cores.
+    # Before torch starts OpenMP: threads that wait for one whose core is taken sleep instead of burning their own
+    # cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app()
 

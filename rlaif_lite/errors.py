@@ -1,7 +1,7 @@
 """Errors that a user can act on. Each message says what was found, where, and what to do.
 
-The command line prints the message alone and exits with code 2; any other exception is a defect of ours and keeps its traceback.
-"""
+The command line prints the message alone and exits with code 2; any other exception is a defect of ours and keeps its
+traceback."""
 
 
 class RlaifError(Exception):

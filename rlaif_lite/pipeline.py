@@ -1,7 +1,8 @@
 """The order of the stages; what is done, what is stale and why; the summary.
 
 A stage is finished when its folder holds `done.json`: what it read (recipe keys, and the digests of the stages before
-it), what it returned, and the digest of what it left (see `run_folder.py`). When nothing of that changed it is skipped. When something did, its folder is emptied and it
+it), what it returned, and the digest of what it left (see `run_folder.py`). When nothing of that changed it is
+skipped. When something did, its folder is emptied and it
 runs again, and so do the stages that need it. A stage that was killed has no `done.json` and goes on from its own
 checkpoint. What a stage read says all that decides what it finds, so a run may also take a stage from another run
 that read the same (`share`).
@@ -249,7 +250,8 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
 
 
 def folder_digest(folder: Path) -> str:
-    """Of an adapter that the run starts from. Raises StageError where it is gone: what was made from it is not stale."""
+    """Of an adapter that the run starts from. Raises StageError where it is gone: what was made from it is not
+    stale."""
     files = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".safetensors"))
     if not files:
         raise StageError(f"There is no adapter in {folder}. Paths start at {Path.cwd()}.")

@@ -1,8 +1,8 @@
 """A run folder under one process: held by a lock, checked against what was written, and explained when the disk fails.
 
 A stage that is done has `<stage>/files.sha256`, the digests of everything it left, and `<stage>/done.json`, which holds
-a digest of that list, of the stage's lines in `metrics.jsonl` and of itself. `rlaif-lite run` checks all of them before it
-skips a stage. Cached features are not among them: each file of the cache is checked whenever it is read.
+a digest of that list, of the stage's lines in `metrics.jsonl` and of itself. `rlaif-lite run` checks all of them
+before it skips a stage. Cached features are not among them: each file of the cache is checked whenever it is read.
 """
 
 import errno
@@ -54,8 +54,10 @@ def check(run: Path, name: str, done: dict, metrics: dict[str, str]) -> None:
     if bad:
         shown = "\n  ".join(map(str, bad[:10])) + (f"\n  and {len(bad) - 10} more" if len(bad) > 10 else "")
         raise StageError(
-            f"The stage `{name}` is done, but {len(bad)} of its files are missing or damaged: their content is not what the "
-            f"stage wrote.\n  {shown}\nPut them back, or delete the folder {run / name} and run again: then this stage runs "
+            f"The stage `{name}` is done, but {len(bad)} of its files are missing or damaged: their content is not "
+            f"what the "
+            f"stage wrote.\n  {shown}\nPut them back, or delete the folder {run / name} and run again: then this "
+            f"stage runs "
             "again, and later stages are kept where nothing changed for them."
         )
 
@@ -77,7 +79,8 @@ def only_run(folder: Path) -> Iterator[None]:
             ) from error
         except OSError as error:
             say(
-                f"{folder}: this file system has no locks ({error.strerror}); the file {folder / '.lock.pid'} is used instead"
+                f"{folder}: this file system has no locks ({error.strerror}); the file {folder / '.lock.pid'} is used "
+                f"instead"
             )
             with _lock_file(folder / ".lock.pid"):
                 yield
@@ -98,7 +101,8 @@ def _lock_file(path: Path) -> Iterator[None]:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         else:
             raise StageError(
-                f"Another run is going on in {path.parent}, as {path} says (host and process: {held or 'not known'}). Wait for "
+                f"Another run is going on in {path.parent}, as {path} says (host and process: {held or 'not known'}). "
+                f"Wait for "
                 "it. If that process is gone, delete the file."
             ) from None
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -151,6 +155,7 @@ def explained(folder: Path, where: Callable[[], str], done: Callable[[], list[st
             raise
         kept = f"the stages {', '.join(done())}, and" if done() else "what was finished, with"
         raise StageError(
-            f"{where()}: {fault[0]}, so the run stopped. Kept in {folder}: {kept} the last checkpoint of the stage that was "
+            f"{where()}: {fault[0]}, so the run stopped. Kept in {folder}: {kept} the last checkpoint of the stage "
+            f"that was "
             f"running. {fault[1]}, then run the same command again: it resumes there."
         ) from error

@@ -91,7 +91,10 @@ def axis(text: str) -> list[Choice]:
         raise RecipeError(f"`--over {text}` is not of the form key=[value, ...], such as ppo.kl_coef=[0.05,0.1].")
     names = [key.strip() for key in keys.split(",")]
     said = [value if isinstance(value, str) else json.dumps(value) for value in parsed]
-    return [Choice(f"{','.join(names)}={text}", dict.fromkeys(names, value)) for text, value in zip(said, parsed)]
+    return [
+        Choice(f"{','.join(names)}={text}", dict.fromkeys(names, value))
+        for text, value in zip(said, parsed, strict=True)
+    ]
 
 
 def grid(paths: list[str], axes: list[list[Choice]], overrides: list[str], out: Path) -> list[Point]:
@@ -103,7 +106,7 @@ def grid(paths: list[str], axes: list[list[Choice]], overrides: list[str], out: 
     if "output" in (*swept, *(text.partition("=")[0].strip() for text in overrides)):
         raise RecipeError("A sweep's folder is --out, and each point has its own in it. Leave `output` away.")
     points: list[Point] = []
-    for path, name in zip(paths, names):
+    for path, name in zip(paths, names, strict=True):
         for chosen in itertools.product(*axes):
             draws = [choice for choice in chosen if choice.keys and set(choice.keys) <= set(DRAWS)]
             setting = [name] * (len(paths) > 1) + [choice.words for choice in chosen if choice not in draws]

@@ -123,9 +123,11 @@ class Workspace:
         return self._files[path]
 
     def videos_digest(self) -> str:
-        """Of the content of the user's own videos, missing ones included: it changes when one comes, goes or is replaced.
+        """Of the content of the user's own videos, missing ones included: it changes when one comes, goes or is
+        replaced.
 
-        `videos.json` in the run folder keeps what was read, so that only files of another size or time are read again."""
+        `videos.json` in the run folder keeps what was read, so that only files of another size or time are read
+        again."""
         memo = self.folder / "videos.json"
         with contextlib.suppress(StageError):  # a damaged one is made again
             self._read_before = read_sealed(memo) or {}
@@ -197,7 +199,8 @@ class Workspace:
         views = self.store.get(self._index[name]) if name in self._index else None
         if views is None:
             raise StageError(
-                f"The cached features of {name} are gone or damaged. Delete {self.folder / 'features' / 'done.json'} and run again: "
+                f"The cached features of {name} are gone or damaged. Delete {self.folder / 'features' / 'done.json'} "
+                f"and run again: "
                 "only what is missing is encoded."
             )
         return views

@@ -1,3 +1,4 @@
-"""Makes the fixtures of core.py known to every test. (They do not stand here: there is a second conftest.py in kernels/.)"""
+"""Makes the fixtures of core.py known to every test. (They do not stand here: there is a second conftest.py in
+kernels/.)"""
 
 from core import *  # noqa: F403

@@ -1,4 +1,5 @@
-"""What several tests need: a random base of the embedded architecture, saved once, and a synthetic world of a few videos."""
+"""What several tests need: a random base of the embedded architecture, saved once, and a synthetic world of a few
+videos."""
 
 import os
 
@@ -184,7 +185,8 @@ def video_of(
 
 
 def record_of(features_ND: torch.Tensor, layout: int, keep: list[int], per_frame: int = 4) -> FeatureRecord:
-    """A record of one run of 1-D positions: token `keep[i]` of `layout` is features_ND[keep[i]]; frames one second apart."""
+    """A record of one run of 1-D positions: token `keep[i]` of `layout` is features_ND[keep[i]]; frames one second
+    apart."""
     place_K, frames = torch.tensor(keep), layout // per_frame
     return FeatureRecord(
         features_ND[keep],

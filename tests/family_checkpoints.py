@@ -1,4 +1,5 @@
-"""Tiny random checkpoints of each family, written in the real format: config, tokenizer, processor files, safetensors."""
+"""Tiny random checkpoints of each family, written in the real format: config, tokenizer, processor files,
+safetensors."""
 
 import json
 from pathlib import Path

@@ -46,11 +46,11 @@ def _facts(video: int) -> list[list[str]]:
 def _answer(facts: list[list[str]], right: float, rng: random.Random) -> tuple[str, dict, list[list[int]]]:
     "A description with mistakes, held against the facts."
     text, wrong, correct, hallucinated = "", [], 0, 0
-    for ordinal, event in zip(ORDINALS, facts):
+    for ordinal, event in zip(ORDINALS, facts, strict=False):
         said = [word if rng.random() < right else "zigzag" for word in event]
         hallucinated += said[:2] != event[:2]
         text += f"{ordinal} a "
-        for said_word, word in zip(said, event):
+        for said_word, word in zip(said, event, strict=False):
             if said_word == word:
                 correct += 1
             else:
@@ -81,7 +81,7 @@ def _evaluate(folder: Path, skill: dict, truth: bool, videos: int, rng: random.R
     index = []
     for video in range(10):
         Image.fromarray(_strip(_facts(video))).save(folder / "examples" / f"{video:05d}.png")
-        text = " ".join(f"{o} a {' '.join(e)} ." for o, e in zip(ORDINALS, _facts(video)))
+        text = " ".join(f"{o} a {' '.join(e)} ." for o, e in zip(ORDINALS, _facts(video), strict=False))
         index.append(
             {
                 "key": f"test/{video:05d}",

@@ -40,7 +40,8 @@ def test_only_the_decoders_linears_are_quantised(load):
 
 
 def test_dequantised_weights_are_the_checkpoints(base, checkpoint):
-    """Within 12 %: 4 bits cost 9 %, and the wrong blocks of bitsandbytes' CPU kernel 25 %, on weights that are not uniform."""
+    """Within 12 %: 4 bits cost 9 %, and the wrong blocks of bitsandbytes' CPU kernel 25 %, on weights that are not
+    uniform."""
     saved = load_file(checkpoint / "model.safetensors")
     for name, layer in quantised(base).items():
         weight = saved[name.replace("model.language_model", "language_model.model") + ".weight"]
@@ -88,7 +89,8 @@ def test_missing_processor_settings_are_named(checkpoint, tmp_path):
 
 
 def test_gradients_after_an_evaluation_pass_are_right(load):
-    """Against a twin with the dequantised weights. Packed for AVX512-BF16, 26 of 28 gradients were off by up to 75 %."""
+    """Against a twin with the dequantised weights. Packed for AVX512-BF16, 26 of 28 gradients were off by up to 75
+    %."""
     base, twin = load(), load(quantization="none")
     assert not any(layer.support_avx512bf16_for_cpu for layer in quantised(base).values())
     plain = dict(twin.model.named_modules())
@@ -134,13 +136,13 @@ def test_training_a_role_leaves_the_fingerprint(load):
     with roles.use("policy") as role:
         role.hidden(batch).pow(2).sum().backward()
     optimizer.step()
-    assert any((now != then).any() for now, then in zip(roles.parameters("policy"), before))
+    assert any((now != then).any() for now, then in zip(roles.parameters("policy"), before, strict=True))
     assert base.fingerprint() == first
 
 
 def test_special_tokens_are_banned_but_for_the_end(base):
     tokens = base.tokenizer.convert_ids_to_tokens(range(len(base.ban_bias_V)))
-    banned = {token for token, bias in zip(tokens, base.ban_bias_V.tolist()) if bias}
+    banned = {token for token, bias in zip(tokens, base.ban_bias_V.tolist(), strict=True) if bias}
     assert banned == {"<pad>", "<s>", "<unk>", "<video>", "<image>", "<ans>"}
     assert base.ban_bias_V.min() == -1e30 and base.eos_id == base.tokenizer.convert_tokens_to_ids("</s>")
 

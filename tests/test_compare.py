@@ -59,7 +59,7 @@ def rows_of(run: Path, name: str) -> list[dict]:
 @pytest.fixture(scope="module", autouse=True)
 def repetition(two):
     """The fabricated rows lack it; here it is 0.1 in A's and 0.3 in B's."""
-    for run, value in zip(two, (0.1, 0.3)):
+    for run, value in zip(two, (0.1, 0.3), strict=True):
         for path in (run / "evaluate").glob("*.jsonl"):
             change(path, lambda row, value=value: row | {"repetition": value})
 
@@ -148,7 +148,7 @@ def test_without_truth_only_what_needs_none(tmp_path):
 def test_who_says_nothing_has_no_share_of_hallucinations(copies):
     for path in (copies[1] / "evaluate").glob("ppo.*.jsonl"):
         nothing = {"correct": 0, "wrong": 0, "mentions": 0, "hallucinated": 0}
-        change(path, lambda row: row | {"truth": row["truth"] | nothing})
+        change(path, lambda row, nothing=nothing: row | {"truth": row["truth"] | nothing})
     metrics = {line.metric for line in compare(*copies).lines}
     assert {"recall", "f1", "mentions"} <= metrics and not metrics & {"hallucination", "precision"}
 

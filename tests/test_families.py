@@ -1,4 +1,5 @@
-"""Each family on a tiny random checkpoint: cached features, positions, prompt text and sampling against the model's own.
+"""Each family on a tiny random checkpoint: cached features, positions, prompt text and sampling against the model's
+own.
 
 The frames are sampled once a second from a video of 2 frames a second, so that times differ from indices.
 Shapes: T frames, S positions, K tokens kept, D width.
@@ -292,7 +293,8 @@ def test_positions_of_qwen_by_hand(tmp_path):
 
 
 def test_pooling_makes_a_smaller_layout(tmp_path):
-    """2 x 3 tokens a frame pooled to 2 x 2, deepstack alike; the one that is kept of a pooled frame stays where it was."""
+    """2 x 3 tokens a frame pooled to 2 x 2, deepstack alike; the one that is kept of a pooled frame stays where it
+    was."""
     case = Case("qwen3_vl", write("qwen3_vl", tmp_path))
     full, pooled = case.record([]), case.record([{"pool": 2}])
     assert (
@@ -311,7 +313,9 @@ def test_pooling_makes_a_smaller_layout(tmp_path):
     assert torch.allclose(pooled.deepstack_LKD[1, 0], want_D, atol=1e-6)
     pruned = case.record([{"pool": 2}, {"evs": 0.5}])
     assert pruned.kept_R.sum() == 6 and len(pruned.position_CK[0]) == 6 and pruned.kept_R[0] == 4
-    for k, (frame, row, column) in enumerate(zip(pruned.frame_K, pruned.position_CK[1], pruned.position_CK[2])):
+    for k, (frame, row, column) in enumerate(
+        zip(pruned.frame_K, pruned.position_CK[1], pruned.position_CK[2], strict=True)
+    ):
         assert torch.equal(pruned.deepstack_LKD[:, k], pooled.deepstack_LKD[:, 4 * frame + 2 * row + column])
 
 

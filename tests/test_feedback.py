@@ -93,7 +93,9 @@ def test_the_judge_ranks_by_claims_or_by_comparing_all(rerun):
     asked = [(work.features(r), question_of(r)) for r in step.records]
     section, duels = work.recipe.preference, {}
     with work.roles.use("sft") as judge:
-        alone = judge_claims(judge, [AnswerToJudge(*a, t, None) for a, t in zip(asked, texts)], section.claims, 1)
+        alone = judge_claims(
+            judge, [AnswerToJudge(*a, t, None) for a, t in zip(asked, texts, strict=True)], section.claims, 1
+        )
         for i, j in permutations(range(4), 2):
             [duels[i, j]] = judge_pairs(judge, [AnswerPair(*asked[i], texts[i], texts[j], None)], section.pairwise, 1)
     assert step.feedback.by_claims(step.records, texts) == pytest.approx([v.score for v in alone], abs=1e-4)
@@ -264,13 +266,15 @@ def test_bonuses_and_weights_of_a_record(finished, monkeypatch):
     step = Step(finished, **{**PLAIN, "length_penalty": 2.0}, length_weights=True, symbolic_bonus=2.0)
     texts = iter(["A. red", "B. red", "the correct option is A.", "No, it is", "Yes, it is", "Yes", "a circle", "No"])
     kinds, weights = [2, 2, 2, 6, 6, 7, None, 1], [1.0, 0.5, None, 2.0, 0.0, 1.0, 1.0, 1.0]
-    step.records = [replace(r, caption_type=k, length_bonus=w) for r, k, w in zip(step.records, kinds, weights)]
+    step.records = [
+        replace(r, caption_type=k, length_bonus=w) for r, k, w in zip(step.records, kinds, weights, strict=True)
+    ]
     answers = ragged(step)
     monkeypatch.setattr(ppo, "decode_answer", lambda base, ids: next(texts))
     _, experience = step.score(answers)
     bonus = [2.0, 0.0, 2.0, 1.0, -1.0, 0.0, 0.0, 0.0]
     want = [
         rm + more - 2.0 * (1.0 if w is None else w) * length / 8
-        for rm, more, w, length in zip(step.reward_scores(answers), bonus, weights, RAGGED)
+        for rm, more, w, length in zip(step.reward_scores(answers), bonus, weights, RAGGED, strict=True)
     ]
     assert experience.score_B.tolist() == pytest.approx(want, abs=1e-4)

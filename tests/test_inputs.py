@@ -1,4 +1,5 @@
-"""Text and video in one row: the same logits as the model's own forward, with pruning, padding and branches; what is refused.
+"""Text and video in one row: the same logits as the model's own forward, with pruning, padding and branches; what is
+refused.
 
 Shapes: B rows, S positions, T frames, D width, V vocabulary.
 """
@@ -67,11 +68,12 @@ def alone(base, row: Sequence) -> torch.Tensor:
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_cached_features_give_the_models_own_logits(load, quantization):
-    """Pixels through `AutoModelForImageTextToText`, against features that were encoded before: two videos of different lengths."""
+    """Pixels through `AutoModelForImageTextToText`, against features that were encoded before: two videos of
+    different lengths."""
     base = load(quantization=quantization, tower=True)
     questions = ("<video> describe the video", "what is true ? <video> describe the clip")
     rows, theirs = [], []
-    for seed, (frames, question) in enumerate(zip((6, 3), questions)):
+    for seed, (frames, question) in enumerate(zip((6, 3), questions, strict=True)):
         pixels_TCHW = torch.randn(frames, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
         features_TPD = base.encode(pixels_TCHW).features_LGPD[0]
         count = features_TPD.shape[0] * features_TPD.shape[1]
@@ -85,10 +87,10 @@ def test_cached_features_give_the_models_own_logits(load, quantization):
                 attention_mask=torch.ones(1, len(rows[-1].ids_S), dtype=torch.long),
             )
         theirs.append(output.logits[0])
-    for row, want_SV in zip(rows, theirs):
+    for row, want_SV in zip(rows, theirs, strict=True):
         assert (alone(base, row) @ base.head_weight_VD.T - want_SV).abs().max() <= 1e-5
     together_BSD = hidden(base, collate(base, rows))
-    for hidden_SD, row, want_SV in zip(together_BSD, rows, theirs):
+    for hidden_SD, row, want_SV in zip(together_BSD, rows, theirs, strict=True):
         assert (hidden_SD[: len(row.ids_S)] @ base.head_weight_VD.T - want_SV).abs().max() <= 1e-5
 
 
@@ -133,7 +135,7 @@ def test_padding_on_the_right_changes_nothing(base):
         )
     ]
     together_BSD = hidden(base, collate(base, rows, length=40))
-    for hidden_SD, row in zip(together_BSD, rows):
+    for hidden_SD, row in zip(together_BSD, rows, strict=True):
         assert (hidden_SD[: len(row.ids_S)] - alone(base, row)).abs().max() <= 1e-5
 
 
@@ -141,10 +143,10 @@ def test_each_row_gets_its_own_video(base):
     """Rows with and without a video in any order: features are filled in by row."""
     texts = ["<video> describe", "what is true ?", "star <video> describe"]
     videos = [video_of(base, 8, seed=1), None, video_of(base, 4, seed=2)]
-    rows = [encode_prompt(base, user(text), video) for text, video in zip(texts, videos)]
+    rows = [encode_prompt(base, user(text), video) for text, video in zip(texts, videos, strict=True)]
     for order in ([0, 1, 2], [2, 0, 1]):
         embeds_BSD = collate(base, [rows[i] for i in order]).embed(base)
-        for embeds_SD, i in zip(embeds_BSD, order):
+        for embeds_SD, i in zip(embeds_BSD, order, strict=True):
             place_S = torch.tensor(rows[i].ids_S) == base.placeholder_id
             found_KD = embeds_SD[: len(place_S)][place_S]
             assert torch.equal(found_KD, videos[i].features_KD if videos[i] else found_KD[:0])
@@ -190,7 +192,8 @@ def test_the_closing_part_sees_every_branch(base):
 
 
 def test_branches_by_hand(base):
-    """Prefix to position 3, branches of 2 and 3 tokens from there, closing from behind the longest; what is added sees all."""
+    """Prefix to position 3, branches of 2 and 3 tokens from there, closing from behind the longest; what is added
+    sees all."""
     prefix = plain([1, 2, 3])
     row = branch(prefix, [[10, 11], [20, 21, 22]], [30])
     assert row.ids_S == [1, 2, 3, 10, 11, 20, 21, 22, 30]
@@ -273,7 +276,10 @@ def test_a_template_that_ends_in_a_newline_keeps_it(base):
     )
     chatml = copy.copy(base)
     chatml.tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
-    chatml.tokenizer.chat_template = "{% for m in messages %}{{ m.role }}\n{{ m.content[0].text }}\n{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
+    chatml.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}\n{{ m.content[0].text }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant\n{% endif %}"
+    )
     assert words(chatml, encode_prompt(chatml, user("hi"), None).ids_S) == ["user", "\n", "hi", "\n", "assistant", "\n"]
     tail = split_prompt(chatml, "hi<|>", None).branch(chatml, " hi")
     assert words(chatml, tail)[-2:] == ["assistant", "\n"]

@@ -1,4 +1,5 @@
-"""The judge: claims in one forward as if asked one by one, verdicts inside an answer, two answers in both orders, the narrative.
+"""The judge: claims in one forward as if asked one by one, verdicts inside an answer, two answers in both orders, the
+narrative.
 
 Shapes: S positions, D width, V vocabulary.
 """
@@ -80,7 +81,7 @@ def test_claims_asked_together_are_as_if_asked_one_by_one(judge):
         [],
         ["first a red circle left .", "yes"],
     ]
-    for item, verdict in zip(given, verdicts):
+    for item, verdict in zip(given, verdicts, strict=True):
         context = f"context : {item.context}" if item.context else ""
         for claim, value in zip(verdict.claims, verdict.values, strict=True):
             text = f"<video> {context} claim : {claim} question {item.question} ?"
@@ -94,7 +95,7 @@ def test_inline_verdicts_are_read_at_every_token(judge):
     given = items(judge.base)[:3]
     with judge.use("sft") as role:
         verdicts = judge_claims(role, given, INLINE, batch_size=8)
-    for item, verdict in zip(given, verdicts):
+    for item, verdict in zip(given, verdicts, strict=True):
         words = item.answer.split()
         assert verdict.claims == words and len(verdict.values) == len(words)
         context = f"context : {item.context}" if item.context else ""
@@ -161,7 +162,8 @@ def test_swapped_answers_get_the_opposite_margin(judge, section):
 
 
 def test_answers_side_by_side_have_no_order(judge):
-    """With the same label the two branches cannot be told apart, whatever the model: the margin is 0. In a plain sequence it is not."""
+    """With the same label the two branches cannot be told apart, whatever the model: the margin is 0. In a plain
+    sequence it is not."""
     beside = Pairwise(
         prompt="<video> {context} <|> response : {a} <|> response : {b} <|> better ?", context_prefix="{context}"
     )
@@ -174,7 +176,8 @@ def test_answers_side_by_side_have_no_order(judge):
 
 
 def test_the_default_prompts_carry_the_video(judge):
-    """They are words this tiny base does not know; what counts is that video and answers reach it, and text-only items work."""
+    """They are words this tiny base does not know; what counts is that video and answers reach it, and text-only
+    items work."""
     base = judge.base
     claims = Claims(mode="ask")
     words = Claims(mode="ask", prompt=f"<video>\n{claims.prompt}", context_prefix=claims.context_prefix)
@@ -220,7 +223,6 @@ def test_narratives():
     assert narrative(["a", "b"], [], spans) == "[0.0s-2.5s] a [3.0s-5.5s] b"
     with pytest.raises(ValueError):
         narrative(["a", "b"], ["first"], spans)
-
 
 
 def test_a_verdict_without_probability_mass_is_seen(judge):

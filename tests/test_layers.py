@@ -1,4 +1,5 @@
-"""Imports point down the floors of the design and never up; the kernels stand beside them; the command line starts light."""
+"""Imports point down the floors of the design and never up; the kernels stand beside them; the command line starts
+light."""
 
 import ast
 import subprocess
@@ -89,7 +90,8 @@ def test_an_upward_import_is_seen(tmp_path, monkeypatch):
 
 
 def test_the_report_reads_run_folders_only():
-    """It can be run on a folder from another machine: no torch, no transformers, nothing of this package but errors and formats."""
+    """It can be run on a folder from another machine: no torch, no transformers, nothing of this package but errors
+    and formats."""
     allowed = {"numpy", "matplotlib", "jinja2", "markupsafe", "PIL"} | sys.stdlib_module_names
     for path in (PACKAGE / "report").glob("*.py"):
         for name in imports(path):
@@ -106,7 +108,8 @@ def test_the_report_reads_run_folders_only():
 
 
 def test_the_toy_world_stays_behind_its_seams():
-    """No stage knows the toy's grammar: `data.truth` says what is true, `data.world` makes videos and texts to learn."""
+    """No stage knows the toy's grammar: `data.truth` says what is true, `data.world` makes videos and texts to
+    learn."""
     for path in PACKAGE.rglob("*.py"):
         if path.parent != PACKAGE / "data":
             assert not any("world_text" in name.split(".") for name in imports(path)), path
@@ -172,7 +175,8 @@ def test_the_laboratory_is_imported_by_nothing_that_ships():
 
 
 def test_the_kernels_stand_alone():
-    """`kernels/` is a folder and no package: a package of that name would shadow Hugging Face's and break transformers."""
+    """`kernels/` is a folder and no package: a package of that name would shadow Hugging Face's and break
+    transformers."""
     assert not list((ROOT / "kernels").glob("__init__.py"))
     for path in (ROOT / "kernels" / "rlaif_kernels").rglob("*.py"):
         used = {name.split(".")[0] for name in imports(path)}

@@ -25,7 +25,8 @@ SHARD_MB = 8
 
 # Loads a small base first, so that what is imported on the way does not count, then the one in question. What counts is
 # memory that the process cannot give back (the files' own pages can be), read by a second thread all the while. The
-# weights are asked for in float32: what was read in bfloat16 would count as soon as it is cast, and all at once if it were
+# weights are asked for in float32: what was read in bfloat16 would count as soon as it is cast, and all at once if it
+# were
 # held (115 MB above the 4-bit size, where it is 14 MB).
 MEASURE = """
 import json, re, sys, threading, time

@@ -142,9 +142,9 @@ def test_a_file_system_without_locks_has_a_lock_file(tmp_path, monkeypatch, capf
     monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
     with run_folder.only_run(tmp_path):
         assert "has no locks" in capfd.readouterr().err
-        with pytest.raises(StageError, match="Another run is going on .*If that process is gone, delete the file"):
-            with run_folder.only_run(tmp_path):
-                pass
+        again = pytest.raises(StageError, match="Another run is going on .*If that process is gone, delete the file")
+        with again, run_folder.only_run(tmp_path):
+            pass
     assert not (tmp_path / ".lock.pid").exists()
     (tmp_path / ".lock.pid").write_text(f"{run_folder.socket.gethostname()} 999999999")  # of a killed process
     with run_folder.only_run(tmp_path):

@@ -1,4 +1,5 @@
-"""Memory that runs out inside a step: the step is done again in smaller pieces, with the same update, and the run goes on."""
+"""Memory that runs out inside a step: the step is done again in smaller pieces, with the same update, and the run
+goes on."""
 
 import json
 import shutil
@@ -37,7 +38,8 @@ def no_room() -> None:
 
 @pytest.fixture
 def scarce(monkeypatch):
-    """scarce(rows, after) -> the training forwards that fit; once `after` of them did, the next of `rows` rows fails, once."""
+    """scarce(rows, after) -> the training forwards that fit; once `after` of them did, the next of `rows` rows fails,
+    once."""
 
     def install(rows: int, after: int = 0) -> list[int]:
         hidden, seen, failed = ActiveRole.hidden, [], []

@@ -1,4 +1,5 @@
-"""A whole run on a random base: what is skipped, what is stale and why, the lock, the summary, the files others read."""
+"""A whole run on a random base: what is skipped, what is stale and why, the lock, the summary, the files others
+read."""
 
 import fcntl
 import json

@@ -55,7 +55,7 @@ class Step:
 
     def reward_scores(self, answers: list[Trajectory]) -> list[float]:
         out = []
-        for record, answer in zip(self.records, answers):
+        for record, answer in zip(self.records, answers, strict=True):
             with torch.no_grad():
                 out.append(self.feedback.read([record], [answer]).item())
         return out
@@ -154,7 +154,7 @@ def test_log_probs_are_of_the_answers_tokens(finished):
     shake(step.work.roles, "policy")
     answers, base = ragged(step), step.work.base()
     _, experience = step.score(answers)
-    for i, (record, answer) in enumerate(zip(step.records, answers)):
+    for i, (record, answer) in enumerate(zip(step.records, answers, strict=True)):
         for role, want_BT in (("policy", experience.logp_BT), ("reference", experience.logp_BT - experience.kl_BT)):
             from rlaif_lite.model.inputs import collate
 
@@ -185,7 +185,8 @@ PLAIN = {
 
 
 def test_the_score_stands_on_the_last_real_token(finished):
-    """No KL at the start and no discount: the return of every real token is the answer's score; after its end there is nothing."""
+    """No KL at the start and no discount: the return of every real token is the answer's score; after its end there
+    is nothing."""
     step = Step(finished, **PLAIN)
     answers = ragged(step)
     step.feedback.mean, step.feedback.std = 0.25, 2.0
@@ -227,7 +228,10 @@ def test_penalties_change_the_score(finished):
     step = Step(finished, **{**PLAIN, "stop_penalty": 3.0, "length_penalty": 2.0})
     answers = ragged(step)
     _, experience = step.score(answers)
-    want = [rm - 3.0 * (length == 8) - 2.0 * length / 8 for rm, length in zip(step.reward_scores(answers), RAGGED)]
+    want = [
+        rm - 3.0 * (length == 8) - 2.0 * length / 8
+        for rm, length in zip(step.reward_scores(answers), RAGGED, strict=True)
+    ]
     assert experience.score_B.tolist() == pytest.approx(want, abs=1e-4)
 
 
@@ -239,7 +243,7 @@ def test_values_are_of_the_state_before_each_token(finished):
     shake(step.work.roles, "value")
     answers, base = ragged(step), step.work.base()
     _, experience = step.score(answers)
-    for i, (record, answer) in enumerate(zip(step.records, answers)):
+    for i, (record, answer) in enumerate(zip(step.records, answers, strict=True)):
         row = step.feedback.critic_prompt(record).extend(answer.ids)
         with torch.no_grad(), step.work.roles.use("value") as value:
             value_S = value.scalar(value.hidden(collate(base, [row])))[0]
@@ -251,13 +255,16 @@ def test_values_are_of_the_state_before_each_token(finished):
 
 
 def test_without_a_critic_answers_to_one_prompt_are_compared(finished):
-    """RLOO: (score - kl_coef * KL of the answer) minus the mean of the same prompt's others, the same for every real token."""
+    """RLOO: (score - kl_coef * KL of the answer) minus the mean of the same prompt's others, the same for every real
+    token."""
     step = Step(finished, **{**PLAIN, "value": "none", "group_size": 4})
     shake(step.work.roles, "policy")
     answers = ragged(step)
     assert [r.id for r in step.records] == [r.id for r in step.work.records("rl")[:2] for _ in range(4)]
     _, experience = step.score(answers, kl_coef=0.5)
-    total = [rm - 0.5 * kl for rm, kl in zip(step.reward_scores(answers), experience.kl_BT.sum(1).tolist())]
+    total = [
+        rm - 0.5 * kl for rm, kl in zip(step.reward_scores(answers), experience.kl_BT.sum(1).tolist(), strict=True)
+    ]
     for i, length in enumerate(RAGGED):
         group = [total[j] for j in range(4 * (i // 4), 4 * (i // 4) + 4) if j != i]
         want = total[i] - sum(group) / 3
@@ -298,7 +305,8 @@ def test_micro_batches_update_as_the_whole_minibatch(rerun, value_clip):
         history = step.update(experience._replace(logp_BT=old_BT * experience.mask_BT))
         moves = {
             role: [
-                now - then for now, then in zip(step.work.roles.parameters(role, head=role == "value"), before[role])
+                now - then
+                for now, then in zip(step.work.roles.parameters(role, head=role == "value"), before[role], strict=True)
             ]
             for role in before
         }
@@ -343,7 +351,9 @@ def test_only_policy_and_value_move(finished):
     moved = {
         name
         for name in roles.names
-        if any((a != b).any() for a, b in zip(before[name], roles.parameters(name, head=name in roles.heads)))
+        if any(
+            (a != b).any() for a, b in zip(before[name], roles.parameters(name, head=name in roles.heads), strict=True)
+        )
     }
     assert moved == {"policy", "value"} and step.work.base().fingerprint() == fingerprint
 

@@ -1,4 +1,5 @@
-"""Recipes as no one means them: too large, too deep, mutated. Each is read or refused within two seconds, by a message."""
+"""Recipes as no one means them: too large, too deep, mutated. Each is read or refused within two seconds, by a
+message."""
 
 import random
 import subprocess
@@ -136,7 +137,8 @@ def processor_seconds(*words: str) -> float:
     """The least of three runs, user and system."""
     code = (
         "import resource, subprocess, sys; subprocess.run([sys.executable, '-m', 'rlaif_lite.cli', *sys.argv[1:]],"
-        "capture_output=True); used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + used.ru_stime)"
+        "capture_output=True); used = resource.getrusage(resource.RUSAGE_CHILDREN); print(used.ru_utime + "
+        "used.ru_stime)"
     )
     runs = [
         subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True) for _ in range(3)

@@ -1,4 +1,5 @@
-"""The recipes that ship: each is read, says what it needs and what was measured, is named as its file, and is planned."""
+"""The recipes that ship: each is read, says what it needs and what was measured, is named as its file, and is
+planned."""
 
 import json
 from pathlib import Path

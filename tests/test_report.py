@@ -76,7 +76,7 @@ def row(video: str, correct: int, wrong: int, hallucinated: int = 0, malformed: 
 
 def test_metrics_are_ratios_of_sums():
     counts = tally([row("a", 9, 1, 1), row("a", 5, 5, 3, malformed=2, stopped=False), row("b", 2, 0, length=6)])
-    assert dict(zip(COUNTS, counts["a"])) == {
+    assert dict(zip(COUNTS, counts["a"], strict=True)) == {
         "answers": 2,
         "known": 2,
         "correct": 14,

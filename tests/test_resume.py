@@ -1,7 +1,7 @@
 """Killed with SIGKILL in every stage, at random points, and run again: the run ends as if nothing had happened.
 
-The killed runs are forks of one process that has imported everything, so that a start costs a fraction of a second. A kill
-comes some random number of changes to the run folder after its stage began, and a random moment later.
+The killed runs are forks of one process that has imported everything, so that a start costs a fraction of a second. A
+kill comes some random number of changes to the run folder after its stage began, and a random moment later.
 """
 
 import json
@@ -22,7 +22,8 @@ from rlaif_lite.recipe import dump_yaml
 STAGES = ["data", "features", "sft", "context", "preference", "reward", "ppo", "evaluate"]
 KILLS = [*STAGES, "sft", "ppo", "ppo"]  # where to kill, at least once in each; training and PPO more often
 
-# Forks a child that runs the recipe for every line on its standard input, and prints the child's id, then its exit status.
+# Forks a child that runs the recipe for every line on its standard input, and prints the child's id, then its exit
+# status.
 SERVER = """
 import os, sys, torch
 torch.set_num_threads(1)
@@ -67,7 +68,7 @@ class Runner:
     def __init__(self, recipe, path: Path):
         self.folder = Path(recipe.output)
         path.write_text(dump_yaml(recipe))
-        self.errors = open(path.with_suffix(".log"), "w+")
+        self.errors = open(path.with_suffix(".log"), "w+")  # noqa: SIM115  the server writes it until it is killed
         self.server = subprocess.Popen(
             [sys.executable, "-c", SERVER, str(path)],
             stdin=subprocess.PIPE,
@@ -168,7 +169,8 @@ def test_a_run_killed_in_every_stage_ends_the_same(finished, checkpoint, tmp_pat
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_killed_between_the_adapter_and_the_mark(rerun, stage, monkeypatch):
-    """The stage is over but its `done.json` was not written: it goes on from its last checkpoint, and nothing changes."""
+    """The stage is over but its `done.json` was not written: it goes on from its last checkpoint, and nothing
+    changes."""
     import shutil
 
     from rlaif_lite import pipeline

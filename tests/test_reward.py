@@ -109,12 +109,13 @@ def test_padding_and_neighbours_do_not_change_a_score(work):
     prompts, answers = [layout.prompt(r) for r in records], [encode_answer(base, RUNNING, text) for text in ANSWERS]
     with torch.no_grad(), work.roles.use("reward") as role:
         together_B = layout.score(role, prompts, answers)
-        alone_B = torch.cat([layout.score(role, [p], [a]) for p, a in zip(prompts, answers)])
+        alone_B = torch.cat([layout.score(role, [p], [a]) for p, a in zip(prompts, answers, strict=True)])
     assert (together_B - alone_B).abs().max() <= 1e-4
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch(rerun, monkeypatch):
-    """The stage's own step, without the centring term, which is not a sum over pairs: five pairs at once, or 2 + 2 + 1."""
+    """The stage's own step, without the centring term, which is not a sum over pairs: five pairs at once, or 2 + 2 +
+    1."""
     found: dict[int | None, tuple[dict, list[torch.Tensor]]] = {}
 
     def one_step(roles, role, section, steps, step_loss, **rest):

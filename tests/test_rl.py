@@ -65,7 +65,7 @@ def test_penalties_are_added_to_the_score_never_substituted():
 
 def test_the_bonus_of_a_known_answer_by_its_type():
     """LLaVA-RLHF's types: 2 to 5 are the options A to D, 6 is a question whose answer is No; 1 and 7 earn nothing."""
-    for kind, letter in zip((2, 3, 4, 5), "ABCD"):
+    for kind, letter in zip((2, 3, 4, 5), "ABCD", strict=True):
         assert symbolic_bonus(f"{letter}. a dog", kind) == symbolic_bonus(f"The correct option is {letter}.", kind) == 1
         assert symbolic_bonus("E. a dog", kind) == symbolic_bonus(f"It is {letter}.", kind) == 0
     assert [symbolic_bonus(text, 6) for text in ("No, none.", "Yes.", "There is no dog.")] == [0.5, -0.5, 0]
@@ -244,7 +244,7 @@ def test_nothing_at_pads_reaches_a_loss_or_a_gradient(poison):
 
     clean, poisoned = losses(0.0), losses(poison)
     assert clean[0] == poisoned[0] and all(map(math.isfinite, clean[0]))
-    for clean_grad, grad in zip(clean[1:], poisoned[1:]):
+    for clean_grad, grad in zip(clean[1:], poisoned[1:], strict=True):
         assert torch.equal(clean_grad, grad)
         assert torch.equal(grad[mask_BT == 0], torch.zeros(2)) and grad[mask_BT == 1].any()
 

@@ -1,4 +1,5 @@
-"""The judge that intervenes: where claims end in any tokenizer, when it takes over, and what each kind of takeover leaves.
+"""The judge that intervenes: where claims end in any tokenizer, when it takes over, and what each kind of takeover
+leaves.
 
 Shapes: S positions, D width, V vocabulary, T tokens.
 """
@@ -182,7 +183,7 @@ def test_inline_claims_stand_where_the_word_is_a_verdict(judge, monkeypatch):
     with judge.use("sft") as role:
         found = read_claims(role, items, section, batch_size=2)
     assert found[1] == [] and sum(map(len, found)) == len(sums) - 8
-    for claims, answer in zip(found, told):
+    for claims, answer in zip(found, told, strict=True):
         ends = [t + 1 for t, (yes, no) in enumerate(answer) if yes + no > rlif.VERDICT]
         assert [claim.end for claim in claims] == ends and [claim.start for claim in claims] == [0, *ends][: len(ends)]
         for claim in claims:
@@ -241,7 +242,7 @@ class AgainstRed(InterventionFeedback):
             words = self.work.base().tokenizer.convert_ids_to_tokens(draft.said.ids)
             ends = [t + 1 for t, word in enumerate(words) if word in COLOURS]
             odds = [3.0 if words[end - 1] == "red" else -3.0 for end in ends]
-            out.append([Claim(start, end, gap) for start, end, gap in zip([0, *ends], ends, odds)])
+            out.append([Claim(start, end, gap) for start, end, gap in zip([0, *ends], ends, odds, strict=False)])
         return out
 
     def narrative(self, record):
@@ -308,7 +309,8 @@ def test_stops(against_red):
     assert [len(answer.ids) for answer in taken.answers] == [9, 1, 1, 4]
     assert [answer.stopped for answer in taken.answers] == [True, True, True, False]  # the last ran into the limit
     assert taken.answers[0].ids == answers[0].ids[:9] and taken.answers[2:] == answers[2:]
-    # "also a red" lacks cross, "first a blue circle left" lacks star; "red" lacks a and cross, and the whole of the other
+    # "also a red" lacks cross, "first a blue circle left" lacks star; "red" lacks a and cross, and the whole of the
+    # other
     assert taken.rewards[0][-1] == pytest.approx(-1 - (1 / 3 + 1 / 3) / 2)
     assert taken.rewards[1] == [pytest.approx(-1 - (2 / 3 + 1) / 2)] and taken.rewards[2:] == [[-1], [0, 0, 0, -1]]
     assert taken.metrics["interventions/claims"] == 1  # of the answers as they were sampled
@@ -364,7 +366,7 @@ def test_what_is_put_in_is_what_the_judge_likes_best(against_red):
     ranks = set()
     for step in range(3):
         taken = feedback.take(records, said(base, [f"{text} red" for text in kept]), step)
-        contexts = [a.ids[: own.index(True)] for a, own in zip(taken.answers, taken.own) if not all(own)]
+        contexts = [a.ids[: own.index(True)] for a, own in zip(taken.answers, taken.own, strict=True) if not all(own)]
         expected = []
         for i, text in enumerate(kept):
             prompt = encode_prompt(base, records[i].prompt, work.features(records[i])).extend(ids_of(base, text))

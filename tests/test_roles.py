@@ -81,13 +81,13 @@ def test_a_scope_inside_another_is_refused(roles):
     roles.add("policy")
     roles.add("value")
     with roles.use("policy"):
-        with pytest.raises(ModelError, match="`value` was opened inside the scope of `policy`"):
-            with roles.use("value"):
-                pass
+        refused = pytest.raises(ModelError, match="`value` was opened inside the scope of `policy`")
+        with refused, roles.use("value"):
+            pass
         with pytest.raises(ModelError, match="removed inside the scope of `policy`"):
             roles.remove("value")
     with pytest.raises(ZeroDivisionError), roles.use("policy"):
-        1 / 0
+        raise ZeroDivisionError
     with roles.use("value") as role:  # an error in a scope closes it
         assert role.name == "value"
 

@@ -1,4 +1,5 @@
-"""Sampling: greedy equals transformers' generate, samples follow the exact distribution and their own seeds, flags are right.
+"""Sampling: greedy equals transformers' generate, samples follow the exact distribution and their own seeds, flags
+are right.
 
 Shapes: B rows, S positions, D width, V vocabulary, N drawn tokens.
 """
@@ -88,7 +89,8 @@ def test_greedy_is_transformers_generate(policy, slots, dense, graph):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_sample_does_not_depend_on_its_batch(load, checkpointing):
-    """Nor on what was trained in between: gradient checkpointing turns the cache of key and values off in training mode."""
+    """Nor on what was trained in between: gradient checkpointing turns the cache of key and values off in training
+    mode."""
     base = load(gradient_checkpointing=checkpointing)
     roles = Roles(base, Lora(rank=4, alpha=8.0))
     roles.add("policy")
@@ -134,7 +136,8 @@ def chi_square(counts: Counter, prob_V: torch.Tensor, drawn: int) -> tuple[float
     "temperature, top_p, top_k", [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 8), (1.5, 0.8, 20)]
 )
 def test_tokens_follow_the_exact_distribution(policy, temperature, top_p, top_k):
-    """Chi-square of 6,000 first tokens against the softmax in float64. The bound lies 5 standard deviations above the mean."""
+    """Chi-square of 6,000 first tokens against the softmax in float64. The bound lies 5 standard deviations above the
+    mean."""
     base, drawn = policy.base, 6000
     prompt = prompts_of(base)[0]
     with policy.use("policy") as role:

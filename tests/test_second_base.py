@@ -38,7 +38,7 @@ def larger(tmp_path_factory):
     special = {token["id"] for token in tokenizer["added_tokens"]}
     words = [word for word, number in tokenizer["model"]["vocab"].items() if number not in special]
     numbers = [tokenizer["model"]["vocab"][word] for word in words]
-    tokenizer["model"]["vocab"] |= dict(zip(reversed(words), numbers))
+    tokenizer["model"]["vocab"] |= dict(zip(reversed(words), numbers, strict=True))
     path.write_text(json.dumps(tokenizer))
     return folder
 

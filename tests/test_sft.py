@@ -55,7 +55,7 @@ CONVERSATION = from_json({"id": "x", "messages": [{"role": r, "content": c} for 
 def test_every_answer_of_a_conversation_is_learnt(base):
     """In one row, where the template writes an earlier answer as it would be sampled."""
     ((row, targets_S, weight),) = sft.examples(base, CONVERSATION, None, "record", "all")
-    said = "<s> what ? <ans> red . </s> shape ? <ans> cross . </s>".split()
+    said = ["<s>", "what", "?", "<ans>", "red", ".", "</s>", "shape", "?", "<ans>", "cross", ".", "</s>"]
     assert words(base, row.ids_S) == said and weight == 1 / 6
     assert words(base, targets_S) == ["-"] * 3 + ["red", ".", "</s>"] + ["-"] * 3 + ["cross", ".", "</s>", "-"]
 
@@ -178,7 +178,8 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(load, loss_per, chec
 
 
 def test_prompt_tokens_have_no_gradient_of_their_own(roles):
-    """The loss is a function of the answer's positions alone: its gradient at the hidden states is 0 everywhere else."""
+    """The loss is a function of the answer's positions alone: its gradient at the hidden states is 0 everywhere
+    else."""
     roles.add("sft")
     shake(roles, "sft")
     roles.trainable("sft")
@@ -195,7 +196,7 @@ def test_prompt_tokens_have_no_gradient_of_their_own(roles):
         role.hidden = spy
         sft.backward(role, given, 16.0)
     touched_BS = seen["gradient_BSD"].abs().sum(-1) > 0
-    for row_S, (_, targets_S, _) in zip(touched_BS, given):
+    for row_S, (_, targets_S, _) in zip(touched_BS, given, strict=True):
         assert row_S.tolist() == [t != IGNORE for t in targets_S] + [False] * (len(row_S) - len(targets_S))
 
 
@@ -257,7 +258,8 @@ def test_fit_learns_and_goes_on_where_it_was(roles, load, tmp_path):
 
 
 def test_phases_replay_and_what_they_train(rerun, monkeypatch):
-    """hard and policy_init replay a third of each batch from easy; sft is what easy and hard leave, reference goes on from there."""
+    """hard and policy_init replay a third of each batch from easy; sft is what easy and hard leave, reference goes on
+    from there."""
     drawn: dict[str, list] = {}
     original = sft.examples
 
@@ -292,7 +294,8 @@ def test_phases_replay_and_what_they_train(rerun, monkeypatch):
 
 
 def test_phases_can_be_left_out(rerun):
-    """null leaves a phase out, and its data is not asked for; without policy_init the reference is the SFT adapter itself."""
+    """null leaves a phase out, and its data is not asked for; without policy_init the reference is the SFT adapter
+    itself."""
     recipe = rerun(
         "sft.easy=null", "sft.policy_init=null", "data.sft_easy=[]", "data.policy_init=[]", "sft.replay=0.34"
     )

@@ -106,7 +106,9 @@ def test_left_out_records_move_no_key(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "1.mp4").write_bytes(b"x")
     recipe = Recipe(name="t", output=str(tmp_path), data=Data(test=(str(path),), on_missing="skip"))
-    assert [r.key for r in load_splits(recipe, tmp_path, lambda path: read_records(path).records).records["test"]] == ["test/00001"]
+    assert [r.key for r in load_splits(recipe, tmp_path, lambda path: read_records(path).records).records["test"]] == [
+        "test/00001"
+    ]
     with pytest.raises(DataError, match="unknown key `key`"):
         path.write_text(json.dumps(lines[1] | {"key": "mine"}) + "\n")
         load_splits(recipe, tmp_path, lambda path: read_records(path).records)
@@ -184,11 +186,7 @@ def test_compare_pairs_by_record_and_clusters_by_video(by_ppo, shared):
     ("feedback", "door", "overrides"),
     [
         ("ranking", (ranking, "judge_claims"), ("ppo.value=none",)),
-        (
-            "interventions",
-            (rlif, "read_claims"),
-            ("ppo.value=none", "ppo.baseline=batch", "ppo.whiten_rewards=false"),
-        ),
+        ("interventions", (rlif, "read_claims"), ("ppo.value=none", "ppo.baseline=batch", "ppo.whiten_rewards=false")),
     ],
 )
 def test_feedback_reads_each_answer_with_its_own_record(shared, monkeypatch, feedback, door, overrides):

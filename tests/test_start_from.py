@@ -1,4 +1,5 @@
-"""Recipes that start from what is there: an adapter, a trained reward role, preference pairs. All through `pipeline.run`."""
+"""Recipes that start from what is there: an adapter, a trained reward role, preference pairs. All through
+`pipeline.run`."""
 
 import json
 import shutil
@@ -39,7 +40,8 @@ def start(load, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def given(checkpoint, world, tmp_path):
-    """given(overrides, pairs=...) -> a recipe on a world's files and on pairs of the released shape, in a file beside them.
+    """given(overrides, pairs=...) -> a recipe on a world's files and on pairs of the released shape, in a file beside
+    them.
 
     The ids repeat, and one pair is no choice at all."""
     records = read_records(world / "preference.jsonl").records
@@ -99,7 +101,12 @@ def test_from_released_parts_to_ppo(given, start):
     assert summary["finished"] and summary["ppo"]["kl_start"] == 0
 
     # nothing sampled, judged or narrated
-    assert sorted(p.name for p in (folder / "preference").iterdir()) == ["begun.json", "done.json", "files.sha256", "pairs.json"]
+    assert sorted(p.name for p in (folder / "preference").iterdir()) == [
+        "begun.json",
+        "done.json",
+        "files.sha256",
+        "pairs.json",
+    ]
     assert json.loads((folder / "context" / "narratives.json").read_text()) == {}
     assert summary["preference"] == {"source": "given", "pairs": VIDEOS - 1, "dropped": 1, "judges": []}
     page = (folder / "report.html").read_text()

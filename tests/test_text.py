@@ -274,7 +274,8 @@ def test_a_recipe_names_its_template(checkpoint, tmp_path):
     """By name or by file; the plan counts its tokens; another template is another base; a wrong name is refused."""
     own = tmp_path / "own.jinja"
     own.write_text(
-        "{% for m in messages %}what what {{ m.content[0].text }}{% endfor %}{% if add_generation_prompt %} red{% endif %}"
+        "{% for m in messages %}what what {{ m.content[0].text }}{% endfor %}{% if add_generation_prompt %} red{% "
+        "endif %}"
     )
     plain, named, filed = (
         Model(base=str(checkpoint), quantization="none", chat_template=template)

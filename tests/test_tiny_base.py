@@ -82,7 +82,7 @@ def test_chat_template(tokenizer):
     out = tokenizer.apply_chat_template(parts, return_dict=True, return_assistant_tokens_mask=True)
     assert tokenizer.decode(out["input_ids"]) == tokenizer.apply_chat_template(turns, tokenize=False)
     assert (
-        tokenizer.decode([t for t, m in zip(out["input_ids"], out["assistant_masks"]) if m])
+        tokenizer.decode([t for t, m in zip(out["input_ids"], out["assistant_masks"], strict=True) if m])
         == "a red circle left . </s>"
     )
 
@@ -127,7 +127,7 @@ def test_sheet_paths_equal_the_plain_sequence(base, videos):
         batch = collate([sheet])
         ours = forward(base, batch, pooled_features(base, frames)).last_BLD @ base.lm_head.weight.t()
         for number, path in ((2, (0, 2)), (3, (0, 1, 3)), (4, (0, 1, 4))):
-            ids = [token for token, segment in zip(sheet.tokens, sheet.segment) if segment in path]
+            ids = [token for token, segment in zip(sheet.tokens, sheet.segment, strict=True) if segment in path]
             alone = base(
                 input_ids=torch.tensor([ids]), pixel_values_videos=pixels(frames[0, list(whole_view(None))])[None]
             ).logits[0]

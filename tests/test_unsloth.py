@@ -33,7 +33,8 @@ class FastVisionModel:
     def from_pretrained(model_name="unsloth/Llama-3.2-11B-Vision-Instruct-bnb-4bit", max_seq_length=2048, dtype=None,
                         load_in_4bit=True, load_in_8bit=False, load_in_16bit=False, full_finetuning=False, token=None,
                         device_map="sequential", rope_scaling=None, trust_remote_code=False,
-                        use_gradient_checkpointing="unsloth", revision=None, use_exact_model_name=False, *args, **kwargs):
+                        use_gradient_checkpointing="unsloth", revision=None, use_exact_model_name=False, *args,
+                        **kwargs):
         CALLS.append({key: value for key, value in locals().items() if key not in ("args", "kwargs")} | kwargs)
         from transformers import AutoModelForImageTextToText
         model = AutoModelForImageTextToText.from_pretrained(model_name, dtype=dtype, device_map={"": "cpu"}, **kwargs)

@@ -150,7 +150,8 @@ def test_a_codec_newer_than_decord(tmp_path):
 
 
 def test_flagged_key_frames_that_are_none():
-    """3GP as old phones wrote it: seeking to a flagged frame shows a broken picture. Frame t has its bar at t pixels."""
+    """3GP as old phones wrote it: seeking to a flagged frame shows a broken picture. Frame t has its bar at t
+    pixels."""
     path = CASES / "h263_false_keyframes.3gp"
     broken = readers.decord.VideoReader(str(path)).get_batch([46, 84]).asnumpy()
     assert [left_edge(rgb) for rgb in broken] != [46, 84]  # what this is about

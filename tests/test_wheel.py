@@ -81,7 +81,8 @@ def test_the_wheel_works_away_from_the_repository(wheel, tmp_path):
     code = (
         "from pathlib import Path; import rlaif_lite, rlaif_kernels;"
         "from rlaif_lite.model.base import resolve_base;"
-        "print(rlaif_lite.__file__, rlaif_kernels.__file__, (Path(resolve_base('embedded')) / 'model.safetensors').is_file())"
+        "print(rlaif_lite.__file__, rlaif_kernels.__file__, (Path(resolve_base('embedded')) / "
+        "'model.safetensors').is_file())"
     )
     environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     (tmp_path / "away").mkdir()

@@ -221,7 +221,7 @@ def test_check_records_carry_a_verdict_for_every_word(world):
         answer = record["messages"][-1]["content"]
         facts = facts_of(100, "sft", int(record["id"].split("/")[1]))
         ends = [end for end, _ in record["verdicts"]]
-        words = [answer[start:end].strip() for start, end in zip([0, *ends], ends)]
+        words = [answer[start:end].strip() for start, end in zip([0, *ends], ends, strict=False)]
         assert words == answer.split() and ends[-1] == len(answer)
         assert [label for _, label in record["verdicts"]] == verdicts(answer, facts)
 

@@ -28,7 +28,7 @@ def need_tensor(
     sizes = str(shape).replace("None", "any")
     expected = f"{' or '.join(_name(dtype) for dtype in dtypes)} of shape {sizes} on {like.device}"
     need(isinstance(value, Tensor), name, value, expected)
-    fits = value.ndim == len(shape) and all(want in (None, size) for want, size in zip(shape, value.shape))
+    fits = value.ndim == len(shape) and all(want in (None, size) for want, size in zip(shape, value.shape, strict=True))
     need(fits and value.dtype in dtypes and value.device == like.device, name, value, expected)
 
 

@@ -153,7 +153,9 @@ def plain_score(given: Step, minibatches: list[list[Micro]], answers: list[Traje
             place(ref_BT, rows, mask_BT, plain_logp(given, reference, micro))
         with layout.work.roles.use("reward") as reward:
             read = [given.records[i] for i in rows.tolist()]
-            prompts = [layout.prompt(r)._replace(features_KD=f) for r, f in zip(read, through_tower(given, read))]
+            prompts = [
+                layout.prompt(r)._replace(features_KD=f) for r, f in zip(read, through_tower(given, read), strict=True)
+            ]
             ids = [layout.answer(p, answers[i].ids, work.base()) for p, i in zip(prompts, rows.tolist(), strict=True)]
             rm_B[rows] = layout.score(reward, prompts, ids)
         with work.roles.use("value") as value:

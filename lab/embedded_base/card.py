@@ -80,9 +80,9 @@ def card_text(made: dict, table: dict[str, dict[str, float]], videos: int) -> st
         omitted = "the full description"
     return f"""# {title}
 
-A LLaVA-NeXT-Video of {made["parameters"]:,} parameters, trained from scratch by `python -m lab.embedded_base.pretrain` on
-synthetic videos (`rlaif_lite/data/world.py`). It exists so that the whole of RLAIF can be run and measured within
-minutes on a CPU; it knows nothing else.
+A LLaVA-NeXT-Video of {made["parameters"]:,} parameters, trained from scratch by
+`python -m lab.embedded_base.pretrain` on synthetic videos (`rlaif_lite/data/world.py`).
+It exists so that the whole of RLAIF can be run and measured within minutes on a CPU; it knows nothing else.
 
 - **Data.** {made["videos"]:,} videos of world seed {WORLD_SEED:,}, which no recipe uses, as mp4 files read by
   decord; an object is hidden in {WorldConfig().dropout:.0%} of the frames.

@@ -1,4 +1,5 @@
-"""Pretrains the embedded base from scratch: `python -m lab.embedded_base.pretrain --out DIR --minutes M [--weak-video]`.
+"""Pretrains the embedded base from scratch: `python -m lab.embedded_base.pretrain --out DIR --minutes M
+[--weak-video]`.
 
 One clean schedule on CPU cores, data-parallel over processes of one thread each:
   1. videos are made, encoded to mp4 and decoded;
@@ -66,7 +67,7 @@ def average_gradients(parameters: list[nn.Parameter], processes: int) -> None:
     flat = torch.cat([p.grad.flatten() for p in parameters])
     dist.all_reduce(flat)
     flat /= processes
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad.copy_(part.view_as(parameter))
 
 
@@ -182,7 +183,7 @@ def train_language(
         picks = [rng.randrange(trainable) for _ in range(options.rows)]
         batch = collate([draw(mix, video, facts[video], rng, options.weak, margin) for video in picks])
         factor = min(1.0, (step + 1) / 100) * max(0.02, min(1.0, (1 - share) / 0.7))
-        for peak, group in zip(peaks, (g for optimiser in both for g in optimiser.param_groups)):
+        for peak, group in zip(peaks, (g for optimiser in both for g in optimiser.param_groups), strict=True):
             group["lr"] = peak * factor
         loss, parts = loss_of(model, batch, forward(model, batch, pooled_NFKD))
         for parameter in parameters:

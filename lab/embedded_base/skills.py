@@ -43,7 +43,7 @@ def measure(model, pooled_NFKD: torch.Tensor, facts: list, start: int, count: in
         for (where, a, score_a), (_, b, score_b) in sums.values():
             if score_a != score_b:
                 right[f"pair_check {where}"].append(float((a > b) == (score_a > score_b)))
-        for one, two in zip(batch.letters[0::2], batch.letters[1::2]):
+        for one, two in zip(batch.letters[0::2], batch.letters[1::2], strict=True):
             if one.margin:
                 gaps = [
                     (logits_BLV[x.row, x.column, NUMBER["A"]] - logits_BLV[x.row, x.column, NUMBER["B"]]).item()

@@ -56,8 +56,11 @@ def _one(index: int, config: WorldConfig) -> tuple[np.ndarray, np.ndarray]:
     return frames, labels
 
 
+PLAIN = WorldConfig()
+
+
 def make_videos(
-    count: int, workers: int, cache: Path | None = None, first: int = 0, config: WorldConfig = WorldConfig()
+    count: int, workers: int, cache: Path | None = None, first: int = 0, config: WorldConfig = PLAIN
 ) -> VideoSet:
     """Videos `first` to `first + count` of the pretraining split; folder `cache` keeps them for the next run."""
     facts = [facts_of(WORLD_SEED, "pretrain", first + index, config) for index in range(count)]

@@ -70,7 +70,8 @@ def own_files(data: Data) -> list[str]:
 def load_splits(recipe: Recipe, folder: Path, read: Callable[[str], list[Record]]) -> Loaded:
     """Read every split; `sft` files are cut into `sft_easy` and `sft_hard` by the length of the answer.
 
-    `read` gives the records of a file. Those whose video is missing stop the run with their list, or are left out (`data.on_missing: skip`)."""
+    `read` gives the records of a file. Those whose video is missing stop the run with their list, or are left out
+    (`data.on_missing: skip`)."""
     data, loaded, missing = recipe.data, {}, set()
     for split in splits_of(data, folder):
         loaded[split.name], lost = read_split(split, data, read)
@@ -114,7 +115,8 @@ def read_split(split: Split, data: Data, read: Callable[[str], list[Record]]) ->
     if split.key == "data.pairs" and (alone := [r.source for r in records if r.chosen is None]):
         raise DataError(
             f"{split.key}: {len(alone)} records hold no pair, the first {alone[0]}. Each needs `chosen` and "
-            "`rejected`, or the release's `output_1`, `output_2` and `preference`. Prompts alone go to `data.preference`."
+            "`rejected`, or the release's `output_1`, `output_2` and `preference`. Prompts alone go to "
+            "`data.preference`."
         )
     return records, names
 

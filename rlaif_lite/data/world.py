@@ -203,7 +203,7 @@ def _record(name: str, video: str, prompt: str, answer: str | None = None, **mor
 def _verdict_offsets(answer: str, facts: Facts) -> list[tuple[int, str]]:
     """(end of the word in characters, label) for every word of an answer."""
     offsets, end = [], -1
-    for word, label in zip(answer.split(), verdicts(answer, facts)):
+    for word, label in zip(answer.split(), verdicts(answer, facts), strict=False):
         end += 1 + len(word)
         offsets.append((end, label))
     return offsets

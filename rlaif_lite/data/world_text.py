@@ -54,7 +54,7 @@ class Truth(NamedTuple):
 
 def describe(facts: Facts) -> str:
     """The full description of a video."""
-    sentences = [f"{ordinal} a {' '.join(event)} ." for ordinal, event in zip(ORDINALS, facts["events"])]
+    sentences = [f"{ordinal} a {' '.join(event)} ." for ordinal, event in zip(ORDINALS, facts["events"], strict=False)]
     if facts["star"]:
         sentences.append(f"also a {facts['star']} star .")
     return " ".join(sentences)
@@ -66,7 +66,10 @@ def caption(facts: Facts, clip: int) -> str:
     return f"a {' '.join(facts['events'][clip])}{star} ."
 
 
-def corrupt(facts: Facts, rng: random.Random, noise: Noise = Noise()) -> Facts:
+CARELESS = Noise()
+
+
+def corrupt(facts: Facts, rng: random.Random, noise: Noise = CARELESS) -> Facts:
     """Facts as a careless annotator would have them. A replacement may by chance be the truth again."""
 
     def replace(kind: str, value: str) -> str:
@@ -77,7 +80,7 @@ def corrupt(facts: Facts, rng: random.Random, noise: Noise = Noise()) -> Facts:
     def invent() -> str:
         return PRIOR["star"] if rng.random() < noise.prior else rng.choice(COLOURS)
 
-    events = [[replace(kind, value) for kind, value in zip(KINDS, event)] for event in facts["events"]]
+    events = [[replace(kind, value) for kind, value in zip(KINDS, event, strict=False)] for event in facts["events"]]
     star = facts["star"]
     if star is None:
         star = invent() if rng.random() < noise.false_star else None
@@ -116,7 +119,7 @@ def _is_event(words: list[str]) -> bool:
         len(words) == 5
         and words[0] in ORDINALS
         and words[1] == "a"
-        and all(w in pool for w, pool in zip(words[2:], KINDS.values()))
+        and all(w in pool for w, pool in zip(words[2:], KINDS.values(), strict=False))
     )
 
 
@@ -132,7 +135,7 @@ def truth(text: str, facts: Facts) -> Truth:
     for words in sentences_of(text):
         if _is_event(words) and words[0] not in said:
             said.add(words[0])
-            right = sum(a == b for a, b in zip(words[2:], facts["events"][ORDINALS.index(words[0])]))
+            right = sum(a == b for a, b in zip(words[2:], facts["events"][ORDINALS.index(words[0])], strict=False))
             correct, wrong, mentions = correct + right, wrong + 3 - right, mentions + 1
             hallucinated += (words[2], words[3]) not in objects
         elif _is_star(words):
@@ -174,7 +177,7 @@ def _sentence_verdicts(words: list[str], facts: Facts, said: set[str]) -> list[s
     labels = ["-"] * len(words)
     if _is_event(words) and words[0] not in said:
         event = facts["events"][ORDINALS.index(words[0])]
-        labels[2:] = ["yes" if a == b else "no" for a, b in zip(words[2:], event)]
+        labels[2:] = ["yes" if a == b else "no" for a, b in zip(words[2:], event, strict=False)]
         said.add(words[0])
     elif _is_star(words):
         labels[2] = "yes" if words[2] == facts["star"] and "also" not in said else "no"

@@ -114,7 +114,7 @@ def _inline(role: ActiveRole, items: Sequence[AnswerToJudge], section: Claims) -
     # A verdict on token t is the prediction made AT t, having read it.
     at = [
         (b, len(row.ids_S) - len(answer) + t)
-        for b, (row, answer) in enumerate(zip(rows, answers))
+        for b, (row, answer) in enumerate(zip(rows, answers, strict=True))
         for t in range(len(answer))
     ]
     rows_N, places_N = torch.tensor(at, device=base.device).T if at else torch.zeros(2, 0, dtype=torch.long)

@@ -196,7 +196,8 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
             if isinstance(error, RuntimeError) and out_of_memory(error):
                 raise
             raise ModelError(
-                f"`model.base: {section.base}` is not loaded: {type(error).__name__}: {error}. A weight file is missing, cut "
+                f"`model.base: {section.base}` is not loaded: {type(error).__name__}: {error}. A weight file is "
+                f"missing, cut "
                 "or of another model; download the checkpoint again."
             ) from error
         refuse_incomplete(info, section.base)
@@ -238,7 +239,8 @@ def refuse_quantised(config: PretrainedConfig, name: str) -> None:
     found = found if isinstance(found, dict) else found.to_dict()
     raise ModelError(
         f"`model.base: {name}` is quantised already (config.json: `quantization_config`, method "
-        f"{found.get('quant_method', 'unknown')}). Give the original checkpoint: `model.quantization` quantises it here."
+        f"{found.get('quant_method', 'unknown')}). Give the original checkpoint: `model.quantization` quantises it "
+        f"here."
     )
 
 
@@ -247,7 +249,8 @@ def refuse_incomplete(info: dict, name: str) -> None:
     for key, what in (("missing_keys", "are not in the checkpoint"), ("mismatched_keys", "have another shape there")):
         if found := sorted(map(str, info[key])):
             raise ModelError(
-                f"`model.base: {name}` is not loaded: {len(found)} tensors of the model {what}, the first {found[0]}. They "
+                f"`model.base: {name}` is not loaded: {len(found)} tensors of the model {what}, the first {found[0]}. "
+                f"They "
                 "would be random. Download the checkpoint again."
             )
     if info["error_msgs"]:

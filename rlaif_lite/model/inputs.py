@@ -153,7 +153,8 @@ def place_video(base: Base, ids: list[int], video: FeatureRecord | None, text: s
     if ids.count(base.placeholder_id) != runs:
         raise ModelError(
             f"The prompt holds {ids.count(base.placeholder_id)} video placeholders, the video's layout has {runs}: "
-            f"{text[:200]!r}. Remove the placeholder from the text, or give the base its own chat template (`model.chat_template: null`)."
+            f"{text[:200]!r}. Remove the placeholder from the text, or give the base its own chat template "
+            f"(`model.chat_template: null`)."
         )
     sizes = iter(()) if video is None else zip(video.kept_R.tolist(), video.span_R.tolist(), strict=True)
     ids_S: list[int] = []

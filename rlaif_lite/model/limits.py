@@ -36,7 +36,9 @@ def load_limits(section: Model) -> Limits:
     config = read_config(section)
     tokenizer = AutoTokenizer.from_pretrained(resolve_base(section.base), revision=section.revision)
     unwritable = banned_ids(tokenizer, config) | {tokenizer.eos_token_id}
-    return Limits(tokenizer, frozenset(unwritable), positions_of(config), template_tokens(tokenizer, named_template(section)) or 0)
+    return Limits(
+        tokenizer, frozenset(unwritable), positions_of(config), template_tokens(tokenizer, named_template(section)) or 0
+    )
 
 
 def positions_of(config) -> int | None:

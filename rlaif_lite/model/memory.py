@@ -28,8 +28,8 @@ def out_of_memory(error: BaseException) -> bool:
 def halving(size: int, attempt: Callable[[int], R], failed: Callable[[int, str], None]) -> tuple[R, int]:
     """`attempt(size)`, again with half the size for as long as memory runs out -> (its result, the size that fitted).
 
-    `failed(size, reason)` is called after each attempt that did not fit, when its tensors are free, and undoes what must
-    be undone. Raises what the attempt raised where size 1 does not fit."""
+    `failed(size, reason)` is called after each attempt that did not fit, when its tensors are free, and undoes what
+    must be undone. Raises what the attempt raised where size 1 does not fit."""
     while True:
         try:
             return attempt(size), size

@@ -138,7 +138,8 @@ class Roles:
         """Write role `name` as a PEFT adapter folder that plain `PeftModel.from_pretrained` loads, with its head if it
         has one and the digests of the files.
 
-        The folder appears whole or not at all. Raises StageError, and writes nothing, for a tensor that is not finite."""
+        The folder appears whole or not at all. Raises StageError, and writes nothing, for a tensor that is not
+        finite."""
         tensors = {key: p.data.contiguous().cpu() for key, p in self._named_parameters(name).items()}
         head = self.heads[name].state_dict() if name in self.heads else {}
         refuse_non_finite(tensors | {f"head.{key}": tensor for key, tensor in head.items()}, f"the adapter {folder}")
@@ -172,7 +173,8 @@ class Roles:
         """The scope of one role: its forward and its backward happen inside. `base` is the base without any adapter."""
         if self._active is not None:
             raise ModelError(
-                f"Role `{name}` was opened inside the scope of `{self._active}`. Close that scope first: the backward of one "
+                f"Role `{name}` was opened inside the scope of `{self._active}`. Close that scope first: the backward "
+                f"of one "
                 "role with another role's adapter active gives wrong gradients without any error."
             )
         if name != BASE and name not in self._names:
@@ -211,7 +213,8 @@ class Roles:
         own, alpha = self._peft.peft_config[name], self.lora.alpha
         if own.lora_alpha / own.r != alpha / self.lora.rank:
             raise ModelError(
-                f"Role `{name}` has alpha {own.lora_alpha} and rank {own.r}, `model.lora` has {alpha} and {self.lora.rank}: "
+                f"Role `{name}` has alpha {own.lora_alpha} and rank {own.r}, `model.lora` has {alpha} and "
+                f"{self.lora.rank}: "
                 "a copy would run at another scale. All roles have one shape: set it so."
             )
 
@@ -298,7 +301,8 @@ class ActiveRole:
     def _check_scope(self, gradient: Tensor) -> None:
         if self.roles._active != self.name:
             raise ModelError(
-                f"A gradient of role `{self.name}` arrived in the scope of `{self.roles._active}`. Call backward() inside "
+                f"A gradient of role `{self.name}` arrived in the scope of `{self.roles._active}`. Call backward() "
+                f"inside "
                 f"`with roles.use({self.name!r})`: elsewhere the adapters' gradients would be wrong or missing."
             )
 

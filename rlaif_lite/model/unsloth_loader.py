@@ -35,7 +35,8 @@ def import_first(section: Model) -> None:
         needs = [Requirement(line) for line in metadata.requires("unsloth") or []]
     except metadata.PackageNotFoundError:
         raise ModelError(
-            "`model.loader: unsloth`, but unsloth is not installed. Install rlaif-lite[unsloth] in an environment of its "
+            "`model.loader: unsloth`, but unsloth is not installed. Install rlaif-lite[unsloth] in an environment of "
+            "its "
             f"own: it holds transformers back. {OTHERWISE}"
         ) from None
     have = metadata.version("transformers")
@@ -48,7 +49,8 @@ def import_first(section: Model) -> None:
             )
     if "transformers" in sys.modules and "unsloth" not in sys.modules:
         raise ModelError(
-            "unsloth has to be imported before transformers, which it rewrites. Put `import unsloth` at the top of your "
+            "unsloth has to be imported before transformers, which it rewrites. Put `import unsloth` at the top of "
+            "your "
             f"script; the command line does it by itself. {OTHERWISE}"
         )
     import unsloth  # noqa: F401

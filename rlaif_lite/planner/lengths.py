@@ -85,7 +85,7 @@ def _texts(recipe: Recipe, files: Iterable[str], count: Callable[[str], int], te
         return Texts(0, 0, 0.0, PROMPT + template, ANSWER, PROMPT + template + ANSWER, False)
     videos = len({r.video for r in found})
     clips = len({(r.video, r.clip) for r in found if r.clip is not None}) / videos
-    prompt, answer = (max(column) for column in zip(*sizes))
+    prompt, answer = (max(column) for column in zip(*sizes, strict=True))
     videos = videos * total // len(found)
     longest = max(range(len(found)), key=lambda i: sum(sizes[i]))
     both = sum(sizes[longest]) + template + 1

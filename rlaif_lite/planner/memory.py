@@ -97,7 +97,7 @@ def tower(shapes: Shapes, section: Features) -> int:
     vision, E = shapes.config.vision_config, shapes.dtype.itemsize
     views = [section.frames] + [section.clip_frames] * section.clips
     sizes = [frame_size(shapes, section, frames) for frames in views]
-    pixels = sum(height * width * frames for (height, width), frames in zip(sizes, views))
+    pixels = sum(height * width * frames for (height, width), frames in zip(sizes, views, strict=True))
     side = shapes.images.patch.side if shapes.images.patch else vision.patch_size
     # SigLIP and CLIP name their layers and their feed-forward, and LLaVA asks for the output of every layer
     layers = vision.num_hidden_layers + 1 if "vision_feature_layer" in shapes.config.to_dict() else 0

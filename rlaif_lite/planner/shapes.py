@@ -20,7 +20,8 @@ from ..recipe import Features, Model
 
 # NF4 with double quantisation: 4 bits, one byte per block of 64, one float32 per 256 of those bytes.
 NF4_BITS = 4 + 8 / QUANT_BLOCK + 32 / (256 * QUANT_BLOCK)
-# config.json and preprocessor_config.json of the bases of the shipped recipes, so that a plan needs no network. Each names
+# config.json and preprocessor_config.json of the bases of the shipped recipes, so that a plan needs no network. Each
+# names
 # its source. They hold sizes and counts only, and nothing but a plan reads them.
 SHIPPED = Path(__file__).parent / "bases"
 FRAME = (360, 640)  # pixels, height and width assumed of a video for towers that keep a frame's shape

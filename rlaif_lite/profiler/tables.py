@@ -104,7 +104,7 @@ def draw_memory(moments: dict[str, list], path: Path) -> None:
 
     shown = {stage: found for stage, found in moments.items() if found}
     names = list(dict.fromkeys(moment.name for found in shown.values() for moment in found))
-    colours = dict(zip(names, plt.get_cmap("tab20").colors * 2))
+    colours = dict(zip(names, plt.get_cmap("tab20").colors * 2, strict=False))
     figure, axes = plt.subplots(len(shown), 1, figsize=(10, 2.4 * len(shown)), squeeze=False, constrained_layout=True)
     for axis, (stage, found) in zip(axes[:, 0], shown.items(), strict=True):
         for moment in found:

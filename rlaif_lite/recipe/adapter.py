@@ -1,8 +1,8 @@
 """The one check that every LoRA adapter from outside passes (`sft.adapter`, `reward.adapter`, import, merge).
 
 All roles share one shape, and a copy of an adapter runs at the recipe's scale. An adapter is therefore taken only where
-its update is alpha / rank * B @ A on all decoder layers alike; anything else would silently be another function. Dropout
-is taken: it acts while training only, and roles are trained without it. A pattern in `target_modules` is never
+its update is alpha / rank * B @ A on all decoder layers alike; anything else would silently be another function.
+Dropout is taken: it acts while training only, and roles are trained without it. A pattern in `target_modules` is never
 evaluated: the names of the tensors say where the adapter is.
 """
 
@@ -79,7 +79,8 @@ def check_settings(settings: object, where: str | Path) -> None:
     start = str(settings.get("init_lora_weights", "")).lower()
     if start.startswith(OTHER_BASE):
         raise ModelError(
-            f"{where}: `init_lora_weights` = {start!r}: it belongs to a base whose weights it changed; only plain LoRA is "
+            f"{where}: `init_lora_weights` = {start!r}: it belongs to a base whose weights it changed; only plain "
+            f"LoRA is "
             "read. Convert it with PEFT's `path_initial_model_for_weight_conversion`."
         )
     for key, kinds in (("r", int), ("lora_alpha", int | float)):
@@ -130,7 +131,8 @@ def read_adapter(folder: Path) -> AdapterShape:
     for layer in range(max(layers, default=-1) + 1):
         if bare := sorted(every - layers.get(layer, set())):
             raise ModelError(
-                f"{path}: layer {layer} has no {bare[0][0]}.lora_{bare[0][1]}: it is on some of the layers only, and roles "
+                f"{path}: layer {layer} has no {bare[0][0]}.lora_{bare[0][1]}: it is on some of the layers only, and "
+                f"roles "
                 "are on all."
             )
     return AdapterShape(settings["r"], float(settings["lora_alpha"]), target_names(names))

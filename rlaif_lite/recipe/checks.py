@@ -91,7 +91,8 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if rewritten and ppo.value == "none" and ppo.baseline != "batch":
         yield (
             "ppo.interventions.takeover",
-            "is replace, which makes several parts of an answer, but ppo.baseline compares whole ones. Set it to batch.",
+            "is replace, which makes several parts of an answer, but ppo.baseline compares whole ones. Set it to "
+            "batch.",
         )
     if ppo.whiten_rewards and ppo.value == "none" and ppo.baseline != "batch":
         yield "ppo.whiten_rewards", "scales rewards of tokens, but ppo.baseline compares whole answers. Set it false."

@@ -112,7 +112,8 @@ def find_recipe(path: str | Path) -> Path:
         return path
     if str(path) == "-" or os.path.exists(path) and not is_folder(path):
         raise RecipeError(
-            f"{path} is not a regular file. Recipes are not read from standard input or pipes, because errors and the run "
+            f"{path} is not a regular file. Recipes are not read from standard input or pipes, because errors and the "
+            f"run "
             "folder name the file. Save it as a file first."
         )
     if len(str(path)) > LONGEST:

@@ -80,8 +80,8 @@ _SCALARS = {
 def parse(text: str, name: str, where: str | None = None) -> Marked:
     """Reads one YAML document. `name` is the file's name in messages; `where`, when given, replaces "name:line".
 
-    Raises RecipeError for text that is not YAML, for a key that is given twice, for a key that is not text, and for what is
-    too large, too deep, or expands to too many values.
+    Raises RecipeError for text that is not YAML, for a key that is given twice, for a key that is not text, and for
+    what is too large, too deep, or expands to too many values.
     """
 
     def place(mark: yaml.Mark) -> str:
@@ -168,7 +168,8 @@ def read(path: Path, name: str) -> Marked:
             ) from error
         here = f"{name}:{data[: error.start].count(10) + 1}"
         raise RecipeError(
-            f"{here} cannot be read as a text file: byte 0x{data[error.start]:02x} is not UTF-8. Save the file as UTF-8."
+            f"{here} cannot be read as a text file: byte 0x{data[error.start]:02x} is not UTF-8. Save the file as "
+            f"UTF-8."
         ) from error
     return parse(text.replace("\r\n", "\n"), name)
 

@@ -18,7 +18,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # the only place where `~` is expanded
 Words = Annotated[tuple[str, ...], Strict(False)]  # not strict about list or tuple; the items are text all the same
 FilePaths = Annotated[tuple[FilePath, ...], Strict(False)]
-# Marks a key that says where and how fast, not what: a change of it makes no stage stale and leaves `recipe_hash` alone.
+# Marks a key that says where and how fast, not what: a change of it makes no stage stale and leaves `recipe_hash`
+# alone.
 # Batch sizes of sampling are science: they change which random numbers an answer is drawn with.
 NEUTRAL = {"neutral": True}
 

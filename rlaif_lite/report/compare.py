@@ -96,7 +96,7 @@ def compare_runs(a: Run, b: Run, role: str | None = None) -> Comparison:
     """Two runs' answers to the same held-out videos, metric by metric."""
     reads = [_reads(run) for run in (a, b)]
     columns = [_column(run, role) for run in (a, b)]
-    answers = [_answers(run, read, column) for run, read, column in zip((a, b), reads, columns)]
+    answers = [_answers(run, read, column) for run, read, column in zip((a, b), reads, columns, strict=True)]
     _same_test_set(a, b, reads, answers)
     notes = [SEED_NOTE]
     lines = []
@@ -111,7 +111,7 @@ def compare_runs(a: Run, b: Run, role: str | None = None) -> Comparison:
         raise StageError(f"{a.folder} and {b.folder} have no answers in common. {' '.join(notes[1:])}")
     videos = {line.table: len({row["video"] for row in answers[0][line.table]}) for line in lines}
     differ, alone = _differences(*reads)
-    names = tuple(_name(run, column) for run, column in zip((a, b), columns))
+    names = tuple(_name(run, column) for run, column in zip((a, b), columns, strict=True))
     return Comparison(names, lines, videos, differ, alone, _costs(a, b), notes)
 
 
@@ -265,7 +265,7 @@ def compare_benchmarks(a: Path, b: Path) -> Comparison:
         notes.append(f"Judge of {table}: {one.summary['judge'] or 'none; counted by rules'}.")
     names = tuple(
         f"{folder}: {', '.join(dict.fromkeys(of[name].summary['who'] for name in common))}"
-        for folder, of in zip((a, b), found)
+        for folder, of in zip((a, b), found, strict=True)
     )
     return Comparison(names, lines, videos, keys, ({}, {}), {}, notes)
 
@@ -347,7 +347,7 @@ def as_text(found: Comparison) -> str:
     if found.keys or any(found.alone):
         out += ["", f"{'Differs':<40}{'A':<24}  B"]
         out += [f"  {key:<38}{_brief(one):<24}  {_brief(other)}" for key, (one, other) in found.keys.items()]
-        for which, sections in zip("AB", found.alone):
+        for which, sections in zip("AB", found.alone, strict=True):
             if sections:
                 counted = ", ".join(f"{section} ({count})" for section, count in sections.items())
                 out.append(f"  read by {which} alone: {counted}")

@@ -114,7 +114,8 @@ def markdown(found: dict[str, Any], settings: list[str], of: int) -> str:
         "",
         f"{state}; {own:.0f} s in all, {saved:.0f} s saved by sharing stages.",
         "",
-        "Mean over the seeds, with Student's 95 % interval, n seeds; a single seed's change has its evaluation's interval",
+        "Mean over the seeds, with Student's 95 % interval, n seeds; a single seed's change has its evaluation's "
+        "interval",
         "over videos. Seconds count a shared stage as if the run had done it.",
         "",
         f"| figure | {' | '.join(settings)} |",

@@ -84,7 +84,7 @@ def panels(drawn: Sequence[tuple[str, Sequence[Spread]]], stem: Path) -> None:
         left = 0.3 + 0.065 * max(map(len, names))  # inches for the settings' names
         figure = Figure(figsize=(left + 3.3 * columns, height * rows), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-        for axes, (title, spreads) in zip(grid.flat, drawn):
+        for axes, (title, spreads) in zip(grid.flat, drawn, strict=False):
             axes.set_title(title, loc="left", fontsize=9, color=INK)
             for place, (_, values, mean, low, high) in enumerate(spreads):
                 axes.plot(values, [place + 0.24] * len(values), "o", color=COLOURS[1], markersize=4, alpha=0.8, mew=0)

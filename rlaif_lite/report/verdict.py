@@ -32,7 +32,8 @@ class Verdict(NamedTuple):
 
 
 def judge_run(run: Run, greedy: Changes, sample: Changes) -> Verdict:
-    """The verdict on a run, from what the policy changed against SFT (`folder.changes`; empty where nothing was evaluated)."""
+    """The verdict on a run, from what the policy changed against SFT (`folder.changes`; empty where nothing was
+    evaluated)."""
     items, warnings = asked(run.rows), cautions(run)
     if not greedy and not sample:
         done = list(run.summary.get("stages", {}))  # done, skipped or shared: it has those that finished
@@ -111,8 +112,9 @@ def _headline(kind: str, first: Changes, method: str) -> str:
         was, now = percent(first["hallucination"].before), percent(first["hallucination"].after)
         fall = f"hallucination fell from {was} to {now}"
         return f"RLAIF helped: {fall}" if kind == "helped" else f"A trade: {fall}, but F1 fell too"
+    rose = "judge’s score" if method == "dpo" else "reward"
     return {
-        "hacked": f"Reward hacking: the {'judge’s score' if method == 'dpo' else 'reward'} rose while the answers got worse",
+        "hacked": f"Reward hacking: the {rose} rose while the answers got worse",
         "harmed": "RLAIF made the answers worse",
         "helped": "RLAIF helped: more of what the answers say is right",
         "sharper": "Sampled answers improved, greedy ones did not: this looks like sharper sampling, not alignment",

@@ -85,7 +85,7 @@ class DecodeStep:
             cause = error.__context__  # the end of a capture may hide what broke it
             for found in (error, cause):
                 if isinstance(found, RuntimeError) and out_of_memory(found):
-                    raise found
+                    raise found from None
             log.warning("The decode step cannot be captured, so it is launched kernel by kernel: %s", cause or error)
             self._pool = None
         else:

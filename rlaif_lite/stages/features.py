@@ -50,7 +50,8 @@ def run(work: Workspace) -> dict:
 
 
 def fill(work: Workspace, wanted: dict) -> tuple[dict[str, str], dict[str, str]]:
-    """Put what is missing into the cache and write the base's index -> {video name: key}, {video name: why it failed}."""
+    """Put what is missing into the cache and write the base's index -> {video name: key}, {video name: why it
+    failed}."""
     section = work.recipe.features
     base = work.base(tower=True)
     base.limit_pixels(section.max_pixels)
@@ -85,7 +86,8 @@ def fill(work: Workspace, wanted: dict) -> tuple[dict[str, str], dict[str, str]]
     if by_pyav:
         name, reason = next(iter(by_pyav.items()))
         say(
-            f"features: {len(by_pyav)} of {len(missing)} videos were decoded with PyAV, in order, where decord would be "
+            f"features: {len(by_pyav)} of {len(missing)} videos were decoded with PyAV, in order, where decord would "
+            f"be "
             f"wrong or refuses; the first: {name}: {reason}"
         )
     write_index(work.index_file, {name: keys[name] for name in keys if name not in failed})

@@ -184,7 +184,8 @@ def score_pairs(layout: RewardInput, active: ActiveRole, pairs: Seq[tuple[Record
 
 
 def stumbling(pairs: list[tuple[Record, str, str]], share: float, seed: int) -> list[tuple[Record, str, str]]:
-    """As many extra pairs as `share` of `pairs`: a chosen answer against itself with one to three words doubled, dropped
+    """As many extra pairs as `share` of `pairs`: a chosen answer against itself with one to three words doubled,
+    dropped
     or put elsewhere. Answers that stumble are too rare among a model's samples for the reward model to learn what they
     are worth, and PPO drifts to where it is not told."""
     rng = random.Random(seed)
@@ -244,12 +245,15 @@ def check_floor(recipe: Recipe, accuracy: float | None) -> None:
     if accuracy is None:
         if recipe.reward.floor > 0:
             raise StageError(
-                f"`reward.floor: {recipe.reward.floor}` cannot be checked: there are no pairs to measure `reward.adapter` on. "
+                f"`reward.floor: {recipe.reward.floor}` cannot be checked: there are no pairs to measure "
+                f"`reward.adapter` on. "
                 "Give some in `data.pairs`, or set the floor to 0 to go on with a reward model that was not measured."
             )
     elif accuracy < recipe.reward.floor:
         raise StageError(
-            f"The reward model decides {accuracy:.3f} of held-out pairs as labelled, below `reward.floor: {recipe.reward.floor}`: "
-            "PPO would optimise noise. More or cleaner pairs help (`preference.samples`, `preference.min_margin`); to go on "
+            f"The reward model decides {accuracy:.3f} of held-out pairs as labelled, below `reward.floor: "
+            f"{recipe.reward.floor}`: "
+            "PPO would optimise noise. More or cleaner pairs help (`preference.samples`, `preference.min_margin`); to "
+            "go on "
             "all the same, lower the floor."
         )

@@ -74,7 +74,8 @@ def load(folder: Path) -> Checkpoint | None:
             raise ValueError("its content does not match its checksum")
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise StageError(
-            f"The checkpoint {path} is damaged ({error}). Delete {folder} to start this phase over; stages that are done "
+            f"The checkpoint {path} is damaged ({error}). Delete {folder} to start this phase over; stages that are "
+            f"done "
             "are kept."
         ) from error
     described = json.loads(text)

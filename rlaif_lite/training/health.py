@@ -58,7 +58,8 @@ SIGNS = {
     "unknown_tokens": Sign(
         lambda m: m.get("unknown_share", 0.0) > 0.2,
         True,
-        "more than a fifth of the target tokens are unknown to the base's tokenizer. Use a base that knows the language of "
+        "more than a fifth of the target tokens are unknown to the base's tokenizer. Use a base that knows the "
+        "language of "
         "the answers",
     ),
 }

@@ -76,7 +76,8 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, trackers: Trackers | None = None, health: Literal["warn", "stop"] = "warn"):
-        """`trackers` get every line that is written. `health`: what happens where the metrics say that nothing can be learnt (see `health.py`)."""
+        """`trackers` get every line that is written. `health`: what happens where the metrics say that nothing can be
+        learnt (see `health.py`)."""
         self.path = Path(path)
         self._trackers = trackers
         self._watch = Watch(health)
@@ -85,13 +86,15 @@ class MetricsLog:
     def resume(self, stage: str, step: int, digest: str | None = None) -> None:
         """Drops this stage's lines of `step` and later (all of them for step 0), and a line cut short by a kill.
 
-        `digest`: what `digest_of` gave at the checkpoint. Raises StageError where the lines before `step` are others."""
+        `digest`: what `digest_of` gave at the checkpoint. Raises StageError where the lines before `step` are
+        others."""
         lines = self._lines()
         kept = [line for line in lines if not (_stage(line) == stage and json.loads(line)["step"] >= step)]
         own = hashlib.sha256("".join(line for line in kept if _stage(line) == stage).encode())
         if digest is not None and own.hexdigest() != digest:
             raise StageError(
-                f"{self.path}: the lines of {stage} before step {step} are missing or changed since the checkpoint of that "
+                f"{self.path}: the lines of {stage} before step {step} are missing or changed since the checkpoint of "
+                f"that "
                 f"step. Put the file back, or delete the folder {self.path.parent / stage.partition('.')[0]} and run "
                 "again: that stage starts over."
             )
@@ -157,7 +160,8 @@ class MetricsLog:
                 _stage(line)
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise StageError(
-                    f"{self.path}, line {number}, is damaged: {line[:80]!r}. Put the file back, or delete it together with "
+                    f"{self.path}, line {number}, is damaged: {line[:80]!r}. Put the file back, or delete it together "
+                    f"with "
                     "the folder of the stage that was running, and run again."
                 ) from None
         return lines

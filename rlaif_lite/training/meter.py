@@ -6,6 +6,7 @@ a phase does not inherit the peak of an earlier one; where that is not possible 
 Worker processes are not counted.
 """
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -112,17 +113,15 @@ def versions() -> dict[str, str]:
 
 def give_back() -> None:
     """Return what the heap holds free to the system, so that a phase neither holds nor counts an earlier one's."""
-    try:
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library than Linux's
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError, TypeError):
-        pass  # another C library than Linux's
 
 
 def _reset_peak_rss() -> None:
-    try:
+    with contextlib.suppress(
+        OSError
+    ):  # not Linux, or a container that forbids it: the peak is then the process's so far
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        pass  # not Linux, or a container that forbids it: the peak is then the process's so far
 
 
 def _peak_rss() -> int:

@@ -153,8 +153,10 @@ class _Died(NamedTuple):
         """The second time: the video's fault, or raises StageError where it came from outside."""
         if self.code < 0 and -self.code not in CRASHES:
             raise StageError(
-                f"Processes that decode videos are being killed from outside ({self.how}, twice on {name}). The machine "
-                "may be out of memory: lower `features.workers` or free memory, and run again. What is done is kept, and "
+                f"Processes that decode videos are being killed from outside ({self.how}, twice on {name}). The "
+                f"machine "
+                "may be out of memory: lower `features.workers` or free memory, and run again. What is done is kept, "
+                "and "
                 "no video is set aside for this."
             )
         return VideoError(f"{name}: the decoder crashed on it, twice ({self.how}). Re-encode or remove the video.")

@@ -1,4 +1,5 @@
-"""The bench runs where there is no GPU, says of everybody either a number or why not, and claims nothing it did not measure."""
+"""The bench runs where there is no GPU, says of everybody either a number or why not, and claims nothing it did not
+measure."""
 
 import csv
 import importlib.util

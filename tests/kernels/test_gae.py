@@ -34,11 +34,12 @@ def test_matches_the_loop(impl, lengths, gamma, lam):
     mask_BT = torch.arange(T) < torch.tensor(lengths, dtype=torch.int64)[:, None]
     got = gae(reward_BT, value_BT, mask_BT, gamma=gamma, lam=lam, impl=impl)
     want = reference.gae(reward_BT.double(), value_BT.double(), mask_BT, gamma=gamma, lam=lam)
-    assert all(worst(a, b) <= 1e-5 for a, b in zip(got, want))
+    assert all(worst(a, b) <= 1e-5 for a, b in zip(got, want, strict=True))
     reward_BT[~mask_BT] = math.nan
     value_BT[~mask_BT] = math.inf
     assert all(
-        torch.equal(a, b) for a, b in zip(got, gae(reward_BT, value_BT, mask_BT, gamma=gamma, lam=lam, impl=impl))
+        torch.equal(a, b)
+        for a, b in zip(got, gae(reward_BT, value_BT, mask_BT, gamma=gamma, lam=lam, impl=impl), strict=True)
     )
 
 
@@ -48,21 +49,21 @@ def test_rows_longer_than_one_block(impl):
     mask_BT = torch.arange(700) < torch.tensor([[700], [512]])
     got = gae(reward_BT, value_BT, mask_BT, gamma=0.999, lam=0.99, impl=impl)
     want = reference.gae(reward_BT.double(), value_BT.double(), mask_BT, gamma=0.999, lam=0.99)
-    assert all(worst(a, b) <= 5e-5 for a, b in zip(got, want))
+    assert all(worst(a, b) <= 5e-5 for a, b in zip(got, want, strict=True))
 
 
 def test_bfloat16_in_float32_out(impl):
     reward_BT, value_BT = torch.randn(2, 3, 30).bfloat16()
     got = gae(reward_BT, value_BT, torch.ones(3, 30, dtype=torch.bool), gamma=1.0, lam=0.95, impl=impl)
     want = reference.gae(reward_BT.double(), value_BT.double(), torch.ones(3, 30), gamma=1.0, lam=0.95)
-    assert all(a.dtype == torch.float32 and worst(a, b) <= 1e-5 for a, b in zip(got, want))
+    assert all(a.dtype == torch.float32 and worst(a, b) <= 1e-5 for a, b in zip(got, want, strict=True))
 
 
 def test_float64_stays_float64():
     reward_BT, value_BT = torch.randn(2, 3, 30, dtype=torch.float64)
     got = gae(reward_BT, value_BT, torch.ones(3, 30), gamma=1.0, lam=0.95)
     want = reference.gae(reward_BT, value_BT, torch.ones(3, 30), gamma=1.0, lam=0.95)
-    assert all(worst(a, b) <= 1e-13 for a, b in zip(got, want))
+    assert all(worst(a, b) <= 1e-13 for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_ragged_vocabulary_far_from_zero(impl, mean_logit):
 def test_logits_of_ten_thousand(impl, dtype):
     ours, want, grad, grad64 = both(impl, *problem(12, 24, 130, dtype, spread=1e4))
     assert want[0].abs().max() > 1e4
-    for out, expected in zip(ours, want):
+    for out, expected in zip(ours, want, strict=True):
         assert out.isfinite().all()
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=5e-3)
     assert relative(grad, grad64) <= 1e-2
@@ -148,7 +148,7 @@ def test_banned_ids_are_as_if_they_were_not_there(impl, options, ban):
         alive_ND, weight_VD[:40].double(), target_N, reference_hidden_ND=reference_ND.double(), **options
     )
     (want[0].sum() + want[1].sum()).backward()
-    for out, expected in zip(ours, want):
+    for out, expected in zip(ours, want, strict=True):
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     assert relative(hidden_ND.grad, alive_ND.grad) <= 1e-5
 
@@ -247,7 +247,7 @@ def test_autocast_does_not_lower_the_precision():
     plain = linear_logprob(hidden_ND, weight_VD, target_N, reference_hidden_ND=reference_ND)
     with torch.autocast("cpu", torch.bfloat16):
         cast = linear_logprob(hidden_ND, weight_VD, target_N, reference_hidden_ND=reference_ND)
-    assert all(torch.equal(a, b) for a, b in zip(plain, cast))
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
 
 
 BAD = {

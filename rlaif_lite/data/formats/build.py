@@ -17,7 +17,18 @@ SOUND = ("audio", "audios")
 TOOLS = ("tools", "objects", "functions")
 OURS_ALONE = ("clip", "clips", "verdicts")
 # A misspelling of one of these would lose a video, an answer or its meaning in silence.
-GUARDED = ("video", "videos", "image", "images", "chosen", "rejected", "rejected_response", "label", "facts", *OURS_ALONE)
+GUARDED = (
+    "video",
+    "videos",
+    "image",
+    "images",
+    "chosen",
+    "rejected",
+    "rejected_response",
+    "label",
+    "facts",
+    *OURS_ALONE,
+)
 
 
 def refuse_unknown(found: dict, known: set[str]) -> None:

@@ -55,7 +55,9 @@ def score_answers(
                 scores = [verdict.score for verdict in verdicts]
             else:
                 both = [(item, found.questions) for item, (_, _, found) in zip(items, batch, strict=True)]
-                verdicts = in_pieces(both, len(both), lambda part: ask(active, *zip(*part), preference.claims))
+                verdicts = in_pieces(
+                    both, len(both), lambda part: ask(active, *zip(*part, strict=True), preference.claims)
+                )
                 scores = [-rejected(verdict) for verdict in verdicts]
         return [
             {

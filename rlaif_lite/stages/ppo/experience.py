@@ -67,8 +67,11 @@ def cut(
 
     def micro(index: list[int]) -> Micro:
         ids = [answers[i].ids for i in index]
-        rows = [encode_prompt(base, records[i].prompt, work.features(records[i])).extend(a) for i, a in zip(index, ids)]
-        value_rows = [critic_prompt(records[i]).extend(a) for i, a in zip(index, ids)]
+        rows = [
+            encode_prompt(base, records[i].prompt, work.features(records[i])).extend(a)
+            for i, a in zip(index, ids, strict=True)
+        ]
+        value_rows = [critic_prompt(records[i]).extend(a) for i, a in zip(index, ids, strict=True)]
         batch, value_batch = collate(base, rows), collate(base, value_rows)
         targets = [
             target_rows(r, ids, b.ids_BS.shape[1]).to(base.device)

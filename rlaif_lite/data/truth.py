@@ -157,7 +157,7 @@ def load_function(name: str) -> Function:
 def module_file(name: str) -> str:
     """The file of the module that "module:function" names. Raises DataError."""
     load_function(name)
-    return importlib.import_module(name.partition(":")[0]).__file__
+    return str(importlib.import_module(name.partition(":")[0]).__file__)
 
 
 def finding_of(said: Mapping[str, Any], place: str) -> Finding:

@@ -183,7 +183,7 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
         model = unsloth_loader.load(section, path, config, quantization, dtype, device)
     else:
         try:
-            model, info = AutoModelForImageTextToText.from_pretrained(
+            loaded: tuple = AutoModelForImageTextToText.from_pretrained(
                 path,
                 revision=section.revision,
                 dtype=dtype,
@@ -200,6 +200,7 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
                 f"missing, cut "
                 "or of another model; download the checkpoint again."
             ) from error
+        model, info = loaded
         refuse_incomplete(info, section.base)
     return finish(model, section, device, tower)
 

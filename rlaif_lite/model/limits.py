@@ -122,7 +122,7 @@ def too_long(key: str, source: str, video: int, prompt: int, answer: int, positi
 
 
 def _targets(record: Record, train_on: str) -> list[str]:
-    if record.chosen is not None:
+    if record.chosen is not None and record.rejected is not None:
         return [record.chosen, record.rejected]
     return [] if record.answer is None else answers_of(record, train_on)
 

@@ -10,6 +10,8 @@ such as DoRA, other dtypes and GPUs keep PEFT's own forward.
 Shapes: N tokens, D in, O out, R rank.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
@@ -54,6 +56,7 @@ class MergedForward:
 
     def __init__(self, layer: LoraLayer, keep: bool):
         self.layer = layer
+        self.plain: Callable[..., Tensor] = getattr(layer, "forward")  # noqa: B009  PEFT's; its class does not declare one
         self.weight_OD = dequantize_module_weight(layer.get_base_layer()).detach().clone() if keep else None
 
     def __call__(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -61,7 +64,7 @@ class MergedForward:
         active = layer.active_adapters
         one = len(active) == 1 and active[0] in layer.lora_A and active[0] not in layer.lora_variant
         if not one or layer.disable_adapters or layer.merged or x.dtype != torch.float32:
-            return type(layer).forward(layer, x, *args, **kwargs)
+            return self.plain(x, *args, **kwargs)
         A_RD, B_OR = layer.lora_A[active[0]].weight, layer.lora_B[active[0]].weight
         frozen = layer.get_base_layer()
         return MergedLinear.apply(x, A_RD, B_OR, layer.scaling[active[0]], frozen, self.weight_OD)
@@ -73,4 +76,4 @@ def merge_forwards(layers: list[LoraLayer]) -> None:
     keep = sum(4 * module.in_features * module.out_features for module in inner) <= KEEP_BYTES
     for layer in layers:
         if not isinstance(vars(layer).get("forward"), MergedForward):
-            layer.forward = MergedForward(layer, keep)
+            setattr(layer, "forward", MergedForward(layer, keep))  # noqa: B010  as above

@@ -89,8 +89,8 @@ def compare_pairs(
                 found = judge_pairs(active, asked, section.pairwise, section.batch_size)
                 return [[c.margin, c.consistent, c.has_mass] for c in found]
             items = [item_of(work, r, x, contexts) for r, a, b in batch for x in (a, b)]
-            found = judge_claims(active, items, section.claims, section.batch_size)
-        both = zip(found[0::2], found[1::2], strict=True)
+            scores = judge_claims(active, items, section.claims, section.batch_size)
+        both = zip(scores[0::2], scores[1::2], strict=True)
         return [[a.score - b.score, True, a.has_mass and b.has_mass] for a, b in both]
 
     with progress(len(pairs), label, unit="pair") as bar:

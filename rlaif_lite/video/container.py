@@ -82,10 +82,10 @@ def read_facts(path: str, frame_limit: int = FRAME_LIMIT) -> Facts:
             if stream is None or "attached_pic" in str(stream.disposition):
                 kinds = ", ".join(sorted({other.type for other in container.streams})) or "nothing that is whole"
                 raise VideoError(f"{path}: it has no video stream, only {kinds}.")
-            codec = stream.codec_context
-            codec.thread_count = 1  # one frame is decoded below
-            require_size(path, codec.width, codec.height, frame_limit)
-            format, promised, frame_pixels = container.format.name, stream.frames, codec.width * codec.height
+            stream.codec_context.thread_count = 1  # one frame is decoded below
+            width, height = stream.width, stream.height
+            require_size(path, width, height, frame_limit)
+            format, promised, frame_pixels = container.format.name, stream.frames, width * height
             expected = _expected_seconds(container, stream)
             tick = float(stream.time_base)
             step = float(1 / stream.average_rate) if stream.average_rate else tick
@@ -95,7 +95,9 @@ def read_facts(path: str, frame_limit: int = FRAME_LIMIT) -> Facts:
                 if packet.size and packet.stream.index == stream.index:
                     flags = (packet.is_keyframe, packet.is_discard, packet.is_corrupt)
                     packets.append(_Packet(packet.pts, packet.duration, *flags))
-                    if packet.is_keyframe and not is_intra(codec.name, bytes(packet), codec.extradata):
+                    if packet.is_keyframe and not is_intra(
+                        stream.codec_context.name, bytes(packet), stream.codec_context.extradata
+                    ):
                         false_keys += 1
                     if is_mirrored is None and format.startswith(("mov", "matroska")):
                         is_mirrored = _mirrored(packet)
@@ -142,7 +144,7 @@ def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return False, False, False
-    a, b, _, c, d, *_ = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    a, b, _, c, d, *_ = np.frombuffer(memoryview(matrix), np.int32)[:5].tolist()
     return (False, a < 0, d < 0) if abs(a) >= abs(b) else (True, c < 0, b < 0)
 
 
@@ -197,6 +199,6 @@ def _expected_seconds(container: av.container.InputContainer, stream: av.VideoSt
 def brief(error: Exception) -> str:
     """The last line of a decoder's message, without its stack trace and source file."""
     if isinstance(error, av.FFmpegError):
-        return error.strerror
+        return error.strerror or type(error).__name__
     lines = [line.strip() for line in str(error).split("Stack trace")[0].splitlines() if line.strip()]
     return re.sub(r"^\[[\d:]+\] \S+: ", "", lines[-1])[-200:] if lines else type(error).__name__

@@ -101,7 +101,7 @@ def open_picture(path: str, frame_limit: int) -> Image.Image:
 
 def is_animated(picture: Image.Image) -> bool:
     """Whether a viewer plays it. A JPEG of several pictures (MPO) shows the first."""
-    return picture.format in ("PNG", "WEBP", "GIF") and picture.is_animated
+    return picture.format in ("PNG", "WEBP", "GIF") and getattr(picture, "is_animated", False)
 
 
 def natural(path: str) -> list:

@@ -220,7 +220,7 @@ class Endpoint:
         import openai
 
         settings = {"temperature": 0, "max_tokens": REPLY_TOKENS} | self._body
-        message = {"role": "user", "content": whole(prompt.text)}
+        message: Any = {"role": "user", "content": whole(prompt.text)}
         try:
             async with asyncio.timeout(self._timeout):
                 response = await client.chat.completions.with_raw_response.create(
@@ -397,10 +397,9 @@ def _usage(usage: Any) -> tuple[int, int] | None:
     """Tokens of the prompt and of the reply; None where the server states no such counts, or impossible ones."""
     if not isinstance(usage, dict):
         return None
-    found = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if not all(type(count) is int and 0 <= count <= MOST_TOKENS for count in found):
-        return None
-    return found
+    asked, said = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    whole_numbers = type(asked) is int and type(said) is int
+    return (asked, said) if whole_numbers and 0 <= asked <= MOST_TOKENS and 0 <= said <= MOST_TOKENS else None
 
 
 def _seconds(retry_after: str | None) -> float | None:

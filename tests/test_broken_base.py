@@ -35,6 +35,11 @@ def edit(folder: Path, file: str, change) -> None:
     (folder / file).write_text(json.dumps(content))
 
 
+def copy_from_elsewhere(adapter: Path, folder: Path) -> None:
+    """An adapter as others make them: without the digests that a run leaves with its own."""
+    shutil.copytree(adapter, folder, ignore=shutil.ignore_patterns("files.sha256"))
+
+
 def drop_tensor(folder: Path) -> None:
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     key = next(key for key in index["weight_map"] if "layers.1.mlp.up_proj" in key)
@@ -133,7 +138,7 @@ def adapter(load, tmp_path_factory) -> Path:
 )
 def test_one_door_for_all_adapters(adapter, checkpoint, load, tmp_path, key, value, why):
     """The recipe's check and the loader refuse it for the same reason."""
-    shutil.copytree(adapter, tmp_path / "given")
+    copy_from_elsewhere(adapter, tmp_path / "given")
     edit(tmp_path / "given", "adapter_config.json", lambda c: c.update({key: value}))
     from rlaif_lite.recipe import check_files
 
@@ -145,7 +150,7 @@ def test_one_door_for_all_adapters(adapter, checkpoint, load, tmp_path, key, val
 
 def test_what_does_not_change_the_function_is_taken(adapter, tmp_path, load):
     """Dropout, versions, a pattern as targets: the pattern is never evaluated, however slow it would be."""
-    shutil.copytree(adapter, tmp_path / "given")
+    copy_from_elsewhere(adapter, tmp_path / "given")
     settings = {"lora_dropout": 0.5, "target_modules": r"(.*)*(.*)*(.*)*z_proj", "init_lora_weights": "gaussian"}
     edit(tmp_path / "given", "adapter_config.json", lambda c: c.update(settings))
     shape = read_adapter(tmp_path / "given")
@@ -156,7 +161,7 @@ def test_what_does_not_change_the_function_is_taken(adapter, tmp_path, load):
 
 
 def test_an_adapter_on_some_layers_is_refused(adapter, tmp_path):
-    shutil.copytree(adapter, tmp_path / "given")
+    copy_from_elsewhere(adapter, tmp_path / "given")
     tensors = load_file(tmp_path / "given" / "adapter_model.safetensors")
     kept = {key: value for key, value in tensors.items() if ".layers.1." not in key or "q_proj" in key}
     save_file(kept, tmp_path / "given" / "adapter_model.safetensors")
@@ -171,7 +176,7 @@ def test_an_adapter_on_some_layers_is_refused(adapter, tmp_path):
 
 @pytest.mark.parametrize("content", ["[]", "[" * 9000, "\x00", '{"r": 4}', " " * (2 << 20)])
 def test_a_damaged_configuration_is_one_message(adapter, tmp_path, content):
-    shutil.copytree(adapter, tmp_path / "given")
+    copy_from_elsewhere(adapter, tmp_path / "given")
     (tmp_path / "given" / "adapter_config.json").write_text(content)
     with pytest.raises(ModelError, match="adapter_config.json"):
         read_adapter(tmp_path / "given")

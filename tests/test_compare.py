@@ -179,7 +179,7 @@ def other_question(folder: Path) -> None:
     [
         (lambda run: finish(run, DATA | {"data.world.seed": 6}), r"`data.world.seed` is 5 in A and 6 in B"),
         (
-            lambda run: finish(run, {"data.test": ["~/t.json"], f"file {Path.home()}/t.json": "f0"}),
+            lambda run: finish(run, {"data.test": [f"{Path.home()}/t.json"], f"file {Path.home()}/t.json": "f0"}),
             r"the content of `data.test\[0\]` is not there in A and f0 in B",
         ),
         (fewer, "A has 60 questions and B 50, 50 of them the same"),

@@ -126,7 +126,7 @@ def test_killed_again_and_again_it_ends_the_same(work, tmp_path, monkeypatch, ov
     attempts = 0
     while True:
         again = Workspace(whole.recipe) if attempts else work(*overrides, "preference.batch_size=2")
-        left[0] = 5 + 7 * attempts  # lines, checkpoints and files that an attempt writes
+        left[0] = 5 + 5 * attempts  # lines, checkpoints and files that an attempt writes
         with monkeypatch.context() as patch:
             for module in (run_files, loop, checkpoint):
                 patch.setattr(module, "json", writers)
@@ -266,7 +266,7 @@ def test_a_text_model_divides_for_a_run(work, text_model):
     answers = [("describe", "first red ."), ("describe", "first red .")]
     found = divide_answers(made, answers, made.stage("dpo"), "x")
     assert found[0] == found[1] and found[0].claims
-    assert len(read_jsonl(made.stage("dpo") / "claims.jsonl")[0]) == 1  # what is said twice is divided once
+    assert len(read_jsonl(made.stage("dpo") / "claims.jsonl")[0]["results"]) == 1  # what is said twice is divided once
 
 
 # ----------------------------------------------------------------------------------------------------- best of several

@@ -90,7 +90,7 @@ def test_the_folder(finished):
     assert not left  # and never a pickle
     narratives = json.loads((folder / "context" / "narratives.json").read_text())
     assert len(narratives) == VIDEOS
-    rows = [row for batch in read_jsonl(folder / "context" / "captions.jsonl") for row in batch]
+    rows = [row for line in read_jsonl(folder / "context" / "captions.jsonl") for row in line["results"]]
     for row in rows:  # a caption without a word goes with its marker
         for marker, caption in zip(("first", "then", "finally"), row["captions"], strict=True):
             said = f"{marker} {caption}" in narratives[row["video"]]
@@ -203,7 +203,8 @@ def test_a_changed_key_makes_stale_what_depends_on_it(rerun, monkeypatch, capsys
     ran = Ran(monkeypatch)
     recipe = rerun(override)
     capsys.readouterr()
-    assert ran.after(recipe) == stale
+    checked = ["data"] if override.startswith("features.frames") else []  # records must fit into the context again
+    assert ran.after(recipe) == checked + stale
     said = capsys.readouterr().err
     if stale:
         assert f"{stale[0]}: runs again, because {why}" in said
@@ -332,7 +333,7 @@ def test_changed_files_make_stale_what_reads_them(checkpoint, world, tmp_path, m
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
     weights.write_bytes(data)
-    assert after() == FROM["features"] and after() == []
+    assert after() == STAGES and after() == []  # another base may not be able to write the answers
 
 
 def test_a_folder_has_one_run_at_a_time(finished):

@@ -301,7 +301,9 @@ def test_what_does_not_fit_is_refused_by_the_line_to_change(llava):
     with pytest.raises(StageError, match=said):
         refuse(plan)
     refuse(plan, until="reward")
-    with pytest.raises(StageError, match=r"`sft.easy.micro_batch` \(.*vlm_rlaif_7b_24gb.yaml:26\)"):
+    lines = (ROOT / "recipes" / "vlm_rlaif_7b_24gb.yaml").read_text().splitlines()
+    line = 1 + next(i for i, text in enumerate(lines) if text.strip().startswith("easy:"))
+    with pytest.raises(StageError, match=rf"`sft.easy.micro_batch` \(.*vlm_rlaif_7b_24gb.yaml:{line}\)"):
         refuse(on_card(llava, "8GB"))
     with pytest.raises(StageError, match=r"`model.gradient_checkpointing: true`"):
         refuse(on_card(llava, "8GB", "model.gradient_checkpointing=false"), until="sft")

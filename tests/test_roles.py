@@ -170,6 +170,7 @@ def test_saved_roles_come_back_bit_for_bit(roles, load, tmp_path):
     assert sorted(p.name for p in (tmp_path / "adapters" / "reward").iterdir() if p.suffix != ".md") == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "files.sha256",
         "head.safetensors",
     ]
 
@@ -209,6 +210,7 @@ def test_what_cannot_be_loaded_is_said(roles, load, tmp_path):
         roles.load("sft", tmp_path / "nothing")
     roles.add("sft")
     roles.save("sft", tmp_path / "sft")
+    (tmp_path / "sft" / "files.sha256").unlink()  # as an adapter from elsewhere
     tensors = load_file(tmp_path / "sft" / "adapter_model.safetensors")
     name = sorted(tensors)[0]
     save_file({**tensors, name: torch.zeros(4, 5)}, tmp_path / "sft" / "adapter_model.safetensors")

@@ -62,7 +62,7 @@ def read_claims(
         else:
             found = list(zip(token_ends(base, item.ids, verdict.claims), verdict.odds, strict=True))
         starts = [0, *(end for end, _ in found)]
-        out.append([Claim(start, end, odds) for start, (end, odds) in zip(starts, found, strict=True)])
+        out.append([Claim(start, end, odds) for start, (end, odds) in zip(starts, found, strict=False)])
     return out
 
 

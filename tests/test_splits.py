@@ -119,8 +119,8 @@ def test_pairs_stay_with_their_prompt_and_video(by_ppo):
     released = json.loads((by_ppo.folder / "preference" / "pairs.json").read_text())
     answers = {
         row["key"]: row["answers"]
-        for rows in read_jsonl(by_ppo.folder / "preference" / "answers.jsonl")
-        for row in rows
+        for line in read_jsonl(by_ppo.folder / "preference" / "answers.jsonl")
+        for row in line["results"]
     }
     assert len(pairs) == len(released) > 4
     for (record, chosen, rejected), theirs in zip(pairs, released, strict=True):
@@ -160,7 +160,7 @@ def test_the_same_seed_gives_different_questions_different_draws(by_ppo):
 
 def test_export_measures_on_the_record_s_own_answers(by_ppo, monkeypatch):
     seen = []
-    monkeypatch.setattr(export, "encode_answer", lambda base, text: seen.append(text) or [5, 6, 7])
+    monkeypatch.setattr(export, "encode_answer", lambda base, opening, text, end: seen.append(text) or [5, 6, 7])
     greedy = {row["key"]: row["answer"] for row in read_jsonl(by_ppo.folder / "evaluate" / "ppo.greedy.jsonl")}
     section = by_ppo.recipe.model
     export._logits(by_ppo, section, None, greedy)
@@ -175,7 +175,7 @@ def test_compare_pairs_by_record_and_clusters_by_video(by_ppo, shared):
         answers = {
             r["key"]: r["answers"]
             for line in read_jsonl(other.folder / "dpo" / "round1" / "answers.jsonl")
-            for r in line
+            for r in line["results"]
         }
         assert row["record"] in keyed and {row["chosen"], row["rejected"]} <= set(answers[row["record"]])
     found = compare(by_ppo.folder, other.folder)

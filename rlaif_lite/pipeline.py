@@ -29,7 +29,7 @@ from .recipe import Recipe, dump_yaml, flatten, load_recipe, neutral_keys, recip
 from .report import page
 from .run_folder import MARKS, check, explained, left_by, only_run, seal
 from .stages import context, data, dpo, evaluate, features, ppo, preference, reward, sft
-from .training.health import findings
+from .training.health import counted, findings
 from .training.loop import MetricsLog
 from .training.meter import Meter, describe_machine, versions
 from .video.cache import read_index
@@ -322,7 +322,7 @@ def write_summary(work: Workspace, stages: list[str], finished: bool) -> None:
                 for name, done in found.items()
                 if done is not None
             },
-            "health": findings(read_jsonl(work.log.path)),
+            "health": findings(read_jsonl(work.log.path)) + counted(results),
             "features": results.get("features"),
             "evaluation": evaluation.get("evaluation", {}),
             "evaluation_intervals": evaluation.get("evaluation_intervals", {}),

@@ -89,18 +89,22 @@ RECIPE = {
 }
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
+def random_base(folder: Path) -> Path:
     """A base with random weights: config, tokenizer, processor and safetensors, as a user would have it.
 
     What its blocks add to the stream is made large, or with tied embeddings every token would be followed by itself."""
-    folder = tmp_path_factory.mktemp("base")
     model = architecture.build_model(seed=0)
     for name, weight in model.named_parameters():
         if "language_model" in name and name.endswith(("o_proj.weight", "down_proj.weight")):
             weight.data.mul_(10)
     architecture.save(model, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """The random base, saved once."""
+    return random_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="session")

@@ -3,46 +3,21 @@
 from pathlib import Path
 
 import pytest
-import yaml
 
 from core import RECIPE
 from rlaif_lite import pipeline
-from rlaif_lite.recipe import Recipe, Section, flatten, load_recipe, neutral_keys
+from rlaif_lite.recipe import Recipe, Section, flatten, neutral_keys
 from rlaif_lite.workspace import Workspace
+from shrunk import shrunk
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("tiny*.yaml"))
-# Sizes that a test can afford; what a recipe does otherwise stays as shipped.
-SMALL = {
-    "threads": 1,
-    "device": "cpu",
-    "data.world.sft": 6,
-    "data.world.preference": 8,
-    "data.world.rl": 6,
-    "data.world.test": 4,
-    "data.world.workers": 1,
-    "features.workers": 1,
-    "preference.samples": 2,
-    "preference.max_new_tokens": 12,
-    "reward.floor": 0.0,
-    "ppo.steps": 1,
-    "ppo.max_new_tokens": 6,
-    "ppo.epochs": 1,
-    "dpo.rounds": 1,
-    "dpo.prompts": 4,
-    "dpo.heldout": 0.3,
-    "evaluate.max_new_tokens": 6,
-    "evaluate.bootstrap": 20,
-    "evaluate.samples": 1,
-    "evaluate.examples": 1,
-    "health": "warn",
-}
 # Read, but without a say in what the stage leaves.
 HARMLESS = {
     "features": {  # the base is loaded whole, and only its tower is run, which is neither quantised nor adapted
         *("model.quantization", "model.loader", "model.dense_rollouts", "model.lora.rank", "model.lora.alpha"),
         *("model.lora.targets", "model.reward_base.quantization", "model.reward_base"),
-    },
-    "sft": {"features.clips"},  # the name of a record's view follows from it, its frames do not
+        "model.chat_template",  # of texts; the tower sees frames
+    }
 }
 FAST = ("tiny_grpo", "tiny_isr_dpo")  # the others with `-m slow`
 
@@ -118,33 +93,11 @@ def covered(recipe: Recipe, name: str) -> set[str]:
     return found
 
 
-def small(path: Path, folder: Path, checkpoint: Path) -> Recipe:
-    given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    base = yaml.safe_load((path.parent / given["base_recipe"]).read_text()) if "base_recipe" in given else {}
-    training = [f"{key}.{name}={value}" for key in ("sft.easy", "sft.hard", "sft.policy_init", "reward", "dpo",
-                "dpo.divide.train") for name, value in (("steps", 1), ("batch_size", 4), ("micro_batch", "null"))
-                if not any(part is None for part in _path(base | given, key))]  # fmt: skip
-    group = 2 if {**base.get("ppo", {}), **given.get("ppo", {})}.get("group_size", 1) > 1 else 1
-    sizes = ["ppo.rollouts=4", f"ppo.group_size={group}", "ppo.minibatch=4", "ppo.micro_batch=null"]
-    if any("dpo.divide." in override for override in training):  # a divider of one step divides nothing
-        sizes += ["dpo.divide.split=null", "dpo.divide.ask=null"]
-    overrides = [f"{key}={value}" for key, value in SMALL.items()] + training + sizes
-    return load_recipe(path, [*overrides, f"model.base={checkpoint}", f"output={folder / 'run'}"])
-
-
-def _path(given: dict, key: str) -> list:
-    out = []
-    for word in key.split("."):
-        given = given.get(word, None if word in ("divide", "train") else {}) if isinstance(given, dict) else None
-        out.append(given)
-    return out
-
-
 @pytest.mark.parametrize(
     "path", [pytest.param(p, id=p.stem, marks=() if p.stem in FAST else pytest.mark.slow) for p in RECIPES]
 )
 def test_every_key_that_a_stage_reads_makes_it_stale(path, tmp_path, checkpoint, record):
-    recipe = small(path, tmp_path, checkpoint)
+    recipe = shrunk(path, tmp_path, checkpoint)
     reads = record(recipe)
     missed = {}
     for name in recipe.stages:

@@ -35,6 +35,7 @@ class Claim(NamedTuple):
     start: int  # its first token
     end: int  # the token after its last
     odds: float  # log P(no) - log P(yes): positive = the judge takes it for false
+    mass: float = 1.0  # P(yes) + P(no)
 
 
 def sampled_answer(
@@ -58,11 +59,11 @@ def read_claims(
     out = []
     for item, verdict in zip(items, judge_claims(role, items, section, batch_size), strict=True):
         if section.mode == "inline":
-            found = [(t + 1, verdict.odds[t]) for t, mass in enumerate(verdict.mass) if mass > VERDICT]
+            found = [(t + 1, verdict.odds[t], mass) for t, mass in enumerate(verdict.mass) if mass > VERDICT]
         else:
-            found = list(zip(token_ends(base, item.ids, verdict.claims), verdict.odds, strict=True))
-        starts = [0, *(end for end, _ in found)]
-        out.append([Claim(start, end, odds) for start, (end, odds) in zip(starts, found, strict=False)])
+            found = list(zip(token_ends(base, item.ids, verdict.claims), verdict.odds, verdict.mass, strict=True))
+        starts = [0, *(end for end, _, _ in found)]
+        out.append([Claim(start, *rest) for start, rest in zip(starts, found, strict=False)])  # one start too many
     return out
 
 

@@ -15,6 +15,7 @@ import inspect
 import logging
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -102,6 +103,10 @@ class Base:
                 "The vision tower was dropped after the features stage; load the base again to encode frames."
             )
         return self.family.encode(self.model, pixels_TCHW.to(self.device, self.dtype), self.images)
+
+    def unknown_share(self, ids: Sequence[int]) -> float:
+        """The share of tokens that stand for words which the tokenizer does not know."""
+        return list(ids).count(self.tokenizer.unk_token_id) / max(1, len(ids))
 
     def fingerprint(self) -> str:
         """sha256 over the bytes of every parameter that belongs to the base (adapters left out)."""

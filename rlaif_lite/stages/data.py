@@ -15,7 +15,10 @@ from ..progress import progress
 from ..workspace import Workspace
 
 # What decides whether the base can read and write the records; it changes none of them.
-CHECKED = ("model.base", "model.revision", "features.frames", "features.prune", "sft.train_on")
+CHECKED = (
+    *("model.base", "model.revision", "model.chat_template", "features.frames", "features.prune", "sft.train_on"),
+    *("preference.max_new_tokens", "ppo.max_new_tokens", "evaluate.max_new_tokens"),
+)
 READS = ("data", *CHECKED, *TRUTH)
 NEEDS = ()
 

@@ -9,14 +9,17 @@ Shapes: T frames, G frames after merging in time, P tokens per frame, D width, K
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 
 from ..data.records import Record
-from ..errors import DataError, VideoError
+from ..errors import DataError, StageError, VideoError
 from ..files import write_json
 from ..model.base import Base
+from ..model.families import Encoded
 from ..model.layout import check_chain, lay_out, merged_times
+from ..model.memory import in_pieces, out_of_memory
 from ..model.pixels import to_pixels
 from ..phases import phase
 from ..progress import progress, say
@@ -169,7 +172,7 @@ def encode(base: Base, frames: dict[str, Frames], chain: list[dict]) -> dict[str
     merged = base.images.patch.frames if base.images.patch else 1
     pixels = [to_pixels(view.rgb_THWC, base.images) for view in frames.values()]
     pixels = [torch.cat([each, each[-1:].expand(-len(each) % merged, -1, -1, -1)]) for each in pixels]
-    encoded = base.encode(torch.cat(pixels))
+    encoded = through_tower(base, torch.cat(pixels), merged)
     parts = encoded.features_LGPD.split([len(pixels_TCHW) // merged for pixels_TCHW in pixels], 1)
     return {
         name: lay_out(
@@ -183,6 +186,28 @@ def encode(base: Base, frames: dict[str, Frames], chain: list[dict]) -> dict[str
         )
         for (name, view), features_LGPD in zip(frames.items(), parts, strict=True)
     }
+
+
+def through_tower(base: Base, pixels_TCHW: torch.Tensor, merged: int) -> Encoded:
+    """`Base.encode`, in parts of half as many frames for as long as memory runs out. `merged`: frames that stay together.
+
+    Raises StageError where the fewest frames do not fit: that is no fault of the video."""
+
+    def encode_groups(groups: Sequence[torch.Tensor]) -> list[Encoded]:
+        encoded = base.encode(torch.cat(list(groups)))
+        return [encoded._replace(features_LGPD=part) for part in encoded.features_LGPD.split(1, 1)]
+
+    groups = pixels_TCHW.split(merged)
+    try:
+        parts = in_pieces(groups, len(groups), encode_groups)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise StageError(
+            f"features: {merged} frame(s) of {tuple(pixels_TCHW.shape[2:])} pixels do not fit into memory in the vision "
+            "tower. Lower `features.max_pixels`, or free memory on the device. Videos that are done stay in the cache."
+        ) from error
+    return parts[0]._replace(features_LGPD=torch.cat([part.features_LGPD for part in parts], 1))
 
 
 def tower_digest(base: Base) -> str:

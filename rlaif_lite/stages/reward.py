@@ -123,6 +123,8 @@ def run(work: Workspace) -> dict:
     layout = RewardInput(work)
     steps = steps_of(section, len(train), section.batch_size)
     order = batches(len(train), section.batch_size, steps, work.recipe.seed, "reward")
+    tokens = layout.base.tokenizer([f"{a} {b}" for _, a, b in train], add_special_tokens=False)["input_ids"]
+    unknown = [layout.base.unknown_share(ids) for ids in tokens]
 
     def step_loss(active: ActiveRole, step: int, micro: int) -> dict[str, float]:
         chosen = [train[i] for i in order[step]]
@@ -136,7 +138,7 @@ def run(work: Workspace) -> dict:
                 (loss * share).backward()
             for name, value in (("loss", loss), ("accuracy", stats.accuracy), ("margin", stats.margin)):
                 totals[name] += value.item() * share
-        return totals
+        return totals | {"unknown_share": sum(unknown[i] for i in order[step]) / len(chosen)}
 
     fit(
         work.roles,

@@ -48,7 +48,7 @@ READS = (
     "data.sft_hard",
     "data.policy_init",
     "data.max_easy_words",
-    "features.clip_frames",  # of records that are about a clip
+    *("features.clips", "features.clip_frames"),  # of records that are about a clip
 )
 NEEDS = ("data", "features")
 CHECKPOINT_EVERY = 20
@@ -106,7 +106,7 @@ def train(
         for part in split_micro(rows, micro):
             loss += backward(active, part, total)
         targets = [t for e in rows for t in e.targets_S if t != IGNORE]
-        return {"loss": loss, "unknown_share": targets.count(base.tokenizer.unk_token_id) / len(targets)}
+        return {"loss": loss, "unknown_share": base.unknown_share(targets)}
 
     fit(
         work.roles,

@@ -55,12 +55,17 @@ SIGNS = {
         True,
         "the gradient is exactly zero. Check that targets, pairs or rewards differ",
     ),
+    "silent_judge": Sign(
+        lambda m: m.get("judge/without_mass", 0.0) > 0.5,
+        False,
+        "in more than half of its verdicts the judge says neither of its words. Choose words that the model uses "
+        "(`preference.claims.yes` and `.no`, `preference.pairwise.choices`), or train it longer in `sft`",
+    ),
     "unknown_tokens": Sign(
         lambda m: m.get("unknown_share", 0.0) > 0.2,
         True,
-        "more than a fifth of the target tokens are unknown to the base's tokenizer. Use a base that knows the "
-        "language of "
-        "the answers",
+        "more than a fifth of the tokens that it learns from are unknown to the base's tokenizer. Use a base that knows "
+        "the language of the answers",
     ),
 }
 
@@ -108,3 +113,23 @@ def findings(lines: Iterable[dict]) -> list[dict]:
             }
             found.setdefault((line["stage"], name), new)["steps"] += 1
     return list(found.values())
+
+
+COUNTS = {
+    (
+        "context",
+        "empty_captions",
+    ): "a caption has no word and is left out of the narrative. Train longer in `sft`, or raise "
+    "`context.max_new_tokens`",
+    ("preference", "verdicts_without_mass"): "the judge says neither of its words, so its verdict is noise. See "
+    "`silent_judge` in docs/reliability.md",
+}
+
+
+def counted(results: Mapping[str, Mapping]) -> list[dict]:
+    """What the results of stages count, as entries like those of `findings`; `first_step` is None."""
+    return [
+        {"stage": stage, "sign": sign, "first_step": None, "steps": count, "words": words}
+        for (stage, sign), words in COUNTS.items()
+        if (count := results.get(stage, {}).get(sign))
+    ]

@@ -302,7 +302,8 @@ def train(
             loss, stats = backward(work, active, [pairs[i] for i in part], [reference[i] for i in part], len(batch))
             for name, value in (("loss", loss), *stats._asdict().items()):
                 totals[name] += value.item() * len(part) / len(batch)
-        return totals
+        said = [id for i in batch for id in (*pairs[i].chosen_ids, *pairs[i].rejected_ids)]
+        return totals | {"unknown_share": work.base().unknown_share(said)}
 
     if not folder.exists():
         with lent(work, "policy", before):

@@ -40,7 +40,7 @@ class RankingFeedback(Feedback):
         super().__init__(work)
         work.load_role("sft")
         self.contexts = work.narratives() if work.recipe.ppo.judge_context else None
-        self.without_mass = 0  # verdicts of the last step in which the judge says neither of its words
+        self.without_mass = 0.0  # share of the last step's verdicts in which the judge says neither of its words
 
     def take(self, records: list[Record], answers: list[Trajectory], step: int) -> Taken:
         texts = [decode_answer(self.work.base(), a.ids) for a in answers]
@@ -48,7 +48,7 @@ class RankingFeedback(Feedback):
             by_claims = self.work.recipe.preference.judge == "claims"
             scores = self.by_claims(records, texts) if by_claims else self.by_pairs(records, texts)
         # places are worth the same in every step
-        metrics = {"objective/scores": sum(scores) / len(scores), "judge/without_mass": float(self.without_mass)}
+        metrics = {"objective/scores": sum(scores) / len(scores), "judge/without_mass": self.without_mass}
         return super().take(records, answers, step)._replace(scores=scores, metrics=metrics)
 
     def by_claims(self, records: list[Record], texts: list[str]) -> list[float]:
@@ -56,7 +56,8 @@ class RankingFeedback(Feedback):
         items = [item_of(self.work, r, text, self.contexts) for r, text in zip(records, texts, strict=True)]
         with self.work.roles.use("sft") as judge:
             verdicts = judge_claims(judge, items, section.claims, section.batch_size)
-        self.without_mass = refuse_silent_judge([verdict.has_mass for verdict in verdicts], "ppo: ranking")
+        silent = refuse_silent_judge([verdict.has_mass for verdict in verdicts], "ppo: ranking")
+        self.without_mass = silent / len(verdicts)
         return [verdict.score for verdict in verdicts]
 
     def by_pairs(self, records: list[Record], texts: list[str]) -> list[float]:
@@ -70,7 +71,8 @@ class RankingFeedback(Feedback):
         ]
         with work.roles.use("sft") as judge:
             choices = judge_pairs(judge, pairs, section.pairwise, section.batch_size)
-        self.without_mass = refuse_silent_judge([choice.has_mass for choice in choices], "ppo: ranking")
+        silent = refuse_silent_judge([choice.has_mass for choice in choices], "ppo: ranking")
+        self.without_mass = silent / len(choices)
         totals = [0.0] * len(texts)
         for (i, j), choice in zip(numbers, choices, strict=True):
             totals[i] += choice.margin

@@ -27,6 +27,7 @@ from math import inf
 from typing import NamedTuple
 
 from ...data.records import Record, question_of
+from ...judge.claims import MIN_MASS
 from ...judge.rlif import Claim, omissions, read_claims, sampled_answer
 from ...model.inputs import encode_prompt
 from ...model.text import decode_answer
@@ -69,7 +70,7 @@ class InterventionFeedback(Feedback):
         drafts = [Draft(i, said, 0) for i, said in enumerate(answers)]
         judged = self.judge(records, drafts, step, 0)
         omitted = self.omitted(records, drafts)
-        metrics = figures(judged, omitted, self.section.tau)
+        metrics = figures(judged, omitted, self.section.tau) | {"judge/without_mass": self.without_mass(drafts, judged)}
         if self.section.takeover == "label":
             rows = [self.row(s, h.taken_ends(), left) for s, h, left in zip(drafts, judged, omitted, strict=True)]
         elif self.section.takeover == "stop":
@@ -112,6 +113,15 @@ class InterventionFeedback(Feedback):
             )
         with work.roles.use("sft") as role, phase("judge claims", sum(len(s.said.ids) for s in drafts)):
             return read_claims(role, items, judge.claims, judge.batch_size)
+
+    def without_mass(self, drafts: list[Draft], judged: list[JudgedDraft]) -> float:
+        """The share of the answers that say something in which the judge says neither of its words."""
+        heard = [
+            any(claim.mass >= MIN_MASS for claim in h.claims)
+            for s, h in zip(drafts, judged, strict=True)
+            if any(i != self.work.base().eos_id for i in s.said.ids)
+        ]
+        return heard.count(False) / max(1, len(heard))
 
     def omitted(self, records: list[Record], drafts: list[Draft]) -> list[float]:
         """How many statements of the narrative each draft leaves out."""

@@ -43,7 +43,8 @@ def shrunk(path: Path, folder: Path, checkpoint: Path, *overrides: str) -> Recip
     group = 2 if {**base.get("ppo", {}), **given.get("ppo", {})}.get("group_size", 1) > 1 else 1
     sizes = ["ppo.rollouts=4", f"ppo.group_size={group}", "ppo.minibatch=4", "ppo.micro_batch=null"]
     if any("dpo.divide." in size for size in training):  # a divider of one step divides nothing
-        sizes += ["dpo.divide.split=null", "dpo.divide.ask=null"]
+        training = [size for size in training if "dpo.divide." not in size]
+        sizes += ["dpo.divide.split=null", "dpo.divide.ask=null", "dpo.divide.train=null"]
     small = [f"{key}={value}" for key, value in SMALL.items()] + training + sizes
     return load_recipe(path, [*small, f"model.base={checkpoint}", f"output={folder / 'run'}", *overrides])
 

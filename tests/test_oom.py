@@ -14,9 +14,10 @@ from rlaif_lite.files import read_jsonl
 from rlaif_lite.judge.claims import AnswerToJudge, judge_claims
 from rlaif_lite.judge.pairwise import AnswerPair, judge_pairs
 from rlaif_lite.model.memory import in_pieces, out_of_memory
+from rlaif_lite.model.pixels import to_pixels
 from rlaif_lite.model.roles import ActiveRole, Roles
 from rlaif_lite.recipe import Claims, Lora, Pairwise
-from rlaif_lite.stages import reward, sft
+from rlaif_lite.stages import features, reward, sft
 from rlaif_lite.stages.ppo import step as ppo
 from rlaif_lite.training.oom import Backoff, snapshot
 from rlaif_lite.workspace import Workspace
@@ -233,3 +234,27 @@ def test_a_gpu_leaves_its_blocks(tmp_path):
     assert str(tmp_path) in snapshot(tmp_path / "oom.json")
     left = json.loads((tmp_path / "oom.json").read_text())
     assert left["stats"]["allocated_bytes.all.current"] >= block.nbytes and left["segments"]
+
+
+@pytest.mark.parametrize("fits", [4, 1])
+def test_frames_that_do_not_fit_go_through_the_tower_in_parts(load, monkeypatch, fits):
+    """The features are those of all frames at once; and no frame that does not fit is the video's fault."""
+    base = load(tower=True)
+    rgb_THWC = torch.randint(0, 256, (8, 32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = to_pixels(rgb_THWC.numpy(), base.images)
+    whole = base.encode(pixels)
+    plain, seen = type(base).encode, []
+
+    def guarded(self, pixels_TCHW):
+        if len(pixels_TCHW) > fits:
+            no_room()
+        seen.append(len(pixels_TCHW))
+        return plain(self, pixels_TCHW)
+
+    monkeypatch.setattr(type(base), "encode", guarded)
+    found = features.through_tower(base, pixels, 1)
+    assert seen == [fits] * (8 // fits) and found.grid == whole.grid
+    assert torch.allclose(found.features_LGPD, whole.features_LGPD, atol=1e-5)
+    monkeypatch.setattr(type(base), "encode", lambda self, pixels_TCHW: no_room())
+    with pytest.raises(StageError, match=r"1 frame\(s\) of .* do not fit .*features.max_pixels"):
+        features.through_tower(base, pixels, 1)

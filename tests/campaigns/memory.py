@@ -17,9 +17,7 @@ from rlaif_lite.files import remove
 from rlaif_lite.training.oom import Backoff
 
 NEAR = 1e-6  # of a weight, where the failure was in reading or sampling: pieces of another size round in another way
-ROUNDING = (
-    1e-4  # where a training step was undone; learning rates here are 5e-4 to 5e-3, and Adam divides by small numbers
-)
+ROUNDING = 1e-4  # where a training step was undone: rates here are 5e-4 to 5e-3, and Adam divides by small numbers
 
 
 def short_of_memory(stage: str, at: int) -> Callable[[], int]:

@@ -69,15 +69,16 @@ def run(
     if until is not None and until not in recipe.stages:
         raise StageError(f"There is no stage `{until}`; the stages are {', '.join(recipe.stages)}.")
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
-    plan = make_plan(settle(recipe, Path(recipe.output)))
-    recipe = plan.recipe
-    if not force:
-        refuse(plan, until)
-    work = Workspace(recipe)
-    work.video_tokens = plan.video_tokens
+    folder = Path(recipe.output)
     digests: dict[str, str] = {}
-    here = lambda: list(digests)[-1] if digests else str(work.folder)
-    with explained(work.folder, here, lambda: list(digests)[:-1]):
+    here = lambda: list(digests)[-1] if digests else str(folder)
+    with explained(folder, here, lambda: list(digests)[:-1]):
+        plan = make_plan(settle(recipe, folder))
+        recipe = plan.recipe
+        if not force:
+            refuse(plan, until)
+        work = Workspace(recipe)
+        work.video_tokens = plan.video_tokens
         work.folder.mkdir(parents=True, exist_ok=True)
         with only_run(work.folder):
             clean(work.folder)

@@ -64,8 +64,8 @@ SIGNS = {
     "unknown_tokens": Sign(
         lambda m: m.get("unknown_share", 0.0) > 0.2,
         True,
-        "more than a fifth of the tokens that it learns from are unknown to the base's tokenizer. Use a base that knows "
-        "the language of the answers",
+        "more than a fifth of the tokens that it learns from are unknown to the base's tokenizer. Use a base that "
+        "knows the language of the answers",
     ),
 }
 

@@ -56,7 +56,7 @@ def chain(method: str, kind: str, kills: int, checkpoint: Path, folder: Path, rn
 
 
 def campaign(
-    count: int, kind: str, checkpoint: Path, folder: Path, methods: tuple[str, ...], say, each: int = 10
+    count: int, kind: str, checkpoint: Path, folder: Path, methods: tuple[str, ...], say, each: int = 5
 ) -> list[Killed]:
     """`count` kills spread over the methods, `each` of them in one run."""
     rng, found, turn = random.Random(f"{kind}{count}"), [], 0

@@ -108,7 +108,7 @@ def campaign(count: int, checkpoint: Path, folder: Path, methods: tuple[str, ...
         if ended.status:
             faults = [f"status {ended.status}: {ended.said[-500:]}"]
         else:
-            # A training step that was undone: what the smaller size gives when it is taken without a failure, bit for bit.
+            # A step that was undone gives what the smaller size gives without a failure, bit for bit.
             undone = re.findall(r"(\S+): step (\d+): out of memory", out.read_text()[said:])
             if undone:
                 failed = output.with_name("failed")

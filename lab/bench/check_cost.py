@@ -2,8 +2,8 @@
 
     python -m lab.bench.check_cost RUN STEPS
 
-RUN is a finished run folder. Its PPO stage runs again for STEPS steps in a copy. Counted are: the search for values that
-are not finite (metrics, adapters, optimisers), the health signs, the digests of metrics and checkpoints, and syncs.
+RUN is a finished run folder. Its PPO stage runs again for STEPS steps in a copy. Counted are: the search for values
+that are not finite (metrics, adapters, optimisers), the health signs, the digests of metrics and checkpoints, and syncs.
 """
 
 import argparse

@@ -189,7 +189,7 @@ def encode(base: Base, frames: dict[str, Frames], chain: list[dict]) -> dict[str
 
 
 def through_tower(base: Base, pixels_TCHW: torch.Tensor, merged: int) -> Encoded:
-    """`Base.encode`, in parts of half as many frames for as long as memory runs out. `merged`: frames that stay together.
+    """`Base.encode`, in parts of half as many frames where memory runs out. `merged`: frames that stay together.
 
     Raises StageError where the fewest frames do not fit: that is no fault of the video."""
 
@@ -204,8 +204,8 @@ def through_tower(base: Base, pixels_TCHW: torch.Tensor, merged: int) -> Encoded
         if not out_of_memory(error):
             raise
         raise StageError(
-            f"features: {merged} frame(s) of {tuple(pixels_TCHW.shape[2:])} pixels do not fit into memory in the vision "
-            "tower. Lower `features.max_pixels`, or free memory on the device. Videos that are done stay in the cache."
+            f"features: {merged} frame(s) of {tuple(pixels_TCHW.shape[2:])} pixels do not fit into memory in the "
+            "vision tower. Lower `features.max_pixels`, or free memory on the device. Videos that are done stay cached."
         ) from error
     return parts[0]._replace(features_LGPD=torch.cat([part.features_LGPD for part in parts], 1))
 

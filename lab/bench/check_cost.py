@@ -1,21 +1,17 @@
 """What the checks of a PPO step cost: processor seconds inside them, against those of the whole stage, in one run.
 
-    python -m lab.bench.check_cost RUN STEPS
+    python -m lab.bench.check_cost RECIPE [KEY=VALUE ...]
 
-RUN is a finished run folder. Its PPO stage runs again for STEPS steps in a copy. Counted are: the search for values
-that are not finite (metrics, adapters, optimisers), the health signs, the digests of metrics and checkpoints, and syncs.
+All stages before PPO run first, where they are not done. Counted are, in the PPO stage: the search for values
+that are not finite (metrics, adapters, optimisers), the health signs, the digests of metrics and checkpoints, syncs.
 """
 
 import argparse
-import shutil
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-import torch
-
-from rlaif_lite import files
+from rlaif_lite import files, pipeline
 from rlaif_lite.files import remove
 from rlaif_lite.model import roles
 from rlaif_lite.recipe import load_recipe
@@ -51,21 +47,18 @@ def timed(owner: object, name: str, spent: Counter) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("steps", type=int)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("keys", nargs="*")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "run"
-        shutil.copytree(given.run, copy)
-        remove(copy / "ppo")
-        recipe = load_recipe(copy / "recipe.yaml", [f"output={copy}", f"ppo.steps={given.steps}", "threads=1"])
-        torch.set_num_threads(1)
-        spent: Counter = Counter()
-        for owner, name in CHECKS:
-            timed(owner, name, spent)
-        began = time.process_time()
-        ppo.run(Workspace(recipe))
-        whole = time.process_time() - began
+    recipe = load_recipe(given.recipe, given.keys)
+    pipeline.run(recipe, until="reward")
+    remove(Path(recipe.output) / "ppo" / "checkpoint")
+    spent: Counter = Counter()
+    for owner, name in CHECKS:
+        timed(owner, name, spent)
+    began = time.process_time()
+    ppo.run(Workspace(recipe))
+    whole = time.process_time() - began
     for name, seconds in spent.most_common():
         print(f"{name:<20}{seconds:8.3f} s")
     print(f"checks take {spent.total():.3f} of {whole:.1f} processor seconds: {spent.total() / whole:.2%}")

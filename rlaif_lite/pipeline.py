@@ -244,6 +244,8 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
         found["file of evaluate.synonyms"] = file_digest(Path(found["evaluate.synonyms"]))
     if found.get("evaluate.truth") is not None:
         found["code of evaluate.truth"] = file_digest(module_file(found["evaluate.truth"]))
+    if name == "sft" and own_files(work.recipe.data) and work.cut_by_recipe():
+        found["features.clips"] = work.recipe.features.clips
     if name == "data":
         for path in own_files(work.recipe.data):
             found[f"file {path}"] = file_digest(path)

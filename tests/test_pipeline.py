@@ -19,6 +19,7 @@ from rlaif_lite.errors import DataError, StageError
 from rlaif_lite.files import by_batches, read_jsonl, write_jsonl
 from rlaif_lite.model.base import load_base
 from rlaif_lite.recipe import flatten, load_recipe
+from rlaif_lite.stages import sft
 from rlaif_lite.workspace import Workspace
 
 STAGES = ["data", "features", "sft", "context", "preference", "reward", "ppo", "evaluate"]
@@ -480,6 +481,19 @@ def test_the_narrative_may_have_other_clips_than_the_records(rerun):
     assert {len(row["captions"]) for batch in captions for row in batch["results"]} == {2}
     narrated = work.views(work.records("preference")[0])
     assert set(narrated) == {"video", "clip0", "clip1"}
+
+
+@pytest.mark.parametrize("clips", [None, 3])
+def test_records_that_the_recipe_cuts_are_stale_with_it(recipe, tmp_path, world, clips):
+    """`features.clips` decides which frames a record's clip has, unless the record says of how many it is one."""
+    own = json.loads((world / "sft_easy.jsonl").read_text().splitlines()[0])
+    own |= {"video": str(world / own["video"]), "clips": clips}
+    (tmp_path / "own.jsonl").write_text(json.dumps({k: v for k, v in own.items() if v is not None}))
+    reads = [
+        pipeline.inputs(Workspace(recipe(f"data.sft_easy=[{tmp_path / 'own.jsonl'}]", *more)), "sft", sft.READS)
+        for more in ((), ("features.clips=2", "context.markers=[first,finally]"))
+    ]
+    assert (reads[0] == reads[1]) == (clips is not None)
 
 
 def test_a_record_about_a_clip_that_is_not_there(recipe, tmp_path, world):

@@ -48,7 +48,7 @@ READS = (
     "data.sft_hard",
     "data.policy_init",
     "data.max_easy_words",
-    *("features.clips", "features.clip_frames"),  # of records that are about a clip
+    "features.clip_frames",  # of records that are about a clip
 )
 NEEDS = ("data", "features")
 CHECKPOINT_EVERY = 20

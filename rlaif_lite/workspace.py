@@ -102,7 +102,7 @@ class Workspace:
         return [r for r in loaded[name] if r.video is None or self.name_of(r) not in bad]
 
     def cut_by_recipe(self) -> bool:
-        """Whether a record is about a clip and does not say of how many, so that `features.clips` decides its frames."""
+        """Whether a record is about a clip and does not say of how many: `features.clips` decides its frames."""
         return any(r.clip is not None and r.clips is None for found in self._load().records.values() for r in found)
 
     def split_names(self) -> list[str]:

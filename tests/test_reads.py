@@ -18,7 +18,7 @@ HARMLESS = {
         *("model.lora.targets", "model.reward_base.quantization", "model.reward_base"),
         "model.chat_template",  # of texts; the tower sees frames
     },
-    # A record that does not say how many clips there are makes it an input of `sft` (`pipeline.inputs`); the world's do.
+    # A record that does not say of how many clips makes it an input of `sft` (`pipeline.inputs`); the world's do.
     "sft": {"features.clips"},
 }
 FAST = ("tiny_grpo", "tiny_isr_dpo")  # the others with `-m slow`

@@ -489,10 +489,9 @@ def test_records_that_the_recipe_cuts_are_stale_with_it(recipe, tmp_path, world,
     own = json.loads((world / "sft_easy.jsonl").read_text().splitlines()[0])
     own |= {"video": str(world / own["video"]), "clips": clips}
     (tmp_path / "own.jsonl").write_text(json.dumps({k: v for k, v in own.items() if v is not None}))
-    reads = [
-        pipeline.inputs(Workspace(recipe(f"data.sft_easy=[{tmp_path / 'own.jsonl'}]", *more)), "sft", sft.READS)
-        for more in ((), ("features.clips=2", "context.markers=[first,finally]"))
-    ]
+    keys = (f"data.folder={world}", f"data.sft_easy=[{tmp_path / 'own.jsonl'}]")
+    cut = ("features.clips=2", "context.markers=[first,finally]")
+    reads = [pipeline.inputs(Workspace(recipe(*keys, *more)), "sft", sft.READS) for more in ((), cut)]
     assert (reads[0] == reads[1]) == (clips is not None)
 
 

@@ -44,7 +44,7 @@ def shrunk(path: Path, folder: Path, checkpoint: Path, *overrides: str) -> Recip
     sizes = ["ppo.rollouts=4", f"ppo.group_size={group}", "ppo.minibatch=4", "ppo.micro_batch=null"]
     if any("dpo.divide." in size for size in training):  # a divider of one step divides nothing
         training = [size for size in training if "dpo.divide." not in size]
-        sizes += ["dpo.divide.split=null", "dpo.divide.ask=null", "dpo.divide.train=null"]
+        sizes += ["dpo.divide=null", "preference.samples=4"]
     small = [f"{key}={value}" for key, value in SMALL.items()] + training + sizes
     return load_recipe(path, [*small, f"model.base={checkpoint}", f"output={folder / 'run'}", *overrides])
 

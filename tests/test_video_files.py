@@ -353,6 +353,25 @@ def test_workers_hold_no_torch():
     assert "av" in loaded and not {"torch", "transformers"} & set(loaded)
 
 
+def test_workers_do_not_run_the_callers_script_again(clip, tmp_path):
+    """A script without `if __name__ == "__main__"` that imports torch: its workers start at once, and without torch."""
+    (tmp_path / "script.py").write_text(
+        "import sys, torch\nfrom rlaif_lite.video import workers\nfrom script_job import modules\n"
+        "((_, found),) = workers.run_all([workers.Job('a', modules, ())], 1)\n"
+        "print('torch' in found, '__mp_main__' in found, 'av' in found)\n"
+    )
+    (tmp_path / "script_job.py").write_text("import sys\n\n\ndef modules(report):\n    return set(sys.modules)\n")
+    done = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "False False True\n", done.stderr
+
+
+def test_a_codec_that_nothing_reads(clip, tmp_path):
+    data = clip.read_bytes().replace(b"avc1", b"zzz9")
+    (tmp_path / "a.mp4").write_bytes(data)
+    with pytest.raises(VideoError, match="a.mp4: no decoder reads its video stream"):
+        decode(tmp_path / "a.mp4", count=1)
+
+
 def test_hashing_is_done_in_workers_too(clip, tmp_path):
     found = dict(digest_all({"clip": str(clip), "none": str(tmp_path / "none.mp4")}, 2))
     assert found["clip"] == video_digest(str(clip)) and "there is no such file" in str(found["none"])

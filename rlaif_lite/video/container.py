@@ -24,6 +24,7 @@ FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,m4v,h264,hevc,ivf,obu,mjpeg,mxf,"
     "rm,dv,nut,yuv4mpegpipe"
 )
+SEEKABLE = ("mov", "matroska", "avi")  # what decord can be trusted with at all
 OPEN_OPTIONS = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
 FRAME_LIMIT = 2**26  # pixels of a frame, 67 million; 8K has 33 million
 
@@ -82,7 +83,10 @@ def read_facts(path: str, frame_limit: int = FRAME_LIMIT) -> Facts:
             if stream is None or "attached_pic" in str(stream.disposition):
                 kinds = ", ".join(sorted({other.type for other in container.streams})) or "nothing that is whole"
                 raise VideoError(f"{path}: it has no video stream, only {kinds}.")
-            stream.codec_context.thread_count = 1  # one frame is decoded below
+            codec = stream.codec_context
+            if codec is None:
+                raise VideoError(f"{path}: no decoder reads its video stream; the header names an unknown codec.")
+            codec.thread_count = 1  # one frame is decoded below
             width, height = stream.width, stream.height
             require_size(path, width, height, frame_limit)
             format, promised, frame_pixels = container.format.name, stream.frames, width * height
@@ -91,15 +95,14 @@ def read_facts(path: str, frame_limit: int = FRAME_LIMIT) -> Facts:
             step = float(1 / stream.average_rate) if stream.average_rate else tick
             packets, last = [], 0.0  # last: when the last packet ends, seconds (Matroska: of any stream)
             false_keys, is_mirrored = 0, None
+            is_seekable = format.startswith(SEEKABLE)  # only there do the next two decide anything
             for packet in container.demux(list(container.streams) if format.startswith("matroska") else stream):
                 if packet.size and packet.stream.index == stream.index:
                     flags = (packet.is_keyframe, packet.is_discard, packet.is_corrupt)
                     packets.append(_Packet(packet.pts, packet.duration, *flags))
-                    if packet.is_keyframe and not is_intra(
-                        stream.codec_context.name, bytes(packet), stream.codec_context.extradata
-                    ):
-                        false_keys += 1
-                    if is_mirrored is None and format.startswith(("mov", "matroska")):
+                    if is_seekable and packet.is_keyframe:
+                        false_keys += not is_intra(codec.name, bytes(packet), codec.extradata)
+                    if is_seekable and is_mirrored is None:
                         is_mirrored = _mirrored(packet)
                 if packet.size and packet.pts is not None:
                     last = max(last, (packet.pts + (packet.duration or 0)) * float(packet.time_base))
@@ -170,7 +173,7 @@ def _why_not_decord(format: str, packets: list[_Packet], pts_N: np.ndarray, prom
     shown = _shown(packets)
     is_key_N = np.array([packet.is_key for packet in shown])
     earliest_later_N = np.minimum.accumulate(pts_N[::-1])[::-1]
-    if not format.startswith(("mov", "matroska", "avi")):
+    if not format.startswith(SEEKABLE):
         return f"decord cannot be trusted with {format}"
     if not packets[0].is_key:
         return f"it begins between two key frames, {len(packets) - len(shown)} frames of it cannot be decoded"

@@ -15,11 +15,14 @@ time is bounded by the length of the video: BASE_S, and its pixels at PIXELS_PER
 import math
 import multiprocessing
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
+from types import ModuleType
 from typing import Any, NamedTuple
+from unittest import mock
 
 from ..errors import StageError, VideoError
 from ..phases import phase
@@ -154,10 +157,8 @@ class _Died(NamedTuple):
         if self.code < 0 and -self.code not in CRASHES:
             raise StageError(
                 f"Processes that decode videos are being killed from outside ({self.how}, twice on {name}). The "
-                f"machine "
-                "may be out of memory: lower `features.workers` or free memory, and run again. What is done is kept, "
-                "and "
-                "no video is set aside for this."
+                "machine may be out of memory: lower `features.workers` or free memory, and run again. What is done is "
+                "kept, and no video is set aside for this."
             )
         return VideoError(f"{name}: the decoder crashed on it, twice ({self.how}). Re-encode or remove the video.")
 
@@ -168,7 +169,10 @@ class _Worker:
     def __init__(self):
         self.pipe, theirs = _context.Pipe()
         self.process = _context.Process(target=_serve, args=(theirs,), daemon=True)
-        self.process.start()
+        # A new process runs the caller's script again, for what that script defines. Nothing here is defined there, and
+        # a script that imports torch would cost every worker seconds and gigabytes: it is hidden.
+        with mock.patch.dict(sys.modules, {"__main__": ModuleType("__main__")}):
+            self.process.start()
         theirs.close()  # now the end of the process is the end of the pipe
         self.job: Job | None = None
         self.until = math.inf  # time.monotonic() when the job has taken too long

@@ -1,13 +1,12 @@
 """The recipes that ship: each is read, says what it needs and what was measured, is named as its file, and is
 planned."""
 
-import json
 from pathlib import Path
 
 import pytest
-import transformers
 
-from rlaif_lite.model.random_base import FACTS, checkpoint_of
+from rlaif_lite.model.known_bases import known_base
+from rlaif_lite.model.random_base import checkpoint_of
 from rlaif_lite.planner.plan import make_plan
 from rlaif_lite.recipe import load_recipe
 
@@ -59,61 +58,8 @@ def test_the_recipes_of_dpo_have_the_numbers_that_are_published():
 
 
 def config_of(name: str, folder: Path) -> str:
-    if name in FACTS:
-        return checkpoint_of(name, folder, ("yes", "no", "A", "B"))
-    if name == "llava-hf/llava-onevision-qwen2-7b-ov-hf":
-        text = dict(
-            model_type="qwen2",
-            hidden_size=3584,
-            intermediate_size=18944,
-            num_hidden_layers=28,
-            num_attention_heads=28,
-            num_key_value_heads=4,
-            vocab_size=152000,
-        )
-        vision = dict(
-            model_type="siglip_vision_model",
-            hidden_size=1152,
-            intermediate_size=4304,
-            num_hidden_layers=26,
-            num_attention_heads=16,
-            image_size=384,
-            patch_size=14,
-        )
-        config = transformers.LlavaOnevisionConfig(text_config=text, vision_config=vision)
-        frames = {"size": {"height": 384, "width": 384}}
-    else:
-        assert name == "Qwen/Qwen3-VL-8B-Instruct"
-        text = dict(
-            hidden_size=4096,
-            intermediate_size=12288,
-            num_hidden_layers=36,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            vocab_size=151936,
-            rope_parameters={"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
-        )
-        vision = dict(
-            depth=27,
-            hidden_size=1152,
-            intermediate_size=4304,
-            num_heads=16,
-            patch_size=16,
-            out_hidden_size=4096,
-            deepstack_visual_indexes=[8, 16, 24],
-        )
-        config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision)
-        frames = {
-            "size": {"shortest_edge": 4096, "longest_edge": 25165824},
-            "patch_size": 16,
-            "merge_size": 2,
-            "temporal_patch_size": 2,
-        }
-    config.save_pretrained(folder)
-    frames |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (folder / "preprocessor_config.json").write_text(json.dumps(frames))
-    return str(folder)
+    made = checkpoint_of(name, folder, ("yes", "no", "A", "B"))
+    return made if made != name else str(known_base(name))
 
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem.endswith("gb")], ids=lambda path: path.stem)

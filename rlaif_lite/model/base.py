@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig
@@ -39,6 +40,7 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is depreca
 transformers_logging.disable_progress_bar()
 
 QUANT_BLOCK = 64
+HUB_S = 5.0  # seconds until the hub must have answered once
 TINY = Path(__file__).parent.parent / "tiny"
 EMBEDDED = {"embedded": TINY / "base", "embedded_weak": TINY / "base_weak"}
 
@@ -154,11 +156,29 @@ def resolve_base(name: str) -> str:
 
 def read_config(section: Model) -> PretrainedConfig:
     """The base's config.json; raises ModelError when it is not a checkpoint's."""
+    require_hub(section)
     try:
         return AutoConfig.from_pretrained(resolve_base(section.base), revision=section.revision)
     except (OSError, ValueError, StrictDataclassError) as error:
         raise ModelError(
             f"`model.base: {section.base}` cannot be read as a transformers checkpoint: {error}"
+        ) from error
+
+
+def require_hub(section: Model) -> None:
+    """Raise ModelError where a base must be downloaded and the hub does not answer. The client itself would try six
+    times, for half a minute."""
+    name, revision = resolve_base(section.base), section.revision
+    if os.path.isdir(name) or isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=HUB_S)
+    except (HfHubHTTPError, ValueError):  # the hub has answered, or the name is none: AutoConfig says which
+        return
+    except Exception as error:  # of the HTTP client, which one depends on the hub's version
+        raise ModelError(
+            f"`model.base: {section.base}` is not a folder on this disk, not in the hub's cache, and the hub does not "
+            f"answer ({error}). Check the name and the network, or give a folder."
         ) from error
 
 

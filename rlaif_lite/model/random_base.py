@@ -1,8 +1,8 @@
 """A base with random weights: what it costs to run does not depend on what it has learnt.
 
-`checkpoint_of` writes a checkpoint's small files and no weights; for the 7B and smaller bases of the shipped recipes
-(and LLaVA-1.5-13B) they come from the table below, so that nothing is downloaded. `load_random` is `load_base` without
-reading weights: each linear layer is drawn on the device and quantised before the next, and the whole model is never
+`checkpoint_of` writes a checkpoint's small files and no weights. For LLaVA-1.5 and Qwen2.5-VL of the shipped recipes
+they come from the facts in `known_bases.py`, so nothing is downloaded. `load_random` is `load_base` without reading
+weights: each linear layer is drawn on the device and quantised before the next, and the whole model is never
 there in full precision.
 
 The tokenizer is a real one, of as many words as the head has rows: every answer then reads back as it was sampled, and
@@ -13,64 +13,23 @@ import json
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import init_empty_weights
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from ..recipe import Model
 from .base import Base, check_widths, finish, read_config, resolve_base, torch_dtype
 from .families import family_of
+from .known_bases import known_base
+from .pixels import read_json
 
 STD = 0.02  # of every weight, as these models are initialised
+POSITIONS = 32768  # at least: a profile may be of longer sequences than the base was trained on
 WORDS = "yes no A B video true false ."
 
-CLIP = dict(
-    model_type="clip_vision_model",
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    image_size=336,
-    patch_size=14,
-    projection_dim=768,
-)
-QWEN_VISION = dict(
-    depth=32,
-    hidden_size=1280,
-    intermediate_size=3420,
-    num_heads=16,
-    window_size=112,
-    patch_size=14,
-    fullatt_block_indexes=[7, 15, 23, 31],
-    spatial_merge_size=2,
-    temporal_patch_size=2,
-    tokens_per_second=2,
-)
+FAMILIES = ("llava", "qwen2_5_vl")  # model types that a tokenizer is made up for
 QWEN_MARKS = ("vision_start", "vision_end", "image_pad", "video_pad")
-
-
-def _text(kind: str, width: int, ffn: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> dict:
-    return dict(
-        model_type=kind,
-        hidden_size=width,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-        max_position_embeddings=32768,
-    )
-
-
-# From the config.json of each base: the text model, and whether head and embeddings are one.
-FACTS = {
-    "llava-hf/llava-1.5-7b-hf": (_text("llama", 4096, 11008, 32, 32, 32, 32064), False),
-    "llava-hf/llava-1.5-13b-hf": (_text("llama", 5120, 13824, 40, 40, 40, 32064), False),
-    "Qwen/Qwen2.5-VL-3B-Instruct": (_text("qwen2_5_vl_text", 2048, 11008, 36, 16, 2, 151936), True),
-    "Qwen/Qwen2.5-VL-7B-Instruct": (_text("qwen2_5_vl_text", 3584, 18944, 28, 28, 4, 152064), False),
-}
 # To rehearse without a GPU: the same architecture with two narrow layers.
 SMALL_TEXT = dict(
     hidden_size=128,
@@ -90,15 +49,23 @@ CHATML = (
 
 
 def checkpoint_of(name: str, folder: Path, words: tuple[str, ...], small: bool = False) -> str:
-    """The path to give `load_random` for base `name`: `folder`, filled from the table, or where its own config is.
+    """The path to give `load_random` for base `name`: `folder`, filled from shipped facts, or where its own config is.
 
-    words: those that must be single tokens. small: shrink a base of the table to two narrow layers.
+    words: those that must be single tokens. small: shrink a base of known facts to two narrow layers.
     """
-    if name not in FACTS:
+    known = known_base(name)
+    facts = known and read_json(known, "config.json", None)
+    if not facts or facts["model_type"] not in FAMILIES:
         return resolve_base(name)
-    text, tied = FACTS[name]
-    text = text | (SMALL_TEXT if small else {})
-    qwen = text["model_type"].startswith("qwen")
+    frames = read_json(known, "preprocessor_config.json", None)
+    qwen, text, vision = facts["model_type"] == "qwen2_5_vl", facts["text_config"], facts["vision_config"]
+    text["max_position_embeddings"] = max(text["max_position_embeddings"], POSITIONS)
+    if small:
+        text |= SMALL_TEXT
+        vision |= SMALL_QWEN | {"out_hidden_size": text["hidden_size"]} if qwen else SMALL_CLIP
+        side = SMALL_CLIP["image_size"]
+        frames |= {"max_pixels": 28 * 28 * 16} if qwen else {"size": {"shortest_edge": side}}
+        frames |= {} if qwen else {"crop_size": {"height": side, "width": side}}
     special = ["<|im_start|>", *(f"<|{mark}|>" for mark in QWEN_MARKS)] if qwen else ["<image>"]
     ends = ("<|im_end|>", None) if qwen else ("</s>", "<s>")
     tokenizer = _tokenizer(text["vocab_size"], words, special, *ends)
@@ -107,34 +74,13 @@ def checkpoint_of(name: str, folder: Path, words: tuple[str, ...], small: bool =
     if qwen:
         tokenizer.chat_template = CHATML
         part = text["hidden_size"] // text["num_attention_heads"] // 8  # of the rope: 16, 24, 24 for heads of 128
-        sections = [part, 3 * part // 2, 3 * part // 2]
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
-        marks = {f"{key}_token_id": number(f"<|{key}|>") for key in ("vision_start", "vision_end")}
-        marks |= {"image_token_id": number("<|image_pad|>"), "video_token_id": number("<|video_pad|>")}
-        vision = QWEN_VISION | (SMALL_QWEN if small else {}) | {"out_hidden_size": text["hidden_size"]}
-        config = transformers.Qwen2_5_VLConfig(
-            text_config=text, vision_config=vision, tie_word_embeddings=tied, **marks
-        )
-        frames = {
-            "min_pixels": 56 * 56,
-            "max_pixels": 28 * 28 * 1280 if not small else 28 * 28 * 16,
-            "patch_size": 14,
-            "merge_size": 2,
-            "temporal_patch_size": 2,
-        }
+        text["rope_parameters"]["mrope_section"] = [part, 3 * part // 2, 3 * part // 2]
+        facts |= {f"{key}_token_id": number(f"<|{key}|>") for key in ("vision_start", "vision_end")}
+        facts |= {"image_token_id": number("<|image_pad|>"), "video_token_id": number("<|video_pad|>")}
     else:
-        vision = CLIP | (SMALL_CLIP if small else {})
-        config = transformers.LlavaConfig(
-            text_config=text, vision_config=vision, image_token_index=number("<image>"), tie_word_embeddings=tied
-        )
-        frames = {
-            "size": {"shortest_edge": vision["image_size"]},
-            "do_center_crop": True,
-            "crop_size": {"height": vision["image_size"], "width": vision["image_size"]},
-        }
-    config.save_pretrained(folder)
+        facts["image_token_index"] = number("<image>")
+    AutoConfig.for_model(**facts).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    frames |= {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
     (folder / "preprocessor_config.json").write_text(json.dumps(frames), encoding="utf-8")
     return str(folder)
 

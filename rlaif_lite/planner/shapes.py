@@ -3,27 +3,21 @@
 Shapes: T frames, P tokens per frame.
 """
 
-import os
 from math import floor
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
 from ..model.base import QUANT_BLOCK, read_config, resolve_base, torch_dtype
 from ..model.families import Family, family_of
+from ..model.known_bases import shipped_facts
 from ..model.pixels import ImageSpec, image_spec
 from ..recipe import Features, Model
 
 # NF4 with double quantisation: 4 bits, one byte per block of 64, one float32 per 256 of those bytes.
 NF4_BITS = 4 + 8 / QUANT_BLOCK + 32 / (256 * QUANT_BLOCK)
-# config.json and preprocessor_config.json of the bases of the shipped recipes, so that a plan needs no network. Each
-# names
-# its source. They hold sizes and counts only, and nothing but a plan reads them.
-SHIPPED = Path(__file__).parent / "bases"
 FRAME = (360, 640)  # pixels, height and width assumed of a video for towers that keep a frame's shape
 
 
@@ -89,16 +83,6 @@ def shapes_of(section: Model, device: torch.device) -> Shapes:
         frame_tokens=0 if family.any_size else _frame_tokens(model, family, images),
         deepstack=len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ()),
     )
-
-
-def shipped_facts(section: Model) -> Path | None:
-    """The folder of a hub base's config files that came with this package. None where the base itself is on this disk,
-    where the recipe names a revision, or where the package has none."""
-    folder = SHIPPED / section.base.replace("/", "--")
-    if section.revision is not None or os.path.isdir(resolve_base(section.base)) or not folder.is_dir():
-        return None
-    cached = try_to_load_from_cache(section.base, "config.json")
-    return None if isinstance(cached, str) else folder
 
 
 def text_model_bytes(name: str, on_gpu: bool) -> int:

@@ -1,0 +1,31 @@
+"""Config files of the shipped recipes' bases, so that a plan, and a profile on random weights, need no network.
+
+`bases/OWNER--NAME/` holds sizes and counts, and no weights. `source` is the file that they describe. `confirmed_by`
+names where each was checked, since that file itself was not read: copies of it, and the script that converted it.
+`note` says what could not be confirmed.
+"""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+
+from ..recipe import Model
+from .base import resolve_base
+
+FOLDER = Path(__file__).parent / "bases"
+
+
+def known_base(name: str) -> Path | None:
+    """The folder of the config files of hub base `name`; None where the package has none."""
+    folder = FOLDER / name.replace("/", "--")
+    return folder if folder.is_dir() else None
+
+
+def shipped_facts(section: Model) -> Path | None:
+    """`known_base` where nothing better is at hand: None where the base itself is on this disk, or where the recipe
+    names a revision."""
+    if section.revision is not None or os.path.isdir(resolve_base(section.base)):
+        return None
+    cached = try_to_load_from_cache(section.base, "config.json")
+    return None if isinstance(cached, str) else known_base(section.base)

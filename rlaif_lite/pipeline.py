@@ -23,7 +23,7 @@ from .data.truth import module_file
 from .errors import RlaifError, StageError
 from .files import clean, file_digest, read_json, read_jsonl, read_sealed, remove, write_json, write_sealed, write_text
 from .model.base import base_digest
-from .planner import Plan, make_plan, refuse, settle
+from .planner import Plan, make_plan, refuse, resolve_auto
 from .progress import say
 from .recipe import Recipe, dump_yaml, flatten, load_recipe, neutral_keys, recipe_hash
 from .report import page
@@ -73,7 +73,7 @@ def run(
     digests: dict[str, str] = {}
     here = lambda: list(digests)[-1] if digests else str(folder)
     with explained(folder, here, lambda: list(digests)[:-1]):
-        plan = make_plan(settle(recipe, folder))
+        plan = make_plan(resolve_auto(recipe, folder))
         recipe = plan.recipe
         if not force:
             refuse(plan, until)
@@ -151,10 +151,7 @@ def run_stage(
     with Meter(work.device) as meter:
         result = stage.run(work)
     work.release_roles()
-    skipped = [
-        other for other in list(digests)[:-1] if read_sealed(work.stage(other) / "done.json")["status"] != "done"
-    ]
-    planned = plan.stages[name].without(skipped)
+    planned = plan.stages[name].peak
     cost = {"seconds": meter.seconds, "peak_memory_bytes": meter.peak_memory_bytes, "planned_memory_bytes": planned}
     kept = {"files": seal(work.folder, name, outputs(work, name)), "metrics": work.log.digests().get(name)}
     write_sealed(folder / "done.json", {"reads": reads, "status": "done", "cost": cost, "result": result, **kept})

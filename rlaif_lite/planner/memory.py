@@ -8,6 +8,8 @@ Letters, per token: H width, Q query width, I width of the feed-forward, E bytes
 float32.
 """
 
+from math import prod
+
 from rlaif_kernels.rows import chunk_size
 
 from ..recipe import Features, Model
@@ -20,12 +22,10 @@ DRAW = 32  # bytes per slot and vocabulary entry while a token is drawn: float32
 CUBLAS = 32 << 20  # ASSUMED: its workspace on newer cards, inside torch's allocator
 RESERVE = 3 << 29  # ASSUMED: 1.5 GiB for the CUDA context and what the allocator cannot use
 
-# A CPU's heap cannot give the hole that a freed tensor left to one of the same size (tensors are aligned, heap blocks
-# are not), so it grows by what a forward allocates and not by what it keeps. Measured on Linux's malloc, 1280 to 3840
-# tokens: 2.7 bytes for every byte kept, and 1.7 to 2.5 where nothing is kept for a backward. Blocks of 32 MiB and more
-# are mapped apart and given back.
-HEAP = 2.7
-READING = 2.2
+# A CPU's heap grows by what a forward allocates and not by what it keeps: the hole of a freed tensor does not fit the
+# next of the same size. Measured on Linux's malloc, 1280 to 3840 tokens: 1.7 to 2.7 bytes for every byte kept. Blocks
+# of 32 MiB and more are mapped apart and given back.
+HEAP = 2.5
 MAPPED = 32 << 20
 
 
@@ -87,17 +87,16 @@ def sampling(shapes: Shapes, count: int, prompt: int, new: int) -> int:
     return max(forward(shapes, waiting, prompt), drawing)
 
 
-def on_heap(shapes: Shapes, tokens: int, kept: int, heap: float) -> int:
-    """What `kept` bytes of activations cost a CPU's heap, see HEAP."""
-    return int(kept * heap) if tokens * shapes.ffn * shapes.dtype.itemsize < MAPPED else kept
+def on_heap(shapes: Shapes, tokens: int, kept: int) -> int:
+    """What `kept` bytes of activations of `tokens` at a time cost a CPU's heap, see HEAP."""
+    return int(kept * HEAP) if tokens * shapes.ffn * shapes.dtype.itemsize < MAPPED else kept
 
 
 def tower(shapes: Shapes, section: Features) -> int:
     """Encoding the frames of one video's views at once: pixels, and activations of the vision tower."""
     vision, E = shapes.config.vision_config, shapes.dtype.itemsize
-    views = [section.frames] + [section.clip_frames] * section.clips
-    sizes = [frame_size(shapes, section, frames) for frames in views]
-    pixels = sum(height * width * frames for (height, width), frames in zip(sizes, views, strict=True))
+    area = lambda frames: frames * prod(frame_size(shapes, section, frames))
+    pixels = area(section.frames) + section.clips * area(section.clip_frames)
     side = shapes.images.patch.side if shapes.images.patch else vision.patch_size
     # SigLIP and CLIP name their layers and their feed-forward, and LLaVA asks for the output of every layer
     layers = vision.num_hidden_layers + 1 if "vision_feature_layer" in shapes.config.to_dict() else 0

@@ -2,23 +2,24 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import RecipeError, StageError
+from ..model.known_bases import shipped_facts
 from ..model.limits import positions_of, sampled, too_long
 from ..recipe import Recipe, load_recipe
 from ..training.meter import give_back
 from ..workspace import pick_device
 from . import memory, rates
+from .host import videos_of
 from .lengths import Lengths, lengths_of
 from .memory import ADAPTER
-from .process import Left, videos_of
-from .shapes import Shapes, shapes_of, shipped_facts, video_tokens
-from .stages import Holding, Inventory, Phase
+from .shapes import Shapes, shapes_of, video_tokens
+from .stages import MemoryModel, Phase, StageMemory
 
 AUTO = (
     "sft.easy.micro_batch",
@@ -34,7 +35,7 @@ ON_HOST = 4 << 30  # ASSUMED: the process beside a GPU, with CUDA's libraries
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-StagesOf = Callable[[Recipe], dict[str, Holding]]
+StagesOf = Callable[[Recipe], dict[str, StageMemory]]
 
 
 class Device(NamedTuple):
@@ -64,11 +65,6 @@ class StagePlan(NamedTuple):
     disk: int | None  # bytes that it leaves on disk; None: its data are not here
     seconds: float | None  # None: not known
     basis: str  # where the time comes from
-    left: Left  # what of the peak is there only because earlier stages ran in the same process
-
-    def without(self, skipped: Iterable[str]) -> int:
-        """The peak where these earlier stages were done before, and so left nothing in the process."""
-        return self.peak - sum(self.left.features.get(name, 0) + self.left.heap.get(name, 0) for name in skipped)
 
 
 class Plan(NamedTuple):
@@ -134,26 +130,25 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
         give_back()  # as every stage does first
         device = device._replace(process=resident())
 
-    def stages_of(recipe: Recipe) -> dict[str, Holding]:
-        return Inventory(recipe, shapes, judge, lengths, device.on_gpu).stages()
+    def stages_of(recipe: Recipe) -> dict[str, StageMemory]:
+        return MemoryModel(recipe, shapes, judge, lengths, device.on_gpu).stages()
 
     recipe = _with_numbers(recipe, device, stages_of)
     disk, times = _disk(recipe, shapes, judge, lengths), rates.seconds(recipe, lengths, device.on_gpu)
     stages = {}
-    for name, holding in stages_of(recipe).items():
-        peak, phase, terms = _peak(holding, device)
-        change = None if peak <= device.room else _change(recipe, name, holding, device, stages_of)
+    for name, stage in stages_of(recipe).items():
+        peak, phase, terms = _peak(stage, device)
+        change = None if peak <= device.room else _change(recipe, name, stage, device, stages_of)
         stages[name] = StagePlan(
             peak,
             phase,
             terms,
             change is None,
-            _proposals(holding, device),
+            _proposals(stage, device),
             change,
-            ON_HOST + sum(holding.process.values()) if device.on_gpu else peak,
+            ON_HOST + sum(stage.host.values()) if device.on_gpu else peak,
             disk.get(name, 0),
             *times[name],
-            Left(0, {}, {}) if device.on_gpu else holding.left,
         )
     notes = [
         f"data.{name}: its files are not here; {texts.both} tokens a record are assumed"
@@ -184,26 +179,26 @@ def _too_long(recipe: Recipe, shapes: Shapes, lengths: Lengths, video: int) -> l
     return found
 
 
-def _bytes(holding: Holding, phase: Phase, rows: int, device: Device) -> dict[str, int]:
+def _bytes(stage: StageMemory, phase: Phase, rows: int, device: Device) -> dict[str, int]:
     process = {"process": device.process} if device.process else {}
-    terms = process | holding.fixed
-    for added in (phase.terms(rows), {} if device.on_gpu else holding.process):
+    terms = process | stage.fixed
+    for added in (phase.terms(rows), {} if device.on_gpu else stage.host):
         for kind, size in added.items():
             terms[kind] = terms.get(kind, 0) + size
     return terms
 
 
-def _peak(holding: Holding, device: Device) -> tuple[int, str, dict[str, int]]:
+def _peak(stage: StageMemory, device: Device) -> tuple[int, str, dict[str, int]]:
     """(bytes, phase, bytes by kind) of the phase that takes most."""
     idle = Phase("", None, 0, 0, lambda rows: {})
-    found = [(phase.name, _bytes(holding, phase, phase.rows, device)) for phase in holding.phases or [idle]]
+    found = [(phase.name, _bytes(stage, phase, phase.rows, device)) for phase in stage.phases or [idle]]
     name, terms = max(found, key=lambda each: sum(each[1].values()))
     return sum(terms.values()), name, terms
 
 
-def _largest(holding: Holding, phase: Phase, device: Device) -> int:
+def _largest(stage: StageMemory, phase: Phase, device: Device) -> int:
     """The most rows that fit, micro-batches evened out over as many pieces; 0 where not even one does."""
-    fits = lambda rows: sum(_bytes(holding, phase, rows, device).values()) <= device.room
+    fits = lambda rows: sum(_bytes(stage, phase, rows, device).values()) <= device.room
     low, high = 0, phase.most
     while low < high:
         middle = (low + high + 1) // 2
@@ -211,19 +206,19 @@ def _largest(holding: Holding, phase: Phase, device: Device) -> int:
     return -(-phase.most // -(-phase.most // low)) if low and phase.key in AUTO else low
 
 
-def _proposals(holding: Holding, device: Device) -> dict[str, int]:
+def _proposals(stage: StageMemory, device: Device) -> dict[str, int]:
     found: dict[str, int] = {}
-    for phase in holding.phases:
+    for phase in stage.phases:
         if phase.key is not None:
-            found[phase.key] = min(_largest(holding, phase, device), found.get(phase.key, phase.most))
+            found[phase.key] = min(_largest(stage, phase, device), found.get(phase.key, phase.most))
     return found
 
 
-def _change(recipe: Recipe, name: str, holding: Holding, device: Device, stages_of: StagesOf) -> str:
+def _change(recipe: Recipe, name: str, stage: StageMemory, device: Device, stages_of: StagesOf) -> str:
     """What to do about a stage that does not fit: smaller batches, then recomputing, then a smaller problem."""
-    wanted, most = [], _proposals(holding, device)
-    for phase in holding.phases:
-        if phase.key and sum(_bytes(holding, phase, phase.rows, device).values()) > device.room:
+    wanted, most = [], _proposals(stage, device)
+    for phase in stage.phases:
+        if phase.key and sum(_bytes(stage, phase, phase.rows, device).values()) > device.room:
             if most[phase.key] == 0:
                 return _smaller(recipe, name, phase.key, device, stages_of)
             where = recipe.where(phase.key)
@@ -271,15 +266,15 @@ def _with_numbers(recipe: Recipe, device: Device, stages_of: StagesOf) -> Recipe
     for key in keys:
         recipe = with_key(recipe, key, 1)
     most: dict[str, int] = {}
-    for holding in stages_of(recipe).values() if keys else ():
-        most |= _proposals(holding, device)
+    for stage in stages_of(recipe).values() if keys else ():
+        most |= _proposals(stage, device)
     for key in keys:
         recipe = with_key(recipe, key, max(1, most.get(key, 1)))
     return recipe
 
 
-def settle(recipe: Recipe, folder: Path) -> Recipe:
-    """`auto` as the run in `folder` settled it when it began, so that it goes on with the same bits."""
+def resolve_auto(recipe: Recipe, folder: Path) -> Recipe:
+    """`auto` as the run in `folder` resolved it when it began, so that resuming it gives the same bits."""
     keys = [key for key in AUTO if get_key(recipe, key) == "auto"]
     before = load_recipe(folder / "recipe.yaml") if keys and (folder / "recipe.yaml").exists() else None
     for key in keys:
@@ -312,7 +307,7 @@ def _disk(recipe: Recipe, shapes: Shapes, judge: Shapes | None, lengths: Lengths
     """Bytes that stages leave behind: the world's videos, the feature cache, adapters and, while training, two
     checkpoints."""
     world, dpo, adapter = recipe.data.world, recipe.dpo, ADAPTER * shapes.lora
-    videos = videos_of(recipe, [shapes] + ([judge] if judge else []), lengths).values()
+    videos = videos_of(recipe, [shapes] + ([judge] if judge else []), lengths)
     trained = 1 + (recipe.ppo.value == "adapter")
     return {
         "data": WORLD_VIDEO * (world.sft + world.preference + world.rl + world.test) if world else 0,

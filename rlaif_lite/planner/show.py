@@ -7,7 +7,7 @@ from rich.table import Table
 from ..formats import duration
 from .plan import Plan
 
-SCHEMA = 1  # counted up when a name below changes its meaning
+SCHEMA = 2  # counted up when a name below goes or changes its meaning
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -31,7 +31,6 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "disk_bytes": stage.disk,
                 "seconds": stage.seconds,
                 "basis": stage.basis,
-                "left_by_earlier_stages": stage.left.features | stage.left.heap,
             }
             for name, stage in plan.stages.items()
         },

@@ -7,13 +7,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..recipe import Recipe
-from . import memory
+from . import host, memory
 from .lengths import Lengths, Texts
 from .memory import ADAPTER
-from .process import RECORD, Left, left_over, videos_of
 from .shapes import Shapes, text_model_bytes, video_tokens
 
-LOADING = 25 << 20  # what loading a base leaves on a CPU's heap beside its weights; measured
 MOST = 512  # answers at a time that the plan proposes at most
 NOTHING = Texts(0, 0, 0.0, 0, 0, 0, True)
 
@@ -28,16 +26,15 @@ class Phase(NamedTuple):
     terms: Callable[[int], dict[str, int]]  # rows -> bytes by kind
 
 
-class Holding(NamedTuple):
+class StageMemory(NamedTuple):
     """One stage."""
 
     fixed: dict[str, int]  # bytes by kind, all the time
     phases: list[Phase]
-    process: dict[str, int] = {}  # bytes by kind that the process holds beside; on a GPU in host memory
-    left: Left = Left(0, {}, {})  # how much of `process` is there only because earlier stages ran
+    host: dict[str, int] = {}  # bytes by kind that the process holds besides; on a GPU in host memory
 
 
-class Inventory:
+class MemoryModel:
     """The stages of one recipe on one device; `judge` is the reward role's own base, where it has one, and `on_gpu`
     decides how logits are cut and what a heap does."""
 
@@ -47,10 +44,10 @@ class Inventory:
         self.clip = video_tokens(shapes, recipe.features, recipe.features.clip_frames)
         self.template = lengths.template
 
-    def stages(self) -> dict[str, Holding]:
+    def stages(self) -> dict[str, StageMemory]:
         """The stages that the recipe runs."""
         plans = {
-            "data": lambda: Holding({}, []),
+            "data": lambda: StageMemory({}, []),
             "features": self.features,
             "sft": self.sft,
             "context": self.context,
@@ -60,26 +57,18 @@ class Inventory:
             "dpo": self.dpo,
             "evaluate": self.evaluate,
         }
-        held = {name: plans[name]() for name in self.recipe.stages}
-        activations = {
-            name: max((phase.terms(phase.rows).get("activations", 0) for phase in stage.phases), default=0)
-            for name, stage in held.items()
+        videos = host.videos_of(self.recipe, [self.shapes] + ([self.judge] if self.judge else []), self.lengths)
+        held = host.held(videos, self.lengths)
+        before = held | {"features": 0}  # none is read before they are made
+        stages = {name: plans[name]() for name in self.recipe.stages}
+        return {
+            name: stage._replace(host=stage.host | (before if name in ("data", "features") else held))
+            for name, stage in stages.items()
         }
-        videos = videos_of(self.recipe, [self.shapes] + ([self.judge] if self.judge else []), self.lengths)
-        left = left_over(self.recipe, videos, activations)
-        records = RECORD * sum(texts.records for texts in self.lengths.splits.values())
-        out = {}
-        for name, stage in held.items():
-            own, features, heap = left[name]
-            process = stage.process | {"records": records, "features": own + sum(features.values())}
-            if not self.on_gpu:
-                process |= {"heap": sum(heap.values())} | ({"workspace": LOADING} if stage.fixed else {})
-            out[name] = stage._replace(process=process, left=left[name])
-        return out
 
     # ---- the stages
 
-    def features(self) -> Holding:
+    def features(self) -> StageMemory:
         model, section = self.recipe.model, self.recipe.features
         held = {"weights": self.shapes.base_bytes(model, tower=True)}
         encode = lambda rows: {"activations": memory.tower(self.shapes, section)}
@@ -88,9 +77,9 @@ class Inventory:
             more = judge.base_bytes(model.for_reward(), tower=True) - self.shapes.tower * self.shapes.dtype.itemsize
             again = lambda rows: {"weights": more, "activations": memory.tower(judge, section)}
             phases.append(Phase("encode for the reward role", None, 1, 1, again))
-        return Holding(held, phases)
+        return StageMemory(held, phases)
 
-    def sft(self) -> Holding:
+    def sft(self) -> StageMemory:
         sft, phases = self.recipe.sft, []
         for name, section in (("easy", sft.easy), ("hard", sft.hard), ("policy_init", sft.policy_init)):
             split = name if name == "policy_init" else f"sft_{name}"
@@ -99,29 +88,29 @@ class Inventory:
                 if sft.replay and name != "easy":  # records of the easy phase come in between
                     texts = max(texts, self.texts("sft_easy"), key=lambda t: t.both)
                 phases.append(self.training(f"sft.{name}", section, self.video + texts.both, texts.answer))
-        return Holding(self.holds(2, trained=min(1, len(phases))), phases)
+        return StageMemory(self.holds(2, trained=min(1, len(phases))), phases)
 
-    def context(self) -> Holding:
+    def context(self) -> StageMemory:
         section = self.recipe.context
         if not self.recipe.narrated:
-            return Holding({}, [])
+            return StageMemory({}, [])
         prompt = self.clip + self.template + self.lengths.count(section.prompt)
         sampling = self.sampling("context.batch_size", section.batch_size, MOST, prompt, section.max_new_tokens)
-        return Holding(self.holds(1), [sampling])
+        return StageMemory(self.holds(1), [sampling])
 
-    def preference(self) -> Holding:
+    def preference(self) -> StageMemory:
         section = self.recipe.preference
         if not self.recipe.data.preference:  # pairs are given, or there are none
-            return Holding({}, [])
+            return StageMemory({}, [])
         prompt, narrated = self.texts("preference").prompt, section.context or section.compare_context
         judges = [section.judge] if not section.compare_pairs else ["claims", "pairwise"]
         reading = self.judging(judges, prompt, section.max_new_tokens, self.narrative() * narrated)
         key, size = "preference.batch_size", section.batch_size
-        return Holding(
+        return StageMemory(
             self.holds(1), [self.sampling(key, size, MOST, self.video + prompt, section.max_new_tokens), *reading]
         )
 
-    def dpo(self) -> Holding:
+    def dpo(self) -> StageMemory:
         """One adapter at a time is in memory, the policy's while it is trained."""
         section, preference = self.recipe.dpo, self.recipe.preference
         prompt, answer = self.texts("preference").prompt, preference.max_new_tokens
@@ -143,21 +132,23 @@ class Inventory:
         judges = [preference.judge] if divide is None else ["claims"]
         phases += self.judging(judges, prompt, answer, context)
         learnt = self.training("dpo", section, self.video + prompt + answer, answer, per_row=2)
-        return Holding(fixed, [*phases, learnt])
+        return StageMemory(fixed, [*phases, learnt])
 
-    def reward(self) -> Holding:
+    def reward(self) -> StageMemory:
         section, per_pair = self.recipe.reward, 2
         own, trained = self if self.judge is None else self.of_judge(), section.adapter is None
         fixed = own.holds(1 + (trained and self.judge is None), trained=int(trained))
         if self.judge is not None:
             fixed["weights"] += self.shapes.base_bytes(self.recipe.model, tower=False)  # it was loaded before
         if trained:
-            return Holding(fixed, [own.training("reward", section, own.scored(), 0, per_pair)])
+            return StageMemory(fixed, [own.training("reward", section, own.scored(), 0, per_pair)])
         rows = int(section.micro_batch or section.batch_size)
         read = own.reading("measure", "reward.micro_batch", rows, own.scored())
-        return Holding(fixed, [read._replace(most=section.batch_size, terms=lambda rows: read.terms(per_pair * rows))])
+        return StageMemory(
+            fixed, [read._replace(most=section.batch_size, terms=lambda rows: read.terms(per_pair * rows))]
+        )
 
-    def ppo(self) -> Holding:
+    def ppo(self) -> StageMemory:
         section, model, new = self.recipe.ppo, self.recipe.model, self.recipe.ppo.max_new_tokens
         prompt, rewarded = self.video + self.texts("rl").prompt, section.feedback == "reward_model"
         judged = self.scored() - self.pair_answer if rewarded else prompt  # what the judging and value roles read first
@@ -184,26 +175,26 @@ class Inventory:
                 fixed[kind] += size
             judged = own.scored() - self.pair_answer + new
             phases.append(own.reading("reward scores", "ppo.micro_batch", micro, judged, section.minibatch))
-        return Holding(fixed, phases, undo)
+        return StageMemory(fixed, phases, undo)
 
-    def evaluate(self) -> Holding:
+    def evaluate(self) -> StageMemory:
         section = self.recipe.evaluate
         if not section.roles:
-            return Holding({}, [])
+            return StageMemory({}, [])
         prompt = self.video + self.texts("test").prompt
         sampling = self.sampling("evaluate.batch_size", section.batch_size, MOST, prompt, section.max_new_tokens)
         if section.best_of is None:
-            return Holding(self.holds(1), [sampling])
+            return StageMemory(self.holds(1), [sampling])
         length = prompt + section.max_new_tokens  # of the answers as two roles read them
         reading = self.reading("best of several", "evaluate.batch_size", section.batch_size, length)
-        return Holding(self.holds(2), [sampling, reading])
+        return StageMemory(self.holds(2), [sampling, reading])
 
     # ---- what they are made of
 
-    def of_judge(self) -> "Inventory":
+    def of_judge(self) -> "MemoryModel":
         """The same, on the reward role's own base."""
         recipe = self.recipe.model_copy(update={"model": self.recipe.model.for_reward()})
-        return Inventory(recipe, self.judge, None, self.lengths, self.on_gpu)
+        return MemoryModel(recipe, self.judge, None, self.lengths, self.on_gpu)
 
     def scored(self) -> int:
         """Tokens of an answer with what the reward role reads before it."""
@@ -245,10 +236,10 @@ class Inventory:
         out = {"weights": self.shapes.base_bytes(self.recipe.model, tower=False), "adapters": roles * size}
         return out | ({"optimizer": 2 * trained * size, "gradients": size} if trained else {})
 
-    def activations(self, kept: int, tokens: int, heap: float = memory.HEAP) -> dict[str, int]:
+    def activations(self, kept: int, tokens: int) -> dict[str, int]:
         if self.on_gpu:
             return {"activations": kept, "workspace": memory.CUBLAS}
-        return {"activations": memory.on_heap(self.shapes, tokens, kept, heap)}
+        return {"activations": memory.on_heap(self.shapes, tokens, kept)}
 
     def training(self, key: str, section, length: int, scored: int, per_row: int = 1) -> Phase:
         """A supervised phase: records of `length` tokens, `scored` of them against the vocabulary."""
@@ -271,12 +262,12 @@ class Inventory:
             dense = self.recipe.model.dense_rollouts
             if dense or (dense is None and not self.on_gpu):  # a copy of the linears
                 held["workspace"] = self.shapes.linear * self.shapes.dtype.itemsize
-            found = self.activations(memory.sampling(self.shapes, rows, prompt, new), rows, memory.READING)
+            found = self.activations(memory.sampling(self.shapes, rows, prompt, new), rows)
             return {kind: found.get(kind, 0) + held.get(kind, 0) for kind in found | held}
 
         return Phase("sampling", key, rows, max(rows, most), terms)
 
     def reading(self, name: str, key: str, rows: int, length: int, most: int = MOST) -> Phase:
         """Rows that are read without gradients."""
-        terms = lambda rows: self.activations(memory.forward(self.shapes, rows, length), rows * length, memory.READING)
+        terms = lambda rows: self.activations(memory.forward(self.shapes, rows, length), rows * length)
         return Phase(name, key, rows, max(rows, most), terms)

@@ -5,9 +5,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 from rlaif_lite import pipeline
 from rlaif_lite.stages.ppo import step
+from rlaif_lite.video import prune
+from rlaif_lite.workspace import Workspace
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -39,3 +43,20 @@ def test_a_reward_of_ones_own(rerun, monkeypatch):
     assert [line["step"] for line in lines] == [0, 1]
     for line in lines:
         assert line["objective/scores"] == pytest.approx(-0.1 * line["brevity/words"], rel=1e-4)
+
+
+def test_a_pruner_of_ones_own(finished, rerun, monkeypatch):
+    """The page's script on a small run: half of the tokens are kept, the half that the page says."""
+    monkeypatch.setattr(prune, "evs", prune.evs)
+    exec(compile(code_of("extending/pruner.md"), "odd_ones.py", "exec"), {"__name__": "odd_ones"})
+    recipe = rerun("features.prune=[{evs: 0.5}]")
+    pipeline.run(recipe, until="features")
+    whole, pruned = Workspace(finished), Workspace(recipe)
+    for record in whole.records("rl")[:3]:
+        full_TPD = whole.features(record).features_KD.unflatten(0, (6, 4)).float()
+        unit_TPD, mean_T1D = (F.normalize(x, dim=-1) for x in (full_TPD, full_TPD.mean(1, keepdim=True)))
+        odd = (unit_TPD * mean_T1D).sum(-1).flatten().argsort()[:12].sort().values
+        kept = pruned.features(record)
+        assert torch.equal(kept.position_CK[0], odd) and torch.equal(
+            kept.features_KD.float(), full_TPD.flatten(0, 1)[odd]
+        )

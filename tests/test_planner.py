@@ -385,6 +385,9 @@ def test_a_base_that_no_hub_serves_is_said_at_once(monkeypatch):
     with pytest.raises(ModelError, match="`model.base: nobody/none` is not a folder .*, and the hub does not answer"):
         make_plan(load_recipe(ROOT / "recipes" / "tiny.yaml", ["model.base=nobody/none"]), "24GB")
     assert time.monotonic() - began < 2
+    for name in ("not a name", "/no/folder", "a/b/c"):
+        with pytest.raises(ModelError, match=f"`model.base: {name}` cannot be read as a transformers checkpoint"):
+            make_plan(load_recipe(ROOT / "recipes" / "tiny.yaml", [f"model.base={name}"]), "24GB")
 
 
 @pytest.mark.parametrize("key", ["features.clips", "features.frames", "features.clip_frames", "ppo.max_new_tokens"])

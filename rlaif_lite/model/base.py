@@ -169,7 +169,7 @@ def require_hub(section: Model) -> None:
     """Raise ModelError where a base must be downloaded and the hub does not answer. The client itself would try six
     times, for half a minute."""
     name, revision = resolve_base(section.base), section.revision
-    if os.path.isdir(name) or isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+    if os.path.isdir(name) or in_cache(name, revision):
         return
     try:
         get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision), timeout=HUB_S)
@@ -180,6 +180,14 @@ def require_hub(section: Model) -> None:
             f"`model.base: {section.base}` is not a folder on this disk, not in the hub's cache, and the hub does not "
             f"answer ({error}). Check the name and the network, or give a folder."
         ) from error
+
+
+def in_cache(name: str, revision: str | None = None) -> bool:
+    """Whether the hub's cache on this disk has the base's config.json."""
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+    except ValueError:  # no repository can have this name
+        return False
 
 
 def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:

@@ -8,10 +8,8 @@ names where each was checked, since that file itself was not read: copies of it,
 import os
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-
 from ..recipe import Model
-from .base import resolve_base
+from .base import in_cache, resolve_base
 
 FOLDER = Path(__file__).parent / "bases"
 
@@ -25,7 +23,6 @@ def known_base(name: str) -> Path | None:
 def shipped_facts(section: Model) -> Path | None:
     """`known_base` where nothing better is at hand: None where the base itself is on this disk, or where the recipe
     names a revision."""
-    if section.revision is not None or os.path.isdir(resolve_base(section.base)):
+    if section.revision is not None or os.path.isdir(resolve_base(section.base)) or in_cache(section.base):
         return None
-    cached = try_to_load_from_cache(section.base, "config.json")
-    return None if isinstance(cached, str) else known_base(section.base)
+    return known_base(section.base)

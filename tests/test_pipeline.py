@@ -189,7 +189,7 @@ FROM = {name: STAGES[i:] for i, name in enumerate(STAGES)}
         ("sft.hard.lr=0.01", FROM["sft"], "`sft.hard.lr` was 0.002 and is 0.01"),
         ("model.lora.rank=8", FROM["sft"], "`model.lora.rank` was 4 and is 8"),
         ("seed=4", FROM["sft"], "`seed` was 3 and is 4"),
-        ("features.frames=4", STAGES, "`features.frames` was 6 and is 4"),
+        ("features.frames=4", FROM["features"], "`features.frames` was 6 and is 4"),
         ("data.world.dropout=0.2", FROM["data"], "`data.world.dropout` was"),
         ("reward.floor=0.01", FROM["ppo"], "`reward.floor` was 0.0 and is 0.01"),
         # where and how fast, not what

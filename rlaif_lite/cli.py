@@ -318,6 +318,11 @@ def profile(
     trace: Annotated[bool, typer.Option("--trace", help="Write a Chrome trace and a picture of the memory.")] = False,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")] = None,
     compare: Annotated[tuple[Path, Path] | None, typer.Option(metavar="A B", help="Show two such files.")] = None,
+    dry: Annotated[
+        bool, typer.Option("--dry", help="Shapes only, without a GPU: memory, launches, a roofline.")
+    ] = False,
+    gpu: Annotated[str, typer.Option(help="With --dry: the card, such as h200, a100, 4090 or 3090.")] = "a100",
+    layers: Annotated[int | None, typer.Option(min=1, help="With --dry: so many layers instead of all.")] = None,
 ) -> None:
     """Run each stage for a few steps on made-up inputs of the recipe's sizes; say what each phase costs."""
     if compare is not None:
@@ -331,6 +336,10 @@ def profile(
     from .recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    if dry:
+        from .dryrun.launch import dry_run
+
+        raise typer.Exit(dry_run(recipe, overrides or [], gpu, stage or [], layers, trace, out))
     from .model.unsloth_loader import import_first
 
     import_first(loaded.model)

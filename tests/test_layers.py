@@ -13,6 +13,7 @@ PACKAGE = ROOT / "rlaif_lite"
 # From the top. A module imports from its own unit and from the floors below its own, not from its neighbours.
 FLOORS = [
     {"cli"},
+    {"dryrun"},
     {"profiler", "sweep"},
     {"pipeline", "chat", "doctor", "exchange", "benchmarks", "data_report"},
     {"stages", "planner"},

@@ -124,7 +124,7 @@ def describe(recorder: Recorder, base: Base, rate: float, planned: int) -> dict:
             "calls": cost.calls,
             "seconds": cost.seconds,
             "count": cost.count,
-            "per_second": cost.count / cost.seconds if cost.count else None,
+            "per_second": cost.count / cost.seconds if cost.count and cost.seconds else None,
             "share": cost.seconds / total,
             "peak_memory_bytes": cost.peak_memory_bytes,
             "of_matmul": work / cost.seconds / rate if work else None,

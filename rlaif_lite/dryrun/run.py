@@ -1,0 +1,270 @@
+"""Drives the stages in a dry run and writes down what each phase costs, in the JSON shape of `rlaif-lite profile`.
+
+Everything has the recipe's size. What is only repeated is run less often and multiplied: a step trains on the first
+two micro-batches of one minibatch, and PPO goes over it in one epoch.
+"""
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+from transformers import AutoTokenizer
+
+from .. import workspace
+from ..errors import StageError
+from ..model.base import resolve_base
+from ..model.random_base import FACTS, load_random
+from ..model.roles import Roles
+from ..phases import listen
+from ..pipeline import STAGES
+from ..planner import Plan, make_plan
+from ..profiler import describe
+from ..profiler.inputs import made_up, reduced, stand_ins, write_inputs
+from ..profiler.recorder import Cost
+from ..profiler.tables import SCHEMA, aligned, gib
+from ..progress import say
+from ..recipe import Recipe, recipe_hash
+from ..stages import reward, sft
+from ..stages.ppo import experience, step
+from ..training import fit
+from ..training.loop import split_micro
+from ..training.meter import describe_machine, versions
+from ..workspace import Workspace
+from .cards import Card
+from .device import pretended
+from .tracker import Tracker
+
+DRIVEN = ("features", "sft", "context", "preference", "reward", "ppo")
+KEPT = 2  # micro-batches of a minibatch: the second finds the gradients of the first
+COUNTS = ("launches", "bytes_moved", "flops", "syncs", "host_copies")
+
+
+@dataclass
+class DryCost(Cost):
+    """Of one phase, over all its calls."""
+
+    launches: int = 0
+    bytes_moved: int = 0
+    flops: int = 0
+    syncs: int = 0
+    host_copies: int = 0
+
+
+class DryRecorder:
+    """A listener for one stage (see `phases`). As in a measured profile, the first step is dropped where there is a
+    second."""
+
+    def __init__(self, tracker: Tracker):
+        self.tracker = tracker
+        self.costs: dict[str, DryCost] = {}
+        self.steps = 0
+        self.peak_memory_bytes = self.reserved_memory_bytes = 0
+        self.seconds = self.measured_seconds = 0.0
+        self._warmed = False
+        tracker.begin()
+        self._begin = self._since = Counter(tracker.sums)
+
+    def step(self) -> None:
+        if self.steps == 1 and not self._warmed:
+            self.costs.clear()
+            self.steps, self._warmed, self._since = 0, True, Counter(self.tracker.sums)
+            self.tracker.syncs.clear()
+            self.tracker.copies.clear()
+        self.steps += 1
+
+    @contextmanager
+    def phase(self, name: str, count: int) -> Iterator[None]:
+        tracker = self.tracker
+        before, highest = Counter(tracker.sums), tracker.peak
+        tracker.peak = tracker.live
+        yield
+        cost = self.costs.setdefault(name, DryCost())
+        cost.calls += 1
+        cost.count += count
+        cost.seconds += tracker.sums["seconds"] - before["seconds"]
+        cost.peak_memory_bytes = max(cost.peak_memory_bytes, tracker.peak)
+        for each in COUNTS:
+            setattr(cost, each, getattr(cost, each) + tracker.sums[each] - before[each])
+        tracker.peak = max(tracker.peak, highest)
+
+    def finish(self, times: dict[str, float]) -> None:
+        """Multiply what was run less often than a step has it."""
+        now = self.tracker.sums
+        self.measured_seconds = now["seconds"] - self._since["seconds"]
+        self.seconds = now["seconds"] - self._begin["seconds"]
+        for name, cost in self.costs.items():
+            often = times.get(name, 1.0)
+            self.measured_seconds += (often - 1) * cost.seconds
+            self.seconds += (often - 1) * cost.seconds
+            cost.seconds *= often
+            for each in ("calls", "count", *COUNTS):
+                setattr(cost, each, round(often * getattr(cost, each)))
+        self.peak_memory_bytes, self.reserved_memory_bytes = self.tracker.peak, self.tracker.allocator.peak
+
+
+class Fewer:
+    """Keeps the first micro-batches of each minibatch, and of PPO's minibatches the first, and says how often a phase
+    of the whole step runs."""
+
+    def __init__(self, recipe: Recipe):
+        self.epochs = recipe.ppo.epochs
+        self.micros = self.minibatches = 1.0  # in the recipe, for each that is run
+
+    def split(self, batch: Sequence, size: int | None) -> list:
+        found = split_micro(batch, size)
+        self.micros = max(1.0, len(found) / KEPT)
+        return found[:KEPT]
+
+    def cut(self, *args: object) -> list:
+        found = experience.cut(*args)
+        self.minibatches = float(len(found))
+        return found[:1]
+
+    def times(self, stage: str) -> dict[str, float]:
+        if stage != "ppo":
+            return {"forward": self.micros, "backward": self.micros}
+        score, update = self.micros * self.minibatches, self.micros * self.minibatches * self.epochs
+        times = {f"score {role}": score for role in ("reference", "policy", "value", "reward")}
+        times |= {f"update {role} {part}": update for role in ("policy", "value") for part in ("forward", "backward")}
+        return times | {"update reference": update, "optimiser": self.minibatches * self.epochs}
+
+
+def dry_profile(recipe: Recipe, card: Card, stages: Sequence[str], layers: int | None, trace: bool) -> dict:
+    """What `stages` (none named: all that are driven and that the recipe runs) cost on `card`, as JSON has it.
+
+    Raises StageError for a stage that is not driven, and for tensors on the wrong device."""
+    known = [name for name in DRIVEN if name in recipe.stages]
+    if unknown := [name for name in stages if name not in known]:
+        raise StageError(f"There is no stage `{unknown[0]}` to run dry; there are {', '.join(known)}.")
+    tracker = Tracker(card, trace=trace)
+    fewer, found = Fewer(recipe), {}
+    with opened(recipe, card, layers, tracker) as (work, plan), pretended(tracker), without_files(fewer):
+        chosen = [stage for stage in known if not stages or stage in stages]
+        for stage in ["features", *(stage for stage in chosen if stage != "features")]:
+            if stage != "features":
+                stand_ins(work)
+                work.release_roles()
+            say(f"dry run: {stage}")
+            recorder = DryRecorder(tracker)
+            with listen(recorder):
+                STAGES[stage].run(work)
+            recorder.finish(fewer.times(stage))
+            work.release_roles()
+            if stage in chosen:
+                found[stage] = described(recorder, work, plan.stages[stage].peak, trace)
+    machine = describe_machine() | {"device": f"{card.name}, not measured", "gpu_memory_bytes": card.memory}
+    return {
+        "schema": SCHEMA,
+        "recipe": recipe.name,
+        "recipe_hash": recipe_hash(recipe),
+        "random_weights": True,
+        "steps": 1,
+        "memory_cap_bytes": None,
+        "matmul_flops": card.bf16 * card.matmul,
+        "machine": machine,
+        "versions": versions(),
+        "dry": {"layers": layers, "card": card._asdict()},
+        "stages": found,
+    }
+
+
+def described(recorder: DryRecorder, work: Workspace, planned: int, trace: bool) -> dict:
+    card = recorder.tracker.card
+    out = describe(recorder, work.base(), card.bf16 * card.matmul, planned)
+    for name, cost in recorder.costs.items():
+        out["phases"][name] |= {each: getattr(cost, each) for each in COUNTS}
+    out["reserved_memory_bytes"] = recorder.reserved_memory_bytes
+    out["syncs"], out["host_copies"] = dict(recorder.tracker.syncs), dict(recorder.tracker.copies)
+    return out | ({"at_peak": recorder.tracker.held_at_peak()} if trace else {})
+
+
+@contextmanager
+def opened(recipe: Recipe, card: Card, layers: int | None, tracker: Tracker) -> Iterator[tuple[Workspace, Plan]]:
+    """The recipe on a base without weights, with two steps of each training phase and made-up inputs."""
+    with tempfile.TemporaryDirectory(prefix="rlaif-dry-run-") as name:
+        folder = Path(name)
+        small = reduced(made_up(recipe, folder, small=False), folder, steps=1)
+        if layers is not None:
+            cut_layers(recipe, folder, layers)
+        small = small.model_copy(update={"device": "cuda", "ppo": small.ppo.model_copy(update={"epochs": 1})})
+        tokenizer = AutoTokenizer.from_pretrained(resolve_base(small.model.base))
+        tracker.fillers = tuple(tokenizer.encode(word, add_special_tokens=False)[0] for word in ("video", "yes"))
+        write_inputs(small, folder, tokenizer)
+        plan = make_plan(small, f"{card.memory}B")
+        with patch.object(workspace, "pick_device", lambda _: "cuda"):
+            yield Workspace(plan.recipe, load=load_random), plan
+
+
+def cut_layers(recipe: Recipe, folder: Path, layers: int) -> None:
+    """The same widths with fewer layers, on the bases whose config is made here."""
+    if recipe.model.base not in FACTS:
+        raise StageError(f"`--layers` works on {', '.join(FACTS)}; the base is `{recipe.model.base}`. Leave it out.")
+    for path in folder.glob("base*/config.json"):
+        config = json.loads(path.read_text())
+        config["text_config"]["num_hidden_layers"] = layers
+        if "layer_types" in config["text_config"]:
+            config["text_config"]["layer_types"] = config["text_config"]["layer_types"][:layers]
+        path.write_text(json.dumps(config))
+
+
+@contextmanager
+def without_files(fewer: Fewer) -> Iterator[None]:
+    """Weights have no values, so adapters and checkpoints are neither written nor read, and the check of PPO's first
+    step has nothing to check. Steps are cut as `fewer` says."""
+    with ExitStack() as stack:
+        for owner, name, value in (
+            (Roles, "save", save),
+            (Roles, "load", load),
+            (fit, "save", lambda *_: None),
+            (fit, "load", lambda _: None),
+            (step, "check_first_step", lambda *_: None),
+            (step, "cut", fewer.cut),
+            *((module, "split_micro", fewer.split) for module in (sft, reward, experience)),
+        ):
+            stack.enter_context(patch.object(owner, name, value))
+        yield
+
+
+def save(roles: Roles, name: str, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if name in roles.heads:
+        (folder / "head.safetensors").touch()
+
+
+def load(roles: Roles, name: str, folder: Path) -> None:
+    roles.add(name)
+    if (folder / "head.safetensors").exists():
+        roles.add_head(name, zero=False)
+
+
+def as_text(profile: dict, lines: int = 12) -> str:
+    """The table that `rlaif-lite profile --dry` prints, the lines that make the host wait, and what holds the peak."""
+    rows = [("stage", "phase", "calls", "ms", "share", "peak", "launches", "GB moved", "TFLOP", "syncs", "copies")]
+    notes = []
+    for stage, cost in profile["stages"].items():
+        sizes = [gib(cost[key]) for key in ("peak_memory_bytes", "reserved_memory_bytes", "planned_memory_bytes")]
+        rows.append((stage, "", "", f"{1e3 * cost['measured_seconds']:,.0f}", "", sizes[0], *[""] * 5))
+        notes.append(f"{stage}: tensors {sizes[0]}, reserved {sizes[1]}, planned {sizes[2]}")
+        for name, phase in cost["phases"].items():
+            counts = [""] * 5
+            if "launches" in phase:
+                counts = [f"{phase['launches']:,}", f"{phase['bytes_moved'] / 1e9:,.1f}"]
+                counts += [f"{phase['flops'] / 1e12:,.2f}", str(phase["syncs"]), str(phase["host_copies"])]
+            took = f"{1e3 * phase['seconds']:,.1f}"
+            peak = gib(phase["peak_memory_bytes"])
+            rows.append(("", name, f"{phase['calls']:,}", took, f"{phase['share']:.1%}", peak, *counts))
+        for what in ("syncs", "host_copies"):
+            found = sorted(cost[what].items(), key=lambda each: -each[1])
+            notes += [f"  {what.replace('_', ' ')} {count:6} {line}" for line, count in found[:lines]]
+        notes += [f"  at the peak {gib(size)} {line}" for line, size in list(cost.get("at_peak", {}).items())[:lines]]
+    layers = profile["dry"]["layers"]
+    head = f"{profile['recipe']} on {profile['machine']['device']}: a roofline of shapes"
+    head += "" if layers is None else f", {layers} layers"
+    return "\n".join([head, aligned(rows), *notes])

@@ -13,7 +13,7 @@ from rlaif_lite.rl.losses import merge_stats, policy_loss, token_weights
 from rlaif_lite.rl.shaping import sequence_score
 from rlaif_lite.rollout import Trajectory
 from rlaif_lite.stages.ppo import step as ppo
-from rlaif_lite.stages.ppo.experience import Micro
+from rlaif_lite.stages.ppo.experience import micro_of
 from rlaif_lite.stages.ppo.feedback import Feedback
 from test_ppo import RAGGED, Step, ragged
 
@@ -182,7 +182,7 @@ def test_score_and_update_need_no_run_folder(roles, recipe):
     rows = [prompt.extend(a.ids) for a in answers]
     batch = collate(base, rows)
     target_bS = target_rows(rows, [a.ids for a in answers], batch.ids_BS.shape[1])
-    minibatches = [[Micro(torch.arange(4), batch, target_bS, batch, target_bS)]]
+    minibatches = [[micro_of(torch.arange(4), batch, target_bS, batch, target_bS)]]
     feedback = Feedback(None)
     taken = feedback.take([None] * 4, answers, 0)._replace(scores=[1.0, 0.0, 0.0, 0.0])
     experience = ppo.score(roles, small.ppo, feedback, minibatches, taken, 0.1)

@@ -33,6 +33,8 @@ class Micro(NamedTuple):
     target_bS: Tensor  # the answer token that each position predicts, IGNORE elsewhere
     value_batch: Batch  # the critic's prompt + answer, as the value role reads them
     value_target_bS: Tensor
+    at_N: Tensor  # where `target_bS` has a target, counted through all rows; a mask would stall the GPU at each use
+    value_at_N: Tensor
 
 
 class Experience(NamedTuple):
@@ -73,11 +75,8 @@ def cut(
         ]
         value_rows = [critic_prompt(records[i]).extend(a) for i, a in zip(index, ids, strict=True)]
         batch, value_batch = collate(base, rows), collate(base, value_rows)
-        targets = [
-            target_rows(r, ids, b.ids_BS.shape[1]).to(base.device)
-            for r, b in ((rows, batch), (value_rows, value_batch))
-        ]
-        return Micro(torch.tensor(index, device=base.device), batch, targets[0], value_batch, targets[1])
+        targets = [target_rows(r, ids, b.ids_BS.shape[1]) for r, b in ((rows, batch), (value_rows, value_batch))]
+        return micro_of(torch.tensor(index), batch, targets[0], value_batch, targets[1])
 
     minibatches = chunks(order, section.minibatch)
     return [
@@ -85,9 +84,18 @@ def cut(
     ]
 
 
+def micro_of(index_b: Tensor, batch: Batch, target_bS: Tensor, value_batch: Batch, value_target_bS: Tensor) -> Micro:
+    """A micro-batch of targets that are still on the CPU, where counting them waits for nothing."""
+    at_N, value_at_N = ((each_bS != IGNORE).flatten().nonzero()[:, 0] for each_bS in (target_bS, value_target_bS))
+    on = batch.ids_BS.device
+    return Micro(
+        index_b.to(on), batch, target_bS.to(on), value_batch, value_target_bS.to(on), at_N.to(on), value_at_N.to(on)
+    )
+
+
 def answer_hidden(role: ActiveRole, micro: Micro) -> Tensor:
     """hidden_ND that predict the micro-batch's answer tokens."""
-    return role.hidden(micro.batch)[micro.target_bS != IGNORE]
+    return role.hidden(micro.batch).flatten(0, 1).index_select(0, micro.at_N)
 
 
 def answer_logp(
@@ -103,7 +111,7 @@ def answer_logp(
     return linear_logprob(
         hidden_ND,
         base.head_weight_VD,
-        micro.target_bS[micro.target_bS != IGNORE],
+        micro.target_bS.flatten()[micro.at_N],
         bias_V=base.ban_bias_V,
         temperature=temperature,
         reference_hidden_ND=reference_hidden_ND,
@@ -113,7 +121,7 @@ def answer_logp(
 
 def token_value(role: ActiveRole, micro: Micro) -> Tensor:
     """value_N of the state before each answer token."""
-    return role.scalar(role.hidden(micro.value_batch)[micro.value_target_bS != IGNORE])
+    return role.scalar(role.hidden(micro.value_batch).flatten(0, 1).index_select(0, micro.value_at_N))
 
 
 def padded(values_N: Tensor, mask_BT: Tensor) -> Tensor:

@@ -1,0 +1,165 @@
+"""The dry run: that it sees what it says it sees, and what the stages may cost a GPU. Dry runs are processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from core import RECIPE
+from rlaif_lite.dryrun import allocator, launch, shim
+from rlaif_lite.dryrun.cards import CARDS, seconds
+from rlaif_lite.errors import StageError
+
+MIB = 1 << 20
+KNOWN = """
+import sys
+from pathlib import Path
+from rlaif_lite.dryrun import shim
+if sys.argv[1]:
+    shim.install(Path(sys.argv[1]))
+import pytest
+import torch
+from rlaif_lite.dryrun.cards import CARDS
+from rlaif_lite.dryrun.device import captured, pretended
+from rlaif_lite.dryrun.tracker import Tracker
+from rlaif_lite.errors import StageError
+
+MIB = 1 << 20
+tracker = Tracker(CARDS["a100"], fillers=(7, 8), trace=True)
+with pretended(tracker):
+    tracker.begin()
+    first = torch.empty(MIB, device="cuda")  # 4 MiB held
+    second = first + 1  # 8
+    del first  # 4
+    third = torch.cat([second, second])  # 12, the peak
+    del second, third
+    assert (tracker.peak, tracker.live) == (12 * MIB, 0)
+    assert sum(tracker.held_at_peak().values()) == 12 * MIB
+    assert tracker.allocator.peak == 20 * MIB  # one segment of blocks below 10 MiB
+    assert tracker.sums["launches"] == 2 and tracker.sums["bytes_moved"] == (8 + 16) * MIB
+    assert not tracker.syncs and not tracker.copies
+
+    weight = torch.empty(64, 32, device="cuda", requires_grad=True)
+    before = tracker.sums["flops"]
+    (torch.empty(16, 64, device="cuda") @ weight).sum().backward()
+    assert tracker.sums["flops"] - before == 2 * (2 * 16 * 64 * 32) and weight.grad.shape == (64, 32)
+
+    length_B = torch.tensor([3, 1], device="cuda")
+    assert len(tracker.copies) == 1
+    mask_BT = torch.arange(4, device="cuda")[None] < length_B[:, None]
+    value_N = torch.empty(2, 4, device="cuda")[mask_BT]
+    assert value_N.shape == (4,) and tracker.sums["syncs"] == 1  # a mask whose size is known, and waited for
+    assert int(length_B.max()) == 3 and (length_B * 2).tolist() == [6, 2]
+    length_B += torch.empty(2, device="cuda").long()  # from here on nobody knows
+    assert int(length_B.max()) == 7 and length_B.tolist() == [7, 8]
+
+    with pytest.raises(StageError, match="reads tensors of the CPU and of the GPU"):
+        weight + torch.ones(64, 32)
+    graph = torch.cuda.CUDAGraph()
+    launches = tracker.sums["launches"]
+    with torch.cuda.graph(graph, pool=(0, 0)):
+        weight.detach().exp().sum()
+    assert tracker.sums["launches"] == launches
+    graph.replay()
+    assert tracker.sums["launches"] == launches + 2
+    with pytest.raises(RuntimeError, match="waits for the host"), torch.cuda.graph(graph, pool=(0, 0)):
+        weight.detach().sum().item()
+"""
+
+
+@pytest.fixture(scope="module")
+def library() -> Path | None:
+    return shim.build()
+
+
+def test_a_program_whose_costs_are_known(library):
+    done = subprocess.run([sys.executable, "-c", KNOWN, str(library or "")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def costs(library, tmp_path_factory) -> dict:
+    """Every stage that is driven, on the embedded base at the sizes of the tests. A tensor on the wrong device anywhere
+    ends the run."""
+    folder = tmp_path_factory.mktemp("dry")
+    once = {"hard": None, "policy_init": None}  # one phase of SFT is enough
+    parts = {"sft": {**RECIPE["sft"], **once}, "ppo": {**RECIPE["ppo"], "micro_batch": 2}}
+    recipe = {**RECIPE, "output": str(folder / "run"), **parts}
+    (folder / "small.yaml").write_text(yaml.safe_dump(recipe))
+    assert launch.dry_run(str(folder / "small.yaml"), [], "a100", [], None, False, folder / "dry.json") == 0
+    return json.loads((folder / "dry.json").read_text())
+
+
+def test_every_stage_ends_and_weighs_something(costs):
+    assert list(costs["stages"]) == ["features", "sft", "context", "preference", "reward", "ppo"]
+    for stage in costs["stages"].values():
+        assert 0 < stage["peak_memory_bytes"] <= stage["reserved_memory_bytes"]
+    assert costs["stages"]["preference"]["phases"]["judge"]["launches"] > 0
+
+
+def test_the_captured_step_waits_for_nothing_and_copies_nothing(costs):
+    """One transfer a step is the tokens' own, after the captured part; a capture that failed would add launches."""
+    for stage in ("context", "preference", "ppo"):
+        decode = costs["stages"][stage]["phases"]["decode"]
+        assert decode["syncs"] == decode["calls"] and decode["host_copies"] == 0
+
+
+def test_no_forward_and_no_backward_of_a_ppo_step_waits(costs):
+    """What does wait is outside of these phases: once a micro-batch where the reward role's rows are picked."""
+    phases = costs["stages"]["ppo"]["phases"]
+    found = {name: cost["syncs"] for name, cost in phases.items() if name.startswith(("score", "update"))}
+    assert {"score policy", "score value", "update policy backward", "update value forward"} <= set(found)
+    assert not any(found.values()), found
+
+
+# Launches per layer of the embedded base, what is outside of its layers included. A change that adds kernels is seen.
+BOUNDS = {"decode": 114, "update policy forward": 146, "update policy backward": 165}
+LAYERS = 6
+
+
+@pytest.mark.parametrize("phase", BOUNDS)
+def test_launches_per_layer_stay_bounded(costs, phase):
+    cost = costs["stages"]["ppo"]["phases"][phase]
+    assert 0.8 * BOUNDS[phase] < cost["launches"] / cost["calls"] / LAYERS <= BOUNDS[phase]
+
+
+def test_the_allocator_splits_and_joins():
+    model = allocator.Allocator()
+    small = [model.allocate(MIB // 2) for _ in range(4)]
+    assert model.reserved == 2 * MIB
+    large = model.allocate(30 * MIB + 1)
+    assert model.reserved == 34 * MIB
+    model.free(large)
+    halves = [model.allocate(15 * MIB), model.allocate(15 * MIB)]
+    assert model.reserved == 34 * MIB
+    model.pool = "graph"
+    model.allocate(12 * MIB)
+    assert model.reserved == model.peak == 46 * MIB
+    for block in (*small, *halves):
+        model.free(block)
+    model.empty_cache()
+    assert model.reserved == 12 * MIB
+
+
+def test_the_roofline_takes_the_longest():
+    card = CARDS["a100"]
+    assert seconds(card, 1, 1, 2) == 2e-6
+    assert seconds(card, 10**9, 1, 2) == pytest.approx(10**9 / (0.82 * 2.039e12))
+    assert seconds(card, 1, 10**12, 2) == pytest.approx(10**12 / (0.75 * 312e12))
+
+
+def test_an_unknown_card_and_a_missing_compiler_are_said(monkeypatch):
+    with pytest.raises(StageError, match="no such card. It has h200, h100"):
+        launch.dry_run("tiny", [], "gtx", [], None, False, None)
+    from torch.utils import cpp_extension
+
+    def fail(*args, **options):
+        raise RuntimeError("Ninja is required to load C++ extensions")
+
+    monkeypatch.setattr(cpp_extension, "load", fail)
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: False)
+    with pytest.raises(StageError, match="(?s)Ninja is required.*Install a C.. compiler and ninja"):
+        shim.build()

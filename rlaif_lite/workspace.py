@@ -222,7 +222,7 @@ class Workspace:
     def base(self, tower: bool = False) -> Base:
         """The frozen base, loaded once; loaded again when a tower is asked for and was dropped."""
         if self._base is None or (tower and not self._base.has_tower):
-            self._roles = None
+            self._roles = self._base = None  # freed first: two bases may not fit
             self._base = self._load_model(self.recipe.model, self.device, tower=tower)
         return self._base
 

@@ -159,6 +159,7 @@ def test_other_errors_pass(tmp_path):
     with pytest.raises(RuntimeError) as found:
         no_room()
     assert out_of_memory(found.value) and not out_of_memory(RuntimeError("CUDA error: device-side assert"))
+    assert out_of_memory(RuntimeError("CUDA error: out of memory"))
 
 
 def test_a_failed_forward_leaves_the_decoder_as_it_was(load, monkeypatch):

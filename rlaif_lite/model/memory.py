@@ -14,8 +14,9 @@ import torch
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
-# What torch says where it does not raise OutOfMemoryError: its CPU allocator, and cuBLAS without room to work in.
-SAYINGS = ("DefaultCPUAllocator: ", "CUBLAS_STATUS_ALLOC_FAILED")
+# What torch says where it does not raise OutOfMemoryError: its CPU allocator, cuBLAS without room to work in, and the
+# CUDA runtime outside of torch's allocator.
+SAYINGS = ("DefaultCPUAllocator: ", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -312,6 +312,7 @@ def test_changed_files_make_stale_what_reads_them(checkpoint, world, tmp_path, m
     shutil.copytree(checkpoint, tmp_path / "base")
     shutil.copy(world / "test.jsonl", tmp_path / "own.jsonl")
     own = [f"model.base={tmp_path / 'base'}", f"data.test=[{tmp_path / 'own.jsonl'}]", f"data.video_root={world}"]
+    own.append(f"data.folder={world}")  # the stages do nothing here, so the world is made already
     recipe = small_recipe(checkpoint, tmp_path, *own)
     monkeypatch.setattr(pipeline, "write_summary", lambda *_, **__: None)
     monkeypatch.setattr(pipeline.page, "write", lambda _: None)

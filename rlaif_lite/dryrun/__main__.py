@@ -9,6 +9,7 @@ from . import shim
 
 
 def main() -> None:
+    """Run what the first argument asks for, as JSON, and write its figures to the file that it names."""
     asked = json.loads(sys.argv[1])
     if asked["shim"] is not None:
         shim.install(Path(asked["shim"]))

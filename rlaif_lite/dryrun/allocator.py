@@ -82,4 +82,5 @@ class Allocator:
 
 
 def round_up(size: int, unit: int) -> int:
+    """The next multiple of `unit`, bytes."""
     return -(-size // unit) * unit

@@ -175,6 +175,7 @@ def dry_profile(recipe: Recipe, card: Card, stages: Sequence[str], layers: int |
 
 
 def described(recorder: DryRecorder, work: Workspace, planned: int, trace: bool) -> dict:
+    """A stage's figures in the schema of a measured profile, with what only a dry run can see."""
     card = recorder.tracker.card
     out = describe(recorder, work.base(), card.bf16 * card.matmul, planned)
     for name, cost in recorder.costs.items():
@@ -210,11 +211,11 @@ def cut_layers(recipe: Recipe, folder: Path, layers: int) -> None:
             f"`{recipe.model.base}`. Leave it out."
         )
     for path in made:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         config["text_config"]["num_hidden_layers"] = layers
         if "layer_types" in config["text_config"]:
             config["text_config"]["layer_types"] = config["text_config"]["layer_types"][:layers]
-        path.write_text(json.dumps(config))
+        path.write_text(json.dumps(config), encoding="utf-8")
 
 
 @contextmanager
@@ -236,6 +237,7 @@ def without_files(fewer: Fewer) -> Iterator[None]:
 
 
 def save(roles: Roles, name: str, folder: Path) -> None:
+    """`Roles.save` without weights: an empty folder, and a mark where the role has a head."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if name in roles.heads:
@@ -243,6 +245,7 @@ def save(roles: Roles, name: str, folder: Path) -> None:
 
 
 def load(roles: Roles, name: str, folder: Path) -> None:
+    """`Roles.load` of what `save` left: a fresh role."""
     roles.add(name)
     if (folder / "head.safetensors").exists():
         roles.add_head(name, zero=False)

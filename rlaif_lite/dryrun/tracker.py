@@ -306,6 +306,7 @@ class Tracker(TorchDispatchMode):
 
 
 def bytes_of(tensor: Tensor) -> int:
+    """Bytes of a tensor's elements."""
     return tensor.numel() * tensor.element_size()
 
 

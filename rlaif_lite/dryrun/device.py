@@ -145,6 +145,7 @@ def quantised(layer: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.
 
 
 def dequantised(layer: nn.Module) -> Tensor:
+    """The dense weight of a 4-bit layer, without values."""
     quantised = isinstance(layer, bitsandbytes.nn.Linear4bit)
     return dequantize_4bit(layer.weight, layer.weight.quant_state) if quantised else layer.weight
 

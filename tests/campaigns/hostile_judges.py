@@ -154,9 +154,9 @@ def attack(name: str) -> Outcome:
 
     def one(connection: socket.socket) -> None:
         with contextlib.suppress(OSError), connection:
-            asked = b""
-            while b"\r\n\r\n" not in asked:
-                asked += connection.recv(65536) or b"\r\n\r\n"
+            file = connection.makefile("rb")
+            headers = dict(line.lower().split(b":", 1) for line in iter(file.readline, b"\r\n") if b":" in line)
+            file.read(int(headers.get(b"content-length", 0)))  # what is left unread at the end resets the connection
             SERVERS[name](connection)
 
     def accept() -> None:

@@ -397,7 +397,8 @@ def _usage(usage: Any) -> tuple[int, int] | None:
     """Tokens of the prompt and of the reply; None where the server states no such counts, or impossible ones."""
     if not isinstance(usage, dict):
         return None
-    asked, said = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    asked: Any = usage.get("prompt_tokens")
+    said: Any = usage.get("completion_tokens")
     whole_numbers = type(asked) is int and type(said) is int
     return (asked, said) if whole_numbers and 0 <= asked <= MOST_TOKENS and 0 <= said <= MOST_TOKENS else None
 

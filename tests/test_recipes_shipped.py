@@ -1,6 +1,7 @@
 """The recipes that ship: each is read, says what it needs and what was measured, is named as its file, and is
 planned."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from rlaif_lite.model.random_base import checkpoint_of
 from rlaif_lite.planner.plan import make_plan
 from rlaif_lite.recipe import load_recipe
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -74,3 +76,14 @@ def test_a_card_recipe_fits_its_card_by_plan(path, tmp_path):
         assert stage.fits, (name, stage)
     weights = plan.stages[recipe.method].terms["weights"]
     assert 1.8 * 2**30 < weights < 12 * 2**30 and plan.stages[recipe.method].peak > weights
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/reproduce.md"])
+def test_the_planned_peaks_of_the_tables_are_the_planners(page):
+    """A change of the planner or of a recipe changes these tables, too."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[?`(\w+_(\d+)gb)`.*?\| (\d+\.\d)(?: GiB)?(?: \(planned\)|, )", text, re.MULTILINE)
+    assert len(rows) >= 7
+    for name, size, shown in rows:
+        plan = make_plan(load_recipe(ROOT / "recipes" / f"{name}.yaml"), f"{size}GB")
+        assert f"{max(stage.peak for stage in plan.stages.values()) / 2**30:.1f}" == shown, (page, name)

@@ -1,8 +1,8 @@
 """Rates of GPUs, for a roofline.
 
-Peaks are those of NVIDIA's data sheets and architecture white papers (dense, without sparsity; bfloat16 with float32
-accumulation; float64 without tensor cores). What a kernel reaches of them is ASSUMED for every card: nothing here was
-measured.
+Peaks are meant to be those of NVIDIA's data sheets and white papers: dense, bfloat16 with float32 accumulation, float64
+without tensor cores. They were noted without the sheets at hand. What a kernel reaches of them is ASSUMED for every
+card: nothing here was measured.
 """
 
 from typing import NamedTuple

@@ -18,7 +18,7 @@ demo: $(VENV)/ready
 	$(VENV)/bin/rlaif-lite run recipes/tiny.yaml
 
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The oldest transformers that is supported (the newest that unsloth allows), in an environment of its own.
 test-oldest:

@@ -119,7 +119,7 @@ def show_data(
     """Show what data files are read as: format, counts, lengths, missing videos, the first records."""
     from . import data_report
 
-    typer.echo(data_report.describe(files, recipe, base, video_root))
+    typer.echo(data_report.report_on(files, recipe, base, video_root))
 
 
 @app.command("eval")
@@ -273,7 +273,7 @@ def export(
 
     compared = exporter.export(run_dir, role, out, check, push)
     if compared is not None:
-        typer.echo(exporter.describe(compared))
+        typer.echo(exporter.comparison_text(compared))
     if role in exporter.SCALARS:
         typer.echo(f"Role {role} ends in a number; it cannot be merged into a causal LM: adapter and head.")
     typer.echo(f"{out}{'' if push is None else f', and https://huggingface.co/{push}'}")

@@ -18,7 +18,7 @@ SHOWN = 3
 Render = Callable[[Record], str]
 
 
-def describe(files: Iterable[Path], recipe: str | None, base: str | None, video_root: Path | None) -> str:
+def report_on(files: Iterable[Path], recipe: str | None, base: str | None, video_root: Path | None) -> str:
     """The report on some files as text. Raises DataError for a file that is refused."""
     loaded = _recipe_of(recipe, base)
     root = video_root or (loaded.data.video_root if loaded else None)

@@ -133,8 +133,9 @@ def run_stage(
         check(work.folder, name, done, work.log.digests())
         say(f"{name}: done before, nothing it reads has changed")
         write_sealed(folder / "done.json", done | {"status": "skipped"})
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # left by a kill right after `done.json` was written
         return
-    displace(work, name)
+    remove_rivals(work, name)
     if share is not None and (source := finished_beside(work, name, reads, share)) is not None:
         say(f"{name}: taken from {source}, which read the same")
         take(work, name, source)
@@ -285,9 +286,9 @@ def empty(work: Workspace, name: str) -> None:
             remove(path)
 
 
-def displace(work: Workspace, name: str) -> None:
-    """Of a stage that leaves the same roles as `name` will (another method's), remove what it left: it is done no more.
-    A kill in the middle leaves it stale."""
+def remove_rivals(work: Workspace, name: str) -> None:
+    """Remove what another method's stage left if it made adapters of the same names as stage `name` makes. It is no
+    longer done. A kill in the middle leaves it stale."""
     mine = set(LEAVES.get(name, ()))
     for other, roles in LEAVES.items():
         if other != name and mine.intersection(roles) and (work.folder / other / "done.json").exists():

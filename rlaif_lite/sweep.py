@@ -34,7 +34,7 @@ LONGEST = 120  # characters of a point's folder name
 MESSAGE = 4000  # characters of a reason that are kept; a pipe holds more
 
 
-class Choice(NamedTuple):
+class Setting(NamedTuple):
     """One value of an axis."""
 
     words: str  # as tables and folders name it
@@ -77,14 +77,14 @@ def sweep(paths: list[str], over: list[str], overrides: list[str], out: Path) ->
 # ---------------------------------------------------------------------------------------------------------- the grid
 
 
-def axis(text: str) -> list[Choice]:
+def axis(text: str) -> list[Setting]:
     """What one `--over` says: "key=[1, 2]"; "key,key=[1, 2]" for keys that take the same value; or settings with names,
     "{short: {a.key: 1, b.key: 2}, long: {a.key: 9}}"."""
     if text.startswith("{"):
         named = parse(text, f"--over {text}").data
         if not all(isinstance(keys, dict) for keys in named.values()):
             raise RecipeError(f"`--over {text}`: each name takes keys with values, such as {{one: {{ppo.steps: 1}}}}.")
-        return [Choice(words, keys) for words, keys in named.items()]
+        return [Setting(words, keys) for words, keys in named.items()]
     keys, equals, values = text.partition("=")
     parsed = parse(values, f"--over {text}").data if equals else None
     if not isinstance(parsed, list) or not parsed:
@@ -92,12 +92,12 @@ def axis(text: str) -> list[Choice]:
     names = [key.strip() for key in keys.split(",")]
     said = [value if isinstance(value, str) else json.dumps(value) for value in parsed]
     return [
-        Choice(f"{','.join(names)}={text}", dict.fromkeys(names, value))
+        Setting(f"{','.join(names)}={text}", dict.fromkeys(names, value))
         for text, value in zip(said, parsed, strict=True)
     ]
 
 
-def grid(paths: list[str], axes: list[list[Choice]], overrides: list[str], out: Path) -> list[Point]:
+def grid(paths: list[str], axes: list[list[Setting]], overrides: list[str], out: Path) -> list[Point]:
     """Every point, recipe by recipe; the last axis changes fastest."""
     names = [Path(path).stem for path in paths]
     swept = [key for choices in axes for key in {key for choice in choices for key in choice.keys}]

@@ -11,15 +11,15 @@ from rlaif_lite.model.base import load_base
 from rlaif_lite.recipe import load_recipe
 
 SMALL = [
-    "data.world={seed: 77, sft: 200, preference: 200, rl: 160, test: 80, dropout: 0.33, workers: 1}",
+    "data.world={seed: 77, sft: 160, preference: 130, rl: 100, test: 60, dropout: 0.33, workers: 1}",
     "features.workers=1",
     "threads=1",
-    "sft.easy.steps=30",
-    "sft.hard.steps=60",
+    "sft.easy.steps=25",
+    "sft.hard.steps=45",
     "sft.policy_init.steps=4",
     "preference.samples=4",
-    "preference.compare_pairs=60",
-    "ppo.steps=10",
+    "preference.compare_pairs=40",
+    "ppo.steps=7",
     "ppo.rollouts=64",
     "ppo.minibatch=32",
     "evaluate.temperatures=[0.5]",

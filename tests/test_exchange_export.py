@@ -81,7 +81,7 @@ def test_what_the_merge_cost_is_measured_on_the_test_prompts(exported):
     assert compared.prompts == 8 and compared.positions >= 8
     assert compared.merged.kl < 1e-3 < compared.base.kl
     assert compared.merged.kl < compared.trained.kl < compared.base.kl  # 4 bits cost more than 16, less than no adapter
-    said = exporter.describe(compared)
+    said = exporter.comparison_text(compared)
     assert "the adapter on the 4-bit base" in said and f"KL {compared.merged.kl:.2g} nats" in said
 
 
@@ -182,7 +182,7 @@ def test_the_card_tells_base_recipe_data_figures_and_cost(exported, finished):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     speeds = sorted(line["time"]["tokens_per_second"] for line in lines if line["stage"] == "ppo")
     assert f"PPO: {(speeds[1] + speeds[2]) / 2:.1f} answer tokens per second, median over 4 steps" in text
-    assert exporter.describe(exported[1]) in text
+    assert exporter.comparison_text(exported[1]) in text
     assert str(run) not in text and str(Path(finished.model.base).parent) not in text  # nothing of this machine
     assert text.startswith("---\nlibrary_name: transformers\n") and "base_model:" not in text
 

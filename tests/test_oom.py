@@ -197,6 +197,32 @@ def test_what_is_only_read_goes_through_in_smaller_pieces(caplog):
         in_pieces([1, 2], 2, lambda piece: [][0:0].index(1))
 
 
+@pytest.mark.parametrize("stage", [reward, ppo], ids=["reward", "ppo"])
+def test_what_a_stage_measures_goes_through_in_smaller_pieces(rerun, monkeypatch, stage):
+    """The reward model's held-out accuracy, and the scale of its scores on the reference's answers."""
+    recipe = rerun(*ONE_STEP[stage], *(["ppo.normalize_reward=true"] if stage is ppo else []))
+    found = []
+    for most in (10**6, 2):
+        work = Workspace(recipe)
+        shutil.rmtree(work.stage(NAME[stage]) / "checkpoint", ignore_errors=True)
+        hidden, refused = ActiveRole.hidden, []
+
+        def guarded(self, batch, most=most, hidden=hidden, refused=refused):
+            if not torch.is_grad_enabled() and len(batch.ids_BS) > most:
+                refused.append(len(batch.ids_BS))
+                no_room()
+            return hidden(self, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ActiveRole, "hidden", guarded)
+            found.append(stage.run(work))
+        assert bool(refused) == (most == 2)
+    if stage is reward:
+        assert found[0]["heldout_accuracy"] == found[1]["heldout_accuracy"]
+    else:
+        assert found[0]["kl_start"] == found[1]["kl_start"] == 0.0
+
+
 def test_a_judge_that_runs_out_of_memory_says_the_same(load, monkeypatch):
     """Fault injection: no forward of more than two rows fits."""
     roles = Roles(load(), Lora(rank=4, alpha=8.0))

@@ -75,7 +75,7 @@ def test_share_of_the_matmul_rate():
     costs = {"prefill": recorder.Cost(1, 2.0, 50, 9), "tower": recorder.Cost(1, 1.0, 4, 9)}
     found = recorder.Recorder(torch.device("cpu"), costs=costs)
     found.seconds, found.measured_seconds = 8.0, 4.0
-    told = profiler.describe(found, base, rate=200_000.0, planned=5)["phases"]
+    told = profiler.stage_figures(found, base, rate=200_000.0, planned=5)["phases"]
     assert told["prefill"]["of_matmul"] == 0.25 and told["prefill"]["per_second"] == 25.0
     assert told["prefill"]["share"] == 0.5 and told["other"]["seconds"] == 1.0
     assert told["tower"]["of_matmul"] is None

@@ -267,18 +267,18 @@ def test_a_conversation_is_as_hard_as_its_longest_trained_answer():
 
 def test_the_report_says_what_a_file_is(tmp_path, checkpoint):
     path = put(tmp_path, EXAMPLES["llava"])
-    said = data_report.describe([path], None, None, None)
+    said = data_report.report_on([path], None, None, None)
     assert "llava, 3 records" in said and "answer, words: median 2" in said and "keys left out: data_source" in said
     assert "2 records miss their video" in said and "assistant: «A man runs.»" in said
 
     turns = [("human", "what is the colour first ?"), ("gpt", "red ."), ("human", "shape ?"), ("gpt", "cross .")]
     talk = {"video": "a.mp4", "conversations": [{"from": who, "value": text} for who, text in turns]}
     path = put(tmp_path, json.dumps(talk), "talk.jsonl")
-    said = data_report.describe([path], None, str(checkpoint), None)
+    said = data_report.report_on([path], None, str(checkpoint), None)
     assert "<s><video: 200 tokens>" in said and "<ans>«red . </s>»shape ? <ans>«cross . </s>»" in said
     assert "refused" not in said
     talk["conversations"][-1]["value"] = "a dog"
-    said = data_report.describe([put(tmp_path, json.dumps(talk), "talk.jsonl")], None, str(checkpoint), None)
+    said = data_report.report_on([put(tmp_path, json.dumps(talk), "talk.jsonl")], None, str(checkpoint), None)
     assert "unknown to the base or special" in said and "talk.jsonl#0: <unk> in 'a dog'" in said
 
 

@@ -24,7 +24,7 @@ from ..model.roles import Roles
 from ..phases import listen
 from ..pipeline import STAGES
 from ..planner import Plan, make_plan
-from ..profiler import describe
+from ..profiler import stage_figures
 from ..profiler.inputs import made_up, reduced, stand_ins, write_inputs
 from ..profiler.recorder import Cost
 from ..profiler.tables import SCHEMA, aligned, gib
@@ -157,7 +157,7 @@ def dry_profile(recipe: Recipe, card: Card, stages: Sequence[str], layers: int |
             recorder.finish(fewer.times(stage))
             work.release_roles()
             if stage in chosen:
-                found[stage] = described(recorder, work, plan.stages[stage].peak, trace)
+                found[stage] = dry_figures(recorder, work, plan.stages[stage].peak, trace)
     machine = describe_machine() | {"device": f"{card.name}, not measured", "gpu_memory_bytes": card.memory}
     return {
         "schema": SCHEMA,
@@ -174,10 +174,10 @@ def dry_profile(recipe: Recipe, card: Card, stages: Sequence[str], layers: int |
     }
 
 
-def described(recorder: DryRecorder, work: Workspace, planned: int, trace: bool) -> dict:
+def dry_figures(recorder: DryRecorder, work: Workspace, planned: int, trace: bool) -> dict:
     """A stage's figures in the schema of a measured profile, with what only a dry run can see."""
     card = recorder.tracker.card
-    out = describe(recorder, work.base(), card.bf16 * card.matmul, planned)
+    out = stage_figures(recorder, work.base(), card.bf16 * card.matmul, planned)
     for name, cost in recorder.costs.items():
         out["phases"][name] |= {each: getattr(cost, each) for each in COUNTS}
     out["reserved_memory_bytes"] = recorder.reserved_memory_bytes

@@ -92,17 +92,17 @@ def export(run_dir: Path, role: str, out: Path, check: bool = True, push: str | 
             compared = compare(work, role, adapter, folder) if check else None
         if compared is not None and not compared.merged.kl <= KL_LIMIT:
             raise StageError(
-                f"The merged model does not answer as the adapter does: {describe(compared)}\n"
+                f"The merged model does not answer as the adapter does: {comparison_text(compared)}\n"
                 f"The limit is {KL_LIMIT} nats per position. Is the base still the one that the run was trained on?"
             )
-        told = None if compared is None else describe(compared)
+        told = None if compared is None else comparison_text(compared)
         (folder / "README.md").write_text(card(work, role, role in SCALARS, told), encoding="utf-8")
     if push is not None:
         upload(out, push)
     return compared
 
 
-def describe(compared: Comparison) -> str:
+def comparison_text(compared: Comparison) -> str:
     """The comparison in words."""
 
     def said(gap: Gap) -> str:

@@ -80,7 +80,7 @@ def profile(
                 STAGES[stage].run(work)
             work.release_roles()
             if stage in chosen:
-                found[stage] = describe(recorder, work.base(), rate, plan.stages[stage].peak)
+                found[stage] = stage_figures(recorder, work.base(), rate, plan.stages[stage].peak)
                 moments[stage] = recorder.moments
             if recorder.trace is not None:
                 recorder.trace.export_chrome_trace(str(traces.chrome))
@@ -114,7 +114,7 @@ def opened(
         yield Workspace(plan.recipe, load=load_base if random is None else load_random), plan
 
 
-def describe(recorder: Recorder, base: Base, rate: float, planned: int) -> dict:
+def stage_figures(recorder: Recorder, base: Base, rate: float, planned: int) -> dict:
     """A stage's costs; `other` is what no phase names: reading, laying out batches, checkpoints."""
     total, size = recorder.measured_seconds, linear_parameters(base)
     phases = {}

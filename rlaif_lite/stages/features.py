@@ -49,7 +49,7 @@ def run(work: Workspace) -> dict:
     if work.for_reward is not work:
         failed |= fill(work.for_reward, wanted)[1]
     set_aside(work, {name: failed[name] for name in wanted if name in failed}, len(wanted))
-    return describe(work, wanted, keys, failed)
+    return counts(work, wanted, keys, failed)
 
 
 def fill(work: Workspace, wanted: dict) -> tuple[dict[str, str], dict[str, str]]:
@@ -229,7 +229,7 @@ def tower_config(base: Base) -> dict:
     }
 
 
-def describe(work: Workspace, wanted: dict, keys: dict[str, str], failed: dict[str, str]) -> dict:
+def counts(work: Workspace, wanted: dict, keys: dict[str, str], failed: dict[str, str]) -> dict:
     """Counts for the report; says what the first video became."""
     first = next((name for name in wanted if name not in failed), None)
     out = {"videos": len(wanted) - len(failed), "unreadable": len(failed), "missing": len(work.missing_videos)}

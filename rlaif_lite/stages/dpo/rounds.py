@@ -69,7 +69,7 @@ class Preferred(NamedTuple):
     margin: float  # by how much the judge prefers the chosen one
 
 
-class Choice(NamedTuple):
+class ChosenPairs(NamedTuple):
     """A round's pairs, and how they came about."""
 
     pairs: list[Preferred]
@@ -99,7 +99,7 @@ def run(work: Workspace) -> dict:
         policy = folder / "policy" if number else policy
     start, *trained = table
     best = max(trained, key=lambda row: row["heldout_score"]) if section.select == "best" else trained[-1]
-    with lent(work, "policy", round_folder(work, best["round"]) / "policy"):
+    with role_from(work, "policy", round_folder(work, best["round"]) / "policy"):
         work.roles.save("policy", work.adapter("policy"))
     if best["heldout_score"] <= start["heldout_score"]:
         say(f"dpo: round {best['round']} is taken, which the held-out judge finds no better than where it started")
@@ -117,7 +117,7 @@ def one_round(work: Workspace, number: int, before: Path, records: list[Record])
     section, folder = work.recipe.dpo, round_folder(work, number)
     preference, start = work.recipe.preference, work.adapter(START)
     sampling = Sampling(preference.max_new_tokens, preference.temperature, preference.top_p, preference.top_k)
-    with lent(work, "generator", before if section.generator == "policy" else start) as role:
+    with role_from(work, "generator", before if section.generator == "policy" else start) as role:
         answers = sample_answers(
             work,
             role,
@@ -130,10 +130,10 @@ def one_round(work: Workspace, number: int, before: Path, records: list[Record])
         )
     contexts, told = work.narratives() if preference.context else None, {}
     if section.describe is not None:
-        with lent(work, "generator", before) as role:
+        with role_from(work, "generator", before) as role:
             last = round_folder(work, number - 1) / "descriptions.json"
             contexts, told = describe_videos(work, role, records, last, folder)
-    with lent(work, "judge", before if section.judge_role == "policy" else work.adapter("sft")) as role:
+    with role_from(work, "judge", before if section.judge_role == "policy" else work.adapter("sft")) as role:
         choice = judge_round(work, role, number, answers, contexts, folder)
     if not choice.pairs:
         said = f"Round {number} of DPO has no pairs ({choice.dropped} left out of {len(records)} prompts)"
@@ -142,7 +142,7 @@ def one_round(work: Workspace, number: int, before: Path, records: list[Record])
         say(f"{said}: round {number - 1} was the last")
         return None
     write_jsonl(folder / "pairs.jsonl", [pair._replace(record=pair.record.key)._asdict() for pair in choice.pairs])
-    with lent(work, "reference", before if section.reference == "previous" else start) as role:
+    with role_from(work, "reference", before if section.reference == "previous" else start) as role:
         reference = reference_logps(work, role, choice.pairs, folder)
     learnt = train(work, number, before, choice.pairs, reference)
     texts = [text for found in answers for text in found.texts]
@@ -190,7 +190,7 @@ def judge_name(work: Workspace) -> str:
 
 
 @contextmanager
-def lent(work: Workspace, name: str, folder: Path) -> Iterator[str]:
+def role_from(work: Workspace, name: str, folder: Path) -> Iterator[str]:
     """The adapter in `folder` as role `name`, in memory for as long as one step needs it."""
     work.roles.load(name, folder)
     try:
@@ -204,7 +204,7 @@ def lent(work: Workspace, name: str, folder: Path) -> Iterator[str]:
 
 def judge_round(
     work: Workspace, role: str, number: int, answers: list[Answers], contexts: Mapping[str, str] | None, folder: Path
-) -> Choice:
+) -> ChosenPairs:
     """Judge a round's answers and choose its pairs: all that differ by a judge's score, or neighbours it compares."""
     section, least = work.recipe.dpo, work.recipe.preference.min_margin
     dropped = dict.fromkeys(("mismatched", "claimless", "tied", "inconsistent", "surplus", "length"), 0)
@@ -240,7 +240,7 @@ def judge_round(
         _, stay = balance_lengths([(len(p.chosen.split()), len(p.rejected.split())) for p in pairs])
         dropped["length"] = stay.count(False)
         pairs = [pair for pair, stays in zip(pairs, stay, strict=True) if stays]
-    return Choice(pairs, [j for of in by_prompt for j in of], dropped)
+    return ChosenPairs(pairs, [j for of in by_prompt for j in of], dropped)
 
 
 def judge_neighbours(
@@ -306,7 +306,7 @@ def train(
         return totals | {"unknown_share": work.base().unknown_share(said)}
 
     if not folder.exists():
-        with lent(work, "policy", before):
+        with role_from(work, "policy", before):
             fit(
                 roles,
                 "policy",
@@ -358,9 +358,9 @@ def look(work: Workspace, number: int, policy: Path, held: list[Record]) -> dict
     def greedy(role: str, path: Path) -> list[Answers]:
         return sample_answers(work, role, held, sampling, 1, lambda *_: 0, path, f"dpo {number}: held out")
 
-    with lent(work, "generator", policy) as role:
+    with role_from(work, "generator", policy) as role:
         answers = greedy(role, folder / "answers.jsonl")
-    with lent(work, "judge", work.adapter("sft")) as role:
+    with role_from(work, "judge", work.adapter("sft")) as role:
         if judge_name(work) == "pairwise":
             first = read_answers(held, round_folder(work, 0) / "heldout" / "answers.jsonl")
             both = [

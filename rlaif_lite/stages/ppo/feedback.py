@@ -10,14 +10,16 @@ What `ppo` adds to it (penalties, KL, where the score stands, advantages) is the
 Shapes: B answers of a step, T answer tokens (padded on the right).
 """
 
+from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...data.records import Record
-from ...files import chunks, read_json
+from ...files import read_json
 from ...model.inputs import Sequence, encode_prompt
+from ...model.memory import in_pieces
 from ...phases import phase
 from ...rollout import Sampling, Trajectory, sample
 from ...workspace import Workspace
@@ -131,6 +133,9 @@ class RewardModelFeedback(Feedback):
             sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
             answers = sample(reference, prompts, sampling, seeds=seeds, batch_size=section.slots or section.rollouts)
         size = section.micro_batch or section.minibatch
-        parts = chunks(list(range(len(records))), size)
-        score_N = torch.cat([self.read([records[i] for i in part], [answers[i] for i in part]) for part in parts])
+
+        def read(part: Seq[tuple[Record, Trajectory]]) -> list[float]:
+            return self.read([record for record, _ in part], [answer for _, answer in part]).tolist()
+
+        score_N = torch.tensor(in_pieces(list(zip(records, answers, strict=True)), size, read))
         return score_N.mean().item(), max(score_N.std(correction=0).item(), 1e-6) if len(score_N) > 1 else 1.0

@@ -28,7 +28,7 @@ def check_first_step(experience: Experience, history: list[dict[str, Tensor]]) -
         )
 
 
-def describe(
+def step_metrics(
     work: Workspace,
     records: list[Record],
     answers: list[Trajectory],

@@ -50,7 +50,7 @@ from ...training.oom import Backoff, put_back, remember
 from ...workspace import Workspace
 from .experience import Experience, Micro, answer_hidden, answer_logp, cut, padded, place, spread, token_value
 from .feedback import Feedback, RewardModelFeedback, Taken
-from .log import check_first_step, describe, summary
+from .log import check_first_step, step_metrics, summary
 from .ranking import RankingFeedback
 from .rlif import InterventionFeedback
 
@@ -149,7 +149,7 @@ def one_step(
             f"ppo: step {step} has no answer to learn from. All {len(answers)} were cut at ppo.max_new_tokens or score "
             "as the others of their group. The policy stays as it is."
         )
-    metrics = describe(work, records, answers, experience, history, kl_coef) | taken.metrics
+    metrics = step_metrics(work, records, answers, experience, history, kl_coef) | taken.metrics
     seconds, tokens = time.perf_counter() - began, sum(len(a.ids) for a in answers)
     return metrics, {"seconds": seconds, "rollout_seconds": sampled, "tokens_per_second": tokens / seconds}
 

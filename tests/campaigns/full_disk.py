@@ -41,16 +41,14 @@ def can_mount(folder: Path) -> bool:
 
 def campaign(checkpoint: Path, folder: Path, methods: tuple[str, ...], say) -> Iterator[Full]:
     """Every stage of the methods once."""
-    rng, real, tried = random.Random(0), can_mount(folder / "mount"), set()
+    rng, real = random.Random(0), can_mount(folder / "mount")
     for method in methods:
         recipe = recipe_of(method, checkpoint, folder / method)
         kept = reference(recipe)[0]
         for stage in recipe.stages:
-            if method == methods[0] or stage not in tried or stage in ("preference", "ppo"):
-                tried.add(stage)
-                how = on_tmpfs if real else by_injection
-                yield (found := Full(method, stage, *how(recipe, kept, stage, rng)))
-                say(f"full disk: {found}")
+            how = on_tmpfs if real else by_injection
+            yield (found := Full(method, stage, *how(recipe, kept, stage, rng)))
+            say(f"full disk: {found}")
 
 
 def judged(recipe, kept: Path, stage: str, ended) -> list[str]:

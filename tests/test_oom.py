@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from core import shake, video_of
+from rlaif_lite import pipeline
 from rlaif_lite.errors import StageError
 from rlaif_lite.files import read_jsonl
 from rlaif_lite.judge.claims import AnswerToJudge, judge_claims
@@ -195,6 +196,28 @@ def test_what_is_only_read_goes_through_in_smaller_pieces(caplog):
         in_pieces([1], 1, lambda piece: no_room())
     with pytest.raises(ValueError):
         in_pieces([1, 2], 2, lambda piece: [][0:0].index(1))
+
+
+def test_a_reward_model_that_is_measured_goes_through_in_smaller_pieces(rerun, monkeypatch, caplog):
+    """The forwards without gradients of the reward stage are those of its held-out pairs."""
+    recipe = rerun()
+    file = Workspace(recipe).stage("reward") / "heldout.json"
+    want, hidden, rows = json.loads(file.read_text()), ActiveRole.hidden, []
+
+    def guarded(self, batch):
+        if not torch.is_grad_enabled():
+            rows.append(len(batch.ids_BS))
+            if len(rows) == 1:
+                no_room()
+        return hidden(self, batch)
+
+    monkeypatch.setattr(ActiveRole, "hidden", guarded)
+    pipeline.run(recipe, until="reward", again="reward")
+    got = json.loads(file.read_text())
+    assert rows[0] > 2 and rows[1] == rows[0] // 4 * 2 and "do not fit" in caplog.text
+    assert got["heldout_accuracy"] == want["heldout_accuracy"]
+    assert [row["count"] for row in got["calibration"]] == [row["count"] for row in want["calibration"]]
+    assert got["calibration"][0]["predicted"] == pytest.approx(want["calibration"][0]["predicted"], abs=1e-5)
 
 
 def test_a_judge_that_runs_out_of_memory_says_the_same(load, monkeypatch):

@@ -167,6 +167,27 @@ def test_a_run_killed_in_every_stage_ends_the_same(finished, checkpoint, tmp_pat
     assert not left
 
 
+def test_killed_between_the_mark_and_the_checkpoint(rerun, monkeypatch):
+    """The stage is done but its checkpoint was not removed: the next start removes it."""
+    from rlaif_lite import pipeline
+
+    recipe = rerun("reward.steps=2")
+    write_sealed, checkpoint = pipeline.write_sealed, Path(recipe.output) / "reward" / "checkpoint"
+
+    def dying(path, value):
+        write_sealed(path, value)
+        if path == checkpoint.with_name("done.json"):
+            raise SystemExit("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "write_sealed", dying)
+        with pytest.raises(SystemExit):
+            pipeline.run(recipe, until="reward")
+    assert list(checkpoint.rglob("*.safetensors"))
+    pipeline.run(recipe, until="reward")
+    assert not checkpoint.exists()
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_killed_between_the_adapter_and_the_mark(rerun, stage, monkeypatch):
     """The stage is over but its `done.json` was not written: it goes on from its last checkpoint, and nothing

@@ -21,9 +21,10 @@ from ..data.records import VIDEO_MARK, Message, Record, question_of
 from ..data.splits import hold_out_videos
 from ..data.truth import TRUTH
 from ..errors import StageError
-from ..files import chunks, write_json
+from ..files import write_json
 from ..model.base import Base
 from ..model.inputs import Sequence, collate, encode_prompt
+from ..model.memory import in_pieces
 from ..model.roles import ActiveRole
 from ..model.text import RUNNING, decode_answer, encode_answer, word_tokens
 from ..phases import phase
@@ -209,11 +210,13 @@ def stumbling(pairs: list[tuple[Record, str, str]], share: float, seed: int) -> 
 @torch.no_grad()
 def measure(work: Workspace, layout: RewardInput, held: list[tuple[Record, str, str]]) -> dict:
     """Held-out accuracy against the labels and, where it is known, against the truth; calibration of P(chosen)."""
-    gaps = []
-    for part in chunks(held, layout.section.micro_batch or layout.section.batch_size):
-        with work.roles.use("reward") as active:
+    with work.roles.use("reward") as active:
+
+        def read(part: Seq[tuple[Record, str, str]]) -> list[float]:
             score_B2 = score_pairs(layout, active, part)
-        gaps += (score_B2[:, 0] - score_B2[:, 1]).tolist()
+            return (score_B2[:, 0] - score_B2[:, 1]).tolist()
+
+        gaps = in_pieces(held, layout.section.micro_batch or layout.section.batch_size, read)
     result = {"heldout_accuracy": sum(gap > 0 for gap in gaps) / len(gaps), "calibration": calibration(gaps)}
     decided = [(gap, true) for gap, pair in zip(gaps, held, strict=True) if (true := work.truth.gap(*pair))]
     if decided:

@@ -131,9 +131,9 @@ def run_stage(
     done, begun = read_sealed(folder / "done.json"), read_sealed(folder / "begun.json")
     if done is not None and done["reads"] == reads:
         check(work.folder, name, done, work.log.digests())
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # of a run that was killed before it did so
         say(f"{name}: done before, nothing it reads has changed")
         write_sealed(folder / "done.json", done | {"status": "skipped"})
-        shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # left by a kill right after `done.json` was written
         return
     remove_rivals(work, name)
     if share is not None and (source := finished_beside(work, name, reads, share)) is not None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from core import shake, video_of
+from rlaif_lite import pipeline
 from rlaif_lite.errors import StageError
 from rlaif_lite.files import read_jsonl
 from rlaif_lite.judge.claims import AnswerToJudge, judge_claims
@@ -197,30 +198,43 @@ def test_what_is_only_read_goes_through_in_smaller_pieces(caplog):
         in_pieces([1, 2], 2, lambda piece: [][0:0].index(1))
 
 
-@pytest.mark.parametrize("stage", [reward, ppo], ids=["reward", "ppo"])
-def test_what_a_stage_measures_goes_through_in_smaller_pieces(rerun, monkeypatch, stage):
-    """The reward model's held-out accuracy, and the scale of its scores on the reference's answers."""
-    recipe = rerun(*ONE_STEP[stage], *(["ppo.normalize_reward=true"] if stage is ppo else []))
-    found = []
-    for most in (10**6, 2):
-        work = Workspace(recipe)
-        shutil.rmtree(work.stage(NAME[stage]) / "checkpoint", ignore_errors=True)
-        hidden, refused = ActiveRole.hidden, []
+def test_the_scale_of_the_rewards_is_measured_in_smaller_pieces(rerun, monkeypatch):
+    """Of the reward model's scores on the reference's answers, before the first step of PPO."""
+    recipe = rerun("ppo.steps=1", "ppo.normalize_reward=true")
+    shutil.rmtree(Workspace(recipe).stage("ppo") / "checkpoint", ignore_errors=True)
+    hidden, refused = ActiveRole.hidden, []
 
-        def guarded(self, batch, most=most, hidden=hidden, refused=refused):
-            if not torch.is_grad_enabled() and len(batch.ids_BS) > most:
-                refused.append(len(batch.ids_BS))
+    def guarded(self, batch):
+        if not torch.is_grad_enabled() and len(batch.ids_BS) > 2:
+            refused.append(len(batch.ids_BS))
+            no_room()
+        return hidden(self, batch)
+
+    monkeypatch.setattr(ActiveRole, "hidden", guarded)
+    assert ppo.run(Workspace(recipe))["kl_start"] == 0.0
+    assert refused
+
+
+def test_a_reward_model_that_is_measured_goes_through_in_smaller_pieces(rerun, monkeypatch, caplog):
+    """The forwards without gradients of the reward stage are those of its held-out pairs."""
+    recipe = rerun()
+    file = Workspace(recipe).stage("reward") / "heldout.json"
+    want, hidden, rows = json.loads(file.read_text()), ActiveRole.hidden, []
+
+    def guarded(self, batch):
+        if not torch.is_grad_enabled():
+            rows.append(len(batch.ids_BS))
+            if len(rows) == 1:
                 no_room()
-            return hidden(self, batch)
+        return hidden(self, batch)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(ActiveRole, "hidden", guarded)
-            found.append(stage.run(work))
-        assert bool(refused) == (most == 2)
-    if stage is reward:
-        assert found[0]["heldout_accuracy"] == found[1]["heldout_accuracy"]
-    else:
-        assert found[0]["kl_start"] == found[1]["kl_start"] == 0.0
+    monkeypatch.setattr(ActiveRole, "hidden", guarded)
+    pipeline.run(recipe, until="reward", again="reward")
+    got = json.loads(file.read_text())
+    assert rows[0] > 2 and rows[1] == rows[0] // 4 * 2 and "do not fit" in caplog.text
+    assert got["heldout_accuracy"] == want["heldout_accuracy"]
+    assert [row["count"] for row in got["calibration"]] == [row["count"] for row in want["calibration"]]
+    assert got["calibration"][0]["predicted"] == pytest.approx(want["calibration"][0]["predicted"], abs=1e-5)
 
 
 def test_a_judge_that_runs_out_of_memory_says_the_same(load, monkeypatch):

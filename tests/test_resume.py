@@ -169,14 +169,23 @@ def test_a_run_killed_in_every_stage_ends_the_same(finished, checkpoint, tmp_pat
     assert not left
 
 
-def test_killed_right_after_the_mark(rerun):
-    """The stage is done but its checkpoints were not removed: the next run removes them, though it skips the stage."""
-    recipe = rerun()
-    left = Path(recipe.output) / "sft" / "checkpoint" / "hard"
-    left.mkdir(parents=True)
-    (left / "checkpoint.safetensors").write_bytes(b"weights")
-    pipeline.run(recipe, until="sft")
-    assert not left.parent.exists()
+def test_killed_between_the_mark_and_the_checkpoint(rerun, monkeypatch):
+    """The stage is done but its checkpoint was not removed: the next start removes it."""
+    recipe = rerun("reward.steps=2")
+    write_sealed, checkpoint = pipeline.write_sealed, Path(recipe.output) / "reward" / "checkpoint"
+
+    def dying(path, value):
+        write_sealed(path, value)
+        if path == checkpoint.with_name("done.json"):
+            raise SystemExit("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "write_sealed", dying)
+        with pytest.raises(SystemExit):
+            pipeline.run(recipe, until="reward")
+    assert list(checkpoint.rglob("*.safetensors"))
+    pipeline.run(recipe, until="reward")
+    assert not checkpoint.exists()
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])

@@ -4,6 +4,7 @@ It needs a GPU, so all but the last test put a stand-in of the same signature in
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file, save_file
 
 from core import RECIPE, shake, video_of
 from rlaif_lite.data.records import Message
@@ -110,6 +112,17 @@ def test_it_is_asked_for_the_recipes_base_and_the_rest_is_ours(stand_in, checkpo
     assert base.fingerprint() == same.fingerprint() and torch.equal(*hidden)
 
 
+def test_a_checkpoint_that_is_not_whole_never_reaches_it(stand_in, checkpoint, tmp_path):
+    """The guard of the other loader: unsloth would train on a random tensor."""
+    folder = shutil.copytree(checkpoint, tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(next(key for key in tensors if key.endswith("layers.1.mlp.up_proj.weight")))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 tensors of the model are not in the checkpoint.*layers.1.mlp.up_proj"):
+        load_base(Model(base=str(folder), loader="unsloth"), GPU)
+    assert stand_in.CALLS == []
+
+
 @pytest.mark.parametrize("command", ["run", "eval"])
 def test_the_command_line_imports_it_before_transformers(tmp_path, command):
     source = (
@@ -161,7 +174,7 @@ def test_what_it_does_not_serve_is_refused(checkpoint):
         model_type = "qwen3_vl"
 
     with pytest.raises(ModelError, match="does not serve bases of type `qwen3_vl`"):
-        unsloth_loader.load(Model(loader="unsloth"), "folder", Config(), None, torch.bfloat16, GPU)
+        unsloth_loader.refuse(Model(loader="unsloth"), Config(), GPU)
 
 
 @pytest.mark.gpu

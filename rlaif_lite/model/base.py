@@ -212,29 +212,31 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
             # full prefixes: a short name such as "visual" would match nothing and switch off the head's own exclusion
             llm_int8_skip_modules=[*(f"model.{part}" for part in family.tower), "lm_head"],
         )
-    if section.loader == "unsloth":
+    theirs = section.loader == "unsloth"
+    if theirs:
+        unsloth_loader.refuse(section, config, device)
+    try:
+        # unsloth does not say which tensors came from the checkpoint. So transformers looks first, without any memory.
+        loaded: tuple = AutoModelForImageTextToText.from_pretrained(
+            path,
+            revision=section.revision,
+            dtype=dtype,
+            device_map={"": "meta" if theirs else device},
+            quantization_config=None if theirs else quantization,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except LOAD_ERRORS as error:
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
+        raise ModelError(
+            f"`model.base: {section.base}` is not loaded: {type(error).__name__}: {error}. A weight file is missing, "
+            "cut or of another model; download the checkpoint again."
+        ) from error
+    model, info = loaded
+    refuse_incomplete(info, section.base)
+    if theirs:
         model = unsloth_loader.load(section, path, config, quantization, dtype, device)
-    else:
-        try:
-            loaded: tuple = AutoModelForImageTextToText.from_pretrained(
-                path,
-                revision=section.revision,
-                dtype=dtype,
-                device_map={"": device},
-                quantization_config=quantization,
-                attn_implementation="sdpa",
-                output_loading_info=True,
-            )
-        except LOAD_ERRORS as error:
-            if isinstance(error, RuntimeError) and out_of_memory(error):
-                raise
-            raise ModelError(
-                f"`model.base: {section.base}` is not loaded: {type(error).__name__}: {error}. A weight file is "
-                f"missing, cut "
-                "or of another model; download the checkpoint again."
-            ) from error
-        model, info = loaded
-        refuse_incomplete(info, section.base)
     return finish(model, section, device, tower)
 
 

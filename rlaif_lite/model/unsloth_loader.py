@@ -56,16 +56,19 @@ def import_first(section: Model) -> None:
     import unsloth  # noqa: F401
 
 
-def load(section: Model, path: str, config, quantization, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The model of the checkpoint `path` on `device`, quantised as `quantization` says (None: not at all).
-
-    Raises ModelError where unsloth cannot serve: see `import_first`; a device that is no GPU; a family it may get
+def refuse(section: Model, config, device: torch.device) -> None:
+    """Raise ModelError where unsloth cannot serve: see `import_first`; a device that is no GPU; a family it may get
     wrong."""
     if device.type != "cuda":
         raise ModelError(f"`model.loader: unsloth` needs an NVIDIA GPU, and this run is on `{device}`. {OTHERWISE}")
     if config.model_type in NOT_SERVED:
         raise ModelError(f"`model.loader: unsloth` does not serve bases of type `{config.model_type}`. {OTHERWISE}")
     import_first(section)
+
+
+def load(section: Model, path: str, config, quantization, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The model of the checkpoint `path` on `device`, quantised as `quantization` says (None: not at all). What
+    `refuse` lets through can be loaded."""
     from unsloth import FastVisionModel
 
     model, _ = FastVisionModel.from_pretrained(

@@ -41,16 +41,14 @@ def can_mount(folder: Path) -> bool:
 
 def campaign(checkpoint: Path, folder: Path, methods: tuple[str, ...], say) -> Iterator[Full]:
     """Every stage of the methods once."""
-    rng, real, tried = random.Random(0), can_mount(folder / "mount"), set()
+    rng, real = random.Random(0), can_mount(folder / "mount")
     for method in methods:
         recipe = recipe_of(method, checkpoint, folder / method)
         kept = reference(recipe)[0]
         for stage in recipe.stages:
-            if method == methods[0] or stage not in tried or stage in ("preference", "ppo"):
-                tried.add(stage)
-                how = on_tmpfs if real else by_injection
-                yield (found := Full(method, stage, *how(recipe, kept, stage, rng)))
-                say(f"full disk: {found}")
+            how = on_tmpfs if real else by_injection
+            yield (found := Full(method, stage, *how(recipe, kept, stage, rng)))
+            say(f"full disk: {found}")
 
 
 def judged(recipe, kept: Path, stage: str, ended) -> list[str]:
@@ -77,7 +75,8 @@ def without(recipe, kept: Path, stage: str) -> list[str]:
 def on_tmpfs(recipe, kept: Path, stage: str, rng: random.Random) -> tuple[str, list[str]]:
     output = Path(recipe.output)
     written = size_of(kept / stage) + (size_of(kept / "adapters") if stage in ("sft", "ppo", "dpo", "reward") else 0)
-    for room in (rng.randint(0, written // PAGE), written // PAGE // 4, 1):
+    # recipe.yaml and the marks of the stages before take a few pages while they are written again
+    for pages in (5 + rng.randint(0, written // PAGE), 5 + written // PAGE // 4, 6, 5, 4, 3, 2, 1):
         without(recipe, kept, stage)
         before = output.with_name("before")
         remove(before)
@@ -86,14 +85,13 @@ def on_tmpfs(recipe, kept: Path, stage: str, rng: random.Random) -> tuple[str, l
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(output)], check=True)
         try:
             shutil.copytree(before, output, dirs_exist_ok=True)
-            # recipe.yaml and the marks of the stages before take a few pages while they are written again
-            size = shutil.disk_usage(output).used + (5 + room) * PAGE
+            size = shutil.disk_usage(output).used + pages * PAGE
             subprocess.run(["mount", "-o", f"remount,size={size}", str(output)], check=True)
             ended = run(recipe, until=stage)
             if ended.status == 0:
                 continue  # there was room enough
             subprocess.run(["mount", "-o", "remount,size=1g", str(output)], check=True)
-            return f"tmpfs with {5 + room} free pages", judged(recipe, kept, stage, ended)
+            return f"tmpfs with {pages} free pages", judged(recipe, kept, stage, ended)
         finally:
             subprocess.run(["umount", str(output)], check=True)
     return "tmpfs", ["the disk never filled up"]

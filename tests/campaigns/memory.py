@@ -82,13 +82,10 @@ class Injection(NamedTuple):
 
 
 def campaign(count: int, checkpoint: Path, folder: Path, methods: tuple[str, ...], say) -> Iterator[Injection]:
-    """`count` failures, spread over the stages of the methods that use the base."""
-    rng, events, places = random.Random(count), {}, []
+    """`count` failures, in turn in every stage of every method; `data` is left out, as it makes no tensor."""
+    rng, events = random.Random(count), {}
     recipes = {method: recipe_of(method, checkpoint, folder / method) for method in methods}
-    for method, recipe in recipes.items():
-        # All stages of the first method, and of the others those that differ most.
-        places += [(method, stage) for stage in recipe.stages if stage != "data"
-                   and (method == methods[0] or stage in ("preference", "ppo", "dpo"))]  # fmt: skip
+    places = [(method, stage) for method, recipe in recipes.items() for stage in recipe.stages if stage != "data"]
     for number in range(count):
         method, stage = places[number % len(places)]
         recipe, output = recipes[method], Path(recipes[method].output)

@@ -242,6 +242,9 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
         found["file of evaluate.synonyms"] = file_digest(Path(found["evaluate.synonyms"]))
     if found.get("evaluate.truth") is not None:
         found["code of evaluate.truth"] = file_digest(module_file(found["evaluate.truth"]))
+    if name == "ppo" and work.recipe.ppo.feedback == "rules":
+        for function in work.recipe.ppo.rules.own:
+            found[f"code of {function}"] = file_digest(module_file(function, "ppo.rules.rewards"))
     if name == "sft" and own_files(work.recipe.data) and work.cut_by_recipe():
         found["features.clips"] = work.recipe.features.clips
     if name == "data":

@@ -198,7 +198,8 @@ def _summary(kind: str, rows: list[dict]) -> dict:
         del summary["ppo"]
         stages["dpo"] = stages.pop("ppo")
         del stages["preference"], stages["reward"]
-    arms, ratios = _arms(rows), {n: r for n, r in RATIOS.items() if kind != "no_truth" or n not in NEEDS_TRUTH}
+    unknown = ("accuracy", *NEEDS_TRUTH) if kind == "no_truth" else ("accuracy",)
+    arms, ratios = _arms(rows), {n: r for n, r in RATIOS.items() if n not in unknown}
     summary["evaluation"] = {}
     for (column, mode), counts in arms.items():
         figures = {f"{mode}_{name}": float(ratio(counts.sum(0))) for name, ratio in ratios.items()}

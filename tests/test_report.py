@@ -75,7 +75,8 @@ def row(video: str, correct: int, wrong: int, hallucinated: int = 0, malformed: 
 
 
 def test_metrics_are_ratios_of_sums():
-    counts = tally([row("a", 9, 1, 1), row("a", 5, 5, 3, malformed=2, stopped=False), row("b", 2, 0, length=6)])
+    rows = [row("a", 9, 1, 1, accuracy=1.0), row("a", 5, 5, 3, malformed=2, stopped=False, accuracy=0.5)]
+    counts = tally([*rows, row("b", 2, 0, length=6)])  # whose record has no solution
     assert dict(zip(COUNTS, counts["a"], strict=True)) == {
         "answers": 2,
         "known": 2,
@@ -88,12 +89,15 @@ def test_metrics_are_ratios_of_sums():
         "length": 40,
         "stopped": 1,
         "repetition": 0.2,
+        "checked": 2,
+        "accuracy": 1.5,
     }
     sums = sum(counts.values())
     found = {name: float(metric(sums)) for name, metric in RATIOS.items()}
     precision, recall = 16 / 22, 16 / 30  # not the mean of 14/20 and 2/2
     assert found == pytest.approx(
         {
+            "accuracy": 0.75,
             "precision": precision,
             "recall": recall,
             "f1": 2 * precision * recall / (precision + recall),
@@ -111,7 +115,7 @@ def test_metrics_are_ratios_of_sums():
 
 
 def test_an_empty_answer_is_no_division_by_zero():
-    sums = tally([row("a", 0, 0)])["a"] * [1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1]
+    sums = tally([row("a", 0, 0)])["a"] * [1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
     assert RATIOS["precision"](sums) == RATIOS["f1"](sums) == RATIOS["hallucination"](sums) == 0.0
 
 

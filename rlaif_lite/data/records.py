@@ -42,6 +42,7 @@ class Record:
     length_bonus: float | None = None  # LLaVA-RLHF: multiplies what this record's answers pay for their length
     solution: str | None = None  # the right answer to the last question, for rewards by rule
     options: tuple[str, ...] = ()  # the options of a multiple-choice question, in their order
+    task: str | None = None  # kind of question, such as "multiple choice": which rules read the solution
     source: str = ""  # where it was read: "file.json#17"
     key: str = ""  # which record of the run this is: unique, set by `data.splits`; `id` is for display alone
 
@@ -118,7 +119,14 @@ def _texts_of(record: Record) -> Iterator[str]:
     yield record.id
     yield from record.video if isinstance(record.video, tuple) else (record.video or "",)
     yield from (message.content for message in record.messages)
-    yield from (record.chosen or "", record.rejected or "", record.solution or "", *record.captions, *record.options)
+    yield from (
+        record.chosen or "",
+        record.rejected or "",
+        record.solution or "",
+        record.task or "",
+        *record.captions,
+        *record.options,
+    )
     yield from (word for _, word in record.verdicts)
 
 
@@ -202,6 +210,7 @@ def from_json(found: dict, source: str) -> Record:
             length_bonus=bonus,
             solution=typed("solution", str, "a text"),
             options=texts(found.get("options"), f"{source}: `options`"),
+            task=typed("task", str, "a text"),
             source=source,
         )
     )

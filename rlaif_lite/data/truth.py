@@ -137,8 +137,9 @@ class Truth:
 # ---- the user's own function
 
 
-def load_function(name: str) -> Function:
-    """The function that "module:function" names; modules are sought in the working directory too. Raises DataError."""
+def load_function(name: str, key: str = "evaluate.truth", takes: str = "answer, record") -> Callable:
+    """The function that "module:function" names; modules are sought in the working directory too. Raises DataError,
+    with the recipe's key and what the function takes."""
     module, _, attribute = name.partition(":")
     if getcwd() not in sys.path:
         sys.path.append(getcwd())
@@ -146,17 +147,17 @@ def load_function(name: str) -> Function:
         function = getattr(importlib.import_module(module), attribute)
     except Exception as error:
         raise DataError(
-            f"`evaluate.truth: {name}` cannot be loaded ({error!r}). Write `module:function`; modules are sought in "
+            f"`{key}: {name}` cannot be loaded ({error!r}). Write `module:function`; modules are sought in "
             f"{getcwd()} and on PYTHONPATH."
         ) from error
     if not callable(function):
-        raise DataError(f"`evaluate.truth: {name}` is a {type(function).__name__}, no function (answer, record).")
+        raise DataError(f"`{key}: {name}` is a {type(function).__name__}, no function ({takes}).")
     return function
 
 
-def module_file(name: str) -> str:
+def module_file(name: str, key: str = "evaluate.truth") -> str:
     """The file of the module that "module:function" names. Raises DataError."""
-    load_function(name)
+    load_function(name, key)
     return str(importlib.import_module(name.partition(":")[0]).__file__)
 
 

@@ -154,7 +154,9 @@ class MemoryModel:
         judged = self.scored() - self.pair_answer if rewarded else prompt  # what the judging and value roles read first
         length = max(prompt, judged) + new
         critic = section.value == "adapter"
-        fixed = self.holds(2 + critic + (not rewarded or self.judge is None), trained=1 + critic)
+        fixed = self.holds(
+            2 + critic + (section.feedback != "rules" and (not rewarded or self.judge is None)), trained=1 + critic
+        )
         # in host memory: what an update that runs out of memory is undone with
         undo = {"copy to undo": 3 * ADAPTER * self.shapes.lora * (1 + critic)}
         micro = int(section.micro_batch or section.minibatch)
@@ -166,10 +168,10 @@ class MemoryModel:
 
         answers = self.sampling("ppo.slots", section.slots or section.rollouts, section.rollouts, prompt, new)
         phases = [answers, Phase("update", "ppo.micro_batch", micro, section.minibatch, update)]
-        if not rewarded:
+        if section.feedback in ("ranking", "interventions"):
             judges = [self.recipe.preference.judge if section.feedback == "ranking" else "claims"]
             phases += self.judging(judges, self.texts("rl").prompt, new, self.narrative() * bool(self.recipe.narrated))
-        elif self.judge is not None:
+        elif rewarded and self.judge is not None:
             own = self.of_judge()
             for kind, size in own.holds(1).items():
                 fixed[kind] += size

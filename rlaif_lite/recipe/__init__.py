@@ -24,6 +24,7 @@ from .dpo import Describe, Divide, Dpo
 from .feedback import Claims, Pairwise, Preference, Reward
 from .ppo import Ppo
 from .rlif import Checklist, Interventions
+from .rules import Rule, Rules
 from .sections import (
     NEUTRAL,
     SPLITS,
@@ -64,6 +65,8 @@ __all__ = [
     "Recipe",
     "Reward",
     "RewardBase",
+    "Rule",
+    "Rules",
     "Section",
     "Sft",
     "Training",
@@ -141,6 +144,8 @@ class Recipe(Section):
         """The splits whose videos the context stage describes: where somebody reads the narrative."""
         if self.method == "dpo":
             return ("preference",) if self.preference.context else ()
+        if self.ppo.feedback == "rules":  # they read no narrative
+            return ()
         if self.ppo.feedback != "reward_model":  # answers are judged as they come
             listed = self.ppo.feedback == "interventions" and self.ppo.interventions.omission > 0
             return ("rl",) if self.ppo.judge_context or listed else ()

@@ -15,6 +15,7 @@ from ..errors import ModelError
 from .adapter import FILES, read_adapter
 from .dpo import Describe, Divide
 from .file import did_you_mean, files_near, is_file, is_folder, shortened
+from .rules import rule_checks
 from .sections import SPLITS
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "ppo.baseline", "is batch, and ppo.whiten_advantages, which is all there is of it, false. Set that true."
     if ppo.feedback == "ranking" and ppo.group_size < 2:
         yield "ppo.feedback", "is ranking, which orders answers to one prompt. Set ppo.group_size to 2 or more."
+    yield from rule_checks(ppo.rules, recipe.method == "ppo" and ppo.feedback == "rules")
     if ppo.kl_in == "loss" and ppo.kl_estimator == "k1":
         yield "ppo.kl_in", "is loss, where k1 has no gradient on average. Set ppo.kl_estimator to k3 or exact."
     whole = ppo.value == "none" and ppo.baseline != "batch"  # one advantage for a whole answer

@@ -7,17 +7,19 @@ from typing import Literal
 from pydantic import Field
 
 from .rlif import Interventions
+from .rules import Rules
 from .sections import NEUTRAL, Count, Positive, Rows, Section, Share
 
 
 class Ppo(Section):
     """Reinforcement learning against feedback, the reward model's by default, held near the reference by the KL."""
 
-    feedback: Literal["reward_model", "interventions", "ranking"] = Field(
-        "reward_model", description="who says what an answer is worth; without a reward model, the SFT role as judge"
+    feedback: Literal["reward_model", "interventions", "ranking", "rules"] = Field(
+        "reward_model", description="what says how good an answer is: a reward model, the SFT role as judge, or `rules`"
     )
     judge_context: bool = Field(True, description="that judge reads the narrative of every RL video")
     interventions: Interventions = Interventions()
+    rules: Rules = Rules()
     rank_reward: Literal["place", "reported"] = Field(
         "place", description="ranking; the judge's place, or it beside the policy's own (Oracle-RLAIF as reported)"
     )

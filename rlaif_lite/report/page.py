@@ -33,6 +33,7 @@ class Measure(NamedTuple):
 
 
 MEASURES = {
+    "accuracy": Measure("Accuracy", "answers that the rules find right, by the record's solution", 1, True),
     "hallucination": Measure("Hallucination", "mentioned objects that are not in the video", -1, True),
     "precision": Measure("Precision", "right among the facts said", 1, True),
     "recall": Measure("Recall", "facts of the video that were said", 1, True),
@@ -126,7 +127,8 @@ def view(run: Run) -> dict[str, Any]:
         "best_of": best_of_panels(summary),
         "asked": asked(run.rows),
         "method": METHODS[method_of(summary)],
-        "curves": draw(CURVES, ppo) + draw(ROUND_CURVES, [row | {"step": row["round"]} for row in rounds]),
+        "curves": draw([*CURVES, rule_curve(ppo)], ppo)
+        + draw(ROUND_CURVES, [row | {"step": row["round"]} for row in rounds]),
         "rounds": round_table(rounds),
         "descriptions": descriptions(rounds),
         "more_curves": draw(MORE_CURVES, ppo) + loss_curves(run),
@@ -251,6 +253,12 @@ def draw(wanted: list[tuple[str, dict[str, str], plots.Axis]], lines: list[dict]
         if series:
             drawn.append((title, Markup(plots.curve(series, axis))))
     return drawn
+
+
+def rule_curve(lines: list[dict]) -> tuple[str, dict[str, str], plots.Axis]:
+    """The mean of every reward by rule."""
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith("rules/"))
+    return "Rewards by rule", {name.removeprefix("rules/"): name for name in names if name != "rules/failed"}, "free"
 
 
 def loss_curves(run: Run) -> list[tuple[str, Markup]]:

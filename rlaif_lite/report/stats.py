@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FACTS = ("correct", "wrong", "total", "mentions", "hallucinated")
-COUNTS = ("answers", "known", *FACTS, "malformed", "length", "stopped", "repetition")
+COUNTS = ("answers", "known", *FACTS, "malformed", "length", "stopped", "repetition", "checked", "accuracy")
 Metric = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
@@ -47,17 +47,22 @@ def tally(rows: Iterable[Mapping]) -> dict[str, NDArray[np.float64]]:
         truth = row["truth"] or {}
         facts = [truth.get(name, 0) for name in FACTS]
         malformed = (truth.get("malformed") or 0) > 0
+        accuracy = row.get("accuracy")
         values = [1, bool(truth), *facts, malformed, row["length"], row["stopped"], row["repetition"]]
+        values += [accuracy is not None, accuracy or 0.0]
         counts[row["video"]] = counts.get(row["video"], 0.0) + np.array(values, dtype=np.float64)
     return counts
 
 
 def measured(rows: Iterable[Mapping]) -> list[str]:
     """The names in RATIOS that can be said of these rows: those that need the truth where it is known of an answer,
-    `malformed` where the truth has a grammar."""
+    `malformed` where the truth has a grammar, `accuracy` where rules read the solution."""
+    rows = list(rows)
+    checked = any(row.get("accuracy") is not None for row in rows)
     truths = [row["truth"] for row in rows if row["truth"] is not None]
     grammar = any(truth["malformed"] is not None for truth in truths)
-    return [name for name in RATIOS if name not in NEEDS_TRUTH or (truths and (name != "malformed" or grammar))]
+    known = [name for name in RATIOS if name not in NEEDS_TRUTH or (truths and (name != "malformed" or grammar))]
+    return [name for name in known if name != "accuracy" or checked]
 
 
 def paired(before: Iterable[Mapping], after: Iterable[Mapping]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -108,6 +113,7 @@ def _score(sums_RK: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 RATIOS: dict[str, Metric] = {
+    "accuracy": _share("accuracy", "checked"),
     "precision": _share("correct", "correct", "wrong"),
     "recall": _share("correct", "total"),
     "f1": _f1,

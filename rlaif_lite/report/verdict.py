@@ -5,13 +5,14 @@ A change counts only when its 95 % interval (paired bootstrap over videos) exclu
     hacked      the truth fell while the reward (DPO: the judge's score of held-out answers) rose
     harmed      the truth fell
     traded      fewer hallucinations, but a lower F1
-    helped      fewer hallucinations or a higher F1 in greedy answers
+    helped      fewer hallucinations, a higher F1 or a higher accuracy in greedy answers
     sharper     only sampled answers improved: a lower temperature does that without any alignment
     unclear     no change that the intervals support
     no_truth    the data does not say what is true
     unfinished  nothing was evaluated
 
-"The truth fell": right minus wrong facts per answer fell, or hallucination rose without a better F1.
+"The truth fell": right minus wrong facts per answer fell, hallucination rose without a better F1, or the accuracy by
+rules fell.
 """
 
 import re
@@ -52,17 +53,19 @@ def judge_run(run: Run, greedy: Changes, sample: Changes) -> Verdict:
 
 def classify(greedy: Changes, sample: Changes, reward_rose: bool | None) -> str:
     """The kind of verdict (see the top of this file) of changes that were evaluated."""
-    known = [one for one in (greedy, sample) if "f1" in one]
+    known = [one for one in (greedy, sample) if "f1" in one or "accuracy" in one]
     if not known:
         return "no_truth"
-    if any(_fell(one, "score") or (_rose(one, "hallucination") and not _rose(one, "f1")) for one in known):
+    worse = lambda one: _rose(one, "hallucination") and not _rose(one, "f1")
+    if any(_fell(one, "score") or _fell(one, "accuracy") or worse(one) for one in known):
         return "hacked" if reward_rose else "harmed"
     first = known[0]
     if _fell(first, "hallucination"):
         return "traded" if _fell(first, "f1") else "helped"
-    if _rose(first, "f1"):
+    better = lambda one: _rose(one, "f1") or _rose(one, "accuracy")
+    if better(first):
         return "helped"
-    if len(known) == 2 and (_fell(sample, "hallucination") or _rose(sample, "f1")):
+    if len(known) == 2 and (_fell(sample, "hallucination") or better(sample)):
         return "sharper"
     return "unclear"
 
@@ -126,13 +129,13 @@ def _headline(kind: str, first: Changes, method: str) -> str:
 def _effect(what: str, found: Changes, items: Asked) -> list[str]:
     if not found:
         return []
-    if "f1" not in found:
+    if "f1" not in found and "accuracy" not in found:
         length = found["length"]
         tokens = f"went from {length.before:.1f} to {length.after:.1f} tokens"
         form = _points(found, ("repetition", "repetition"), ("answers that stop by themselves", "stop_rate"))
         return [f"{what} to {items} {tokens}; no truth is known. What their form shows: {form}."]
-    facts = _points(found, ("hallucination", "hallucination"), ("F1", "f1"), ("recall", "recall"))
-    return [f"{what} to {items}, with 95\u00a0% intervals: {facts}."]
+    named = (("accuracy", "accuracy"), ("hallucination", "hallucination"), ("F1", "f1"), ("recall", "recall"))
+    return [f"{what} to {items}, with 95\u00a0% intervals: {_points(found, *named)}."]
 
 
 def _points(found: Changes, *named: tuple[str, str]) -> str:

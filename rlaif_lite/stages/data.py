@@ -13,11 +13,13 @@ from ..data.world import WorldConfig, WorldSplits, write_world
 from ..model.limits import check_answers, check_lengths, load_limits, sampled
 from ..progress import progress
 from ..workspace import Workspace
+from .ppo.rules import RuleReward, check_solutions
 
 # What decides whether the base can read and write the records; it changes none of them.
 CHECKED = (
     *("model.base", "model.revision", "model.chat_template", "features.frames", "features.prune", "sft.train_on"),
     *("preference.max_new_tokens", "ppo.max_new_tokens", "evaluate.max_new_tokens"),
+    *("method", "ppo.feedback", "ppo.rules"),  # whether the rules can read the solutions
 )
 READS = ("data", *CHECKED, *TRUTH)
 NEEDS = ()
@@ -38,6 +40,9 @@ def run(work: Workspace) -> dict:
                 progress=lambda done, total: bar.advance(done - bar.done),
             )
     check_texts(work)
+    if work.recipe.method == "ppo" and work.recipe.ppo.feedback == "rules":
+        check_solutions(work.recipe.ppo.rules, work.records("rl"), "data.rl")
+        RuleReward(work.recipe.ppo.rules)  # loads the user's functions
     counts = {name: len(work.records(name)) for name in work.split_names()}
     known = work.truth.known(work.records("test")) if "test" in counts else 0  # refuses junk among all facts
     return {"records": counts, "missing_videos": len(work.missing_videos), "test_records_with_truth": known}

@@ -27,8 +27,9 @@ from ..rollout import Sampling, sample
 from ..rollout.score import best_of
 from ..video.strip import strips
 from ..workspace import Workspace
+from .ppo.rules import accuracy
 
-READS = ("seed", "method", "evaluate", "data.test")
+READS = ("seed", "method", "evaluate", "data.test", "ppo.rules")
 NEEDS = ("features", "sft", "ppo", "dpo")
 ADAPTERS = {"sft": "sft", "reference": "reference", "ppo": "policy", "dpo": "policy"}  # the role `base` has none
 
@@ -120,6 +121,7 @@ def answer_all(
                     "length": len(trajectory.ids),
                     "stopped": trajectory.stopped,
                     "truth": truth and truth.counts._asdict(),
+                    "accuracy": accuracy(work.recipe.ppo.rules, record, text),
                     "repetition": repetition(trajectory.ids),
                     "wrong_words": truth.wrong_words if truth else [],
                 }

@@ -12,7 +12,7 @@ from .turns import CUT_OUT, TIMES, Turns
 
 EXTRAS = ("caption_type", "length_bonus")
 IDS = ("id", "uid", "question_id", "problem_id", "video_id")
-SHARED = (*IDS, "system", "captions", "label", "kto_tag", "solution", "options", "facts", *EXTRAS, *FIELDS)
+SHARED = (*IDS, "system", "captions", "label", "kto_tag", "solution", "options", "task", "facts", *EXTRAS, *FIELDS)
 SOUND = ("audio", "audios")
 TOOLS = ("tools", "objects", "functions")
 OURS_ALONE = ("clip", "clips", "verdicts")
@@ -72,6 +72,12 @@ def solution_of(found: dict) -> str | None:
     return (bare[1] if bare else solution).strip()
 
 
+def task_of(found: dict) -> str | None:
+    """The kind of question: our `task`, or Video-R1's `problem_type`."""
+    task = found.get("task", found.get("problem_type"))
+    return task if isinstance(task, str) and task else None
+
+
 def record(
     found: dict,
     source: str,
@@ -113,6 +119,7 @@ def record(
         captions=captions,
         options=options,
         solution=solution,
+        task=task_of(found),
         **extras,
     )
 

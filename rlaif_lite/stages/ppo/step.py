@@ -45,6 +45,7 @@ from ...rl.losses import PolicyStats, merge_stats, policy_loss, token_weights, v
 from ...rl.shaping import AdaptiveKL, FixedKL, kl_penalty, sequence_score, shaped_reward, symbolic_bonus
 from ...rollout import Sampling, Trajectory, sample
 from ...training.fit import clip_and_step, keep, restore
+from ...training.health import FLAT
 from ...training.loop import batches, derive_seed
 from ...training.oom import Backoff, put_back, remember
 from ...workspace import Workspace
@@ -53,6 +54,7 @@ from .feedback import Feedback, RewardModelFeedback, Taken
 from .log import check_first_step, step_metrics, summary
 from .ranking import RankingFeedback
 from .rlif import InterventionFeedback
+from .rules import RuleFeedback
 
 READS = (
     "seed",
@@ -71,7 +73,12 @@ READS = (
 )
 NEEDS = ("features", "sft", "context", "reward")
 BETAS = (0.9, 0.99)
-FEEDBACK = {"reward_model": RewardModelFeedback, "interventions": InterventionFeedback, "ranking": RankingFeedback}
+FEEDBACK = {
+    "reward_model": RewardModelFeedback,
+    "interventions": InterventionFeedback,
+    "ranking": RankingFeedback,
+    "rules": RuleFeedback,
+}
 
 
 def run(work: Workspace) -> dict:
@@ -145,9 +152,12 @@ def one_step(
     if step == 0:
         check_first_step(experience, history)
     if not experience.learn_BT.any():
+        why = "were cut at ppo.max_new_tokens or score as the others of their group"
+        if experience.score_B.amax() - experience.score_B.amin() <= FLAT:
+            why = f"have the same score, {experience.score_B[0].item():.3g}"
         say(
-            f"ppo: step {step} has no answer to learn from. All {len(answers)} were cut at ppo.max_new_tokens or score "
-            "as the others of their group. The policy stays as it is."
+            f"WARNING ppo: step {step} has no answer to learn from. All {len(answers)} {why}. "
+            "All roles stay as they are."
         )
     metrics = step_metrics(work, records, answers, experience, history, kl_coef) | taken.metrics
     seconds, tokens = time.perf_counter() - began, sum(len(a.ids) for a in answers)
@@ -229,6 +239,8 @@ def score(
         advantage_BT, return_BT = advantages(section, reward_BT, value_BT, mask_BT, own_BT)
     raw_B, score_B = (each_B + said.token_reward_BT.sum(1) for each_B in (said.score_B, score_B))
     learn_BT = own_BT & learnable(section, taken, raw_B)[:, None]
+    if section.feedback == "rules":
+        learn_BT &= score_B.amax() - score_B.amin() > FLAT
     return Experience(
         mask_BT, learn_BT, logp_BT, ref_logp_BT, entropy_BT, kl_BT, value_BT, raw_B, score_B, advantage_BT, return_BT
     )
@@ -310,7 +322,7 @@ def update(
     minibatch."""
     section, e = recipe.ppo, experience
     generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "ppo", "epochs", step))
-    history = []
+    history, learns = [], bool(e.learn_BT.any())
     for _ in range(section.epochs):
         for m in torch.randperm(len(minibatches), generator=generator).tolist():
             minibatch = minibatches[m]
@@ -331,7 +343,7 @@ def update(
             if weight_mT.any():  # else nothing to learn from, and Adam's momentum would move the policy all the same
                 norm = clip_and_step(roles.parameters("policy"), optimizers["policy"], section.max_grad_norm, where)
             stats["grad_norm"] = torch.tensor(norm)
-            if section.value == "adapter":
+            if section.value == "adapter" and learns:
                 real = e.mask_BT[rows].sum()
                 with roles.use("value") as value:
                     losses = [value_backward(section, value, micro, e, real) for micro in minibatch]

@@ -248,6 +248,9 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
     if name == "sft" and own_files(work.recipe.data) and work.cut_by_recipe():
         found["features.clips"] = work.recipe.features.clips
     if name == "data":
+        if work.recipe.method != "ppo" or work.recipe.ppo.feedback != "rules":  # no rule reads the solutions
+            rules = ("method", "ppo.feedback", "ppo.rules")
+            found = {key: value for key, value in found.items() if not key.startswith(rules)}
         for path in own_files(work.recipe.data):
             found[f"file {path}"] = file_digest(path)
         if own_files(work.recipe.data):

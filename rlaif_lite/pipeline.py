@@ -126,7 +126,7 @@ def run_stage(
         for need in stage.NEEDS
         if need in digests  # a method has some of them
     }
-    outward = {key: value for key, value in reads.items() if key not in INWARD.get(name, ())}
+    outward = {key: value for key, value in reads.items() if not under(key, INWARD.get(name, ()))}
     digests[name] = hashlib.sha256(json.dumps([name, outward], sort_keys=True).encode()).hexdigest()[:16]
     done, begun = read_sealed(folder / "done.json"), read_sealed(folder / "begun.json")
     if done is not None and done["reads"] == reads:
@@ -144,7 +144,9 @@ def run_stage(
     if before is not None and before != reads:
         say(f"{name}: runs again, because {changes(before, reads)}")
         differ = {key for key in before.keys() | reads.keys() if before.get(key) != reads.get(key)}
-        if name != "data" or not differ <= set(INWARD[name]):  # else the records are only checked again
+        if name != "data" or not all(
+            under(key, INWARD[name]) for key in differ
+        ):  # else the records are only checked again
             empty(work, name)
     elif begun is not None:
         say(f"{name}: goes on where it was stopped")
@@ -218,6 +220,11 @@ def link(source: str, target: str) -> None:
     shutil.copy2(source, target)
 
 
+def under(key: str, names: tuple[str, ...]) -> bool:
+    """Whether a dotted key is one of `names`, or a key of a section that they name."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
 def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]:
     """What a stage depends on beside the stages before it: recipe keys, the base's files, the data files, this
     version."""
@@ -225,9 +232,7 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
     found = {
         key: value
         for key, value in flatten(work.recipe).items()
-        if key not in neutral
-        and key != GATES.get(name)
-        and any(key == prefix or key.startswith(prefix + ".") for prefix in reads)
+        if key not in neutral and key != GATES.get(name) and under(key, reads)
     }
     if "model.base" in found:
         found["files of model.base"] = base_digest(work.recipe.model)
@@ -249,8 +254,7 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
         found["features.clips"] = work.recipe.features.clips
     if name == "data":
         if work.recipe.method != "ppo" or work.recipe.ppo.feedback != "rules":  # no rule reads the solutions
-            rules = ("method", "ppo.feedback", "ppo.rules")
-            found = {key: value for key, value in found.items() if not key.startswith(rules)}
+            found = {key: value for key, value in found.items() if not under(key, data.RULES)}
         for path in own_files(work.recipe.data):
             found[f"file {path}"] = file_digest(path)
         if own_files(work.recipe.data):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from rlaif_lite.data.formats import detect, read_object
 from rlaif_lite.data.records import to_json
 from rlaif_lite.errors import DataError, RecipeError, StageError
 from rlaif_lite.files import read_jsonl
-from rlaif_lite.recipe import Rules
+from rlaif_lite.recipe import Rules, load_recipe
 from rlaif_lite.rl.rules import CHECKS, FORMAT, said_in
 from rlaif_lite.stages.ppo.rules import RuleReward, accuracy, check_solutions
 from rlaif_lite.workspace import Workspace
@@ -126,6 +127,8 @@ def test_accuracy_is_of_the_rules_that_read_the_solution():
     assert accuracy(listed, record("q", video=None, solution="B"), "B. a cat") == pytest.approx(2 / 3)
     assert accuracy(listed, record("q", video=None), "B") is None
     assert accuracy(rules(), record("q", video=None, solution="B"), "B") is None
+    # a solution that the rule cannot read says nothing of the answer
+    assert accuracy(rules({"rule": "number"}), record("q", video=None, solution="many"), "many") is None
 
 
 @pytest.mark.parametrize(
@@ -221,3 +224,12 @@ def test_a_reward_that_is_the_same_for_all_answers_moves_nothing(rerun, capsys):
 def test_unreadable_solutions_stop_the_data_stage(rerun):
     with pytest.raises(DataError, match=r"(?s)8 of 8 records have no solution.*rl.jsonl"):
         pipeline.run(rerun(*listed("{rule: choice}")), until="data")
+
+
+def test_another_weight_trains_ppo_again_and_nothing_before_it(rerun):
+    """The records are checked again. The world, the features and the adapters before PPO stay."""
+    recipe = rerun(*listed("{rule: length, tokens: [1, 4]}"))
+    pipeline.run(recipe)
+    other = ["ppo.rules.rewards=[{rule: length, tokens: [1, 4], weight: 2.0}]"]
+    again = pipeline.run(load_recipe(Path(recipe.output) / "recipe.yaml", other))["stages"]
+    assert [name for name, stage in again.items() if stage["status"] != "skipped"] == ["data", "ppo", "evaluate"]

@@ -12,8 +12,8 @@ Each reads the text in the last `<answer>`...`</answer>`, or the whole answer wh
     format     1 where the whole answer is `<think>...</think><answer>...</answer>`; needs no solution
     length     1 where the answer has as many tokens as the rule's window allows; needs no solution
 
-Source of the forms: Video-R1 (arXiv 2503.21776), and VideoChat-R1 (2504.06958) for spans in time. Departure: an answer
-without `<answer>` is read whole there not at all (0), here as it is, so that a base without the tags can learn, too.
+Source of the forms: Video-R1 (arXiv 2503.21776), and VideoChat-R1 (2504.06958) for spans in time. Departure: there an
+answer without `<answer>` scores 0. Here it is read whole, so that a base without the tags can learn too.
 """
 
 import re

@@ -15,11 +15,13 @@ from ..progress import progress
 from ..workspace import Workspace
 from .ppo.rules import RuleReward, check_solutions
 
+# What decides whether rules can read the solutions.
+RULES = ("method", "ppo.feedback", "ppo.rules")
 # What decides whether the base can read and write the records; it changes none of them.
 CHECKED = (
     *("model.base", "model.revision", "model.chat_template", "features.frames", "features.prune", "sft.train_on"),
     *("preference.max_new_tokens", "ppo.max_new_tokens", "evaluate.max_new_tokens"),
-    *("method", "ppo.feedback", "ppo.rules"),  # whether the rules can read the solutions
+    *RULES,
 )
 READS = ("data", *CHECKED, *TRUTH)
 NEEDS = ()

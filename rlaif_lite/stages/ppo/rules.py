@@ -77,9 +77,13 @@ class RuleReward:
 
 
 def accuracy(rules: Rules, record: Record, answer: str) -> float | None:
-    """Weighted mean of the rules that read the solution; None where none does for this record."""
-    found = [rule for rule in applying(rules, record) if rule.rule in CHECKS and rule.weight > 0]
-    if record.solution is None or not found:
+    """Weighted mean of the rules that read the solution; None where none can for this record."""
+    found = [
+        rule
+        for rule in applying(rules, record)
+        if rule.rule in CHECKS and rule.weight > 0 and CHECKS[rule.rule].readable(record)
+    ]
+    if not found:
         return None
     said = said_in(answer)
     total = sum(rule.weight * CHECKS[rule.rule].value(said, record) for rule in found)

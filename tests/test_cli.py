@@ -140,7 +140,8 @@ def test_only_run_promises_to_resume(calls, monkeypatch):
 
 
 SLEEPER = """
-import sys, time, types, multiprocessing
+import signal, sys, time, types, multiprocessing
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in the background
 import rlaif_lite
 from rlaif_lite import cli
 def run(recipe, until=None, force=False):

@@ -25,12 +25,14 @@ from ..phases import listen
 from ..pipeline import STAGES
 from ..planner import Plan, make_plan
 from ..profiler import stage_figures
-from ..profiler.inputs import made_up, reduced, stand_ins, write_inputs
+from ..profiler.inputs import made_up, reduced, stand_ins, words, write_inputs
 from ..profiler.recorder import Cost
 from ..profiler.tables import SCHEMA, aligned, gib
 from ..progress import say
 from ..recipe import Recipe, recipe_hash
-from ..stages import reward, sft
+from ..rollout import Sampling
+from ..stages import judging, reward, sft
+from ..stages.dpo import rounds
 from ..stages.ppo import experience, step
 from ..training import fit
 from ..training.loop import split_micro
@@ -40,7 +42,8 @@ from .cards import Card
 from .device import pretended
 from .tracker import Tracker
 
-DRIVEN = ("features", "sft", "context", "preference", "reward", "ppo")
+DRIVEN = tuple(name for name in STAGES if name != "data")
+judge_round = rounds.judge_round
 KEPT = 2  # micro-batches of a minibatch: the second finds the gradients of the first
 COUNTS = ("launches", "bytes_moved", "flops", "syncs", "host_copies")
 
@@ -156,7 +159,7 @@ def dry_profile(recipe: Recipe, card: Card, stages: Sequence[str], layers: int |
                 STAGES[stage].run(work)
             recorder.finish(fewer.times(stage))
             work.release_roles()
-            if stage in chosen:
+            if stage in chosen and recorder.costs:  # a recipe may leave nothing to do
                 found[stage] = dry_figures(recorder, work, plan.stages[stage].peak, trace)
     machine = describe_machine() | {"device": f"{card.name}, not measured", "gpu_memory_bytes": card.memory}
     return {
@@ -230,10 +233,32 @@ def without_files(fewer: Fewer) -> Iterator[None]:
             (fit, "load", lambda _: None),
             (step, "check_first_step", lambda *_: None),
             (step, "cut", fewer.cut),
-            *((module, "split_micro", fewer.split) for module in (sft, reward, experience)),
+            (rounds, "sample_answers", different_answers),
+            (rounds, "judge_round", some_pairs),
+            *((module, "split_micro", fewer.split) for module in (sft, reward, experience, rounds)),
         ):
             stack.enter_context(patch.object(owner, name, value))
         yield
+
+
+def different_answers(
+    work: Workspace, role: str, records: list, sampling: Sampling, samples: int, *rest: object
+) -> list[judging.Answers]:
+    """`sample_answers`, and then answers of full length that differ, which sampled tokens without values do not."""
+    judging.sample_answers(work, role, records, sampling, samples, *rest)
+    tokenizer = work.base().tokenizer
+    texts = [words(tokenizer, sampling.max_new_tokens - n) for n in range(samples)]
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    return [judging.Answers(record, texts, ids) for record in records]
+
+
+def some_pairs(work: Workspace, role: str, number: int, answers: list[judging.Answers], *rest: object) -> rounds.ChosenPairs:
+    """`judge_round`, and then pairs for two micro-batches, because a judge without values prefers nothing."""
+    found = judge_round(work, role, number, answers, *rest)
+    section = work.recipe.dpo
+    count = min(section.batch_size, KEPT * (section.micro_batch or section.batch_size))
+    chosen = [answers[i % len(answers)] for i in range(count)]
+    return found._replace(pairs=[rounds.Preferred(of.record, *of.texts[:2], *of.ids[:2], 1.0) for of in chosen])
 
 
 def save(roles: Roles, name: str, folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -38,7 +38,7 @@ READS = {"_local_scalar_dense", "is_nonzero", "equal"}
 class Tracker(TorchDispatchMode):
     """`sums` counts from the beginning, seconds included; `live` and `peak` are bytes of tensors on the GPU."""
 
-    def __init__(self, card: Card, fillers: tuple[int, int] = (1, 2), trace: bool = False):
+    def __init__(self, card: Card, fillers: tuple[int, int] = (1, 2), trace: bool = False, expandable: bool = False):
         super().__init__()
         self.card, self.fillers, self.trace = card, fillers, trace
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -47,7 +47,8 @@ class Tracker(TorchDispatchMode):
         self.copies: Counter[str] = Counter()  # from the host, by line
         self.kernels: Counter[str] = Counter()  # launches by operator
         self.live = self.peak = 0
-        self.allocator = Allocator()
+        self.allocator = Allocator(expandable)
+        self._workspace: Block | None = None
         self.at_peak: dict[str, int] = {}  # with `trace`: bytes by the line that allocated them
         self._held: dict[int, tuple[Block, int, str]] = {}
         self._by_line: Counter[str] = Counter()
@@ -132,8 +133,6 @@ class Tracker(TorchDispatchMode):
             return self._read(name, on_gpu[0])
         if on_gpu and name not in COPIES:
             self._same_device(name, args, ins)
-        if name == "nonzero" and on_gpu:
-            return self._stacked(args[0])
         if name == "bincount":
             return self._evenly(args[0], args[2])
         if name in INDEXING:
@@ -142,8 +141,11 @@ class Tracker(TorchDispatchMode):
         if name == "copy_" and not isinstance(args[0], FakeTensor):  # what arrives on the host has no value
             self._wait("copy to the host")
             return args[0]
-        with self.fake:
-            out = func(*args, **kwargs)
+        try:
+            with self.fake:
+                out = func(*args, **kwargs)
+        except DynamicOutputShapeException:
+            return self._sized_by_values(func, args, kwargs, ins)
         outs = tensors(out)
         self._follow(func, args, kwargs, ins, outs)
         for tensor in outs:
@@ -274,7 +276,7 @@ class Tracker(TorchDispatchMode):
         out = []
         for index in indices:
             if index is not None and index.dtype in (torch.bool, torch.uint8) and isinstance(index, FakeTensor):
-                at = self._stacked(index)
+                at = self._sized_by_values(torch.ops.aten.nonzero.default, (index,), {}, [index])
                 for column, twin in zip(at.unbind(1), at.twin.unbind(1), strict=True):
                     column.twin = twin
                     out.append(column)
@@ -289,12 +291,17 @@ class Tracker(TorchDispatchMode):
         twin = torch.full((bins,), number_N.numel() // bins) + (torch.arange(bins) < rest)
         return self._made(twin, "bincount", number_N)
 
-    def _stacked(self, mask: Tensor) -> Tensor:
-        self._wait("size of a mask")
-        twin = self._twin(mask)
-        if twin is None:
-            raise StageError(f"A dry run cannot know how many elements a mask keeps at {self.where()}.")
-        return self._made(twin.nonzero(), "nonzero", mask)
+    def _sized_by_values(self, func, args, kwargs, ins: list[Tensor]):
+        """An operator whose result has as many elements as the values say, which the host waits for."""
+        name = func._schema.name.partition("::")[2]
+        self._wait(f"size of {name}")
+        twins = {id(tensor): self._twin(tensor) for tensor in ins}
+        if any(twin is None for twin in twins.values()):
+            raise StageError(f"A dry run cannot know how many elements {name} gives at {self.where()}.")
+        found = func(*swapped(args, twins), **swapped(kwargs, twins))
+        if isinstance(found, Tensor):
+            return self._made(found, name, ins[0])
+        return tuple(self._made(each, name, ins[0]) for each in found)
 
     def _made(self, twin: Tensor, name: str, source: Tensor) -> Tensor:
         with self.fake:

@@ -36,6 +36,7 @@ def reduced(recipe: Recipe, folder: Path, steps: int) -> Recipe:
             plain["sft"][phase]["steps"] = steps + 1
     plain["reward"] |= {"steps": steps + 1, "floor": 0.0, "pairs": None}
     plain["ppo"] |= {"steps": steps + 1, "normalize_reward": False, "checkpoint_every": steps + 1}
+    plain["dpo"] |= {"rounds": 1, "steps": steps + 1, "prompts": None}
     plain["evaluate"] |= {"bootstrap": 1, "examples": 0, "truth": None, "synonyms": None}  # made-up answers have none
     return Recipe.model_validate(plain)
 
@@ -63,7 +64,7 @@ def write_inputs(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBas
         "sft_easy": supervised,
         "sft_hard": supervised,
         "policy_init": supervised,
-        "preference": max(2, recipe.preference.batch_size // recipe.preference.samples),
+        "preference": _prompts(recipe),
         "rl": recipe.ppo.rollouts // recipe.ppo.group_size,
         "test": recipe.evaluate.batch_size,
     }
@@ -75,6 +76,14 @@ def write_inputs(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBas
             folder / f"{split}.jsonl",
             [{"id": f"{split}{i}", "video": videos[i % len(videos)], "messages": turns} for i in range(count)],
         )
+
+
+def _prompts(recipe: Recipe) -> int:
+    """As many as fill the slots with answers and the judge's forward with pairs, and in DPO those held out."""
+    size, samples = recipe.preference.batch_size, recipe.preference.samples
+    if recipe.method == "ppo":
+        return max(2, math.ceil(size / (samples // 2)))
+    return 1 + math.ceil(math.ceil(size / samples) / (1 - recipe.dpo.heldout))
 
 
 def write_video(path: str, frames: int, seed: int) -> None:

@@ -14,16 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from .. import workspace
 from ..errors import StageError
-from ..model.base import resolve_base
+from ..judge.divide import Divided
+from ..model.base import Base, resolve_base
+from ..model.families import Encoded
 from ..model.random_base import load_random
 from ..model.roles import Roles
 from ..phases import listen
 from ..pipeline import STAGES
 from ..planner import Plan, make_plan
+from ..planner.memory import CLAIM
 from ..profiler import stage_figures
 from ..profiler.inputs import made_up, reduced, stand_ins, words, write_inputs
 from ..profiler.recorder import Cost
@@ -31,8 +36,8 @@ from ..profiler.tables import SCHEMA, aligned, gib
 from ..progress import say
 from ..recipe import Recipe, recipe_hash
 from ..rollout import Sampling
-from ..stages import judging, reward, sft
-from ..stages.dpo import rounds
+from ..stages import features, judging, reward, sft
+from ..stages.dpo import judges, rounds
 from ..stages.ppo import experience, step
 from ..training import fit
 from ..training.loop import split_micro
@@ -43,7 +48,7 @@ from .device import pretended
 from .tracker import Tracker
 
 DRIVEN = tuple(name for name in STAGES if name != "data")
-judge_round = rounds.judge_round
+judge_round, divide_answers, through_tower = rounds.judge_round, judges.divide_answers, features.through_tower
 KEPT = 2  # micro-batches of a minibatch: the second finds the gradients of the first
 COUNTS = ("launches", "bytes_moved", "flops", "syncs", "host_copies")
 
@@ -112,12 +117,23 @@ class DryRecorder:
 
 
 class Fewer:
-    """Keeps the first micro-batches of each minibatch, and of PPO's minibatches the first, and says how often a phase
-    of the whole step runs."""
+    """Keeps the first micro-batches of each minibatch, of PPO's minibatches the first, and of the videos of one shape
+    the first two, and says how often a phase of the whole step runs."""
 
     def __init__(self, recipe: Recipe):
         self.epochs = recipe.ppo.epochs
         self.micros = self.minibatches = 1.0  # in the recipe, for each that is run
+        self.encoded: dict[tuple, list[Encoded]] = {}  # by the shape of the pixels, without features
+        self.videos = 0
+
+    def through_tower(self, base: Base, pixels_TCHW: Tensor, merged: int) -> Encoded:
+        self.videos += 1
+        before = self.encoded.setdefault((base.path, pixels_TCHW.shape), [])
+        if len(before) == KEPT:
+            return before[0]._replace(features_LGPD=torch.empty_like(before[0].features_LGPD, device=base.device))
+        found = through_tower(base, pixels_TCHW, merged)
+        before.append(found._replace(features_LGPD=found.features_LGPD.to("meta")))
+        return found
 
     def split(self, batch: Sequence, size: int | None) -> list:
         found = split_micro(batch, size)
@@ -130,6 +146,8 @@ class Fewer:
         return found[:1]
 
     def times(self, stage: str) -> dict[str, float]:
+        if stage == "features":
+            return {"tower": self.videos / sum(map(len, self.encoded.values()))}
         if stage != "ppo":
             return {"forward": self.micros, "backward": self.micros}
         score, update = self.micros * self.minibatches, self.micros * self.minibatches * self.epochs
@@ -145,7 +163,7 @@ def dry_profile(recipe: Recipe, card: Card, stages: Sequence[str], layers: int |
     known = [name for name in DRIVEN if name in recipe.stages]
     if unknown := [name for name in stages if name not in known]:
         raise StageError(f"There is no stage `{unknown[0]}` to run dry; there are {', '.join(known)}.")
-    tracker = Tracker(card, trace=trace)
+    tracker = Tracker(card, trace=trace, expandable=True)  # as a run sets it (`workspace.pick_device`)
     fewer, found = Fewer(recipe), {}
     with opened(recipe, card, layers, tracker) as (work, plan), pretended(tracker), without_files(fewer):
         chosen = [stage for stage in known if not stages or stage in stages]
@@ -233,7 +251,9 @@ def without_files(fewer: Fewer) -> Iterator[None]:
             (fit, "load", lambda _: None),
             (step, "check_first_step", lambda *_: None),
             (step, "cut", fewer.cut),
+            (features, "through_tower", fewer.through_tower),
             (rounds, "sample_answers", different_answers),
+            (judges, "divide_answers", long_lists),
             (rounds, "judge_round", some_pairs),
             *((module, "split_micro", fewer.split) for module in (sft, reward, experience, rounds)),
         ):
@@ -250,6 +270,13 @@ def different_answers(
     texts = [words(tokenizer, sampling.max_new_tokens - n) for n in range(samples)]
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     return [judging.Answers(record, texts, ids) for record in records]
+
+
+def long_lists(work: Workspace, answers: list, folder: Path, label: str) -> list[Divided]:
+    """`divide_answers`, and then claims and questions that make up the longest list."""
+    divide_answers(work, answers, folder, label)
+    claims = [words(work.base().tokenizer, CLAIM)] * -(-work.recipe.preference.max_new_tokens // CLAIM)
+    return [Divided(claims, claims)] * len(answers)
 
 
 def some_pairs(work: Workspace, role: str, number: int, answers: list[judging.Answers], *rest: object) -> rounds.ChosenPairs:

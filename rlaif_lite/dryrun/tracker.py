@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..errors import StageError
+from ..planner.memory import CUBLAS
 from .allocator import UNIT, Allocator, Block, round_up
 from .cards import Card, seconds
 
@@ -38,7 +39,9 @@ READS = {"_local_scalar_dense", "is_nonzero", "equal"}
 class Tracker(TorchDispatchMode):
     """`sums` counts from the beginning, seconds included; `live` and `peak` are bytes of tensors on the GPU."""
 
-    def __init__(self, card: Card, fillers: tuple[int, int] = (1, 2), trace: bool = False, expandable: bool = False):
+    def __init__(
+        self, card: Card, fillers: tuple[int, int] = (1, 2), trace: bool = False, expandable: bool = False
+    ):
         super().__init__()
         self.card, self.fillers, self.trace = card, fillers, trace
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -76,6 +79,9 @@ class Tracker(TorchDispatchMode):
         weakref.finalize(storage, self._free, key)
         self._by_line[line] += size
         self.live += size
+        self._risen()
+
+    def _risen(self) -> None:
         self.peak = max(self.peak, self.live)
         if self.live > self._highest:
             self._highest, self._at_highest = self.live, True
@@ -189,10 +195,21 @@ class Tracker(TorchDispatchMode):
             self._within(name, 9 * outs[0].numel())
         elif name == "sort":
             self._within(name, 2 * bytes_of(ins[0]))
+        if flops:
+            self._blas()
         self._launch(name, moved, flops, itemsize)
+
+    def _blas(self) -> None:
+        """The workspace of cuBLAS, which torch's allocator holds from the first matmul on."""
+        if self._workspace is None:
+            self._workspace = self.allocator.allocate(CUBLAS)
+            self.live += CUBLAS
+            self._by_line["cuBLAS"] += CUBLAS
+            self._risen()
 
     def _gemm_4bit(self, input_MK: Tensor, n: int, k: int) -> None:
         """bitsandbytes' matmul: fused for few rows, else the dense weight is made and thrown away within it."""
+        self._blas()
         rows, size = input_MK.numel() // k, input_MK.element_size()
         operands, flops = size * rows * (n + k), 2 * rows * n * k
         if rows <= FUSED_ROWS:

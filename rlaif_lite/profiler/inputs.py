@@ -79,11 +79,13 @@ def write_inputs(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBas
 
 
 def _prompts(recipe: Recipe) -> int:
-    """As many as fill the slots with answers and the judge's forward with pairs, and in DPO those held out."""
+    """As many as fill the slots with answers, the judge's forward with pairs, and the narrator's with clips; in DPO
+    also those held out."""
     size, samples = recipe.preference.batch_size, recipe.preference.samples
-    if recipe.method == "ppo":
-        return max(2, math.ceil(size / (samples // 2)))
-    return 1 + math.ceil(math.ceil(size / samples) / (1 - recipe.dpo.heldout))
+    need = math.ceil(size / max(1, samples // 2) if recipe.method == "ppo" else size / samples)
+    if recipe.narrated:
+        need = max(need, math.ceil(recipe.context.batch_size / recipe.features.clips))
+    return max(2, need) if recipe.method == "ppo" else 1 + math.ceil(need / (1 - recipe.dpo.heldout))
 
 
 def write_video(path: str, frames: int, seed: int) -> None:

@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from ..data.world import encode
 from ..files import write_json, write_jsonl
 from ..model.random_base import checkpoint_of
+from ..planner.shapes import FRAME
 from ..recipe import SPLITS, Recipe
 from ..workspace import Workspace
 
 PROMPT_TOKENS = 128  # of the question; the base's chat template adds its own
 VIDEOS = (2, 12)  # fewest and most; in between as many as the context stage has in flight
-FRAME = (480, 640)
 TRAINED = ("easy", "hard", "policy_init")
 
 

@@ -12,6 +12,8 @@ A stage takes what it needs from here and leaves its results in the run folder:
 import contextlib
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -253,7 +255,19 @@ def _files_of(video: Path) -> list[Path]:
 def pick_device(device: str) -> str:
     """`cuda` or `cpu` for the recipe's `device`. Raises StageError where there is no GPU to take."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise StageError("`device: cuda`, but torch sees no CUDA GPU here. Set `device: auto` or `cpu`.")
+    if device == "cuda":
+        let_segments_grow()
     return device
+
+
+def let_segments_grow() -> None:
+    """Ask torch for `expandable_segments`: lengths differ from batch to batch, and freed blocks that fit nothing else
+    are wasted otherwise. torch reads the variable at its first allocation. What the user set is kept."""
+    deprecated, name = "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
+    said = {each: os.environ.get(each, "") for each in (name, deprecated)}
+    if sys.platform == "linux" and not any("expandable_segments" in text for text in said.values()):
+        used = deprecated if said[deprecated] and not said[name] else name
+        os.environ[used] = ",".join(filter(None, (said[used], "expandable_segments:True")))

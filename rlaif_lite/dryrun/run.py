@@ -14,23 +14,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from .. import workspace
 from ..errors import StageError
-from ..model.base import resolve_base
+from ..judge.divide import Divided
+from ..model.base import Base, resolve_base
+from ..model.families import Encoded
 from ..model.random_base import load_random
 from ..model.roles import Roles
 from ..phases import listen
 from ..pipeline import STAGES
 from ..planner import Plan, make_plan
+from ..planner.memory import CLAIM
 from ..profiler import stage_figures
-from ..profiler.inputs import made_up, reduced, stand_ins, write_inputs
+from ..profiler.inputs import made_up, reduced, stand_ins, words, write_inputs
 from ..profiler.recorder import Cost
 from ..profiler.tables import SCHEMA, aligned, gib
 from ..progress import say
 from ..recipe import Recipe, recipe_hash
-from ..stages import reward, sft
+from ..rollout import Sampling
+from ..stages import features, judging, reward, sft
+from ..stages.dpo import judges, rounds
 from ..stages.ppo import experience, step
 from ..training import fit
 from ..training.loop import split_micro
@@ -40,7 +47,8 @@ from .cards import Card
 from .device import pretended
 from .tracker import Tracker
 
-DRIVEN = ("features", "sft", "context", "preference", "reward", "ppo")
+DRIVEN = tuple(name for name in STAGES if name != "data")
+judge_round, divide_answers, through_tower = rounds.judge_round, judges.divide_answers, features.through_tower
 KEPT = 2  # micro-batches of a minibatch: the second finds the gradients of the first
 COUNTS = ("launches", "bytes_moved", "flops", "syncs", "host_copies")
 
@@ -109,12 +117,23 @@ class DryRecorder:
 
 
 class Fewer:
-    """Keeps the first micro-batches of each minibatch, and of PPO's minibatches the first, and says how often a phase
-    of the whole step runs."""
+    """Keeps the first micro-batches of each minibatch, of PPO's minibatches the first, and of the videos of one shape
+    the first two, and says how often a phase of the whole step runs."""
 
     def __init__(self, recipe: Recipe):
         self.epochs = recipe.ppo.epochs
         self.micros = self.minibatches = 1.0  # in the recipe, for each that is run
+        self.encoded: dict[tuple, list[Encoded]] = {}  # by the shape of the pixels, without features
+        self.videos = 0
+
+    def through_tower(self, base: Base, pixels_TCHW: Tensor, merged: int) -> Encoded:
+        self.videos += 1
+        before = self.encoded.setdefault((base.path, pixels_TCHW.shape), [])
+        if len(before) == KEPT:
+            return before[0]._replace(features_LGPD=torch.empty_like(before[0].features_LGPD, device=base.device))
+        found = through_tower(base, pixels_TCHW, merged)
+        before.append(found._replace(features_LGPD=found.features_LGPD.to("meta")))
+        return found
 
     def split(self, batch: Sequence, size: int | None) -> list:
         found = split_micro(batch, size)
@@ -127,6 +146,8 @@ class Fewer:
         return found[:1]
 
     def times(self, stage: str) -> dict[str, float]:
+        if stage == "features":
+            return {"tower": self.videos / sum(map(len, self.encoded.values()))}
         if stage != "ppo":
             return {"forward": self.micros, "backward": self.micros}
         score, update = self.micros * self.minibatches, self.micros * self.minibatches * self.epochs
@@ -142,7 +163,7 @@ def dry_profile(recipe: Recipe, card: Card, stages: Sequence[str], layers: int |
     known = [name for name in DRIVEN if name in recipe.stages]
     if unknown := [name for name in stages if name not in known]:
         raise StageError(f"There is no stage `{unknown[0]}` to run dry; there are {', '.join(known)}.")
-    tracker = Tracker(card, trace=trace)
+    tracker = Tracker(card, trace=trace, expandable=True)  # as a run sets it (`workspace.pick_device`)
     fewer, found = Fewer(recipe), {}
     with opened(recipe, card, layers, tracker) as (work, plan), pretended(tracker), without_files(fewer):
         chosen = [stage for stage in known if not stages or stage in stages]
@@ -156,7 +177,7 @@ def dry_profile(recipe: Recipe, card: Card, stages: Sequence[str], layers: int |
                 STAGES[stage].run(work)
             recorder.finish(fewer.times(stage))
             work.release_roles()
-            if stage in chosen:
+            if stage in chosen and recorder.costs:  # a recipe may leave nothing to do
                 found[stage] = dry_figures(recorder, work, plan.stages[stage].peak, trace)
     machine = describe_machine() | {"device": f"{card.name}, not measured", "gpu_memory_bytes": card.memory}
     return {
@@ -230,10 +251,41 @@ def without_files(fewer: Fewer) -> Iterator[None]:
             (fit, "load", lambda _: None),
             (step, "check_first_step", lambda *_: None),
             (step, "cut", fewer.cut),
-            *((module, "split_micro", fewer.split) for module in (sft, reward, experience)),
+            (features, "through_tower", fewer.through_tower),
+            (rounds, "sample_answers", different_answers),
+            (judges, "divide_answers", long_lists),
+            (rounds, "judge_round", some_pairs),
+            *((module, "split_micro", fewer.split) for module in (sft, reward, experience, rounds)),
         ):
             stack.enter_context(patch.object(owner, name, value))
         yield
+
+
+def different_answers(
+    work: Workspace, role: str, records: list, sampling: Sampling, samples: int, *rest: object
+) -> list[judging.Answers]:
+    """`sample_answers`, and then answers of full length that differ, which sampled tokens without values do not."""
+    judging.sample_answers(work, role, records, sampling, samples, *rest)
+    tokenizer = work.base().tokenizer
+    texts = [words(tokenizer, sampling.max_new_tokens - n) for n in range(samples)]
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    return [judging.Answers(record, texts, ids) for record in records]
+
+
+def long_lists(work: Workspace, answers: list, folder: Path, label: str) -> list[Divided]:
+    """`divide_answers`, and then claims and questions that make up the longest list."""
+    divide_answers(work, answers, folder, label)
+    claims = [words(work.base().tokenizer, CLAIM)] * -(-work.recipe.preference.max_new_tokens // CLAIM)
+    return [Divided(claims, claims)] * len(answers)
+
+
+def some_pairs(work: Workspace, role: str, number: int, answers: list[judging.Answers], *rest: object) -> rounds.ChosenPairs:
+    """`judge_round`, and then pairs for two micro-batches, because a judge without values prefers nothing."""
+    found = judge_round(work, role, number, answers, *rest)
+    section = work.recipe.dpo
+    count = min(section.batch_size, KEPT * (section.micro_batch or section.batch_size))
+    chosen = [answers[i % len(answers)] for i in range(count)]
+    return found._replace(pairs=[rounds.Preferred(of.record, *of.texts[:2], *of.ids[:2], 1.0) for of in chosen])
 
 
 def save(roles: Roles, name: str, folder: Path) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..errors import StageError
+from ..planner.memory import CUBLAS
 from .allocator import UNIT, Allocator, Block, round_up
 from .cards import Card, seconds
 
@@ -38,7 +39,9 @@ READS = {"_local_scalar_dense", "is_nonzero", "equal"}
 class Tracker(TorchDispatchMode):
     """`sums` counts from the beginning, seconds included; `live` and `peak` are bytes of tensors on the GPU."""
 
-    def __init__(self, card: Card, fillers: tuple[int, int] = (1, 2), trace: bool = False):
+    def __init__(
+        self, card: Card, fillers: tuple[int, int] = (1, 2), trace: bool = False, expandable: bool = False
+    ):
         super().__init__()
         self.card, self.fillers, self.trace = card, fillers, trace
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -47,7 +50,8 @@ class Tracker(TorchDispatchMode):
         self.copies: Counter[str] = Counter()  # from the host, by line
         self.kernels: Counter[str] = Counter()  # launches by operator
         self.live = self.peak = 0
-        self.allocator = Allocator()
+        self.allocator = Allocator(expandable)
+        self._workspace: Block | None = None
         self.at_peak: dict[str, int] = {}  # with `trace`: bytes by the line that allocated them
         self._held: dict[int, tuple[Block, int, str]] = {}
         self._by_line: Counter[str] = Counter()
@@ -75,6 +79,9 @@ class Tracker(TorchDispatchMode):
         weakref.finalize(storage, self._free, key)
         self._by_line[line] += size
         self.live += size
+        self._risen()
+
+    def _risen(self) -> None:
         self.peak = max(self.peak, self.live)
         if self.live > self._highest:
             self._highest, self._at_highest = self.live, True
@@ -132,8 +139,6 @@ class Tracker(TorchDispatchMode):
             return self._read(name, on_gpu[0])
         if on_gpu and name not in COPIES:
             self._same_device(name, args, ins)
-        if name == "nonzero" and on_gpu:
-            return self._stacked(args[0])
         if name == "bincount":
             return self._evenly(args[0], args[2])
         if name in INDEXING:
@@ -142,8 +147,11 @@ class Tracker(TorchDispatchMode):
         if name == "copy_" and not isinstance(args[0], FakeTensor):  # what arrives on the host has no value
             self._wait("copy to the host")
             return args[0]
-        with self.fake:
-            out = func(*args, **kwargs)
+        try:
+            with self.fake:
+                out = func(*args, **kwargs)
+        except DynamicOutputShapeException:
+            return self._sized_by_values(func, args, kwargs, ins)
         outs = tensors(out)
         self._follow(func, args, kwargs, ins, outs)
         for tensor in outs:
@@ -187,10 +195,21 @@ class Tracker(TorchDispatchMode):
             self._within(name, 9 * outs[0].numel())
         elif name == "sort":
             self._within(name, 2 * bytes_of(ins[0]))
+        if flops:
+            self._blas()
         self._launch(name, moved, flops, itemsize)
+
+    def _blas(self) -> None:
+        """The workspace of cuBLAS, which torch's allocator holds from the first matmul on."""
+        if self._workspace is None:
+            self._workspace = self.allocator.allocate(CUBLAS)
+            self.live += CUBLAS
+            self._by_line["cuBLAS"] += CUBLAS
+            self._risen()
 
     def _gemm_4bit(self, input_MK: Tensor, n: int, k: int) -> None:
         """bitsandbytes' matmul: fused for few rows, else the dense weight is made and thrown away within it."""
+        self._blas()
         rows, size = input_MK.numel() // k, input_MK.element_size()
         operands, flops = size * rows * (n + k), 2 * rows * n * k
         if rows <= FUSED_ROWS:
@@ -274,7 +293,7 @@ class Tracker(TorchDispatchMode):
         out = []
         for index in indices:
             if index is not None and index.dtype in (torch.bool, torch.uint8) and isinstance(index, FakeTensor):
-                at = self._stacked(index)
+                at = self._sized_by_values(torch.ops.aten.nonzero.default, (index,), {}, [index])
                 for column, twin in zip(at.unbind(1), at.twin.unbind(1), strict=True):
                     column.twin = twin
                     out.append(column)
@@ -289,12 +308,17 @@ class Tracker(TorchDispatchMode):
         twin = torch.full((bins,), number_N.numel() // bins) + (torch.arange(bins) < rest)
         return self._made(twin, "bincount", number_N)
 
-    def _stacked(self, mask: Tensor) -> Tensor:
-        self._wait("size of a mask")
-        twin = self._twin(mask)
-        if twin is None:
-            raise StageError(f"A dry run cannot know how many elements a mask keeps at {self.where()}.")
-        return self._made(twin.nonzero(), "nonzero", mask)
+    def _sized_by_values(self, func, args, kwargs, ins: list[Tensor]):
+        """An operator whose result has as many elements as the values say, which the host waits for."""
+        name = func._schema.name.partition("::")[2]
+        self._wait(f"size of {name}")
+        twins = {id(tensor): self._twin(tensor) for tensor in ins}
+        if any(twin is None for twin in twins.values()):
+            raise StageError(f"A dry run cannot know how many elements {name} gives at {self.where()}.")
+        found = func(*swapped(args, twins), **swapped(kwargs, twins))
+        if isinstance(found, Tensor):
+            return self._made(found, name, ins[0])
+        return tuple(self._made(each, name, ins[0]) for each in found)
 
     def _made(self, twin: Tensor, name: str, source: Tensor) -> Tensor:
         with self.fake:

@@ -1,7 +1,7 @@
 """A base with random weights: what it costs to run does not depend on what it has learnt.
 
-`checkpoint_of` writes a checkpoint's small files and no weights. For LLaVA-1.5 and Qwen2.5-VL of the shipped recipes
-they come from the facts in `known_bases.py`, so nothing is downloaded. `load_random` is `load_base` without reading
+`checkpoint_of` writes a checkpoint's small files and no weights. For the bases of the shipped recipes they come
+from the facts in `known_bases.py`, so nothing is downloaded. `load_random` is `load_base` without reading
 weights: each linear layer is drawn on the device and quantised before the next, and the whole model is never
 there in full precision.
 
@@ -28,7 +28,8 @@ STD = 0.02  # of every weight, as these models are initialised
 POSITIONS = 32768  # at least: a profile may be of longer sequences than the base was trained on
 WORDS = "yes no A B video true false ."
 
-FAMILIES = ("llava", "qwen2_5_vl")  # model types that a tokenizer is made up for
+FAMILIES = ("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl")  # model types that a tokenizer is made up for
+SETTINGS = ("preprocessor_config.json", "video_preprocessor_config.json")  # of frames
 QWEN_MARKS = ("vision_start", "vision_end", "image_pad", "video_pad")
 # To rehearse without a GPU: the same architecture with two narrow layers.
 SMALL_TEXT = dict(
@@ -40,10 +41,10 @@ SMALL_TEXT = dict(
     vocab_size=2048,
 )
 SMALL_CLIP = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=168)
-SMALL_QWEN = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, fullatt_block_indexes=[1])
+SMALL_QWEN = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2)
 CHATML = (
     "{% for m in messages %}<|im_start|> {{ m.role }} {% for part in m.content %}{% if part.type == 'text' %}"
-    "{{ part.text }} {% else %}<|vision_start|><|video_pad|><|vision_end|> {% endif %}{% endfor %}<|im_end|> "
+    "{{ part.text }} {% else %}VIDEO {% endif %}{% endfor %}<|im_end|> "
     "{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
 
@@ -57,32 +58,53 @@ def checkpoint_of(name: str, folder: Path, words: tuple[str, ...], small: bool =
     facts = known and read_json(known, "config.json", None)
     if not facts or facts["model_type"] not in FAMILIES:
         return resolve_base(name)
-    frames = read_json(known, "preprocessor_config.json", None)
-    qwen, text, vision = facts["model_type"] == "qwen2_5_vl", facts["text_config"], facts["vision_config"]
+    kind, text, vision = facts["model_type"], facts["text_config"], facts["vision_config"]
+    qwen, image = kind.startswith("qwen"), kind == "llava"
+    settings = {name: found for name in SETTINGS if (found := read_json(known, name, None))}
     text["max_position_embeddings"] = max(text["max_position_embeddings"], POSITIONS)
     if small:
-        text |= SMALL_TEXT
-        vision |= SMALL_QWEN | {"out_hidden_size": text["hidden_size"]} if qwen else SMALL_CLIP
-        side = SMALL_CLIP["image_size"]
-        frames |= {"max_pixels": 28 * 28 * 16} if qwen else {"size": {"shortest_edge": side}}
-        frames |= {} if qwen else {"crop_size": {"height": side, "width": side}}
-    special = ["<|im_start|>", *(f"<|{mark}|>" for mark in QWEN_MARKS)] if qwen else ["<image>"]
-    ends = ("<|im_end|>", None) if qwen else ("</s>", "<s>")
-    tokenizer = _tokenizer(text["vocab_size"], words, special, *ends)
+        _shrink(kind, text, vision, settings)
+    special = [*([] if image else ["<|im_start|>"]), *(f"<|{mark}|>" for mark in QWEN_MARKS if qwen)]
+    special += [] if qwen else ["<image>", "<video>"]
+    tokenizer = _tokenizer(text["vocab_size"], words, special, *(("</s>", "<s>") if image else ("<|im_end|>", None)))
     number = tokenizer.convert_tokens_to_ids
     text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    if not image:
+        mark = "<|vision_start|><|video_pad|><|vision_end|>" if qwen else "<video>"
+        tokenizer.chat_template = CHATML.replace("VIDEO", mark)
     if qwen:
-        tokenizer.chat_template = CHATML
-        part = text["hidden_size"] // text["num_attention_heads"] // 8  # of the rope: 16, 24, 24 for heads of 128
-        text["rope_parameters"]["mrope_section"] = [part, 3 * part // 2, 3 * part // 2]
         facts |= {f"{key}_token_id": number(f"<|{key}|>") for key in ("vision_start", "vision_end")}
         facts |= {"image_token_id": number("<|image_pad|>"), "video_token_id": number("<|video_pad|>")}
     else:
-        facts["image_token_index"] = number("<image>")
+        facts |= {"image_token_index": number("<image>"), "video_token_index": number("<video>")}
+    if kind == "qwen2_5_vl":
+        part = text["hidden_size"] // text["num_attention_heads"] // 8  # of the rope: 16, 24, 24 for heads of 128
+        text["rope_parameters"]["mrope_section"] = [part, 3 * part // 2, 3 * part // 2]
     AutoConfig.for_model(**facts).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(frames), encoding="utf-8")
+    for name, found in settings.items():
+        (folder / name).write_text(json.dumps(found), encoding="utf-8")
     return str(folder)
+
+
+def _shrink(kind: str, text: dict, vision: dict, settings: dict[str, dict]) -> None:
+    """Two narrow layers, and small frames."""
+    text |= SMALL_TEXT
+    if not kind.startswith("qwen"):
+        vision |= SMALL_CLIP
+        side = SMALL_CLIP["image_size"]
+        shape = {"height": side, "width": side}
+        settings[SETTINGS[0]] |= {"size": {"shortest_edge": side}, "crop_size": shape} if kind == "llava" else {"size": shape}
+        return
+    vision |= SMALL_QWEN | {"out_hidden_size": text["hidden_size"]}
+    if kind == "qwen2_5_vl":
+        vision |= {"fullatt_block_indexes": [1]}
+        settings[SETTINGS[0]] |= {"max_pixels": 28 * 28 * 16}
+    else:
+        vision |= {"deepstack_visual_indexes": [0, 1]}
+        text |= {"head_dim": 64}
+        text["rope_parameters"]["mrope_section"] = [12, 10, 10]
+        settings[SETTINGS[1]]["size"] = {"shortest_edge": 32 * 32 * 4, "longest_edge": 32 * 32 * 64}
 
 
 def _tokenizer(

@@ -10,6 +10,8 @@ float32.
 
 from math import prod
 
+from transformers.utils import output_capturing
+
 from rlaif_kernels.rows import chunk_size
 
 from ..recipe import Features, Model
@@ -20,7 +22,9 @@ from .shapes import Shapes, frame_size
 ADAPTER = 4  # bytes of a parameter that is trained; its gradient takes as much, Adam's two moments twice that
 DRAW = 32  # bytes per slot and vocabulary entry while a token is drawn: float32 logits, float64 probabilities
 CUBLAS = 32 << 20  # ASSUMED: its workspace on newer cards, inside torch's allocator
-RESERVE = 3 << 29  # ASSUMED: 1.5 GiB for the CUDA context and what the allocator cannot use
+CONTEXT = 1 << 29  # ASSUMED: the CUDA context, outside of torch's allocator
+FRAGMENTATION = 0.05  # of the peak: what the allocator reserves and cannot use (docs/results/dry_run.md)
+CLAIM = 12  # ASSUMED: tokens of a claim that an answer is divided into
 
 # A CPU's heap grows by what a forward allocates and not by what it keeps: the hole of a freed tensor does not fit the
 # next of the same size. Measured on Linux's malloc, 1280 to 3840 tokens: 1.7 to 2.7 bytes for every byte kept. Blocks
@@ -45,16 +49,18 @@ def saved_by_layer(shapes: Shapes, section: Model, length: int) -> int:
     return norms + attention + feed_forward + inputs + inside
 
 
-def training(shapes: Shapes, section: Model, rows: int, length: int) -> int:
-    """Peak of a forward and backward of `rows` x `length` tokens, beside weights and gradients of the adapters."""
+def training(shapes: Shapes, section: Model, rows: int, length: int, head: int = 0) -> int:
+    """Peak of a forward and backward of `rows` x `length` tokens, beside weights and gradients of the adapters. `head`:
+    bytes of the logits, which are gone when the backward reaches the layers."""
     H, I, E = shapes.width, shapes.ffn, shapes.dtype.itemsize
-    layer = saved_by_layer(shapes, section, length)
+    layer, tokens = saved_by_layer(shapes, section, length), rows * length
     in_backward = 8 * I if E == 4 else 4 * I + 7 * H
     if section.gradient_checkpointing:
-        per_token = shapes.layers * E * H + layer + in_backward
+        kept, inside = shapes.layers * E * H, layer + in_backward
     else:
-        per_token = shapes.layers * layer + max(in_backward, 22 * H)  # 22 H: the final norm's backward
-    return rows * length * (per_token + 4 * H) + E * shapes.largest
+        kept, inside = shapes.layers * layer, in_backward
+    final_norm = 22 * H * tokens  # its backward
+    return tokens * (kept + 4 * H) + max(tokens * inside + E * shapes.largest, final_norm, head)
 
 
 def forward(shapes: Shapes, rows: int, length: int) -> int:
@@ -92,13 +98,16 @@ def on_heap(shapes: Shapes, tokens: int, kept: int) -> int:
     return int(kept * HEAP) if tokens * shapes.ffn * shapes.dtype.itemsize < MAPPED else kept
 
 
-def tower(shapes: Shapes, section: Features) -> int:
-    """Encoding the frames of one video's views at once: pixels, and activations of the vision tower."""
+def tower(shapes: Shapes, section: Features, clips: int, on_gpu: bool) -> int:
+    """Encoding the frames of one video at once, whole and in `clips`: pixels, and activations of the vision tower."""
     vision, E = shapes.config.vision_config, shapes.dtype.itemsize
     area = lambda frames: frames * prod(frame_size(shapes, section, frames))
-    pixels = area(section.frames) + section.clips * area(section.clip_frames)
+    pixels = area(section.frames) + clips * area(section.clip_frames)
     side = shapes.images.patch.side if shapes.images.patch else vision.patch_size
-    # SigLIP and CLIP name their layers and their feed-forward, and LLaVA asks for the output of every layer
-    layers = vision.num_hidden_layers + 1 if "vision_feature_layer" in shapes.config.to_dict() else 0
+    # SigLIP and CLIP name their layers and their feed-forward; of LLaVA's, old releases keep the output of every layer
+    named = "vision_feature_layer" in shapes.config.to_dict() and not hasattr(output_capturing, "select_hidden_states")
+    layers = vision.num_hidden_layers + 1 if named else 0
     ffn = vision.to_dict().get("intermediate_size", 4 * vision.hidden_size)
-    return int(3 * pixels * (4 + E) + E * pixels / side**2 * ((layers + 4) * vision.hidden_size + 3 * ffn))
+    frames = 3 * pixels * (E + 4 * (not on_gpu))  # the float32 of the GPU's copy is in host memory
+    fused = vision.model_type.startswith("siglip")  # GELU in one kernel
+    return int(frames + E * pixels / side**2 * ((layers + 4) * vision.hidden_size + (3 - fused) * ffn))

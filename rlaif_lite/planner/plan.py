@@ -86,14 +86,19 @@ class Plan(NamedTuple):
 def device_of(recipe: Recipe, gpu: str | None = None) -> Device:
     """The device that the recipe asks for on this machine, or a card of the size given ("24GB")."""
     if gpu is not None:
-        return Device(f"a card of {gpu}", True, size_in_bytes(gpu), 0, memory.RESERVE)
+        size = size_in_bytes(gpu)
+        return Device(f"a card of {gpu}", True, size, 0, reserve_of(size))
     device = torch.device(pick_device(recipe.device))
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return Device(
-            torch.cuda.get_device_name(device), True, free + torch.cuda.memory_reserved(device), 0, memory.RESERVE
-        )
+        size = free + torch.cuda.memory_reserved(device)
+        return Device(torch.cuda.get_device_name(device), True, size, 0, reserve_of(size))
     return Device("cpu", False, host_memory(), resident(), 0)
+
+
+def reserve_of(size: int) -> int:
+    """Bytes of a GPU's `size` that no tensor can have: the CUDA context, and what the allocator cannot use."""
+    return size - int((size - memory.CONTEXT) / (1 + memory.FRAGMENTATION))
 
 
 def size_in_bytes(text: str) -> int:

@@ -4,6 +4,7 @@ Sizes of batches stand in the recipe; a phase says which key shrinks it, so that
 """
 
 from collections.abc import Callable
+from math import ceil
 from typing import NamedTuple
 
 from ..recipe import Recipe
@@ -71,11 +72,13 @@ class MemoryModel:
     def features(self) -> StageMemory:
         model, section = self.recipe.model, self.recipe.features
         held = {"weights": self.shapes.base_bytes(model, tower=True)}
-        encode = lambda rows: {"activations": memory.tower(self.shapes, section)}
+        splits, narrated = self.lengths.splits.items(), self.recipe.narrated
+        clips = max((section.clips if name in narrated else ceil(texts.clips) for name, texts in splits), default=0)
+        encode = lambda rows: {"activations": memory.tower(self.shapes, section, clips, self.on_gpu)}
         phases = [Phase("encode", None, 1, 1, encode)]
         if (judge := self.judge) is not None:  # its tower comes when the base's own was dropped
             more = judge.base_bytes(model.for_reward(), tower=True) - self.shapes.tower * self.shapes.dtype.itemsize
-            again = lambda rows: {"weights": more, "activations": memory.tower(judge, section)}
+            again = lambda rows: {"weights": more, "activations": memory.tower(judge, section, clips, self.on_gpu)}
             phases.append(Phase("encode for the reward role", None, 1, 1, again))
         return StageMemory(held, phases)
 
@@ -115,7 +118,12 @@ class MemoryModel:
         section, preference = self.recipe.dpo, self.recipe.preference
         prompt, answer = self.texts("preference").prompt, preference.max_new_tokens
         phases = [self.sampling("preference.batch_size", preference.batch_size, MOST, self.video + prompt, answer)]
-        fixed, context = self.holds(1, trained=1), self.narrative() * preference.context
+        fixed, context = self.holds(1), self.narrative() * preference.context
+        adam = {kind: size for kind, size in self.holds(1, trained=1).items() if kind not in fixed}
+
+        def trained(phase: Phase) -> Phase:
+            return phase._replace(terms=lambda rows: phase.terms(rows) | adam)
+
         if section.describe is not None:  # clip by clip, as the narrative was
             words, size = self.recipe.context.max_new_tokens, self.recipe.context.batch_size
             read = self.clip + self.template + self.lengths.count(section.describe.prompt) + context
@@ -128,11 +136,11 @@ class MemoryModel:
             else:
                 phases.append(self.sampling("dpo.divide.batch_size", divide.batch_size, MOST, asked, lists))
             if divide.train is not None:
-                phases.append(self.training("dpo.divide.train", divide.train, asked + lists, lists))
+                phases.append(trained(self.training("dpo.divide.train", divide.train, asked + lists, lists)))
         judges = [preference.judge] if divide is None else ["claims"]
         phases += self.judging(judges, prompt, answer, context)
         learnt = self.training("dpo", section, self.video + prompt + answer, answer, per_row=2)
-        return StageMemory(fixed, [*phases, learnt])
+        return StageMemory(fixed, [*phases, trained(learnt)])
 
     def reward(self) -> StageMemory:
         section, per_pair = self.recipe.reward, 2
@@ -162,9 +170,7 @@ class MemoryModel:
         micro = int(section.micro_batch or section.minibatch)
 
         def update(rows: int) -> dict[str, int]:
-            kept = memory.training(self.shapes, model, rows, length)
-            logits = memory.logits(self.shapes, rows * new, self.on_gpu)
-            return self.activations(kept, rows * length) | {"logits": logits}
+            return self.learning(rows, length, rows * new)
 
         answers = self.sampling("ppo.slots", section.slots or section.rollouts, section.rollouts, prompt, new)
         phases = [answers, Phase("update", "ppo.micro_batch", micro, section.minibatch, update)]
@@ -214,13 +220,19 @@ class MemoryModel:
         return self.texts("preference").answer if self.recipe.data.pairs else self.recipe.preference.max_new_tokens
 
     def judging(self, judges: list[str], prompt: int, answer: int, context: int) -> list[Phase]:
-        """Answers to a prompt read by a judge; asked about claim by claim, an answer is read and its claims again."""
+        """Answers to a prompt read by a judge: an answer whole, or its claims one by one, each with what is asked."""
         section, count = self.recipe.preference, self.lengths.count
-        asked = self.video + context + prompt
-        lengths = {
-            "claims": asked + count(section.claims.prompt) + answer * (1 if section.claims.mode == "inline" else 2),
-            "pairwise": asked + count(section.pairwise.prompt) + 2 * answer,
-        }
+        claims, pairwise = section.claims.prompt, section.pairwise.prompt
+        if section.claims.mode == "inline":
+            claimed = count(claims) + answer
+        else:
+            claimed = -(-answer // memory.CLAIM) * (memory.CLAIM + count(claims))
+
+        def asked(template: str) -> int:
+            question = (prompt - self.template) * ("{question}" in template)
+            return self.video + context + self.template + question
+
+        lengths = {"claims": asked(claims) + claimed, "pairwise": asked(pairwise) + count(pairwise) + 2 * answer}
         key, size = "preference.batch_size", section.batch_size
         return [self.reading(f"judge, {judge}", key, size, lengths[judge]) for judge in judges]
 
@@ -243,14 +255,18 @@ class MemoryModel:
             return {"activations": kept, "workspace": memory.CUBLAS}
         return {"activations": memory.on_heap(self.shapes, tokens, kept)}
 
+    def learning(self, rows: int, length: int, scored: int) -> dict[str, int]:
+        """A forward and backward; of what is held, the logits are what comes on top of the layers' own peak."""
+        head = memory.logits(self.shapes, scored, self.on_gpu) if scored else 0
+        layers = memory.training(self.shapes, self.recipe.model, rows, length)
+        both = memory.training(self.shapes, self.recipe.model, rows, length, head)
+        return self.activations(layers, rows * length) | {"logits": both - layers}
+
     def training(self, key: str, section, length: int, scored: int, per_row: int = 1) -> Phase:
         """A supervised phase: records of `length` tokens, `scored` of them against the vocabulary."""
 
         def terms(rows: int) -> dict[str, int]:
-            rows = rows * per_row
-            kept = memory.training(self.shapes, self.recipe.model, rows, length)
-            head = {"logits": memory.logits(self.shapes, rows * scored, self.on_gpu)} if scored else {}
-            return self.activations(kept, rows * length) | head
+            return self.learning(rows * per_row, length, rows * per_row * scored)
 
         return Phase(
             key, f"{key}.micro_batch", int(section.micro_batch or section.batch_size), section.batch_size, terms

@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from ..data.world import encode
 from ..files import write_json, write_jsonl
 from ..model.random_base import checkpoint_of
+from ..planner.shapes import FRAME
 from ..recipe import SPLITS, Recipe
 from ..workspace import Workspace
 
 PROMPT_TOKENS = 128  # of the question; the base's chat template adds its own
 VIDEOS = (2, 12)  # fewest and most; in between as many as the context stage has in flight
-FRAME = (480, 640)
 TRAINED = ("easy", "hard", "policy_init")
 
 
@@ -36,6 +36,7 @@ def reduced(recipe: Recipe, folder: Path, steps: int) -> Recipe:
             plain["sft"][phase]["steps"] = steps + 1
     plain["reward"] |= {"steps": steps + 1, "floor": 0.0, "pairs": None}
     plain["ppo"] |= {"steps": steps + 1, "normalize_reward": False, "checkpoint_every": steps + 1}
+    plain["dpo"] |= {"rounds": 1, "steps": steps + 1, "prompts": None}
     plain["evaluate"] |= {"bootstrap": 1, "examples": 0, "truth": None, "synonyms": None}  # made-up answers have none
     return Recipe.model_validate(plain)
 
@@ -63,7 +64,7 @@ def write_inputs(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBas
         "sft_easy": supervised,
         "sft_hard": supervised,
         "policy_init": supervised,
-        "preference": max(2, recipe.preference.batch_size // recipe.preference.samples),
+        "preference": _prompts(recipe),
         "rl": recipe.ppo.rollouts // recipe.ppo.group_size,
         "test": recipe.evaluate.batch_size,
     }
@@ -75,6 +76,16 @@ def write_inputs(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBas
             folder / f"{split}.jsonl",
             [{"id": f"{split}{i}", "video": videos[i % len(videos)], "messages": turns} for i in range(count)],
         )
+
+
+def _prompts(recipe: Recipe) -> int:
+    """As many as fill the slots with answers, the judge's forward with pairs, and the narrator's with clips; in DPO
+    also those held out."""
+    size, samples = recipe.preference.batch_size, recipe.preference.samples
+    need = math.ceil(size / max(1, samples // 2) if recipe.method == "ppo" else size / samples)
+    if recipe.narrated:
+        need = max(need, math.ceil(recipe.context.batch_size / recipe.features.clips))
+    return max(2, need) if recipe.method == "ppo" else 1 + math.ceil(need / (1 - recipe.dpo.heldout))
 
 
 def write_video(path: str, frames: int, seed: int) -> None:

@@ -18,6 +18,7 @@ from rlaif_lite.errors import ModelError, StageError
 from rlaif_lite.files import read_jsonl
 from rlaif_lite.judge.claims import ClaimScores
 from rlaif_lite.judge.divide import Divided, TextModel, divide, parse_list, rejected
+from rlaif_lite.model.answers import Group
 from rlaif_lite.model.inputs import encode_prompt
 from rlaif_lite.recipe import Divide
 from rlaif_lite.rollout import Sampling, sample
@@ -289,7 +290,7 @@ def test_the_best_answer_is_the_one_whose_tokens_gained_most(roles):
             sums = []
             for name in ("policy", "reference"):
                 with torch.no_grad(), roles.use(name) as role:
-                    sums.append(answer_logps(role, [prompts[place]], [answer.ids]).item())
+                    sums.append(answer_logps(role, [Group(prompts[place], [answer.ids])]).item())
             rewards.append(0.2 * (sums[0] - sums[1]) / len(answer.ids))
         assert winner.reward == pytest.approx(max(rewards), abs=1e-5)
         assert winner.answer.ids == found[5 * place + rewards.index(max(rewards))].ids
@@ -320,5 +321,5 @@ def test_log_probs_of_answers_are_the_samplers_own(roles):
     with roles.use("policy") as role:
         found = sample(role, prompts, Sampling(9, 1.0), seeds=[5, 6])
         with torch.no_grad():
-            logp_B = answer_logps(role, prompts, [t.ids for t in found])
+            logp_B = answer_logps(role, [Group(p, [t.ids]) for p, t in zip(prompts, found, strict=True)])
     assert logp_B.tolist() == pytest.approx([sum(t.logp) for t in found], abs=1e-3)

@@ -18,7 +18,6 @@ from rlaif_lite.data.records import question_of
 from rlaif_lite.files import read_jsonl
 from rlaif_lite.judge.claims import AnswerToJudge, judge_claims
 from rlaif_lite.judge.pairwise import AnswerPair, judge_pairs
-from rlaif_lite.model.inputs import IGNORE
 from rlaif_lite.model.text import decode_answer
 from rlaif_lite.stages.ppo import step as ppo
 from rlaif_lite.stages.ppo.log import check_first_step
@@ -141,7 +140,7 @@ def log_softmax(step: Step, role: str, micro) -> torch.Tensor:
 
 def log_softmax_in(step: Step, active, micro) -> torch.Tensor:
     base = step.work.base()
-    hidden_ND = active.hidden(micro.batch)[micro.target_bS != IGNORE].double()
+    hidden_ND = active.hidden(micro.policy.batch).flatten(0, 1)[micro.policy.before_N].double()
     logits_NV = hidden_ND @ base.head_weight_VD.T.double() + base.ban_bias_V.double()
     return torch.log_softmax(logits_NV / step.section.temperature, -1)
 
@@ -158,7 +157,7 @@ def test_the_kl_in_the_loss_is_what_autograd_makes_of_it(finished, kind):
     assert torch.allclose(experience.return_BT, experience.score_B[:, None] * experience.mask_BT, atol=1e-4)
     roles.trainable("policy")
     for micro in minibatches[0]:
-        ref_NV, target_N = log_softmax(step, "reference", micro), micro.target_bS[micro.target_bS != IGNORE][:, None]
+        ref_NV, target_N = log_softmax(step, "reference", micro), micro.policy.token_N[:, None]
         with roles.use("policy") as active:
             logp_NV = log_softmax_in(step, active, micro)
             if kind == "exact":

@@ -14,17 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from core import record_of, video_of
 from rlaif_lite.data.records import Message
 from rlaif_lite.errors import ModelError
-from rlaif_lite.model.inputs import (
-    CLOSING,
-    IGNORE,
-    Batch,
-    Sequence,
-    branch,
-    collate,
-    encode_prompt,
-    split_prompt,
-    target_rows,
-)
+from rlaif_lite.model.inputs import CLOSING, Batch, Sequence, branch, collate, encode_prompt, split_prompt
 from rlaif_lite.model.roles import Roles
 from rlaif_lite.model.text import RUNNING, decode_answer, encode_answer
 from rlaif_lite.recipe import Lora
@@ -323,17 +313,10 @@ def test_answers_there_and_back(base):
     assert decode_answer(base, [base.eos_id]) == ""
 
 
-def test_targets_by_hand(base):
-    """Row [5 6 | 7 8 9]: 6 predicts 7, 7 predicts 8, 8 predicts 9; 9 predicts nothing. Row [4 | 3] is shorter."""
-    rows = [plain([5, 6, 7, 8, 9]), plain([4, 3])]
-    targets_BS = target_rows(rows, [[7, 8, 9], [3]], 6)
-    assert targets_BS.tolist() == [[IGNORE, 7, 8, 9, IGNORE, IGNORE], [3, *[IGNORE] * 5]]
-
-
 def test_collate_by_hand(base):
     batch = collate(base, [plain([5, 6]), plain([4])], length=3)
     pad = base.tokenizer.pad_token_id
     assert batch.ids_BS.tolist() == [[5, 6, pad], [4, pad, pad]]
     assert batch.mask_BS.tolist() == [[True, True, False], [True, False, False]]
     assert batch.position_CBS.tolist() == [[[0, 1, 0], [0, 0, 0]]]
-    assert batch.features == [] and batch.attention is batch.mask_BS or torch.equal(batch.attention, batch.mask_BS)
+    assert batch.features == [] and batch.attention.tolist() == [[True] * 3] * 2  # no mask, see `collate`

@@ -8,12 +8,13 @@ from torch import tensor
 
 from core import shake
 from rlaif_lite.errors import RecipeError
-from rlaif_lite.model.inputs import Sequence, collate, target_rows
+from rlaif_lite.model.answers import Group, lay_out
+from rlaif_lite.model.inputs import Sequence
 from rlaif_lite.rl.losses import merge_stats, policy_loss, token_weights
 from rlaif_lite.rl.shaping import sequence_score
 from rlaif_lite.rollout import Trajectory
 from rlaif_lite.stages.ppo import step as ppo
-from rlaif_lite.stages.ppo.experience import micro_of
+from rlaif_lite.stages.ppo.experience import Micro
 from rlaif_lite.stages.ppo.feedback import Feedback
 from test_ppo import RAGGED, Step, ragged
 
@@ -179,10 +180,8 @@ def test_score_and_update_need_no_run_folder(roles, recipe):
     roles.trainable("policy")
     prompt = Sequence([10] * 6, torch.arange(6)[None], None, torch.tensor([6]))
     answers = [Trajectory(0, [11 + i, 12, base.eos_id], True, []) for i in range(4)]
-    rows = [prompt.extend(a.ids) for a in answers]
-    batch = collate(base, rows)
-    target_bS = target_rows(rows, [a.ids for a in answers], batch.ids_BS.shape[1])
-    minibatches = [[micro_of(torch.arange(4), batch, target_bS, batch, target_bS)]]
+    rows = lay_out(base, [Group(prompt, [a.ids for a in answers])])
+    minibatches = [[Micro(torch.arange(4), rows, rows)]]
     feedback = Feedback(None)
     taken = feedback.take([None] * 4, answers, 0)._replace(scores=[1.0, 0.0, 0.0, 0.0])
     experience = ppo.score(roles, small.ppo, feedback, minibatches, taken, 0.1)

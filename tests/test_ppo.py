@@ -9,7 +9,7 @@ import torch
 from core import shake
 from rlaif_lite.errors import StageError
 from rlaif_lite.files import read_jsonl
-from rlaif_lite.model.inputs import IGNORE, encode_prompt
+from rlaif_lite.model.inputs import encode_prompt
 from rlaif_lite.rollout import Trajectory
 from rlaif_lite.stages.ppo import step as ppo
 from rlaif_lite.stages.ppo.experience import cut, place
@@ -137,15 +137,16 @@ def test_every_answer_is_cut_once_and_aligned(finished, micro_batch):
         for row, i in enumerate(micro.index_b.tolist()):
             ids = answers[i].ids
             prompt = encode_prompt(base, step.records[i].prompt, step.work.features(step.records[i]))
-            for batch, target_bS, start in (
-                (micro.batch, micro.target_bS, len(prompt.ids_S)),
-                (micro.value_batch, micro.value_target_bS, len(step.feedback.critic_prompt(step.records[i]).ids_S)),
+            for rows, start in (
+                (micro.policy, len(prompt.ids_S)),
+                (micro.value, len(step.feedback.critic_prompt(step.records[i]).ids_S)),
             ):
+                batch, of_answer_N = rows.batch, rows.answer_N == row
                 assert batch.ids_BS[row][batch.mask_BS[row]].tolist()[start:] == ids
-                assert target_bS[row][target_bS[row] != IGNORE].tolist() == ids
-                assert (target_bS[row] != IGNORE).nonzero()[:, 0].tolist() == list(
-                    range(start - 1, start - 1 + len(ids))
-                )
+                assert rows.token_N[of_answer_N].tolist() == ids
+                first = row * batch.ids_BS.shape[1] + start
+                assert rows.at_N[of_answer_N].tolist() == list(range(first, first + len(ids)))
+                assert torch.equal(rows.before_N, rows.at_N - 1)
 
 
 def test_log_probs_are_of_the_answers_tokens(finished):

@@ -13,6 +13,7 @@ from core import record, shake
 from rlaif_lite.data.splits import hold_out_videos
 from rlaif_lite.errors import ModelError, StageError
 from rlaif_lite.files import read_jsonl
+from rlaif_lite.model.answers import Group
 from rlaif_lite.model.text import RUNNING, encode_answer
 from rlaif_lite.stages import reward
 from rlaif_lite.stages.features import views_of
@@ -57,7 +58,8 @@ def test_the_score_is_the_head_at_the_last_token_or_at_chosen_ones(work, prompt,
     answers = [encode_answer(base, RUNNING, text) for text in ANSWERS]
     answers[3] = answers[3][:-1]  # cut by the length limit: the last real token is "green"
     with torch.no_grad(), work.roles.use("reward") as role:
-        score_B = layout.score(role, [layout.prompt(r) for r in records], answers)
+        groups = [Group(layout.prompt(r), [answer]) for r, answer in zip(records, answers, strict=True)]
+        score_B = layout.score(role, groups)
     read = {  # places in the answer
         "last": [[11], [1], [0], [4]],
         "tokens": [[2, 5, 8, 10, 11], [0, 1], [0], [3, 4]],
@@ -106,10 +108,12 @@ def test_pool_words_of_several_tokens_are_refused(work):
 def test_padding_and_neighbours_do_not_change_a_score(work):
     layout, base = RewardInput(work), work.base()
     records = work.records("preference")[: len(ANSWERS)]
-    prompts, answers = [layout.prompt(r) for r in records], [encode_answer(base, RUNNING, text) for text in ANSWERS]
+    groups = [
+        Group(layout.prompt(r), [encode_answer(base, RUNNING, text)]) for r, text in zip(records, ANSWERS, strict=True)
+    ]
     with torch.no_grad(), work.roles.use("reward") as role:
-        together_B = layout.score(role, prompts, answers)
-        alone_B = torch.cat([layout.score(role, [p], [a]) for p, a in zip(prompts, answers, strict=True)])
+        together_B = layout.score(role, groups)
+        alone_B = torch.cat([layout.score(role, [group]) for group in groups])
     assert (together_B - alone_B).abs().max() <= 1e-4
 
 

@@ -16,8 +16,9 @@ from core import shake, video_of
 from rlaif_kernels import linear_logprob
 from rlaif_lite import rollout
 from rlaif_lite.data.records import Message
+from rlaif_lite.model.answers import Group, lay_out
 from rlaif_lite.model.base import load_base
-from rlaif_lite.model.inputs import IGNORE, Sequence, collate, encode_prompt, target_rows
+from rlaif_lite.model.inputs import Sequence, collate, encode_prompt
 from rlaif_lite.model.roles import BASE, Roles
 from rlaif_lite.recipe import Lora, Model
 from rlaif_lite.rollout import Sampling, draw, sample, slot_bytes, slot_length
@@ -237,18 +238,11 @@ def test_the_samplers_logp_is_the_rescored_one(policy, temperature):
     prompts = prompts_of(base)
     with policy.use("policy") as role:
         found = sample(role, prompts, Sampling(10, temperature), seeds=range(4 * len(prompts)), per_prompt=4)
-        answers = [t.ids for t in found]
-        rows = [prompts[t.prompt].extend(t.ids) for t in found]
-        batch = collate(base, rows)
-        target_BS = target_rows(rows, answers, batch.ids_BS.shape[1])
+        rows = lay_out(base, [Group(prompts[t.prompt], [t.ids]) for t in found])
         with torch.no_grad():
-            hidden_ND = role.hidden(batch)[target_BS != IGNORE]
+            hidden_ND = role.hidden(rows.batch).flatten(0, 1)[rows.before_N]
         logp_N = linear_logprob(
-            hidden_ND,
-            base.head_weight_VD,
-            target_BS[target_BS != IGNORE],
-            bias_V=base.ban_bias_V,
-            temperature=temperature,
+            hidden_ND, base.head_weight_VD, rows.token_N, bias_V=base.ban_bias_V, temperature=temperature
         ).logp_N
     uniform_N = torch.cat([uniforms([seed], 10)[0, : len(t.ids)] for seed, t in enumerate(found)])
     again_N, _ = draw(base.head_weight_VD, base.ban_bias_V, hidden_ND, uniform_N, Sampling(10, temperature))

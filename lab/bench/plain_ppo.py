@@ -16,8 +16,11 @@ import json
 import statistics
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -28,7 +31,9 @@ from lab.bench import ROOT
 from rlaif_lite import profiler
 from rlaif_lite.data.records import Record
 from rlaif_lite.files import chunks
-from rlaif_lite.model.inputs import IGNORE, Batch, Sequence, collate, encode_prompt, rope_positions
+from rlaif_lite.model import answers as answers_module
+from rlaif_lite.model.answers import Group
+from rlaif_lite.model.inputs import Batch, Sequence, collate, encode_prompt, rope_positions
 from rlaif_lite.planner.plan import size_in_bytes
 from rlaif_lite.profiler.inputs import stand_ins
 from rlaif_lite.recipe import load_recipe
@@ -69,8 +74,16 @@ def plain(given: Step, number: int) -> None:
     work, feedback, records, _, _ = given
     torch.manual_seed(number)
     answers = plain_rollout(given)
-    micros = cut(work, feedback.critic_prompt, records, answers, number, micro_size(work))
+    with rows_apart():
+        micros = cut(work, feedback.critic_prompt, records, answers, number, micro_size(work))
     plain_update(given, micros, plain_score(given, micros, answers))
+
+
+@contextmanager
+def rows_apart() -> Iterator[None]:
+    """Inside, every answer is laid out in a row of its own."""
+    with patch.object(answers_module, "sharing_pays", lambda width, groups: False):
+        yield
 
 
 def micro_size(work: Workspace) -> int:
@@ -131,10 +144,10 @@ def left_positions(rows: list[Sequence]) -> Tensor:
 def plain_logp(given: Step, role, micro: Micro) -> Tensor:
     """logp_N of the answers, through logits of every position."""
     base = given.work.base()
-    logits_bSV = linear(role.hidden(refreshed(given, micro.batch, micro.index_b)), base.head_weight_VD)
-    scored_bS = micro.target_bS != IGNORE
-    logits_NV = (logits_bSV[scored_bS].float() + base.ban_bias_V) / given.work.recipe.ppo.temperature
-    return logits_NV.log_softmax(-1).gather(1, micro.target_bS[scored_bS][:, None])[:, 0]
+    logits_bSV = linear(role.hidden(refreshed(given, micro.policy.batch, micro.index_b)), base.head_weight_VD)
+    logits_NV = logits_bSV.flatten(0, 1)[micro.policy.before_N].float() + base.ban_bias_V
+    logp_NV = (logits_NV / given.work.recipe.ppo.temperature).log_softmax(-1)
+    return logp_NV.gather(1, micro.policy.token_N[:, None])[:, 0]
 
 
 @torch.no_grad()
@@ -157,9 +170,10 @@ def plain_score(given: Step, minibatches: list[list[Micro]], answers: list[Traje
                 layout.prompt(r)._replace(features_KD=f) for r, f in zip(read, through_tower(given, read), strict=True)
             ]
             ids = [layout.answer(p, answers[i].ids, work.base()) for p, i in zip(prompts, rows.tolist(), strict=True)]
-            rm_B[rows] = layout.score(reward, prompts, ids)
+            rm_B[rows] = layout.score(reward, [Group(p, [answer]) for p, answer in zip(prompts, ids, strict=True)])
         with work.roles.use("value") as value:
-            fresh = micro._replace(value_batch=refreshed(given, micro.value_batch, rows))
+            batch = refreshed(given, micro.value.batch, rows)
+            fresh = micro._replace(value=micro.value._replace(batch=batch))
             place(value_BT, rows, mask_BT, token_value(value, fresh))
     stopped_B = torch.tensor([a.stopped for a in answers], device=work.device)
     score_B = ppo.sequence_score(
@@ -188,7 +202,8 @@ def plain_update(given: Step, minibatches: list[list[Micro]], e: Experience) -> 
         ppo.clip_and_step(roles.parameters("policy"), given.optimizers["policy"], section.max_grad_norm, "plain")
         with roles.use("value") as value:
             for micro in minibatch:
-                fresh = micro._replace(value_batch=refreshed(given, micro.value_batch, micro.index_b))
+                batch = refreshed(given, micro.value.batch, micro.index_b)
+                fresh = micro._replace(value=micro.value._replace(batch=batch))
                 old_bT, return_bT, mask_bT = (x_BT[micro.index_b] for x_BT in (e.value_BT, e.return_BT, e.mask_BT))
                 value_bT, real = padded(token_value(value, fresh), mask_bT), e.mask_BT[rows].sum()
                 loss, _ = value_loss(value_bT, old_bT, return_bT, mask_bT, section.value_clip, real)
@@ -227,7 +242,8 @@ def logp_gap(given: Step) -> float:
     """Largest difference between the log-probs that the two give the same answers, in nats."""
     work, feedback, records = given.work, given.feedback, given.records
     answers = ppo.rollout(work, records, 0)
-    micros = cut(work, feedback.critic_prompt, records, answers, 0, micro_size(work))
+    with rows_apart():
+        micros = cut(work, feedback.critic_prompt, records, answers, 0, micro_size(work))
     taken = feedback.take(records, answers, 0)
     a = ppo.score(work.roles, work.recipe.ppo, feedback, micros, taken, work.recipe.ppo.kl_coef)
     return float((a.logp_BT - plain_score(given, micros, answers).logp_BT).abs().max())

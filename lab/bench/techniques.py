@@ -30,7 +30,7 @@ from lab.bench.plain_ppo import Step
 from rlaif_kernels import LinearLogprob
 from rlaif_lite import profiler
 from rlaif_lite.model import roles
-from rlaif_lite.model.inputs import IGNORE, decode
+from rlaif_lite.model.inputs import decode
 from rlaif_lite.recipe import Recipe, load_recipe
 from rlaif_lite.rollout import loop, sample
 from rlaif_lite.stages import features
@@ -70,17 +70,18 @@ def whole_logits(given: Step) -> Iterator[None]:
     last: list[Tensor] = []  # logp_NV of the forward that ran last
 
     def hidden(role, micro):
-        base, scored_bS = role.roles.base, micro.target_bS != IGNORE
-        hidden_bSD = role.hidden(micro.batch)
+        base, rows = role.roles.base, micro.policy
+        hidden_bSD = role.hidden(rows.batch)
         logits_bSV = linear(hidden_bSD, base.head_weight_VD).float() + base.ban_bias_V
-        last[:] = [(logits_bSV / section.temperature).log_softmax(-1)[scored_bS]]
-        return hidden_bSD[scored_bS]
+        last[:] = [(logits_bSV / section.temperature).log_softmax(-1).flatten(0, 1)[rows.before_N]]
+        return hidden_bSD.flatten(0, 1)[rows.before_N]
 
     def logp(base, hidden_ND, micro, temperature, reference_hidden_ND=None, differentiable="logp"):
         (logp_NV,) = last
-        target_N = micro.target_bS[micro.target_bS != IGNORE]
         entropy_N = -(logp_NV.exp() * logp_NV).sum(1).detach()
-        return LinearLogprob(logp_NV.gather(1, target_N[:, None])[:, 0], torch.zeros_like(entropy_N), entropy_N, None)
+        return LinearLogprob(
+            logp_NV.gather(1, micro.policy.token_N[:, None])[:, 0], torch.zeros_like(entropy_N), entropy_N, None
+        )
 
     with patch.object(ppo, "answer_hidden", hidden), patch.object(ppo, "answer_logp", logp):
         yield
@@ -93,6 +94,12 @@ def one_prefill_an_answer(given: Step) -> Iterator[None]:
         return sample(role, prompts, sampling, seeds=seeds, batch_size=batch_size)
 
     with patch.object(ppo, "sample", apart):
+        yield
+
+
+@contextlib.contextmanager
+def one_prompt_an_answer(given: Step) -> Iterator[None]:
+    with plain_ppo.rows_apart():
         yield
 
 
@@ -114,6 +121,7 @@ TECHNIQUES = (
     Technique("logits-free loss", "logits of every position, kept for autograd", without=whole_logits),
     Technique("checkpointing", "all activations kept", ("model.gradient_checkpointing=false",)),
     Technique("shared prefill", "a prefill for every answer", without=one_prefill_an_answer),
+    Technique("shared prompts", "a row for every answer in score and update", without=one_prompt_an_answer),
     Technique("graph decode", "launched kernel by kernel", without=eager_decode, on_gpu=True),
 )
 

@@ -34,7 +34,7 @@ from .text import RUNNING, Opening, encode_after, encode_start, write_prompt
 BRANCH_MARK = "<|>"  # in a message: prefix <|> branch <|> branch <|> closing
 MARK_WITH_BLANKS = re.compile(rf" *{re.escape(BRANCH_MARK)} *")
 CLOSING = -1  # group of the tokens that see every branch
-IGNORE = -100
+IGNORE = -100  # target of a position that predicts nothing
 
 
 class Sequence(NamedTuple):
@@ -69,7 +69,7 @@ class Batch(NamedTuple):
     ids_BS: Tensor  # int64
     mask_BS: Tensor  # bool, true on real tokens
     position_CBS: Tensor  # int64
-    attention: Tensor  # (B,S) bool, or (B,1,S,S) additive when a row has branches
+    attention: Tensor  # (B,S) of ones, or (B,1,S,S) additive when a row has branches
     features: list[Tensor]  # features_KD of the rows that have a video, in order
     deepstack: list[Tensor]  # their deepstack_LKD, where the family has it
 
@@ -204,32 +204,25 @@ def collate(base: Base, rows: Seq[Sequence], length: int | None = None) -> Batch
     for b, row in enumerate(rows):
         position_CBS[:, b, : len(row.ids_S)] = row.position_CS
     mask_BS = torch.arange(length)[None] < torch.tensor([len(row.ids_S) for row in rows])[:, None]
-    attention = mask_BS if all(row.group_S is None for row in rows) else _branched_attention(rows, mask_BS, base.dtype)
     features = [row.features_KD for row in rows if row.features_KD is not None]
     deepstack = [row.deepstack_LKD for row in rows if row.deepstack_LKD is not None]
     on = base.device
-    return Batch(ids_BS.to(on), mask_BS.to(on), position_CBS.to(on), attention.to(on), features, deepstack)
+    ids_BS, mask_BS, position_CBS = ids_BS.to(on), mask_BS.to(on), position_CBS.to(on)
+    # Padding is on the right and attention is causal, so no mask is needed. None would not do: where positions have
+    # gaps, as after pruning, transformers takes it for a sign of packed sequences. It drops a mask of ones.
+    attention = torch.ones_like(mask_BS)
+    if any(row.group_S is not None for row in rows):
+        attention = _branched_attention(rows, length, base)
+    return Batch(ids_BS, mask_BS, position_CBS, attention, features, deepstack)
 
 
-def _branched_attention(rows: Seq[Sequence], mask_BS: Tensor, dtype: torch.dtype) -> Tensor:
+def _branched_attention(rows: Seq[Sequence], length: int, base: Base) -> Tensor:
     """Additive attention (B,1,S,S): causal; a branch sees the prefix and itself; the closing part sees everything."""
-    length = mask_BS.shape[1]
     groups_BS = torch.tensor([(row.group_S or [0] * len(row.ids_S)) + [0] * (length - len(row.ids_S)) for row in rows])
+    groups_BS, place_S = groups_BS.to(base.device), torch.arange(length, device=base.device)
     query_BS1, key_B1S = groups_BS[:, :, None], groups_BS[:, None, :]
     allowed_BSS = (key_B1S == 0) | (key_B1S == query_BS1) | (query_BS1 == CLOSING)
-    allowed_BSS &= torch.ones(length, length, dtype=torch.bool).tril()
-    allowed_BSS &= mask_BS[:, None, :] | torch.eye(length, dtype=torch.bool)
-    blocked = torch.finfo(dtype).min
-    return torch.zeros(allowed_BSS.shape, dtype=dtype).masked_fill_(~allowed_BSS, blocked)[:, None]
-
-
-def target_rows(rows: Seq[Sequence], answers: Seq[Seq[int]], length: int) -> Tensor:
-    """Next-token targets_BS for answers that END their rows: the token before each answer token predicts it.
-
-    Everything else is IGNORE. `rows` hold the answers already (see `Sequence.extend`).
-    """
-    targets_BS = torch.full((len(rows), length), IGNORE)
-    for b, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-        start = len(row.ids_S) - len(answer)
-        targets_BS[b, start - 1 : start - 1 + len(answer)] = torch.tensor(answer)
-    return targets_BS
+    allowed_BSS &= place_S[:, None] >= place_S  # which also hides the padding, as it is on the right
+    blocked = torch.finfo(base.dtype).min
+    attention_BSS = torch.zeros(allowed_BSS.shape, dtype=base.dtype, device=base.device)
+    return attention_BSS.masked_fill_(~allowed_BSS, blocked)[:, None]

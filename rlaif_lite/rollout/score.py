@@ -1,9 +1,10 @@
 """What whole answers are worth to a role: the log-probs of their tokens, summed; and the best of several by them.
 
-Shapes: B answers, S positions, N answer tokens.
+Shapes: B answers, N answer tokens.
 """
 
 from collections.abc import Sequence as Seq
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from rlaif_kernels import linear_logprob
 
-from ..model.inputs import IGNORE, Sequence, collate, target_rows
+from ..model.answers import Group, lay_out
+from ..model.inputs import Sequence
 from ..model.memory import in_pieces
 from ..model.roles import ActiveRole, Roles
 from ..rl.dpo import implicit_reward
@@ -19,19 +21,15 @@ from .loop import sample
 from .sampling import Sampling, Trajectory
 
 
-def answer_logps(role: ActiveRole, prompts: Seq[Sequence], answers: Seq[Seq[int]]) -> Tensor:
-    """logp_B float32 of answers (token ids, EOS included where the answer has one), summed over their tokens, at
-    temperature 1; differentiable. Logits are never held."""
+def answer_logps(role: ActiveRole, groups: Seq[Group]) -> Tensor:
+    """logp_B float32 of all answers of the groups, summed over their tokens, at temperature 1; differentiable. Logits
+    are never held."""
     base = role.roles.base
-    rows = [prompt.extend(ids) for prompt, ids in zip(prompts, answers, strict=True)]
-    batch = collate(base, rows)
-    target_BS = target_rows(rows, answers, batch.ids_BS.shape[1]).to(base.device)
-    scored_BS = target_BS != IGNORE
-    found = linear_logprob(
-        role.hidden(batch)[scored_BS], base.head_weight_VD, target_BS[scored_BS], bias_V=base.ban_bias_V
-    )
-    row_N = scored_BS.nonzero()[:, 0]
-    return torch.zeros(len(rows), device=base.device).index_add(0, row_N, found.logp_N)
+    rows = lay_out(base, groups)
+    hidden_ND = role.hidden(rows.batch).flatten(0, 1).index_select(0, rows.before_N)
+    found = linear_logprob(hidden_ND, base.head_weight_VD, rows.token_N, bias_V=base.ban_bias_V)
+    count = sum(len(group.answers) for group in groups)
+    return torch.zeros(count, device=base.device).index_add(0, rows.answer_N, found.logp_N)
 
 
 class Best(NamedTuple):
@@ -64,7 +62,8 @@ def best_of(
         with roles.use(name) as role:
 
             def read(part: Seq[Trajectory]) -> list[float]:
-                return answer_logps(role, [prompts[t.prompt] for t in part], [t.ids for t in part]).tolist()
+                groups = [Group(prompts[i], [t.ids for t in of]) for i, of in groupby(part, lambda t: t.prompt)]
+                return answer_logps(role, groups).tolist()
 
             logps.append(torch.tensor(in_pieces(found, batch_size, read)))
     length_B = torch.tensor([len(t.ids) for t in found])

@@ -6,7 +6,7 @@ its own share. Pairs of a held-out share of the VIDEOS are never trained on; acc
 there. Departures from the release: held out by video instead of by pair, the SFT adapter as the start, no written
 rating request unless `reward.prompt` asks for one.
 
-Shapes: B answers, S positions, D width.
+Shapes: B answers, N answer tokens.
 """
 
 import math
@@ -22,8 +22,9 @@ from ..data.splits import hold_out_videos
 from ..data.truth import TRUTH
 from ..errors import StageError
 from ..files import write_json
+from ..model.answers import Group, lay_out
 from ..model.base import Base
-from ..model.inputs import Sequence, collate, encode_prompt
+from ..model.inputs import Sequence, encode_prompt
 from ..model.memory import in_pieces
 from ..model.roles import ActiveRole
 from ..model.text import RUNNING, decode_answer, encode_answer, word_tokens
@@ -83,18 +84,20 @@ class RewardInput:
             return ids
         return encode_answer(self.base, prompt.opening, decode_answer(base, ids), end=ids[-1] == base.eos_id)
 
-    def score(self, role: ActiveRole, prompts: Seq[Sequence], answers: Seq[Seq[int]]) -> Tensor:
-        """Scores of answers (token ids, EOS included where the answer has one) -> score_B float32."""
-        batch = collate(self.base, [p.extend(a) for p, a in zip(prompts, answers, strict=True)])
-        value_BS = role.scalar(role.hidden(batch))
-        length_B = batch.mask_BS.sum(1)
-        place_1S = torch.arange(value_BS.shape[1], device=value_BS.device)[None]
-        read_BS = place_1S == length_B[:, None] - 1
+    def score(self, role: ActiveRole, groups: Seq[Group]) -> Tensor:
+        """Scores of all answers of the groups (token ids, EOS included where the answer has one) -> score_B float32."""
+        rows = lay_out(self.base, groups)
+        count = sum(len(group.answers) for group in groups)
+        value_N = role.scalar(role.hidden(rows.batch).flatten(0, 1).index_select(0, rows.at_N))
+        read_N = torch.zeros_like(value_N).index_fill(0, last_of(groups).to(value_N.device), 1.0)
         if self.section.pool == "tokens":
-            start_B = torch.tensor([len(p.ids_S) for p in prompts], device=value_BS.device)
-            answer_BS = (place_1S >= start_B[:, None]) & batch.mask_BS
-            read_BS |= answer_BS & torch.isin(batch.ids_BS, self.pooled.to(value_BS.device))
-        return (value_BS * read_BS).sum(1)
+            read_N = read_N.masked_fill(torch.isin(rows.token_N, self.pooled.to(value_N.device)), 1.0)
+        return torch.zeros(count, device=value_N.device).index_add(0, rows.answer_N, value_N * read_N)
+
+
+def last_of(groups: Seq[Group]) -> Tensor:
+    """int64 (B,), the number of each answer's last token among the tokens of all answers."""
+    return torch.tensor([len(ids) for group in groups for ids in group.answers]).cumsum(0) - 1
 
 
 def run(work: Workspace) -> dict:
@@ -177,13 +180,11 @@ def use_given(work: Workspace, folder: Path) -> dict:
 
 def score_pairs(layout: RewardInput, active: ActiveRole, pairs: Seq[tuple[Record, str, str]]) -> Tensor:
     """score_B2 of (chosen, rejected), both in one forward."""
-    prompts = [layout.prompt(record) for record, _, _ in pairs]
-    answers = [
-        encode_answer(layout.base, prompt.opening, text)
-        for prompt, (_, *both) in zip(prompts, pairs, strict=True)
-        for text in both
-    ]
-    return layout.score(active, [p for p in prompts for _ in range(2)], answers).view(-1, 2)
+    groups = []
+    for record, *both in pairs:
+        prompt = layout.prompt(record)
+        groups.append(Group(prompt, [encode_answer(layout.base, prompt.opening, text) for text in both]))
+    return layout.score(active, groups).view(-1, 2)
 
 
 def stumbling(pairs: list[tuple[Record, str, str]], share: float, seed: int) -> list[tuple[Record, str, str]]:

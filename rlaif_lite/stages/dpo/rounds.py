@@ -38,6 +38,7 @@ from ...data.truth import TRUTH
 from ...errors import StageError
 from ...files import by_batches, chunks, read_json, read_jsonl, write_json, write_jsonl
 from ...judge.claims import refuse_silent_judge
+from ...model.answers import Group
 from ...model.inputs import encode_prompt
 from ...model.memory import in_pieces
 from ...model.roles import ActiveRole
@@ -266,9 +267,11 @@ def judge_neighbours(
 
 def pair_logps(work: Workspace, role: ActiveRole, pairs: list[Preferred]) -> Scored:
     """Log-probs of whole answers under a role, both answers of a pair in one forward."""
-    prompts = [encode_prompt(work.base(), p.record.prompt, work.features(p.record)) for p in pairs]
-    answers = [ids for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
-    logp_B2 = answer_logps(role, [p for p in prompts for _ in range(2)], answers).view(-1, 2)
+    groups = [
+        Group(encode_prompt(work.base(), p.record.prompt, work.features(p.record)), (p.chosen_ids, p.rejected_ids))
+        for p in pairs
+    ]
+    logp_B2 = answer_logps(role, groups).view(-1, 2)
     return Scored(logp_B2[:, 0], logp_B2[:, 1])
 
 

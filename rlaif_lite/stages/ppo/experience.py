@@ -3,11 +3,12 @@
 Micro-batches are cut once per step: every forward of the step sees the same rows with the same padding (see
 `stages.ppo`).
 
-Shapes: B answers of a step, b of a micro-batch, S positions, T answer tokens (padded on the right), N real answer
-tokens.
+Shapes: B answers of a step, b of a micro-batch, T answer tokens (padded on the right), N real answer tokens.
 """
 
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from itertools import groupby
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,8 +18,9 @@ from rlaif_kernels import LinearLogprob, linear_logprob
 
 from ...data.records import Record
 from ...files import chunks
+from ...model.answers import AnswerRows, Group, lay_out
 from ...model.base import Base
-from ...model.inputs import IGNORE, Batch, Sequence, collate, encode_prompt, target_rows
+from ...model.inputs import Sequence, encode_prompt
 from ...model.roles import ActiveRole
 from ...rollout import Trajectory
 from ...training.loop import derive_seed, split_micro
@@ -26,15 +28,11 @@ from ...workspace import Workspace
 
 
 class Micro(NamedTuple):
-    """One micro-batch: some answers of the step, laid out for the policy and for the value role."""
+    """One micro-batch: some answers of the step. Those to one prompt are next to each other (see `model.answers`)."""
 
     index_b: Tensor  # which answers of the step
-    batch: Batch  # prompt + answer, as the policy reads them
-    target_bS: Tensor  # the answer token that each position predicts, IGNORE elsewhere
-    value_batch: Batch  # the critic's prompt + answer, as the value role reads them
-    value_target_bS: Tensor
-    at_N: Tensor  # where `target_bS` has a target, counted through all rows; a mask would stall the GPU at each use
-    value_at_N: Tensor
+    policy: AnswerRows  # prompt + answer, as the policy reads them
+    value: AnswerRows  # the critic's prompt + answer, as the value role reads them
 
 
 class Experience(NamedTuple):
@@ -61,41 +59,39 @@ def cut(
     step: int,
     size: int,
 ) -> list[list[Micro]]:
-    """Shuffle the step's answers into minibatches, each a list of micro-batches of `size` answers. `critic_prompt` is
-    what the value role reads before an answer."""
+    """Shuffle the step's answers into minibatches, each a list of micro-batches of `size` answers. The answers to one
+    prompt stay together, up to `ppo.group_size` of them. `critic_prompt` is what the value role reads before an
+    answer."""
     base, section = work.base(), work.recipe.ppo
     generator = torch.Generator().manual_seed(derive_seed(work.recipe.seed, "ppo", "minibatches", step))
-    order = torch.randperm(len(answers), generator=generator).tolist()
+    groups = by_record(records, section.group_size)
+    order = [i for g in torch.randperm(len(groups), generator=generator).tolist() for i in groups[g]]
+    group_of = {i: g for g, group in enumerate(groups) for i in group}
 
     def micro(index: list[int]) -> Micro:
-        ids = [answers[i].ids for i in index]
-        rows = [
-            encode_prompt(base, records[i].prompt, work.features(records[i])).extend(a)
-            for i, a in zip(index, ids, strict=True)
-        ]
-        value_rows = [critic_prompt(records[i]).extend(a) for i, a in zip(index, ids, strict=True)]
-        batch, value_batch = collate(base, rows), collate(base, value_rows)
-        targets = [target_rows(r, ids, b.ids_BS.shape[1]) for r, b in ((rows, batch), (value_rows, value_batch))]
-        return micro_of(torch.tensor(index), batch, targets[0], value_batch, targets[1])
+        together = [list(group) for _, group in groupby(index, group_of.__getitem__)]
+        ids = [[answers[i].ids for i in group] for group in together]
+        read = [records[group[0]] for group in together]
+        prompts = [encode_prompt(base, r.prompt, work.features(r)) for r in read]
+        rows = (lay_out(base, list(map(Group, each, ids))) for each in (prompts, map(critic_prompt, read)))
+        return Micro(torch.tensor(index, device=base.device), *rows)
 
+    by_length = lambda i: (group_of[i] if section.group_size > 1 else 0, len(answers[i].ids))
     minibatches = chunks(order, section.minibatch)
-    return [
-        [micro(sorted(part, key=lambda i: len(answers[i].ids))) for part in split_micro(m, size)] for m in minibatches
-    ]
+    return [[micro(sorted(part, key=by_length)) for part in split_micro(m, size)] for m in minibatches]
 
 
-def micro_of(index_b: Tensor, batch: Batch, target_bS: Tensor, value_batch: Batch, value_target_bS: Tensor) -> Micro:
-    """A micro-batch of targets that are still on the CPU, where counting them waits for nothing."""
-    at_N, value_at_N = ((each_bS != IGNORE).flatten().nonzero()[:, 0] for each_bS in (target_bS, value_target_bS))
-    on = batch.ids_BS.device
-    return Micro(
-        index_b.to(on), batch, target_bS.to(on), value_batch, value_target_bS.to(on), at_N.to(on), value_at_N.to(on)
-    )
+def by_record(records: Seq[Record], most: int) -> list[list[int]]:
+    """The numbers of the answers to each record, at most `most` together."""
+    found: dict[int, list[int]] = {}
+    for number, record in enumerate(records):
+        found.setdefault(id(record), []).append(number)
+    return [part for numbers in found.values() for part in chunks(numbers, most)]
 
 
 def answer_hidden(role: ActiveRole, micro: Micro) -> Tensor:
     """hidden_ND that predict the micro-batch's answer tokens."""
-    return role.hidden(micro.batch).flatten(0, 1).index_select(0, micro.at_N)
+    return role.hidden(micro.policy.batch).flatten(0, 1).index_select(0, micro.policy.before_N)
 
 
 def answer_logp(
@@ -111,7 +107,7 @@ def answer_logp(
     return linear_logprob(
         hidden_ND,
         base.head_weight_VD,
-        micro.target_bS.flatten()[micro.at_N],
+        micro.policy.token_N,
         bias_V=base.ban_bias_V,
         temperature=temperature,
         reference_hidden_ND=reference_hidden_ND,
@@ -121,7 +117,7 @@ def answer_logp(
 
 def token_value(role: ActiveRole, micro: Micro) -> Tensor:
     """value_N of the state before each answer token."""
-    return role.scalar(role.hidden(micro.value_batch).flatten(0, 1).index_select(0, micro.value_at_N))
+    return role.scalar(role.hidden(micro.value.batch).flatten(0, 1).index_select(0, micro.value.before_N))
 
 
 def padded(values_N: Tensor, mask_BT: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ Shapes: B answers of a step, T answer tokens (padded on the right).
 """
 
 from collections.abc import Sequence as Seq
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ...data.records import Record
 from ...files import read_json
+from ...model.answers import Group
 from ...model.inputs import Sequence, encode_prompt
 from ...model.memory import in_pieces
 from ...phases import phase
@@ -108,19 +110,20 @@ class RewardModelFeedback(Feedback):
         score_B = torch.zeros(len(taken.answers), device=self.work.device)
         for micro in (m for minibatch in minibatches for m in minibatch):
             rows = micro.index_b.tolist()
-            with phase("score reward", micro.batch.ids_BS.numel()):
+            with phase("score reward", micro.policy.batch.ids_BS.numel()):
                 read_b = self.read([taken.records[i] for i in rows], [taken.answers[i] for i in rows])
             score_B[micro.index_b] = (read_b - self.mean) / self.std
         return Scored(score_B, spread(taken.rewards, mask_BT))
 
     def read(self, records: list[Record], answers: list[Trajectory]) -> Tensor:
-        """score_b of a micro-batch, as the reward role gives it."""
-        base = self.work.base()
-        prompts = [self.layout.prompt(record) for record in records]
+        """score_b of a micro-batch, as the reward role gives it. Neighbouring answers to one record are one group."""
+        base, groups, start = self.work.base(), [], 0
+        for _, same in groupby(records, id):
+            prompt, end = self.layout.prompt(records[start]), start + len(list(same))
+            groups.append(Group(prompt, [self.layout.answer(prompt, a.ids, base) for a in answers[start:end]]))
+            start = end
         with self.beside.roles.use("reward") as reward:
-            return self.layout.score(
-                reward, prompts, [self.layout.answer(p, a.ids, base) for p, a in zip(prompts, answers, strict=True)]
-            )
+            return self.layout.score(reward, groups)
 
     @torch.no_grad()
     def scale(self) -> tuple[float, float]:

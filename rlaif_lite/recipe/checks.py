@@ -93,6 +93,12 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "needs scores as soon as the answers are there, of groups. Set ppo.feedback to rules, ppo.value to none "
             "and ppo.baseline to group or leave_one_out.",
         )
+    if ppo.order_bonus and not (ppo.feedback == "rules" and ppo.group_size > 1):
+        yield (
+            "ppo.order_bonus",
+            "compares a group's answers with those to the shuffled video. Set ppo.feedback to rules and ppo.group_size "
+            "to 2 or more.",
+        )
     if ppo.task_std is not None and not (ppo.value == "none" and ppo.baseline == "group" and ppo.group_std):
         yield (
             "ppo.task_std",
@@ -150,6 +156,12 @@ def _dpo_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "model.reward_base", "is for a reward model, which `method: dpo` does without. Leave it out."
     if dpo.describe is not None and not preference.context:
         yield "dpo.describe", "makes the judge's context, but preference.context is false. Set that to true."
+    if dpo.altered:
+        for key, given in (("dpo.divide", dpo.divide), ("dpo.describe", dpo.describe)):
+            if given is not None:
+                yield key, "is about a judge, which dpo.altered does without. Leave one of them out."
+        if dpo.balance_lengths:
+            yield "dpo.balance_lengths", "is about two answers, but dpo.altered compares videos. Set it false."
     if dpo.divide is None:
         return
     if preference.claims.mode != "ask":

@@ -60,6 +60,9 @@ class Ppo(Section):
         "(Dr. GRPO)",
     )
     mask_unstopped: bool = Field(False, description="learn nothing from answers cut at max_new_tokens (DAPO)")
+    order_bonus: float = Field(
+        0.0, ge=0, description="rules; for right answers that need the frames' order (T-GRPO 0.3); 0: none"
+    )
     resample: int = Field(
         0, ge=0, description="rounds in which groups of equal scores are replaced by other prompts' (DAPO); rules only"
     )

@@ -213,6 +213,7 @@ class Evaluate(Section):
     best_of: Count | None = Field(
         None, description="also the policy's best of so many answers, by its own reward against `reference`; null: not"
     )
+    shuffled: bool = Field(True, description="also answer with the frames shuffled: how much the order matters")
     max_new_tokens: Count = Field(64, description="longest answer")
     batch_size: Count = Field(64, description="answers in flight")
     bootstrap: Count = Field(2000, description="resamples for the intervals")

@@ -95,6 +95,16 @@ class TaskDeviation:
         self._before, self._now = ({t: tuple(m) for t, m in state[key].items()} for key in ("before", "now"))
 
 
+def needs_order(ordered_B: Tensor, shuffled_J: Tensor, group_size: int) -> Tensor:
+    """bool_B, the answers that earn T-GRPO's bonus (Video-R1, arXiv 2503.21776, section 3.2, as released): those with
+    an accuracy above 0.1 in groups whose mean accuracy is at least 0.8 times that of the answers to the same prompt
+    with the frames shuffled. `shuffled_J`: accuracies of the latter, as many of each prompt.
+    Raises ValueError when groups cannot be formed."""
+    ordered_GK = in_groups(ordered_B, group_size)
+    shuffled_G = shuffled_J.view(len(ordered_GK), -1).mean(1)
+    return ((ordered_GK.mean(1) >= 0.8 * shuffled_G)[:, None] & (ordered_GK > 0.1)).view(-1)
+
+
 def rank_penalty(judged_B: Tensor, logp_B: Tensor, group_size: int) -> Tensor:
     """delta_B = 1 - DCG(place by `logp_B`) / DCG(place by `judged_B`), places within the group (Oracle-RLAIF, arXiv
     2510.02561): 0 where the policy ranks an answer as the judge does, up to 1 where it ranks it too low, far below 0

@@ -23,7 +23,9 @@ def resampled(work: Workspace, taken: Taken, step: int, answers_to: Answers) -> 
     in_step = {record.key for record in taken.records}
     others = [record for record in work.records("rl") if record.key not in in_step]
     random.Random(work.seed("ppo", "resample", step)).shuffle(others)
-    columns = [list(column) for column in (taken.records, taken.answers, taken.own, taken.scores, taken.rewards)]
+    columns: list[list] = [
+        list(column) for column in (taken.records, taken.answers, taken.own, taken.scores, taken.rewards)
+    ]
     replaced = 0
     for turn in range(1, work.recipe.ppo.resample + 1):
         flat = equal_groups(columns[3], size)
@@ -36,7 +38,9 @@ def resampled(work: Workspace, taken: Taken, step: int, answers_to: Answers) -> 
             for at, other in zip(flat, useful, strict=False):
                 mine[at : at + size] = theirs[other : other + size]
         replaced += min(len(flat), len(useful))
-    return Taken(*columns, metrics | {"rollout/resampled": replaced * size / len(taken.scores)})
+    records, answers, own, scores, rewards = columns
+    metrics["rollout/resampled"] = replaced * size / len(taken.scores)
+    return Taken(records, answers, own, scores, rewards, metrics)
 
 
 def equal_groups(scores: list[float], size: int) -> list[int]:

@@ -52,7 +52,7 @@ GATES = {"reward": "reward.floor"}  # a key of the stage's section that only a l
 # What makes a stage run again, but changes nothing that a later stage reads without asking for it by itself.
 INWARD = {
     "data": (*data.CHECKED, "files of model.base"),
-    "features": ("splits with a narrative", "features.clips", "features.clip_frames"),
+    "features": ("splits with a narrative", "altered videos", "features.clips", "features.clip_frames"),
 }
 
 
@@ -240,6 +240,8 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
         found["files of model.reward_base"] = base_digest(work.recipe.model.for_reward())
     if name in ("features", "context"):
         found["splits with a narrative"] = list(work.recipe.narrated)
+    if name == "features":
+        found["altered videos"] = {split: list(kinds) for split, kinds in work.recipe.altered.items()}
     for key in ("sft.adapter", "reward.adapter"):
         if found.get(key) is not None:
             found[f"files of {key}"] = folder_digest(Path(found[key]))
@@ -337,6 +339,7 @@ def write_summary(work: Workspace, stages: list[str], finished: bool) -> None:
             "features": results.get("features"),
             "evaluation": evaluation.get("evaluation", {}),
             "evaluation_intervals": evaluation.get("evaluation_intervals", {}),
+            "order": evaluation.get("order", {}),
             "preference": results.get("preference", {}),
             "reward": results["reward"] | {"floor": recipe.reward.floor} if "reward" in results else {},
             recipe.method: results.get(recipe.method, {}),

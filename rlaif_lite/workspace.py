@@ -31,6 +31,7 @@ from .progress import say
 from .recipe import Recipe, flatten
 from .training.loop import MetricsLog, derive_seed
 from .training.trackers import Trackers
+from .video.altered import name_of as altered_name
 from .video.cache import FeatureRecord, FeatureStore, read_index
 
 WHOLE = "video"  # name of the view of a whole video; clips are "clip0", "clip1", ...
@@ -184,11 +185,13 @@ class Workspace:
             self._features = FeatureStore(Path(self.recipe.features.cache or self.folder / "features" / "cache"))
         return self._features
 
-    def features(self, record: Record) -> FeatureRecord | None:
-        """The cached tokens of a record's video (or of its clip), pruned as the recipe says; None for a text record."""
+    def features(self, record: Record, altered: str = "") -> FeatureRecord | None:
+        """The cached tokens of a record's video (or of its clip), pruned as the recipe says; None for a text record.
+        `altered`: of the video with its frames "shuffled", "reversed" or "dropped" (`Recipe.altered` lists where)."""
         if record.video is None:
             return None
-        return self.views(record)[self.view_name(record)]
+        view = self.view_name(record)
+        return self.views(record)[altered_name(view, altered) if altered else view]
 
     def view_name(self, record: Record) -> str:
         """The view that a record is about: the whole, a clip as the context stage cuts them, or one of another cut."""

@@ -187,7 +187,7 @@ def listed(*rewards: str, **more) -> list[str]:
 
 def test_a_run_that_learns_from_rules(rerun, tmp_path):
     """Every rule is logged apart, the score is their weighted sum, and the report shows both and the accuracy."""
-    keys = listed("{rule: rouge}", "{rule: length, tokens: [1, 4], weight: 0.5}")
+    keys = listed("{rule: rouge}", "{rule: length, tokens: [1, 4], weight: 0.5}", resample=1, task_std=0.99)
     work = Workspace(rerun())
     for split in ("rl", "test"):
         lines = [to_json(replace(r, solution="first a red circle")) for r in work.records(split)]

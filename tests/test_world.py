@@ -2,25 +2,29 @@
 
 import json
 import random
+from collections import Counter
 
 import decord
 import numpy as np
 import pytest
 
+from rlaif_lite.data.records import from_json
 from rlaif_lite.data.world import (
     WorldConfig,
     WorldSplits,
     corrupt,
     describe,
     facts_of,
+    question_records,
     render,
     score,
     truth,
     write_video,
     write_world,
 )
-from rlaif_lite.data.world_text import KINDS, Noise, caption, claim, garbled, narrative, pair, verdicts
+from rlaif_lite.data.world_text import KINDS, ORDINALS, Noise, caption, claim, garbled, narrative, pair, verdicts
 from rlaif_lite.errors import DataError
+from rlaif_lite.rl.rules import CHECKS
 
 FACTS = {"events": [["red", "circle", "left"], ["blue", "square", "up"], ["green", "cross", "grows"]], "star": "yellow"}
 NO_STAR = {**FACTS, "star": None}
@@ -212,6 +216,37 @@ def test_world_files(world):
         name: {r["video"] for r in lines(world / f"{name}.jsonl")} for name in ("sft_hard", "preference", "rl", "test")
     }
     assert sum(map(len, videos.values())) == len(set.union(*videos.values()))
+
+
+def right_answer(question: str, facts) -> str:
+    """The answer to a question that rules check, from the facts."""
+    words = question.removeprefix("<video> ").split()
+    if words[0] == "how":  # how many red ?
+        return " ".join("-" for event in facts["events"] if words[2] in event) or "no"
+    if words[0] == "is":  # is a red circle left then a blue square up ?
+        return "yes" if facts["events"].index(words[2:5]) < facts["events"].index(words[7:10]) else "no"
+    return facts["events"][ORDINALS.index(words[4])][list(KINDS).index(words[3])]  # what is the colour then ?
+
+
+def test_questions_that_rules_check_have_the_right_solutions(world):
+    """Every solution follows from the facts; the option's word is one of two; what SFT learns has careless answers."""
+    rule, tasks, answers = {"choice": "choice", "count": "match", "order": "match"}, Counter(), Counter()
+    for split in ("rl", "test"):
+        for index in range(300):
+            facts = facts_of(100, split, index)
+            for found in question_records(f"{split}/{index:05d}", "v.mp4", facts, learnt=False):
+                record = from_json(found, "made up")
+                assert record.solution == right_answer(record.messages[0].content, facts)
+                assert CHECKS[rule[record.task]].value(f"{record.solution} .", record) == 1
+                assert len(record.options) == (2 if record.task == "choice" else 0) and record.facts is None
+                tasks[record.task] += 1
+                answers[record.task, record.solution] += 1
+    assert tasks["choice"] == tasks["count"] == 600 and tasks["order"] > 570
+    assert abs(answers["order", "yes"] / tasks["order"] - 0.5) < 0.06
+    assert max(answers["count", solution] for solution in ("no", "-", "- -", "- - -")) < 0.7 * 600
+    learnt = lines(world / "sft_questions.jsonl")
+    assert 12 <= len(learnt) <= 18 and all(len(r["messages"]) == 2 and "solution" not in r for r in learnt)
+    assert lines(world / "test_questions.jsonl")[0]["task"] == "choice"
 
 
 def test_check_records_carry_a_verdict_for_every_word(world):

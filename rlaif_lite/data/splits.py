@@ -25,7 +25,14 @@ Video = str | tuple[str, ...]
 
 WORLD = "world:"
 # The world makes the records of these splits from the same videos.
-WORLD_VIDEOS = {"sft_easy": "sft", "sft_hard": "sft", "policy_init": "rl"}
+WORLD_VIDEOS = {
+    "sft_easy": "sft",
+    "sft_hard": "sft",
+    "policy_init": "rl",
+    "sft_questions": "sft",
+    "rl_questions": "rl",
+    "test_questions": "test",
+}
 
 
 class Split(NamedTuple):

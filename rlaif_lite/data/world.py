@@ -27,8 +27,8 @@ import numpy as np
 
 from rlaif_lite.data.world_text import (
     COLOURS,
+    EVENTS,
     MOTIONS,
-    ORDINALS,
     SHAPES,
     Facts,
     Noise,
@@ -47,6 +47,7 @@ from rlaif_lite.data.world_text import (
     sampled,
     score,
     sentences_of,
+    solved_questions,
     star_question,
     truth,
     verdicts,
@@ -71,7 +72,6 @@ __all__ = [
     "write_world",
 ]
 
-EVENTS = len(ORDINALS)
 STUMBLING = 0.15  # share of the divided answers that stumble, as sampled answers do
 GARBLED = 0.25  # share of the checked answers with a malformed sentence
 RGB = {
@@ -248,14 +248,28 @@ def easy_records(name: str, video: str, facts: Facts, rng: random.Random, weak: 
     )
 
 
+def question_records(name: str, video: str, facts: Facts, learnt: bool) -> Iterator[dict]:
+    """Questions that rules can check: with a careless annotator's answers where they are `learnt`, else with the right
+    solutions."""
+    rng = random.Random(f"questions/{name}/{facts}")
+    for asked in solved_questions(corrupt(facts, rng) if learnt else facts, rng):
+        more = {"answer": f"{asked.solution} ."} if learnt else {"solution": asked.solution, "task": asked.task}
+        more |= {"options": list(asked.options)} if asked.options and not learnt else {}
+        yield _record(f"{name}/{asked.task}", video, f"<video> {asked.question}", **more)
+
+
 def world_records(splits: WorldSplits, seed: int, config: WorldConfig) -> Iterator[tuple[str, dict]]:
-    """(file, record) of the whole world. Only prompts carry `facts`, and only evaluation may read them."""
+    """(file, record) of the whole world. Only prompts carry `facts`, and only evaluation may read them. The answers
+    of `sft_questions` are a careless annotator's; the solutions of the other questions are right."""
     describe_it = "<video> describe the video"
     for split, count in asdict(splits).items():
         for index in range(count):
             facts = facts_of(seed, split, index, config)
             rng = random.Random(f"labels/{seed}/{split}/{index}")
             name, video = f"{split}/{index:05d}", f"videos/{split}/{index:05d}.mp4"
+            if split in ("sft", "rl", "test"):
+                for record in question_records(name, video, facts, learnt=split == "sft"):
+                    yield f"{split}_questions.jsonl", record
             if split == "sft":
                 yield "sft_hard.jsonl", _record(name, video, describe_it, describe(corrupt(facts, rng)))
                 for record in easy_records(name, video, facts, rng, config.weak_video):
@@ -300,9 +314,10 @@ def write_world(
     """Writes `videos/<split>/NNNNN.mp4` and the JSONL files of a run; returns the folder.
 
     Files: sft_easy (clean short answers and judge formats), sft_hard and policy_init (noisy descriptions of the sft
-    and the rl videos), preference, rl and test (prompts; with facts). `progress(done, total)` is called as videos are
-    finished. A finished world of the same seed, splits and config is left as it is, an interrupted one is completed;
-    DataError if the folder holds another world.
+    and the rl videos), preference, rl and test (prompts; with facts), sft_questions (careless answers), rl_questions
+    and test_questions (with solutions). `progress(done, total)` is called as videos are finished. A finished world of
+    the same seed, splits and config is left as it is, an interrupted one is completed; DataError if the folder holds
+    another world.
     """
     folder = Path(folder)
     world = {"seed": seed, "splits": asdict(splits), "config": asdict(config)}

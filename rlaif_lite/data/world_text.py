@@ -19,6 +19,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 MOTIONS = ("left", "right", "up", "down", "grows", "shrinks")
 KINDS = {"colour": COLOURS, "shape": SHAPES, "motion": MOTIONS}
 ORDINALS = ("first", "then", "finally")
+EVENTS = len(ORDINALS)  # of a video
 MALFORMED_COST = 3  # a malformed sentence counts as three wrong facts: what a whole wrong event costs
 
 # What a wrong label says most often: the language prior that SFT picks up and RLAIF has to unlearn.
@@ -210,6 +211,42 @@ def question(facts: Facts, rng: random.Random) -> tuple[str, str]:
 def star_question(facts: Facts) -> tuple[str, str]:
     """The question about the star; "no ." when there is none."""
     return "what is the colour star ?", f"{facts['star'] or 'no'} ."
+
+
+class Solved(NamedTuple):
+    """A question whose answer a rule can check."""
+
+    task: str  # "choice", "count" or "order"
+    question: str
+    solution: str
+    options: tuple[str, ...] = ()
+
+
+def solved_questions(facts: Facts, rng: random.Random) -> list[Solved]:
+    """Up to three questions about a video: two options for an attribute, a count, and which of two events came first.
+
+    An option is chosen by its word. The vocabulary has no digits, so a count is answered by tally marks: "- -" is two,
+    "no" is none. The last question is left out where two events are the same."""
+    kinds = list(KINDS.items())
+    kind, event, swapped = rng.randrange(3), rng.randrange(3), rng.randrange(2)
+    right = facts["events"][event][kind]
+    tempting = [e[kind] for e in facts["events"] if e[kind] != right]  # in the video, at another time
+    other = rng.choice(tempting if tempting and rng.random() < 0.5 else [v for v in kinds[kind][1] if v != right])
+    options = (other, right) if swapped else (right, other)
+    asked = f"what is the {kinds[kind][0]} {ORDINALS[event]} ? A : {options[0]} B : {options[1]}"
+    found = [Solved("choice", asked, right, options)]
+
+    counted = rng.choice((0, 1))  # colours or shapes
+    there = [e[counted] for e in facts["events"]]
+    value = rng.choice(there if rng.random() < 0.75 else kinds[counted][1])
+    found.append(Solved("count", f"how many {value} ?", " ".join("-" * there.count(value)) or "no"))
+
+    if len({tuple(e) for e in facts["events"]}) == EVENTS:
+        one, two = sorted(rng.sample(range(EVENTS), 2))
+        before, after = (two, one) if rng.random() < 0.5 else (one, two)
+        first, then = (" ".join(facts["events"][i]) for i in (before, after))
+        found.append(Solved("order", f"is a {first} then a {then} ?", "yes" if before < after else "no"))
+    return found
 
 
 def claim(facts: Facts, rng: random.Random) -> tuple[str, bool]:

@@ -143,7 +143,7 @@ class Recipe(Section):
     def narrated(self) -> tuple[str, ...]:
         """The splits whose videos the context stage describes: where somebody reads the narrative."""
         if self.method == "dpo":
-            return ("preference",) if self.preference.context else ()
+            return ("preference",) if self.preference.context and not self.dpo.altered else ()
         if self.ppo.feedback == "rules":  # they read no narrative
             return ()
         if self.ppo.feedback != "reward_model":  # answers are judged as they come
@@ -152,6 +152,18 @@ class Recipe(Section):
         in_reward = self.reward.context  # given pairs need no judge
         pairs = ("preference",) if self.data.preference or (self.data.pairs and in_reward) else ()
         return (*pairs, "rl") if in_reward else pairs
+
+    @property
+    def altered(self) -> dict[str, tuple[str, ...]]:
+        """{split: how its videos are altered as well}: for the order-sensitivity of the evaluation, T-GRPO and VDPO."""
+        found: dict[str, tuple[str, ...]] = {}
+        if self.evaluate.shuffled and self.evaluate.roles:
+            found["test"] = ("shuffled",)
+        if self.method == "ppo" and self.ppo.order_bonus:
+            found["rl"] = ("shuffled",)
+        if self.method == "dpo" and self.dpo.altered:
+            found["preference"] = tuple(kind for kind in self.dpo.altered if kind != "other")
+        return found
 
     def where(self, key: str) -> str:
         """Where `key` was written ("recipes/x.yaml:41", "override `a.b=1`"), or the section that leaves it out."""

@@ -16,7 +16,7 @@ from .adapter import FILES, read_adapter
 from .dpo import Describe, Divide
 from .file import did_you_mean, files_near, is_file, is_folder, shortened
 from .rules import rule_checks
-from .sections import SPLITS
+from .sections import SPLITS, WORLD_SETS
 
 if TYPE_CHECKING:
     from . import Data, Recipe
@@ -87,6 +87,24 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "ppo.skip_equal_groups",
             "compares answers to one prompt. Set ppo.value to none, and ppo.baseline to group or leave_one_out.",
         )
+    if ppo.resample and not (ppo.feedback == "rules" and whole):
+        yield (
+            "ppo.resample",
+            "needs scores as soon as the answers are there, of groups. Set ppo.feedback to rules, ppo.value to none "
+            "and ppo.baseline to group or leave_one_out.",
+        )
+    if ppo.order_bonus and not (ppo.feedback == "rules" and ppo.group_size > 1):
+        yield (
+            "ppo.order_bonus",
+            "compares a group's answers with those to the shuffled video. Set ppo.feedback to rules and ppo.group_size "
+            "to 2 or more.",
+        )
+    if ppo.task_std is not None and not (ppo.value == "none" and ppo.baseline == "group" and ppo.group_std):
+        yield (
+            "ppo.task_std",
+            "takes the place of a group's deviation. Set ppo.value to none, ppo.baseline to group and ppo.group_std to "
+            "true.",
+        )
     if ppo.stop_buffer >= ppo.max_new_tokens:
         yield "ppo.stop_buffer", f"is {ppo.stop_buffer}. Set it below ppo.max_new_tokens: {ppo.max_new_tokens}."
     rewritten = ppo.feedback == "interventions" and ppo.interventions.takeover == "replace"
@@ -138,6 +156,12 @@ def _dpo_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "model.reward_base", "is for a reward model, which `method: dpo` does without. Leave it out."
     if dpo.describe is not None and not preference.context:
         yield "dpo.describe", "makes the judge's context, but preference.context is false. Set that to true."
+    if dpo.altered:
+        for key, given in (("dpo.divide", dpo.divide), ("dpo.describe", dpo.describe)):
+            if given is not None:
+                yield key, "is about a judge, which dpo.altered does without. Leave one of them out."
+        if dpo.balance_lengths:
+            yield "dpo.balance_lengths", "is about two answers, but dpo.altered compares videos. Set it false."
     if dpo.divide is None:
         return
     if preference.claims.mode != "ask":
@@ -160,8 +184,8 @@ def _data_checks(data: Data) -> Iterator[tuple[str, str]]:
             kind, _, which = entry.partition(":")
             if kind != "world":
                 continue
-            if which not in SPLITS:
-                hint = did_you_mean(which, SPLITS, "world:") or f"The sets are {', '.join(SPLITS)}."
+            if which not in WORLD_SETS:
+                hint = did_you_mean(which, WORLD_SETS, "world:") or f"The sets are {', '.join(WORLD_SETS)}."
                 yield f"data.{name}[{i}]", f"names `{entry}`, which the world does not have. {hint}"
             elif data.world is None:
                 yield f"data.{name}[{i}]", f"names `{entry}`, but data.world is null. Set `data.world: {{seed: 0}}`."

@@ -6,9 +6,9 @@ otherwise stands here.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, Strict
 
 from .sections import Count, FilePath, Positive, Rows, Section, Share, Training
 
@@ -66,6 +66,9 @@ class Dpo(Training):
     pairs: Count = Field(2, description="most pairs of one prompt's answers")
     balance_lengths: bool = Field(True, description="drop pairs with much longer rejected answers (RLAIF-V's search)")
     beta: Positive = Field(0.1, description="how strongly the policy is held to the reference")
+    altered: Annotated[tuple[Literal["shuffled", "reversed", "dropped", "other"], ...], Strict(False)] = Field(
+        (), description="VDPO: the data's own answers, on their video against an altered or another one; no judge"
+    )
     loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="DPO's, or IPO's squared one")
     length_normalised: bool = Field(False, description="divide an answer's log-ratio by its length inside the loss")
     sft_weight: float = Field(0.0, ge=0, description="weight of the chosen answer's negative log-prob per token")

@@ -60,6 +60,12 @@ class Ppo(Section):
         "(Dr. GRPO)",
     )
     mask_unstopped: bool = Field(False, description="learn nothing from answers cut at max_new_tokens (DAPO)")
+    order_bonus: float = Field(
+        0.0, ge=0, description="rules; for right answers that need the frames' order (T-GRPO 0.3); 0: none"
+    )
+    resample: int = Field(
+        0, ge=0, description="rounds in which groups of equal scores are replaced by other prompts' (DAPO); rules only"
+    )
     skip_equal_groups: bool = Field(False, description="leave groups of equal scores out of the mean (DAPO)")
     value_clip: Positive | None = Field(0.2, description="range of a value's change; null: not clipped")
     value_coef: float = Field(0.1, ge=0, description="weight of the value loss")
@@ -89,5 +95,11 @@ class Ppo(Section):
         "step's (REINFORCE++)",
     )
     group_std: bool = Field(True, description="baseline: group; divide by the group's deviation (Dr. GRPO: no)")
+    task_std: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="divide by a running deviation per task instead, that keeps this share a step (EMA-GRPO 0.99)",
+    )
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to this norm")
     checkpoint_every: Count = Field(5, description="steps between checkpoints", json_schema_extra=NEUTRAL)

@@ -23,7 +23,8 @@ FilePaths = Annotated[tuple[FilePath, ...], Strict(False)]
 # Batch sizes of sampling are science: they change which random numbers an answer is drawn with.
 NEUTRAL = {"neutral": True}
 
-SPLITS = ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")  # what stages read; `world:` has the same
+SPLITS = ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")  # what stages read
+WORLD_SETS = (*SPLITS, "sft_questions", "rl_questions", "test_questions")  # of the synthetic world
 SEVEN_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -212,6 +213,7 @@ class Evaluate(Section):
     best_of: Count | None = Field(
         None, description="also the policy's best of so many answers, by its own reward against `reference`; null: not"
     )
+    shuffled: bool = Field(True, description="also answer with the frames shuffled: how much the order matters")
     max_new_tokens: Count = Field(64, description="longest answer")
     batch_size: Count = Field(64, description="answers in flight")
     bootstrap: Count = Field(2000, description="resamples for the intervals")

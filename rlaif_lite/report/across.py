@@ -36,6 +36,13 @@ ROWS = [
     _change("sample_hallucination", "hallucination, sampled"),
     Row("... interval, low", ("evaluation_intervals", f"{METHOD}-sft", "sample_hallucination", "low")),
     Row("... interval, high", ("evaluation_intervals", f"{METHOD}-sft", "sample_hallucination", "high")),
+    _change("greedy_accuracy", "accuracy, greedy"),
+    _change("sample_accuracy", "accuracy, sampled"),
+    Row("accuracy, greedy, SFT", ("evaluation", "sft", "greedy_accuracy"), swept=True),
+    Row("accuracy, greedy, policy", ("evaluation", METHOD, "greedy_accuracy"), swept=True),
+    Row("accuracy, sampled, SFT", ("evaluation", "sft", "sample_accuracy"), swept=True),
+    Row("accuracy, sampled, policy", ("evaluation", METHOD, "sample_accuracy"), swept=True),
+    Row("accuracy, SFT sampled at T = 0.3", ("evaluation", "sft@0.3", "sample_accuracy"), swept=True),
     _change("greedy_f1", "F1, greedy"),
     _change("sample_f1", "F1, sampled"),
     Row(

@@ -47,7 +47,7 @@ def judge_run(run: Run, greedy: Changes, sample: Changes) -> Verdict:
         return Verdict("unfinished", "Not evaluated yet", [so_far, *_training(run)], warnings)
     kind = classify(greedy, sample, _reward_rose(run.summary))
     sentences = [*_effect("Greedy answers", greedy, items), *_effect("Sampled answers", sample, items)]
-    sentences += [*_temperature(run, sample), *_training(run)]
+    sentences += [*_temperature(run, sample), *_order(run.summary), *_training(run)]
     return Verdict(kind, _headline(kind, greedy or sample, method_of(run.summary)), sentences, warnings)
 
 
@@ -172,6 +172,20 @@ def _temperature(run: Run, sample: Changes) -> list[str]:
         f"Sharper sampling alone {verdict} the sampled gain: at temperature {temperature}, SFT hallucinates "
         f"{percent(reached[best])}, and {METHODS[method]} differs from that by {delta} points ({low} to {high})."
     ]
+
+
+def _order(summary: dict) -> list[str]:
+    """How much greedy answers depend on the order of the frames."""
+    said = []
+    for role, found in summary.get("order", {}).items():
+        name, changed = METHODS.get(role, role.upper()), percent(found["changed"])
+        text = f"With the frames shuffled, {changed} of {name}'s greedy answers change"
+        if "metric" in found:
+            delta, low, high = (signed(100 * found["change"][key]) for key in ("delta", "low", "high"))
+            metric = {"f1": "F1"}.get(found["metric"], found["metric"])
+            text += f", and their {metric} changes by {delta} points ({low} to {high})"
+        said.append(f"{text}.")
+    return said
 
 
 def _training(run: Run) -> list[str]:

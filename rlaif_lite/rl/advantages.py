@@ -7,6 +7,8 @@ Shapes: B answers, T answer positions; `mask_BT` is True at real tokens; G group
 stand next to each other.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,16 +41,68 @@ def rloo(score_B: Tensor, group_size: int) -> Tensor:
     return (score_GK - others_GK).view(-1)
 
 
-def group_relative(score_B: Tensor, group_size: int, scale: bool) -> Tensor:
+def group_relative(score_B: Tensor, group_size: int, scale: bool, deviation_B: Tensor | None = None) -> Tensor:
     """Each answer's score minus the mean of its group, over the group's standard deviation (GRPO, arXiv 2402.03300).
 
     Without `scale` it is not divided (Dr. GRPO, arXiv 2503.20783: the division lifts prompts whose answers hardly
     differ). The deviation is Bessel-corrected and has 1e-4 added, as in TRL: a group of equal scores teaches nothing.
+    `deviation_B`, of each answer's task, takes the group's place (`TaskDeviation`), but for a group that it would give
+    an advantage beyond 5.
     Raises ValueError when groups cannot be formed.
     """
     score_GK = in_groups(score_B, group_size)
     gain_GK = score_GK - score_GK.mean(dim=1, keepdim=True)
-    return (gain_GK / (score_GK.std(dim=1, keepdim=True) + 1e-4) if scale else gain_GK).view(-1)
+    if not scale:
+        return gain_GK.view(-1)
+    own_GK = gain_GK / (score_GK.std(dim=1, keepdim=True) + 1e-4)
+    if deviation_B is None:
+        return own_GK.view(-1)
+    by_task_GK = gain_GK / (in_groups(deviation_B, group_size) + 1e-6)
+    return torch.where(by_task_GK.abs().amax(1, keepdim=True) > 5.0, own_GK, by_task_GK).view(-1)
+
+
+class TaskDeviation:
+    """The running standard deviation of scores, for each task apart (EMA-GRPO of OneThinker): rewards of one task may
+    lie close together and those of another far apart, and a group's own deviation lifts the former.
+
+    Two moments per task move by 1 - `decay` towards those of a step's scores, before that step uses them. They start
+    at the first step's (the release starts at 0). The deviation is at least 1e-3.
+    """
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self._step = -1
+        self._before: dict[str, tuple[float, float]] = {}  # moments without the step in hand
+        self._now: dict[str, tuple[float, float]] = {}
+
+    def of(self, step: int, tasks: Sequence[str], score_B: Tensor) -> Tensor:
+        """deviation_B of each answer's task, the step's scores counted in. A step that is repeated counts once."""
+        if step != self._step:
+            self._step, self._before = step, dict(self._now)
+        for task in dict.fromkeys(tasks):
+            score_N = score_B[[i for i, each in enumerate(tasks) if each == task]].double()
+            new = (score_N.mean().item(), score_N.square().mean().item())
+            old = self._before.get(task, new)
+            self._now[task] = tuple(self.decay * o + (1 - self.decay) * n for o, n in zip(old, new, strict=True))
+        deviation = {task: max(second - first**2, 1e-6) ** 0.5 for task, (first, second) in self._now.items()}
+        return torch.tensor([deviation[task] for task in tasks], dtype=score_B.dtype, device=score_B.device)
+
+    def state_dict(self) -> dict:
+        return {"step": self._step, "before": self._before, "now": self._now}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._step = state["step"]
+        self._before, self._now = ({t: tuple(m) for t, m in state[key].items()} for key in ("before", "now"))
+
+
+def needs_order(ordered_B: Tensor, shuffled_J: Tensor, group_size: int) -> Tensor:
+    """bool_B, the answers that earn T-GRPO's bonus (Video-R1, arXiv 2503.21776, section 3.2, as released): those with
+    an accuracy above 0.1 in groups whose mean accuracy is at least 0.8 times that of the answers to the same prompt
+    with the frames shuffled. `shuffled_J`: accuracies of the latter, as many of each prompt.
+    Raises ValueError when groups cannot be formed."""
+    ordered_GK = in_groups(ordered_B, group_size)
+    shuffled_G = shuffled_J.view(len(ordered_GK), -1).mean(1)
+    return ((ordered_GK.mean(1) >= 0.8 * shuffled_G)[:, None] & (ordered_GK > 0.1)).view(-1)
 
 
 def rank_penalty(judged_B: Tensor, logp_B: Tensor, group_size: int) -> Tensor:

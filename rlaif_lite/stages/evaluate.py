@@ -31,6 +31,7 @@ from .ppo.rules import accuracy
 
 READS = ("seed", "method", "evaluate", "data.test", "ppo.rules")
 NEEDS = ("features", "sft", "ppo", "dpo")
+SHUFFLED = "shuffled"  # greedy answers to videos with their frames shuffled
 ADAPTERS = {"sft": "sft", "reference": "reference", "ppo": "policy", "dpo": "policy"}  # the role `base` has none
 
 
@@ -49,6 +50,8 @@ def run(work: Workspace) -> dict:
         jobs.append((best, "sample", section.temperature))
     if "sft" in roles:
         jobs += [("sft", "sample", t) for t in section.temperatures]
+    if section.shuffled:
+        jobs += [(role, SHUFFLED, 0.0) for role in ("sft", method) if role in roles]
     rows = {}
     with progress(len(jobs) * len(records), "evaluate", unit="video") as bar:
         for role, mode, temperature in jobs:
@@ -56,6 +59,11 @@ def run(work: Workspace) -> dict:
             rows[role, mode, temperature] = answer_all(work, role, mode, temperature, bar.advance, count)
             work.release_roles()
     write_examples(work, records[: section.examples])
+    order = {
+        role: sensitivity(work, rows[role, "greedy", 0.0], rows.pop((role, SHUFFLED, 0.0)))
+        for role, mode, _ in jobs
+        if mode == SHUFFLED and records
+    }
     evaluation: dict[str, dict[str, float]] = {}
     for (role, mode, temperature), found in rows.items():
         column = role if mode == "greedy" or temperature == section.temperature else f"{role}@{temperature:g}"
@@ -69,7 +77,7 @@ def run(work: Workspace) -> dict:
         rows[best, "greedy", 0.0] = rows[best, "sample", section.temperature]  # one kind of answers against both
         intervals[f"{best}-{method}"] = compare(work, rows, method, best)
     counts = asked(row for found in rows.values() for row in found)
-    return {"evaluation": evaluation, "evaluation_intervals": intervals, **counts._asdict()}
+    return {"evaluation": evaluation, "evaluation_intervals": intervals, "order": order, **counts._asdict()}
 
 
 def answer_all(
@@ -78,14 +86,15 @@ def answer_all(
     """All of a role's answers to the test prompts: one when greedy, `samples` when sampled, the policy's best of
     `best_count` where that is given."""
     section, base = work.recipe.evaluate, work.base()
-    per_prompt = best_count or (1 if mode == "greedy" else section.samples)
+    per_prompt = best_count or (section.samples if mode == "sample" else 1)
+    altered = "shuffled" if mode == SHUFFLED else ""
     sampling = Sampling(section.max_new_tokens, temperature)
     needed = ("policy", "reference") if best_count else (ADAPTERS[role],) if role in ADAPTERS else ()
     for name in needed:
         work.load_role(name)
 
     def answer(batch: list[Record]) -> list[dict]:
-        prompts = [encode_prompt(base, r.prompt, work.features(r)) for r in batch]
+        prompts = [encode_prompt(base, r.prompt, work.features(r, altered)) for r in batch]
         seeds = [work.seed("evaluate", r.key, j) for r in batch for j in range(per_prompt)]
         if best_count:
             best = best_of(
@@ -128,7 +137,9 @@ def answer_all(
             )
         return out
 
-    path = work.stage("evaluate") / f"{role}.{mode}{f'@{temperature:g}' if mode == 'sample' else ''}.jsonl"
+    folder = work.stage("evaluate") / ("order" if altered else "")  # the report reads what lies in `evaluate` itself
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{role}.{mode}{f'@{temperature:g}' if mode == 'sample' else ''}.jsonl"
     # several times what is in flight, so that slots are refilled
     batches = chunks(work.records("test"), max(1, 4 * section.batch_size // per_prompt))
     rows = by_batches(work.stage("evaluate") / "parts" / path.name, batches, answer, done)
@@ -153,6 +164,19 @@ def compare(work: Workspace, rows: dict, before: str, after: str) -> dict[str, d
             interval = paired_bootstrap(*counts, RATIOS[name], section.bootstrap, work.recipe.seed)
             out[f"{mode}_{name}"] = interval._asdict()
     return out
+
+
+def sensitivity(work: Workspace, ordered: list[dict], shuffled: list[dict]) -> dict:
+    """What a role's greedy answers lose when the frames are shuffled: the share of answers that change and, where it is
+    known, accuracy or F1 with the interval of its fall."""
+    changed = sum(one["answer"] != other["answer"] for one, other in zip(ordered, shuffled, strict=True)) / len(ordered)
+    name = next((name for name in ("accuracy", "f1") if name in measured(ordered)), None)
+    if name is None:
+        return {"changed": changed}
+    counts = paired(ordered, shuffled)
+    interval = paired_bootstrap(*counts, RATIOS[name], work.recipe.evaluate.bootstrap, work.recipe.seed)
+    ends = {key: float(RATIOS[name](found.sum(0))) for key, found in zip(("ordered", "shuffled"), counts, strict=True)}
+    return {"changed": changed, "metric": name, **ends, "change": interval._asdict()}
 
 
 def write_examples(work: Workspace, records: list[Record]) -> None:

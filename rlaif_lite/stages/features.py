@@ -9,7 +9,7 @@ Shapes: T frames, G frames after merging in time, P tokens per frame, D width, K
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -23,6 +23,7 @@ from ..model.memory import in_pieces, out_of_memory
 from ..model.pixels import to_pixels
 from ..phases import phase
 from ..progress import progress, say
+from ..video.altered import altered, name_of, parts_of
 from ..video.cache import FeatureRecord, feature_key, write_index
 from ..video.decode import Frames, View
 from ..video.workers import decode_all, digest_all
@@ -56,12 +57,16 @@ def fill(work: Workspace, wanted: dict) -> tuple[dict[str, str], dict[str, str]]
     """Put what is missing into the cache and write the base's index -> {video name: key}, {video name: why it
     failed}."""
     section = work.recipe.features
+    plain = {
+        name: (video, {v: view for v, view in views.items() if not parts_of(v)[1]})
+        for name, (video, views) in wanted.items()
+    }
     base = work.base(tower=True)
     base.limit_pixels(section.max_pixels)
     chain = [step.model_dump() for step in section.prune]
     check_chain(base.family, base.model.config.model_type, chain)
     keys, failed = keys_of(base, wanted, chain, section.workers)
-    missing = {name: wanted[name] for name in keys if not work.store.has(keys[name])}
+    missing = {name: plain[name] for name in keys if not work.store.has(keys[name])}
     by_pyav: dict[str, str] = {}
     tower_works, tower_failed = len(missing) < len(keys), 0
     with progress(len(wanted), "features", unit="video") as bar:
@@ -76,7 +81,7 @@ def fill(work: Workspace, wanted: dict) -> tuple[dict[str, str], dict[str, str]]
                 by_pyav[name] = found[WHOLE].reason
             try:
                 with phase("tower", sum(len(view.time_T) for view in found.values())):
-                    views = finite(encode(base, found, chain))
+                    views = finite(encode(base, found, chain, wanted[name][1], seed=int(keys[name][:8], 16)))
                 work.store.put(keys[name], views, {"video": name})
                 tower_works = True
             except torch.AcceleratorError:  # the GPU's state is lost: it would refuse every later video too
@@ -139,14 +144,14 @@ def set_aside(work: Workspace, failed: dict[str, str], wanted: int) -> None:
 
 
 def views_of(work: Workspace) -> dict[str, tuple[str | tuple[str, ...], dict[str, View]]]:
-    """{video name: (video, its views)}: the whole of every video, the clips that records name, and all clips where a
-    narrative is to be written."""
+    """{video name: (video, its views)}: the whole of every video, the clips that records name, all clips where a
+    narrative is to be written, and altered videos where the recipe asks for them (`video/altered.py`)."""
     section = work.recipe.features
     wanted: dict[str, tuple[str | tuple[str, ...], dict[str, View]]] = {}
 
     cut = {f"clip{clip}": View(section.clip_frames, clip, section.clips) for clip in range(section.clips)}
 
-    def want(record: Record, narrated: bool) -> None:
+    def want(record: Record, narrated: bool, kinds: Sequence[str]) -> None:
         still = isinstance(record.video, tuple) and len(record.video) == 1  # a picture: more frames would repeat it
         whole = View(1 if still else section.frames)
         _, views = wanted.setdefault(work.name_of(record), (record.video, {WHOLE: whole}))
@@ -158,34 +163,43 @@ def views_of(work: Workspace) -> dict[str, tuple[str | tuple[str, ...], dict[str
                     f"{record.source}: the record is about clip {record.clip}, but `features.clips` is {clips}."
                 )
             views[work.view_name(record)] = View(section.clip_frames, record.clip, clips)
+        view = work.view_name(record)
+        views |= {name_of(view, kind): views[view] for kind in kinds}
 
     for split in work.split_names():
         for record in work.records(split):
             if record.video is not None:
-                want(record, split in work.recipe.narrated)
+                want(record, split in work.recipe.narrated, work.recipe.altered.get(split, ()))
     return {name: (video, dict(sorted(views.items()))) for name, (video, views) in wanted.items()}
 
 
-def encode(base: Base, frames: dict[str, Frames], chain: list[dict]) -> dict[str, FeatureRecord]:
-    """All views of a video in one pass of the tower, then pruned one by one. A family that merges frames in time gets
-    the last one again where a view has too few."""
+def encode(
+    base: Base, frames: dict[str, Frames], chain: list[dict], names: Iterable[str] | None = None, seed: int = 0
+) -> dict[str, FeatureRecord]:
+    """All views of a video in one pass of the tower, then altered (`names` has such views; None: none) and pruned one
+    by one. A family that merges frames in time gets the last one again where a view has too few."""
     merged = base.images.patch.frames if base.images.patch else 1
     pixels = [to_pixels(view.rgb_THWC, base.images) for view in frames.values()]
     pixels = [torch.cat([each, each[-1:].expand(-len(each) % merged, -1, -1, -1)]) for each in pixels]
     encoded = through_tower(base, torch.cat(pixels), merged)
     parts = encoded.features_LGPD.split([len(pixels_TCHW) // merged for pixels_TCHW in pixels], 1)
-    return {
-        name: lay_out(
+    of_view = dict(zip(frames, parts, strict=True))
+    out = {}
+    for name in frames if names is None else names:
+        view, kind = parts_of(name)
+        features_LGPD, time_G = of_view[view], merged_times(torch.as_tensor(frames[view].time_T), merged)
+        if kind:
+            features_LGPD, time_G = altered(kind, features_LGPD, time_G, seed)
+        out[name] = lay_out(
             base.family,
             base.model.config,
             encoded._replace(features_LGPD=features_LGPD),
             chain,
-            time_G=merged_times(torch.as_tensor(view.time_T), merged),
-            frames=len(view.time_T),
-            duration=view.duration,
+            time_G=time_G,
+            frames=min(len(frames[view].time_T), len(time_G) * merged),
+            duration=frames[view].duration,
         )
-        for (name, view), features_LGPD in zip(frames.items(), parts, strict=True)
-    }
+    return out
 
 
 def through_tower(base: Base, pixels_TCHW: torch.Tensor, merged: int) -> Encoded:

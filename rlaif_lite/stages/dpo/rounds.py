@@ -39,7 +39,7 @@ from ...errors import StageError
 from ...files import by_batches, chunks, read_json, read_jsonl, write_json, write_jsonl
 from ...judge.claims import refuse_silent_judge
 from ...model.answers import Group
-from ...model.inputs import encode_prompt
+from ...model.inputs import Sequence, encode_prompt
 from ...model.memory import in_pieces
 from ...model.roles import ActiveRole
 from ...phases import phase
@@ -51,6 +51,7 @@ from ...training.fit import fit, steps_of
 from ...training.loop import batches, split_micro
 from ...workspace import Workspace
 from ..judging import Answers, Judged, compare_pairs, figures_of, sample_answers
+from .altered import OtherVideo, altered_prompts, answer_ids, draw_videos, prefers_own_video
 from .judges import describe_videos, prepare_divider, score_answers
 
 READS = ("seed", "model", "preference", "dpo", "data.preference", *TRUTH)
@@ -68,6 +69,7 @@ class Preferred(NamedTuple):
     chosen_ids: list[int]
     rejected_ids: list[int]
     margin: float  # by how much the judge prefers the chosen one
+    other: OtherVideo | None = None  # what the rejected answer reads; None: the record's own video
 
 
 class ChosenPairs(NamedTuple):
@@ -117,6 +119,8 @@ def one_round(work: Workspace, number: int, before: Path, records: list[Record])
     round than the first, where the judge finds no two answers to differ. Raises StageError where it does so at once."""
     section, folder = work.recipe.dpo, round_folder(work, number)
     preference, start = work.recipe.preference, work.adapter(START)
+    if section.altered:
+        return learn(work, number, before, ChosenPairs(altered_pairs(work, number, records), [], {}))
     sampling = Sampling(preference.max_new_tokens, preference.temperature, preference.top_p, preference.top_k)
     with role_from(work, "generator", before if section.generator == "policy" else start) as role:
         answers = sample_answers(
@@ -142,27 +146,36 @@ def one_round(work: Workspace, number: int, before: Path, records: list[Record])
             raise StageError(f"{said}. More `preference.samples`, prompts or a higher `preference.temperature` help.")
         say(f"{said}: round {number - 1} was the last")
         return None
-    write_jsonl(folder / "pairs.jsonl", [pair._replace(record=pair.record.key)._asdict() for pair in choice.pairs])
-    with role_from(work, "reference", before if section.reference == "previous" else start) as role:
-        reference = reference_logps(work, role, choice.pairs, folder)
-    learnt = train(work, number, before, choice.pairs, reference)
+    learnt = learn(work, number, before, choice)
     texts = [text for found in answers for text in found.texts]
-    chosen, rejected = (mean_words([getattr(pair, which) for pair in choice.pairs]) for which in ("chosen", "rejected"))
     figures = figures_of(work.truth, judge_name(work), contexts is not None, choice.judged)
-    known = {key: figures[key] for key in ("agreement", "truth_length_bias", "consistency") if key in figures}
+    known = ("agreement", "length_bias", "truth_length_bias", "consistency")
     return {
         "prompts": len(records),
         "answers": len(texts),
         "answer_words": mean_words(texts),
-        "pairs": len(choice.pairs),
-        "dropped": choice.dropped,
-        "chosen_words": chosen,
-        "rejected_words": rejected,
-        "length_bias": figures["length_bias"],
-        **known,
+        **{key: figures[key] for key in known if key in figures},
         **learnt,
         **told,
     }
+
+
+def learn(work: Workspace, number: int, before: Path, choice: ChosenPairs) -> dict:
+    """Steps 4 and 5 on a round's pairs -> what is said of them in the round's line."""
+    folder, section = round_folder(work, number), work.recipe.dpo
+    write_jsonl(folder / "pairs.jsonl", [row_of(pair) for pair in choice.pairs])
+    with role_from(work, "reference", before if section.reference == "previous" else work.adapter(START)) as role:
+        reference = reference_logps(work, role, choice.pairs, folder)
+    learnt = train(work, number, before, choice.pairs, reference)
+    chosen, rejected = (mean_words([getattr(pair, which) for pair in choice.pairs]) for which in ("chosen", "rejected"))
+    counts = {"pairs": len(choice.pairs), "dropped": choice.dropped}
+    return counts | {"chosen_words": chosen, "rejected_words": rejected} | learnt
+
+
+def row_of(pair: Preferred) -> dict:
+    """A pair as `pairs.jsonl` has it: records by their keys."""
+    other = pair.other and {"record": pair.other.record.key, "kind": pair.other.kind}
+    return pair._asdict() | {"record": pair.record.key, "other": other}
 
 
 # -------------------------------------------------------------------------------------------- who answers, who is asked
@@ -186,7 +199,9 @@ def round_folder(work: Workspace, number: int) -> Path:
 
 
 def judge_name(work: Workspace) -> str:
-    """How answers are judged: divide, claims or pairwise."""
+    """How answers are judged: divide, claims or pairwise; or their videos are altered."""
+    if work.recipe.dpo.altered:
+        return "altered"
     return "divide" if work.recipe.dpo.divide is not None else work.recipe.preference.judge
 
 
@@ -244,6 +259,16 @@ def judge_round(
     return ChosenPairs(pairs, [j for of in by_prompt for j in of], dropped)
 
 
+def altered_pairs(work: Workspace, number: int, records: list[Record]) -> list[Preferred]:
+    """VDPO's pairs: every record's answer on its own video, preferred to the same on another (`dpo.altered`)."""
+    others = draw_videos(work, records, number)
+    pairs = []
+    for record, other in zip(records, others, strict=True):
+        ids, text = answer_ids(work, record), record.answer or ""
+        pairs.append(Preferred(record, text, text, ids, ids, 0.0, other))
+    return pairs
+
+
 def judge_neighbours(
     work: Workspace, role: str, answers: list[Answers], contexts: Mapping[str, str] | None, path: Path, label: str
 ) -> list[list[Judged]]:
@@ -265,12 +290,23 @@ def judge_neighbours(
 # --------------------------------------------------------------------------------------------------------- the training
 
 
+def prompts_of(work: Workspace, pair: Preferred) -> tuple[Sequence, Sequence]:
+    """What the chosen and the rejected answer of a pair follow."""
+    if pair.other is not None:
+        return altered_prompts(work, pair.record, pair.other)
+    prompt = encode_prompt(work.base(), pair.record.prompt, work.features(pair.record))
+    return prompt, prompt
+
+
 def pair_logps(work: Workspace, role: ActiveRole, pairs: list[Preferred]) -> Scored:
     """Log-probs of whole answers under a role, both answers of a pair in one forward."""
-    groups = [
-        Group(encode_prompt(work.base(), p.record.prompt, work.features(p.record)), (p.chosen_ids, p.rejected_ids))
-        for p in pairs
-    ]
+    groups = []
+    for pair in pairs:
+        before_chosen, before_rejected = prompts_of(work, pair)
+        if before_chosen is before_rejected:
+            groups.append(Group(before_chosen, (pair.chosen_ids, pair.rejected_ids)))
+        else:
+            groups += [Group(before_chosen, (pair.chosen_ids,)), Group(before_rejected, (pair.rejected_ids,))]
     logp_B2 = answer_logps(role, groups).view(-1, 2)
     return Scored(logp_B2[:, 0], logp_B2[:, 1])
 
@@ -355,6 +391,11 @@ def backward(
 def look(work: Workspace, number: int, policy: Path, held: list[Record]) -> dict[str, float | None]:
     """The held-out prompts answered greedily by `policy`, and judged by the SFT adapter."""
     folder = round_folder(work, number) / "heldout"
+    if work.recipe.dpo.altered:
+        with role_from(work, "generator", policy) as role:
+            score = prefers_own_video(work, role, held, draw_videos(work, held, "heldout"), folder / "preferred.jsonl")
+        words = mean_words([record.answer or "" for record in held])
+        return {"heldout_score": score, "heldout_truth": None, "heldout_words": words}
     contexts = work.narratives() if work.recipe.preference.context else None
     sampling = Sampling(work.recipe.preference.max_new_tokens, temperature=0.0)
 

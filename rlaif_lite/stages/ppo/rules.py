@@ -8,14 +8,19 @@ from collections.abc import Iterable, Sequence
 from math import isfinite
 from typing import NamedTuple
 
+import torch
+
 from ...data.records import Record
 from ...data.truth import load_function
 from ...errors import DataError, StageError
+from ...model.inputs import encode_prompt
 from ...model.text import decode_answer
+from ...phases import phase
 from ...progress import say
 from ...recipe import Rule, Rules
+from ...rl.advantages import needs_order
 from ...rl.rules import CHECKS, FORMAT, said_in
-from ...rollout import Trajectory
+from ...rollout import Sampling, Trajectory, sample
 from ...workspace import Workspace
 from .feedback import Feedback, Taken
 
@@ -129,7 +134,36 @@ class RuleFeedback(Feedback):
             text = decode_answer(self.work.base(), answer.ids)
             values.append(self.reward.values(record, text, answer.ids, None if video is None else video.duration))
         scores = [sum(each.rule.weight * each.value for each in found) for found in values]
-        return super().take(records, answers, step)._replace(scores=scores, metrics=metrics_of(values))
+        metrics = metrics_of(values)
+        if self.work.recipe.ppo.order_bonus:
+            scores, more = self.with_bonus(records, answers, scores, step)
+            metrics |= more
+        return super().take(records, answers, step)._replace(scores=scores, metrics=metrics)
+
+    def with_bonus(
+        self, records: list[Record], answers: list[Trajectory], scores: list[float], step: int
+    ) -> tuple[list[float], dict[str, float]]:
+        """The scores with T-GRPO's bonus, and what to log of it. Half as many answers are sampled to each video with
+        its frames shuffled; nothing is learnt from those."""
+        work, section = self.work, self.work.recipe.ppo
+        asked, per_prompt = records[:: section.group_size], max(1, section.group_size // 2)
+        prompts = [encode_prompt(work.base(), r.prompt, work.features(r, "shuffled")) for r in asked]
+        sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
+        seeds = [work.seed("ppo", "shuffled", step, i) for i in range(len(asked) * per_prompt)]
+        with work.roles.use("policy") as policy, phase("shuffled answers"):
+            slots = section.slots or section.rollouts
+            shuffled = sample(policy, prompts, sampling, seeds=seeds, per_prompt=per_prompt, batch_size=slots)
+        ordered_B, shuffled_J = (
+            torch.tensor([self.accuracy(r, a) for r, a in zip(of, said, strict=True)])
+            for of, said in ((records, answers), ([asked[a.prompt] for a in shuffled], shuffled))
+        )
+        bonus_B = needs_order(ordered_B, shuffled_J, section.group_size)
+        metrics = {"order/accuracy": ordered_B.mean().item(), "order/shuffled": shuffled_J.mean().item()}
+        metrics["order/bonus"] = bonus_B.float().mean().item()
+        return [s + section.order_bonus * b for s, b in zip(scores, bonus_B.tolist(), strict=True)], metrics
+
+    def accuracy(self, record: Record, answer: Trajectory) -> float:
+        return accuracy(self.work.recipe.ppo.rules, record, decode_answer(self.work.base(), answer.ids)) or 0.0
 
 
 def metrics_of(values: list[list[Value]]) -> dict[str, float]:

@@ -24,6 +24,8 @@ tokens, D width.
 """
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,7 +42,7 @@ from ...phases import phase
 from ...phases import step as step_begins
 from ...progress import progress, say
 from ...recipe import Ppo, Recipe
-from ...rl.advantages import group_relative, rloo, whiten
+from ...rl.advantages import TaskDeviation, group_relative, rloo, whiten
 from ...rl.losses import PolicyStats, merge_stats, policy_loss, token_weights, value_loss, weighted_sum
 from ...rl.shaping import AdaptiveKL, FixedKL, kl_penalty, sequence_score, shaped_reward, symbolic_bonus
 from ...rollout import Sampling, Trajectory, sample
@@ -53,6 +55,7 @@ from .experience import Experience, Micro, answer_hidden, answer_logp, cut, padd
 from .feedback import Feedback, RewardModelFeedback, Taken
 from .log import check_first_step, step_metrics, summary
 from .ranking import RankingFeedback
+from .resample import resampled
 from .rlif import InterventionFeedback
 from .rules import RuleFeedback
 
@@ -93,9 +96,12 @@ def run(work: Workspace) -> dict:
         if section.kl_target
         else FixedKL(section.kl_coef)
     )
+    deviation = None if section.task_std is None else TaskDeviation(section.task_std)
     start, state = restore(work.roles, optimizers, folder)
     if start:
         controller.load_state_dict(state["controller"])
+        if deviation is not None:
+            deviation.load_state_dict(state["deviation"])
         feedback.load_state(state["feedback"])
         backoff.micro = state["micro_batch"]
     else:
@@ -110,11 +116,13 @@ def run(work: Workspace) -> dict:
             torch.manual_seed(derive_seed(recipe.seed, "ppo", step))
             set_rates(section, optimizers, step)
             chosen = [records[i] for i in prompts_of_step[step] for _ in range(section.group_size)]
-            metrics, times = one_step(work, feedback, optimizers, backoff, chosen, step, controller.kl_coef)
+            kl_coef = controller.kl_coef
+            metrics, times = one_step(work, feedback, optimizers, backoff, chosen, step, kl_coef, deviation)
             controller.update(metrics["objective/kl"], len(chosen))
             work.log.append("ppo", step, metrics, times)
             if (step + 1) % section.checkpoint_every == 0 or step + 1 == section.steps:
                 extra = {"controller": controller.state_dict(), "feedback": feedback.state()}
+                extra |= {"deviation": deviation.state_dict()} if deviation is not None else {}
                 extra |= {"micro_batch": backoff.micro, "metrics": work.log.digest_of("ppo")}
                 keep(work.roles, optimizers, folder, step + 1, extra)
             bar.advance(1, reward=metrics["objective/scores"], kl=metrics["objective/kl"])
@@ -132,6 +140,7 @@ def one_step(
     records: list[Record],
     step: int,
     kl_coef: float,
+    deviation: TaskDeviation | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """A step on one answer per record -> (its metrics, its times). Where memory runs out, the update is undone and
     repeated in smaller micro-batches."""
@@ -139,13 +148,18 @@ def one_step(
     began = time.perf_counter()
     answers = rollout(work, records, step)
     taken = feedback.take(records, answers, step)
+    if recipe.ppo.resample:
+        taken = resampled(work, taken, step, lambda r, turn: feedback.take(r, rollout(work, r, step, turn), step))
+        records, answers = taken.records, taken.answers
+    tasks = [record.task or "" for record in taken.records]
+    deviation_of = None if deviation is None else partial(deviation.of, step, tasks)
     sampled = time.perf_counter() - began
     with phase("copy to undo"):
         before = remember(roles, optimizers)
 
     def attempt(size: int) -> tuple[Experience, list[dict[str, Tensor]]]:
         minibatches = cut(work, feedback.critic_prompt, taken.records, taken.answers, step, size)
-        experience = score(roles, recipe.ppo, feedback, minibatches, taken, kl_coef)
+        experience = score(roles, recipe.ppo, feedback, minibatches, taken, kl_coef, deviation_of)
         return experience, update(roles, recipe, minibatches, experience, optimizers, step, kl_coef)
 
     experience, history = backoff.run(step, attempt, undo=lambda: put_back(roles, optimizers, before))
@@ -189,12 +203,14 @@ def set_rates(section: Ppo, optimizers: dict[str, torch.optim.Optimizer], step: 
             group["lr"] = highest * lr_share(section, step)
 
 
-def rollout(work: Workspace, records: list[Record], step: int) -> list[Trajectory]:
-    """1. One answer per record from the policy; answers to the same prompt stand next to each other."""
+def rollout(work: Workspace, records: list[Record], step: int, turn: int = 0) -> list[Trajectory]:
+    """1. One answer per record from the policy; answers to the same prompt stand next to each other. A later `turn` of
+    a step has random numbers of its own."""
     section, base = work.recipe.ppo, work.base()
     prompts = [encode_prompt(base, r.prompt, work.features(r)) for r in records[:: section.group_size]]
     sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
-    seeds = [work.seed("ppo", step, i) for i in range(len(records))]
+    stream = ("ppo", step) if turn == 0 else ("ppo", "resample", step, turn)
+    seeds = [work.seed(*stream, i) for i in range(len(records))]
     with work.roles.use("policy") as policy:
         slots = section.slots or section.rollouts
         return sample(policy, prompts, sampling, seeds=seeds, per_prompt=section.group_size, batch_size=slots)
@@ -202,9 +218,16 @@ def rollout(work: Workspace, records: list[Record], step: int) -> list[Trajector
 
 @torch.no_grad()
 def score(
-    roles: Roles, section: Ppo, feedback: Feedback, minibatches: list[list[Micro]], taken: Taken, kl_coef: float
+    roles: Roles,
+    section: Ppo,
+    feedback: Feedback,
+    minibatches: list[list[Micro]],
+    taken: Taken,
+    kl_coef: float,
+    deviation_of: Callable[[Tensor], Tensor] | None = None,
 ) -> Experience:
-    """2. and 3. All roles read the answers; then KL, rewards and advantages."""
+    """2. and 3. All roles read the answers; then KL, rewards and advantages. `deviation_of`: total rewards (B,) -> the
+    running deviation of each answer's task (B,)."""
     base, critic = roles.base, section.value == "adapter"
     exact, in_loss = section.kl_estimator == "exact", section.kl_in == "loss"
     length_B = torch.tensor([len(a.ids) for a in taken.answers], device=base.device)
@@ -236,7 +259,7 @@ def score(
     with phase("advantages", mask_BT.numel()):
         kl_BT = (kl_BT if exact else kl_penalty(logp_BT, ref_logp_BT, section.kl_estimator)) * own_BT
         reward_BT = shaped_reward(score_B, kl_BT, mask_BT, 0.0 if in_loss else kl_coef) + said.token_reward_BT
-        advantage_BT, return_BT = advantages(section, reward_BT, value_BT, mask_BT, own_BT)
+        advantage_BT, return_BT = advantages(section, reward_BT, value_BT, mask_BT, own_BT, deviation_of)
     raw_B, score_B = (each_B + said.token_reward_BT.sum(1) for each_B in (said.score_B, score_B))
     learn_BT = own_BT & learnable(section, taken, raw_B)[:, None]
     if section.feedback == "rules":
@@ -285,7 +308,12 @@ def learnable(section: Ppo, taken: Taken, raw_B: Tensor) -> Tensor:
 
 
 def advantages(
-    section: Ppo, reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor, own_BT: Tensor
+    section: Ppo,
+    reward_BT: Tensor,
+    value_BT: Tensor,
+    mask_BT: Tensor,
+    own_BT: Tensor,
+    deviation_of: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(advantage_BT, return_BT). With a critic GAE on the shaped rewards. Without one, whole answers beside those of
     their prompt (RLOO, GRPO), a KL in the rewards counting in; or each token's rewards to come, to be whitened over the
@@ -294,7 +322,8 @@ def advantages(
     if not critic and section.baseline != "batch":
         total_B = reward_BT.sum(1)
         if section.baseline == "group":
-            gain_B = group_relative(total_B, section.group_size, section.group_std)
+            deviation_B = None if deviation_of is None else deviation_of(total_B)
+            gain_B = group_relative(total_B, section.group_size, section.group_std, deviation_B)
         else:
             gain_B = rloo(total_B, section.group_size)
         advantage_BT, return_BT = gain_B[:, None] * own_BT, total_B[:, None] * mask_BT

@@ -71,17 +71,21 @@ def run(
     until: Annotated[str | None, typer.Option(help="Stop after this stage, such as preference.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Start even what cannot fit into memory.")] = False,
 ) -> None:
-    """Run a recipe, or go on where it stopped. Finished stages whose inputs are unchanged are skipped."""
+    """Run a recipe, or go on where it stopped. Finished stages whose inputs are unchanged are skipped.
+
+    On several GPUs: `torchrun --nproc-per-node 2 -m rlaif_lite run RECIPE`."""
+    from . import ranks
     from .recipe import check_files, load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
-    check_files(loaded)
-    from .model.unsloth_loader import import_first
+    with ranks.joined():
+        loaded = load_recipe(recipe, overrides or [])
+        check_files(loaded)
+        from .model.unsloth_loader import import_first
 
-    import_first(loaded.model)
-    from . import pipeline
+        import_first(loaded.model)
+        from . import pipeline
 
-    pipeline.run(loaded, until=until, force=force)
+        pipeline.run(loaded, until=until, force=force)
 
 
 @app.command()

@@ -26,7 +26,9 @@ FLOORS = [
     {"report"},
     {"recipe"},
     {"files"},
-    {"progress", "phases"},
+    {"progress"},
+    {"ranks"},
+    {"phases"},
     {"errors", "formats"},
     {"__init__"},
 ]

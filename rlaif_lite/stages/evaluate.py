@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from .. import ranks
 from ..data.records import Record, question_of
 from ..errors import RlaifError, StageError
 from ..files import by_batches, chunks, write_json, write_jsonl
@@ -55,7 +56,7 @@ def run(work: Workspace) -> dict:
             count = section.best_of if role == best else None
             rows[role, mode, temperature] = answer_all(work, role, mode, temperature, bar.advance, count)
             work.release_roles()
-    write_examples(work, records[: section.examples])
+    ranks.first(lambda: write_examples(work, records[: section.examples]))
     evaluation: dict[str, dict[str, float]] = {}
     for (role, mode, temperature), found in rows.items():
         column = role if mode == "greedy" or temperature == section.temperature else f"{role}@{temperature:g}"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlaif_kernels import LinearLogprob, linear_logprob
 
+from ... import ranks
 from ...data.records import Record
 from ...files import chunks
 from ...model.base import Base
@@ -61,8 +62,8 @@ def cut(
     step: int,
     size: int,
 ) -> list[list[Micro]]:
-    """Shuffle the step's answers into minibatches, each a list of micro-batches of `size` answers. `critic_prompt` is
-    what the value role reads before an answer."""
+    """Shuffle the step's answers into minibatches; of each, this rank's answers in micro-batches of `size`.
+    `critic_prompt` is what the value role reads before an answer."""
     base, section = work.base(), work.recipe.ppo
     generator = torch.Generator().manual_seed(derive_seed(work.recipe.seed, "ppo", "minibatches", step))
     order = torch.randperm(len(answers), generator=generator).tolist()
@@ -78,10 +79,9 @@ def cut(
         targets = [target_rows(r, ids, b.ids_BS.shape[1]) for r, b in ((rows, batch), (value_rows, value_batch))]
         return micro_of(torch.tensor(index), batch, targets[0], value_batch, targets[1])
 
-    minibatches = chunks(order, section.minibatch)
-    return [
-        [micro(sorted(part, key=lambda i: len(answers[i].ids))) for part in split_micro(m, size)] for m in minibatches
-    ]
+    length = lambda i: len(answers[i].ids)
+    own = [ranks.deal(m, length) for m in chunks(order, section.minibatch)]
+    return [[micro(sorted(part, key=length)) for part in split_micro(m, size)] for m in own]
 
 
 def micro_of(index_b: Tensor, batch: Batch, target_bS: Tensor, value_batch: Batch, value_target_bS: Tensor) -> Micro:

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rlaif_lite"
 # From the top. A module imports from its own unit and from the floors below its own, not from its neighbours.
 FLOORS = [
+    {"__main__"},
     {"cli"},
     {"dryrun"},
     {"profiler", "sweep"},

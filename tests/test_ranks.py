@@ -181,7 +181,7 @@ def written(run: Path, *patterns: str) -> dict[str, bytes]:
 
 def test_features_narratives_answers_and_judgements_have_the_same_bytes(both):
     patterns = ("features/*.json", "features/cache/*", "context/*captions*", "context/narratives.json")
-    patterns += ("preference/p*", "preference/answers.jsonl", "preference/judge*", "preference/judged/*")
+    patterns += ("preference/p*", "preference/answers.jsonl", "preference/judgements.json", "preference/judged/*")
     one, several = (written(folder / "finished" / "run", *patterns) for folder in both)
     for files in (one, several):
         files.pop("preference/done.json", None)

@@ -215,11 +215,11 @@ def by_batches(
         for batch in batches[: len(results)]:
             done(len(batch))
         for some in chunks(batches[len(results) :], ranks.count()):
-            for batch, found in zip(some, ranks.spread(some, lambda own: [work(batch) for batch in own]), strict=True):
-                value = {"items": len(batch), "results": found}
+            for found in ranks.spread(some, lambda own: list(map(work, own))):
+                value = {"items": len(found), "results": found}
                 line = append(value | {"crc32": _crc(value)})
                 results.append(json.loads(line)["results"])
-                done(len(batch))
+                done(len(found))
     return [item for found in results for item in found]
 
 

@@ -206,7 +206,8 @@ def same(what: str, value: object, where: str) -> None:
     """Raises StageError, naming the ranks, where `value` differs from rank 0's."""
     every = gather(value)
     if other := [number for number, each in enumerate(every) if each != every[0]]:
-        raise StageError(f"{where}: {what} differs on rank {_listed(other)} from rank 0's. {_differences(every, other)}")
+        differs = f"{what} differs on rank {_listed(other)} from rank 0's"
+        raise StageError(f"{where}: {differs}. {_differences(every, other)}")
 
 
 # ------------------------------------------------------------------------------------------------------------- sharing

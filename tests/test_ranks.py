@@ -5,11 +5,8 @@ The ranks are forks of one process that has imported everything, in the environm
 starts them by torchrun itself.
 """
 
-import contextlib
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -18,12 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from core import small_recipe
-from rlaif_lite import ranks
-from rlaif_lite.files import read_json, read_jsonl
+from rlaif_lite.files import read_jsonl
 from rlaif_lite.recipe import Recipe, dump_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -126,7 +121,7 @@ def ranks_of(finished, tmp_path_factory):
     server.server.wait()
 
 
-# ------------------------------------------------------------------------------------------------ the same as one process
+# ------------------------------------------------------------------------------------------- the same as one process
 
 GROUPS = ("ppo.value=none", "ppo.baseline=group", "ppo.group_size=2", "ppo.rollouts=12", "ppo.minibatch=6")
 DPO = ("method=dpo", "dpo.rounds=1", "dpo.steps=3", "dpo.batch_size=4", "dpo.lr=0.001", "evaluate.roles=[sft,policy]")
@@ -191,7 +186,10 @@ def test_features_narratives_answers_and_judgements_have_the_same_bytes(both):
 
 def test_answers_of_dpo_and_of_the_evaluation_have_the_same_bytes(both):
     """The evaluation reads adapters that differ by rounding: what it says does not."""
-    for case, patterns in (("dpo", ("dpo/round1/answers.jsonl", "dpo/round1/pairs.jsonl")), ("finished", ("evaluate/*.jsonl",))):
+    for case, patterns in (
+        ("dpo", ("dpo/round1/answers.jsonl", "dpo/round1/judged.jsonl", "dpo/round1/pairs.jsonl")),
+        ("finished", ("evaluate/*.jsonl",)),
+    ):
         one, several = (written(folder / case / "run", *patterns) for folder in both)
         assert one and one == several
 

@@ -65,8 +65,8 @@ def in_pieces(items: Sequence[T], size: int, read: Callable[[Sequence[T]], list[
 
 
 def in_pieces_together(items: Sequence[T], size: int, read: Callable[[Sequence[T]], list[R]]) -> list[R]:
-    """As `in_pieces`, by all ranks: each reads its share of the pieces, which are the same however many ranks there are,
-    and has all results in the end."""
+    """As `in_pieces`, by all ranks: each reads its share of the pieces, and has all results in the end. The pieces are
+    the same however many ranks there are."""
     if ranks.count() == 1:
         return in_pieces(items, size, read)
     pieces = [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,7 +1,8 @@
 """Memory that runs out inside a step: it is done again with half as many records per forward, and the run goes on.
 
-Twice as many micro-batches then make up the same batch, so the update is the same but for rounding. The smaller
-size stays, and is kept in the checkpoint. Of several ranks all do it again, whichever ran out. On a GPU the state of the allocator is left as JSON, not as torch's pickle.
+Twice as many micro-batches then make up the same batch, so the update is the same but for rounding. The smaller size
+stays, and is kept in the checkpoint. Of several ranks all do the step again, whichever ran out. On a GPU the state of
+the allocator is left as JSON, not as torch's pickle.
 """
 
 import json

@@ -74,7 +74,8 @@ class Feedback:
         return Taken(records, answers, own, [0.0] * len(answers), rewards, {})
 
     def score(self, taken: Taken, minibatches: list[list[Micro]], logp_BT: Tensor, mask_BT: Tensor) -> Scored:
-        """`minibatches`: this rank's share of the answers; what is said is of all of them. `logp_BT`: of the sampling policy, 0 at pads, as `mask_BT` has them."""
+        """`minibatches`: this rank's share of the answers; what is said is of all of them. `logp_BT`: of the sampling
+        policy, 0 at pads, as `mask_BT` has them."""
         return Scored(torch.tensor(taken.scores, device=mask_BT.device), spread(taken.rewards, mask_BT))
 
 

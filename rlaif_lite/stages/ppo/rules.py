@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from math import isfinite
 from typing import NamedTuple
 
+from ... import ranks
 from ...data.records import Record
 from ...data.truth import load_function
 from ...errors import DataError, StageError
@@ -119,11 +120,16 @@ class RuleFeedback(Feedback):
         self.reward = RuleReward(work.recipe.ppo.rules)
 
     def take(self, records: list[Record], answers: list[Trajectory], step: int) -> Taken:
-        values = []
-        for record, answer in zip(records, answers, strict=True):
-            video = self.work.features(record)
-            text = decode_answer(self.work.base(), answer.ids)
-            values.append(self.reward.values(record, text, answer.ids, None if video is None else video.duration))
+
+        def ask(own: list[tuple[Record, Trajectory]]) -> list[list[Value]]:
+            found = []
+            for record, answer in own:
+                video = self.work.features(record)
+                text = decode_answer(self.work.base(), answer.ids)
+                found.append(self.reward.values(record, text, answer.ids, None if video is None else video.duration))
+            return found
+
+        values = ranks.spread(list(zip(records, answers, strict=True)), ask)
         scores = [sum(each.rule.weight * each.value for each in found) for found in values]
         return super().take(records, answers, step)._replace(scores=scores, metrics=metrics_of(values))
 

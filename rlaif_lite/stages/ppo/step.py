@@ -219,8 +219,8 @@ def rollout(work: Workspace, records: list[Record], step: int) -> list[Trajector
 def score(
     roles: Roles, section: Ppo, feedback: Feedback, minibatches: list[list[Micro]], taken: Taken, kl_coef: float
 ) -> Experience:
-    """2. and 3. All roles read the answers; then KL, rewards and advantages. Of several ranks each reads its share. From
-    there on all have all numbers, so that moments, KL and advantages are the same everywhere."""
+    """2. and 3. All roles read the answers; then KL, rewards and advantages. Of several ranks each reads its share.
+    From there on all have all numbers, so that moments, KL and advantages are the same everywhere."""
     base, critic = roles.base, section.value == "adapter"
     exact, in_loss = section.kl_estimator == "exact", section.kl_in == "loss"
     length_B = torch.tensor([len(a.ids) for a in taken.answers], device=base.device)

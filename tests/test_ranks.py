@@ -6,7 +6,9 @@ starts them by torchrun itself.
 """
 
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +20,8 @@ import pytest
 from safetensors.torch import load_file
 
 from core import small_recipe
-from rlaif_lite.files import read_jsonl
+from rlaif_lite import ranks
+from rlaif_lite.files import read_json, read_jsonl
 from rlaif_lite.recipe import Recipe, dump_yaml
 
 ROOT = Path(__file__).parent.parent

@@ -270,14 +270,7 @@ def link(source: str, target: str) -> None:
 def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]:
     """What a stage depends on beside the stages before it: recipe keys, the base's files, the data files, this
     version."""
-    neutral = neutral_keys()
-    found = {
-        key: value
-        for key, value in flatten(work.recipe).items()
-        if key not in neutral
-        and key != GATES.get(name)
-        and any(key == prefix or key.startswith(prefix + ".") for prefix in reads)
-    }
+    found = keys_read(work.recipe, name, reads)
     if "model.base" in found:
         found["files of model.base"] = base_digest(work.recipe.model)
     if "model.reward_base.base" in found:
@@ -305,6 +298,18 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
         if own_files(work.recipe.data):
             found["videos"] = work.videos_digest()
     return found | {"version": __version__}
+
+
+def keys_read(recipe: Recipe, name: str, reads: tuple[str, ...]) -> dict[str, Any]:
+    """The recipe's keys, with their values, that decide what a stage finds."""
+    neutral = neutral_keys()
+    return {
+        key: value
+        for key, value in flatten(recipe).items()
+        if key not in neutral
+        and key != GATES.get(name)
+        and any(key == prefix or key.startswith(prefix + ".") for prefix in reads)
+    }
 
 
 def folder_digest(folder: Path) -> str:

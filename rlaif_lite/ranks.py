@@ -392,7 +392,7 @@ def _end(error: BaseException) -> None:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):  # the launcher stops the rest as soon as one has ended
             signal.signal(number, signal.SIG_IGN)
-    stopped = isinstance(error, KeyboardInterrupt)
+    stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
     own = None
     if not stopped and not isinstance(error, PeerGone):
         own = str(error) if isinstance(error, RlaifError) else "".join(traceback.format_exception(error)).rstrip()
@@ -402,6 +402,8 @@ def _end(error: BaseException) -> None:
         code = CRITICAL
     elif text is None and stopped:
         text, code = "\nStopped; what is done is kept: run the same command again.", 143
+        if isinstance(error, SystemExit) and isinstance(error.code, int):  # as submitit ends a job to queue it again
+            code = error.code
     if speaker:
         print(text or f"{error}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):

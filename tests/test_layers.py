@@ -16,6 +16,7 @@ FLOORS = [
     {"cli"},
     {"dryrun"},
     {"profiler", "sweep"},
+    {"launchers"},
     {"pipeline", "chat", "doctor", "exchange", "benchmarks", "data_report"},
     {"stages", "planner"},
     {"workspace", "run_folder"},

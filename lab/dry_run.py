@@ -1,7 +1,7 @@
 """The table of docs/results/dry_run.md: what each shipped GPU recipe takes by its dry run, and what the planner says.
 
-    python -m lab.dry_run            # every recipe at full depth; hours on one core, resumable recipe by recipe
-    python -m lab.dry_run --layers 2 # a quick look; nothing is written to docs
+python -m lab.dry_run            # every recipe at full depth; hours on one core, resumable recipe by recipe
+python -m lab.dry_run --layers 2 # a quick look; nothing is written to docs
 """
 
 import argparse

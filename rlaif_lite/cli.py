@@ -8,7 +8,7 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -52,6 +52,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys to set, such as ppo.kl_coef=0.05.")
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
+Launcher = Literal["local", "submitit"]
 BestOf = Annotated[
     int | None, typer.Option(min=2, help="Also the policy's best of so many answers, by its own implicit reward.")
 ]
@@ -71,17 +72,21 @@ def run(
     until: Annotated[str | None, typer.Option(help="Stop after this stage, such as preference.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Start even what cannot fit into memory.")] = False,
 ) -> None:
-    """Run a recipe, or go on where it stopped. Finished stages whose inputs are unchanged are skipped."""
+    """Run a recipe, or go on where it stopped. Finished stages whose inputs are unchanged are skipped.
+
+    On several GPUs: `torchrun --nproc-per-node 2 -m rlaif_lite run RECIPE`."""
+    from . import ranks
     from .recipe import check_files, load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
-    check_files(loaded)
-    from .model.unsloth_loader import import_first
+    with ranks.joined():
+        loaded = load_recipe(recipe, overrides or [])
+        check_files(loaded)
+        from .model.unsloth_loader import import_first
 
-    import_first(loaded.model)
-    from . import pipeline
+        import_first(loaded.model)
+        from . import pipeline
 
-    pipeline.run(loaded, until=until, force=force)
+        pipeline.run(loaded, until=until, force=force)
 
 
 @app.command()
@@ -214,6 +219,11 @@ def sweep(
         typer.Option(metavar="KEY=[VALUES]", help="A key and its values; `a,b=[...]` for keys that go together."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Its folder; runs/sweep-NAME without it.")] = None,
+    launcher: Annotated[Launcher, typer.Option(help="local: this machine; submitit: a SLURM cluster.")] = "local",
+    jobs: Annotated[int, typer.Option(min=1, help="local: points side by side, each on a card of its own.")] = 1,
+    cluster: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="submitit: YAML with partition, gpus, hours, ...")
+    ] = None,
 ) -> None:
     """Run a grid of recipes and values, shared stages once; a table and plots with intervals.
 
@@ -224,7 +234,7 @@ def sweep(
     if not recipes:
         raise RlaifError("A sweep needs a recipe, such as `rlaif-lite sweep recipes/tiny.yaml --over 'seed=[0,1,2]'`.")
     folder = out or Path("runs") / f"sweep-{'-'.join(Path(path).stem for path in recipes)}"
-    if not run_grid(recipes, over or [], [word for word in what if "=" in word], folder):
+    if not run_grid(recipes, over or [], [word for word in what if "=" in word], folder, launcher, jobs, cluster):
         raise typer.Exit(1)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from . import ranks
 from .errors import StageError
 from .progress import say
 
@@ -27,11 +28,13 @@ SUMS = "files.sha256"  # digests of a folder's files, as `sha256sum -c` reads th
 
 @contextlib.contextmanager
 def atomic(path: Path | str, durable: bool = True) -> Iterator[Path]:
-    """A temporary path beside `path` for a file or a folder. It becomes `path` when the block ends well.
+    """A temporary path beside `path` for a file or a folder. It becomes `path` when the block ends well. Of several
+    ranks, rank 0 alone may ask for one.
 
     A folder replaces the whole old folder. `durable=False` leaves the sync to the caller (see `sync`): for many small
     files that are checked together later."""
     path = Path(path)
+    assert ranks.is_first(), f"rank {ranks.rank()} is about to write {path}"
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     remove(tmp)
@@ -97,9 +100,14 @@ def clean(folder: Path, older_than: float = 0.0) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically, with line ends as they are."""
-    with atomic(path) as tmp:
-        tmp.write_bytes(text.encode())
+    """Write UTF-8 text atomically, with line ends as they are. All ranks call this; rank 0 writes, and the others go on
+    when it is written."""
+
+    def write() -> None:
+        with atomic(path) as tmp:
+            tmp.write_bytes(text.encode())
+
+    ranks.first(write)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -164,19 +172,26 @@ def whole_lines(path: Path) -> list[str]:
 @contextlib.contextmanager
 def appending(path: Path, lines: list[str]) -> Iterator[Callable[[Any], str]]:
     """A function that appends a value as a line and returns the line. `lines`: the first lines of the file, which stay;
-    what comes after them, such as a line cut short by a kill, goes first."""
+    what comes after them, such as a line cut short by a kill, goes first. On ranks other than 0 nothing is written."""
+    if not ranks.is_first():
+        yield _line
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         file.truncate(sum(len(line.encode()) for line in lines))
 
         def append(value: Any) -> str:
-            line = json.dumps(value) + "\n"
+            line = _line(value)
             file.write(line.encode())
             file.flush()
             return line
 
         yield append
         os.fsync(file.fileno())
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value) + "\n"
 
 
 def by_batches(
@@ -186,8 +201,10 @@ def by_batches(
 
     A line is `{"items": batch size, "results": [...], "crc32": ...}`. From the first line on that is cut short, damaged
     or of another batch size, the batches are done again. Returns the concatenated results, read back from the file, so
-    that a resumed stage and an uninterrupted one hold the very same objects."""
-    lines, results = whole_lines(path), []
+    that a resumed stage and an uninterrupted one hold the very same objects.
+
+    Of several ranks each does whole batches, so a line has the same bytes whoever made it."""
+    lines, results = ranks.first(lambda: whole_lines(path)), []
     for number, (line, batch) in enumerate(zip(lines, batches, strict=False)):
         found = _sound(line)
         if found is None or found["items"] != len(batch):
@@ -197,11 +214,12 @@ def by_batches(
     with appending(path, lines[: len(results)]) as append:
         for batch in batches[: len(results)]:
             done(len(batch))
-        for batch in batches[len(results) :]:
-            value = {"items": len(batch), "results": work(batch)}
-            line = append(value | {"crc32": _crc(value)})
-            results.append(json.loads(line)["results"])
-            done(len(batch))
+        for some in chunks(batches[len(results) :], ranks.count()):
+            for found in ranks.spread(some, lambda own: list(map(work, own))):
+                value = {"items": len(found), "results": found}
+                line = append(value | {"crc32": _crc(value)})
+                results.append(json.loads(line)["results"])
+                done(len(found))
     return [item for found in results for item in found]
 
 

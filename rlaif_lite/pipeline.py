@@ -12,12 +12,13 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import __version__
+from . import __version__, ranks
 from .data.splits import own_files
 from .data.truth import module_file
 from .errors import RlaifError, StageError
@@ -72,32 +73,62 @@ def run(
     folder = Path(recipe.output)
     digests: dict[str, str] = {}
     here = lambda: list(digests)[-1] if digests else str(folder)
-    with explained(folder, here, lambda: list(digests)[:-1]):
-        plan = make_plan(resolve_auto(recipe, folder))
+    with explained(folder, here, lambda: list(digests)[:-1]), ExitStack() as held:
+        check_ranks(recipe)
+        plan = ranks.first(lambda: make_plan(resolve_auto(recipe, folder)))
         recipe = plan.recipe
         if not force:
             refuse(plan, until)
         work = Workspace(recipe)
         work.video_tokens = plan.video_tokens
-        work.folder.mkdir(parents=True, exist_ok=True)
-        with only_run(work.folder):
-            clean(work.folder)
-            write_text(work.folder / "recipe.yaml", dump_yaml(recipe))
-            if again is not None:
-                empty(work, again)
-            try:
-                for name in recipe.stages:
-                    run_stage(work, name, STAGES[name], digests, plan, share)
-                    write_summary(work, list(digests), finished=name == "evaluate")
-                    if name == until:
-                        break
-            except BaseException:
-                report_anyway(work.folder)
-                raise
-            page.write(work.folder)
-    summary = read_json(work.folder / "summary.json")
-    say(f"{work.folder / 'report.html'}")
-    return summary
+        ranks.first(lambda: hold(held, work.folder))
+        ranks.check_folder(work.folder)
+        write_text(work.folder / "recipe.yaml", dump_yaml(recipe))
+        if again is not None:
+            ranks.first(lambda: empty(work, again))
+        try:
+            for name in recipe.stages:
+                run_stage(work, name, STAGES[name], digests, plan, share)
+                ranks.first(lambda: write_summary(work, list(digests), finished=list(digests)[-1] == "evaluate"))
+                if name == until:
+                    break
+        except BaseException:
+            if ranks.is_first():
+                with ranks.alone():
+                    report_anyway(work.folder)
+            raise
+        ranks.first(lambda: page.write(work.folder))
+        say(f"{work.folder / 'report.html'}")
+        return ranks.first(lambda: read_json(work.folder / "summary.json"))
+
+
+def hold(held: ExitStack, folder: Path) -> None:
+    """Make the run folder, and hold it until `held` closes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(only_run(folder))
+    clean(folder)
+
+
+def check_ranks(recipe: Recipe) -> None:
+    """Raises StageError where the ranks would not do the same, or do not divide the groups of answers."""
+    ranks.same("the recipe", flatten(recipe) | {"output": str(Path(recipe.output).absolute())}, "The ranks must agree")
+    ranks.same("the code of rlaif_lite", code_digest(), "The ranks must agree")
+    ranks.same("the environment", versions(), "The ranks must agree")
+    groups = recipe.ppo.rollouts // recipe.ppo.group_size
+    if recipe.method == "ppo" and recipe.ppo.group_size > 1 and groups % ranks.count():
+        raise StageError(
+            f"{ranks.count()} ranks do not divide the {groups} groups of a PPO step (`ppo.rollouts: "
+            f"{recipe.ppo.rollouts}` in groups of {recipe.ppo.group_size}): a group stays on one rank. Start a number "
+            f"of ranks that divides {groups}, or set `ppo.rollouts` to a multiple of "
+            f"{recipe.ppo.group_size * ranks.count()}."
+        )
+
+
+def code_digest() -> str:
+    """Of the source of this package."""
+    root = Path(__file__).parent
+    files = sorted(path for path in root.rglob("*.py"))
+    return hashlib.sha256(json.dumps([(str(p.relative_to(root)), file_digest(p)) for p in files]).encode()).hexdigest()
 
 
 def report_anyway(folder: Path) -> None:
@@ -120,6 +151,21 @@ def run_stage(
     work: Workspace, name: str, stage: Any, digests: dict[str, str], plan: Plan, share: Path | None = None
 ) -> None:
     """Skip, take, resume or run one stage, and write its `done.json`; `digests` gains the stage's."""
+    digests[name], reads, run = ranks.first(lambda: begin_stage(work, name, stage, digests, share))
+    if not run:
+        return
+    with Meter(work.device) as meter:
+        result = stage.run(work)
+    work.release_roles()
+    ranks.wait()  # all have read what a clean-up removes
+    peak = max(ranks.gather(meter.peak_memory_bytes))
+    ranks.first(lambda: end_stage(work, name, reads, result, meter.seconds, peak, plan.stages[name].peak))
+
+
+def begin_stage(
+    work: Workspace, name: str, stage: Any, digests: dict[str, str], share: Path | None
+) -> tuple[str, dict[str, Any], bool]:
+    """Skip or take a stage, or make ready to run it -> (its digest, what it reads, whether it is to run)."""
     folder = work.stage(name)
     reads = inputs(work, name, stage.READS) | {
         f"stage {need}": digests[need]
@@ -127,19 +173,19 @@ def run_stage(
         if need in digests  # a method has some of them
     }
     outward = {key: value for key, value in reads.items() if not under(key, INWARD.get(name, ()))}
-    digests[name] = hashlib.sha256(json.dumps([name, outward], sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([name, outward], sort_keys=True).encode()).hexdigest()[:16]
     done, begun = read_sealed(folder / "done.json"), read_sealed(folder / "begun.json")
     if done is not None and done["reads"] == reads:
         check(work.folder, name, done, work.log.digests())
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)  # of a run that was killed before it did so
         say(f"{name}: done before, nothing it reads has changed")
         write_sealed(folder / "done.json", done | {"status": "skipped"})
-        return
+        return digest, reads, False
     remove_rivals(work, name)
     if share is not None and (source := finished_beside(work, name, reads, share)) is not None:
         say(f"{name}: taken from {source}, which read the same")
         take(work, name, source)
-        return
+        return digest, reads, False
     before = (done or begun or {}).get("reads")
     if before is not None and before != reads:
         say(f"{name}: runs again, because {changes(before, reads)}")
@@ -151,16 +197,19 @@ def run_stage(
     elif begun is not None:
         say(f"{name}: goes on where it was stopped")
     write_sealed(folder / "begun.json", {"reads": reads})
-    with Meter(work.device) as meter:
-        result = stage.run(work)
-    work.release_roles()
-    planned = plan.stages[name].peak
-    cost = {"seconds": meter.seconds, "peak_memory_bytes": meter.peak_memory_bytes, "planned_memory_bytes": planned}
+    return digest, reads, True
+
+
+def end_stage(
+    work: Workspace, name: str, reads: dict[str, Any], result: dict, seconds: float, peak: int, planned: int
+) -> None:
+    """Seal what a stage left and write its `done.json`."""
+    folder = work.stage(name)
+    cost = {"seconds": seconds, "peak_memory_bytes": peak, "planned_memory_bytes": planned, "ranks": ranks.count()}
     kept = {"files": seal(work.folder, name, outputs(work, name)), "metrics": work.log.digests().get(name)}
     write_sealed(folder / "done.json", {"reads": reads, "status": "done", "cost": cost, "result": result, **kept})
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-    peak = f"{meter.peak_memory_bytes / 2**20:.0f} MiB, planned {planned / 2**20:.0f}"
-    say(f"{name}: {meter.seconds:.1f} s, peak memory {peak}")
+    say(f"{name}: {seconds:.1f} s, peak memory {peak / 2**20:.0f} MiB, planned {planned / 2**20:.0f}")
 
 
 def finished_beside(work: Workspace, name: str, reads: dict[str, Any], share: Path) -> Path | None:
@@ -228,12 +277,7 @@ def under(key: str, names: tuple[str, ...]) -> bool:
 def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]:
     """What a stage depends on beside the stages before it: recipe keys, the base's files, the data files, this
     version."""
-    neutral = neutral_keys()
-    found = {
-        key: value
-        for key, value in flatten(work.recipe).items()
-        if key not in neutral and key != GATES.get(name) and under(key, reads)
-    }
+    found = keys_read(work.recipe, name, reads)
     if "model.base" in found:
         found["files of model.base"] = base_digest(work.recipe.model)
     if "model.reward_base.base" in found:
@@ -262,6 +306,16 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
         if own_files(work.recipe.data):
             found["videos"] = work.videos_digest()
     return found | {"version": __version__}
+
+
+def keys_read(recipe: Recipe, name: str, reads: tuple[str, ...]) -> dict[str, Any]:
+    """The recipe's keys, with their values, that decide what a stage finds."""
+    neutral = neutral_keys()
+    return {
+        key: value
+        for key, value in flatten(recipe).items()
+        if key not in neutral and key != GATES.get(name) and under(key, reads)
+    }
 
 
 def folder_digest(folder: Path) -> str:

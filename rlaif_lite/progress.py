@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from . import ranks
 from .formats import duration
 
 LINE_EVERY_S = 5.0  # at most one plain line in this time
@@ -16,7 +17,10 @@ _bar_is_up = False
 
 
 def say(text: str) -> None:
-    """One plain message on stderr, above a bar where one is running. stdout stays free for results."""
+    """One plain message on stderr, above a bar where one is running; rank 0 alone speaks. stdout stays free for
+    results."""
+    if not ranks.is_first():
+        return
     if _console.is_terminal:
         _console.print(text, markup=False, soft_wrap=True)
     else:
@@ -67,7 +71,7 @@ def progress(total: int | None, description: str, unit: str = "it") -> Iterator[
 
     Inside another bar there is room for lines only. An exception passes through, without the last line.
     """
-    if _console.is_terminal and not _bar_is_up:
+    if _console.is_terminal and not _bar_is_up and ranks.is_first():
         yield from _bar(total, description, unit)
     else:
         yield from _lines(total, description, unit)

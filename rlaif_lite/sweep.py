@@ -1,4 +1,4 @@
-"""A grid of runs, one after the other, with what they have in common done once.
+"""A grid of runs, with what they have in common done once.
 
     rlaif-lite sweep recipes/tiny.yaml --over "preference.context=[true,false]" --over "seed=[0,1,2]"
 
@@ -13,17 +13,12 @@ Each point runs in a process of its own, so that the memory of one does not coun
 import hashlib
 import itertools
 import json
-import multiprocessing
-import os
 import re
-import signal
-import threading
-import traceback
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from .errors import RecipeError, RlaifError
+from .errors import RecipeError
+from .launchers import Job, levels_of, on_a_cluster, on_this_machine, read_cluster
 from .progress import say
 from .recipe import Recipe, check_files, load_recipe
 from .recipe.marked_yaml import parse
@@ -31,7 +26,6 @@ from .report import grid as tables
 
 DRAWS = ("seed", "data.world.seed")  # another value of these is another draw of the same setting
 LONGEST = 120  # characters of a point's folder name
-MESSAGE = 4000  # characters of a reason that are kept; a pipe holds more
 
 
 class Setting(NamedTuple):
@@ -49,29 +43,41 @@ class Point(NamedTuple):
     recipe: Recipe
 
 
-def sweep(paths: list[str], over: list[str], overrides: list[str], out: Path) -> bool:
+def sweep(
+    paths: list[str],
+    over: list[str],
+    overrides: list[str],
+    out: Path,
+    launcher: Literal["local", "submitit"] = "local",
+    jobs: int = 1,
+    cluster: Path | None = None,
+) -> bool:
     """Run the grid of `paths` (recipes) times `over` (see `axis`) and write `sweep.md`, `.json`, `.svg` and `.png`
-    into `out`, anew after each point. Returns whether every point finished. Raises RecipeError, before anything
-    runs, for a point that is no valid recipe."""
+    into `out`, again after each point. Returns whether every point finished. `jobs`: processes side by side on this
+    machine; `cluster`: the file with what a job asks a scheduler for. Raises RecipeError, before anything runs, for a
+    point that is no valid recipe."""
     points = grid(paths, [axis(text) for text in over], overrides, out)
     for point in points:
         check_files(point.recipe)
     out.mkdir(parents=True, exist_ok=True)
-    processes = multiprocessing.get_context("forkserver")
-    # Forked from a process that has imported everything, where no GPU can be in use: CUDA does not survive a fork.
-    on_cpu = all(point.recipe.device == "cpu" for point in points)
-    processes.set_forkserver_preload(["rlaif_lite.pipeline"] if on_cpu else [])
-    ran: list[tables.Ran] = []
-    for number, point in enumerate(points, 1):
-        folder = Path(point.recipe.output)
-        say(f"sweep: {number} of {len(points)}, {folder.name}")
-        reason = run_apart(processes, point.recipe, out)
-        if reason is not None:
-            say(f"sweep: {folder.name} failed: {reason}")
-        ran.append(tables.Ran(point.setting, point.draw, folder, reason))
-        tables.write(out, ran, of=len(points))
+    recipes = [point.recipe for point in points]
+    if launcher == "submitit":
+        ended = on_a_cluster(levels_of(recipes), out, out / "jobs", read_cluster(cluster))
+    elif jobs > 1:
+        ended = on_this_machine(levels_of(recipes), out, jobs)
+    else:  # one after the other, each takes what is there when it begins
+        ended = on_this_machine([[Job(number, recipe, None)] for number, recipe in enumerate(recipes)], out, 1)
+    say(f"sweep: {len(points)} points into {out}")
+    ran: dict[int, tables.Ran] = {}
+    for job, reason in ended:
+        point, folder = points[job.point], Path(job.recipe.output)
+        done = f"{folder.name}{'' if job.until is None else f', up to {job.until}'}"
+        say(f"sweep: {done} {'is done' if reason is None else f'failed: {reason}'}")
+        if job.until is None:
+            ran[job.point] = tables.Ran(point.setting, point.draw, folder, reason)
+            tables.write(out, [ran[number] for number in sorted(ran)], of=len(points))
     say(f"{out / 'sweep.md'}")
-    return all(point.reason is None for point in ran)
+    return all(each.reason is None for each in ran.values())
 
 
 # ---------------------------------------------------------------------------------------------------------- the grid
@@ -136,58 +142,3 @@ def shared(recipe: Recipe, out: Path) -> Recipe:
         folder = out / "worlds" / hashlib.sha256(drawn.encode()).hexdigest()[:12]
         data = data.model_copy(update={"folder": str(folder)})
     return recipe.model_copy(update={"features": features, "data": data})
-
-
-# --------------------------------------------------------------------------------------------------------- one point
-
-
-def run_apart(processes: Any, recipe: Recipe, share: Path) -> str | None:
-    """Run a recipe in a process of its own; returns why it did not finish, None where it did."""
-    ours, theirs = processes.Pipe(duplex=False)
-    process = processes.Process(target=_run, args=(theirs, recipe, share))
-    process.start()
-    theirs.close()
-    try:
-        process.join()
-        said = ours.recv() if ours.poll() else None
-    except EOFError:
-        said = None
-    finally:
-        if process.is_alive():  # we are being stopped, and so is it
-            process.terminate()
-            process.join()
-    if process.exitcode == 0:
-        return None
-    if process.exitcode == -signal.SIGKILL:
-        return "it was killed (SIGKILL); where memory ran out, that is what the system does"
-    return said or f"its process ended with exit code {process.exitcode}"
-
-
-def _run(answer: Connection, recipe: Recipe, share: Path) -> None:
-    """What the point's process does. It goes down cleanly with SIGTERM, and when the sweep's process is gone."""
-    own = os.getpid()
-
-    def stop(*_: object) -> None:
-        if os.getpid() != own:  # one of its workers
-            os._exit(143)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    parent = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: wait([parent]) and os.kill(own, signal.SIGTERM), daemon=True).start()
-    try:
-        from .model.unsloth_loader import import_first
-
-        import_first(recipe.model)
-        from . import pipeline
-
-        pipeline.run(recipe, share=share)
-    except RlaifError as error:
-        answer.send(str(error)[:MESSAGE])
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(143) from None
-    except Exception as error:
-        traceback.print_exc()
-        answer.send(f"{type(error).__name__}: {error}"[:MESSAGE])
-        raise SystemExit(1) from None

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from . import ranks
 from .data.readers import read_records
 from .data.records import Record
 from .data.splits import Loaded, load_splits, name_videos, own_files, roots_of
@@ -45,8 +46,9 @@ class Workspace:
         self.recipe = recipe
         self._load_model = load
         self.folder = Path(recipe.output)
-        self.device = torch.device(pick_device(recipe.device))
-        trackers = Trackers(recipe.track, self.folder, flatten(recipe)) if recipe.track else None
+        self.device = torch.device(ranks.device(pick_device(recipe.device)))
+        tracked = recipe.track and ranks.is_first()
+        trackers = Trackers(recipe.track, self.folder, flatten(recipe)) if tracked else None
         self.log = MetricsLog(self.folder / "metrics.jsonl", trackers, recipe.health)
         self.video_tokens = 0  # of a whole video, as planned; 0: not planned
         self._base: Base | None = None
@@ -76,9 +78,10 @@ class Workspace:
     # ---- folders and randomness
 
     def stage(self, name: str) -> Path:
-        """The stage's folder."""
+        """The stage's folder, made where it is not there."""
         folder = self.folder / name
-        folder.mkdir(parents=True, exist_ok=True)
+        if ranks.is_first():
+            folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def adapter(self, role: str) -> Path:

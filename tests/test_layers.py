@@ -12,9 +12,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "rlaif_lite"
 # From the top. A module imports from its own unit and from the floors below its own, not from its neighbours.
 FLOORS = [
+    {"__main__"},
     {"cli"},
     {"dryrun"},
     {"profiler", "sweep"},
+    {"launchers"},
     {"pipeline", "chat", "doctor", "exchange", "benchmarks", "data_report"},
     {"stages", "planner"},
     {"workspace", "run_folder"},
@@ -26,7 +28,9 @@ FLOORS = [
     {"report"},
     {"recipe"},
     {"files"},
-    {"progress", "phases"},
+    {"progress"},
+    {"ranks"},
+    {"phases"},
     {"errors", "formats"},
     {"__init__"},
 ]

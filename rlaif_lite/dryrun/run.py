@@ -279,13 +279,18 @@ def long_lists(work: Workspace, answers: list, folder: Path, label: str) -> list
     return [Divided(claims, claims)] * len(answers)
 
 
-def some_pairs(work: Workspace, role: str, number: int, answers: list[judging.Answers], *rest: object) -> rounds.ChosenPairs:
+def some_pairs(
+    work: Workspace, role: str, number: int, answers: list[judging.Answers], *rest: object
+) -> rounds.ChosenPairs:
     """`judge_round`, and then pairs for two micro-batches, because a judge without values prefers nothing."""
     found = judge_round(work, role, number, answers, *rest)
     section = work.recipe.dpo
     count = min(section.batch_size, KEPT * (section.micro_batch or section.batch_size))
-    chosen = [answers[i % len(answers)] for i in range(count)]
-    return found._replace(pairs=[rounds.Preferred(of.record, *of.texts[:2], *of.ids[:2], 1.0) for of in chosen])
+    pairs = []
+    for of in (answers[i % len(answers)] for i in range(count)):
+        (chosen, rejected), (chosen_ids, rejected_ids) = of.texts[:2], of.ids[:2]
+        pairs.append(rounds.Preferred(of.record, chosen, rejected, chosen_ids, rejected_ids, margin=1.0))
+    return found._replace(pairs=pairs)
 
 
 def save(roles: Roles, name: str, folder: Path) -> None:

@@ -39,9 +39,7 @@ READS = {"_local_scalar_dense", "is_nonzero", "equal"}
 class Tracker(TorchDispatchMode):
     """`sums` counts from the beginning, seconds included; `live` and `peak` are bytes of tensors on the GPU."""
 
-    def __init__(
-        self, card: Card, fillers: tuple[int, int] = (1, 2), trace: bool = False, expandable: bool = False
-    ):
+    def __init__(self, card: Card, fillers: tuple[int, int] = (1, 2), trace: bool = False, expandable: bool = False):
         super().__init__()
         self.card, self.fillers, self.trace = card, fillers, trace
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from .. import ranks
+
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
@@ -60,3 +62,13 @@ def in_pieces(items: Sequence[T], size: int, read: Callable[[Sequence[T]], list[
         size = fitted if fitted < len(piece) else size
         out += found
     return out
+
+
+def in_pieces_together(items: Sequence[T], size: int, read: Callable[[Sequence[T]], list[R]]) -> list[R]:
+    """As `in_pieces`, by all ranks: each reads its share of the pieces, and has all results in the end. The pieces are
+    the same however many ranks there are."""
+    if ranks.count() == 1:
+        return in_pieces(items, size, read)
+    pieces = [items[start : start + size] for start in range(0, len(items), size)]
+    found = ranks.spread(pieces, lambda own: [in_pieces(piece, size, read) for piece in own])
+    return [result for piece in found for result in piece]

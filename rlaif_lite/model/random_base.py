@@ -94,7 +94,9 @@ def _shrink(kind: str, text: dict, vision: dict, settings: dict[str, dict]) -> N
         vision |= SMALL_CLIP
         side = SMALL_CLIP["image_size"]
         shape = {"height": side, "width": side}
-        settings[SETTINGS[0]] |= {"size": {"shortest_edge": side}, "crop_size": shape} if kind == "llava" else {"size": shape}
+        settings[SETTINGS[0]] |= (
+            {"size": {"shortest_edge": side}, "crop_size": shape} if kind == "llava" else {"size": shape}
+        )
         return
     vision |= SMALL_QWEN | {"out_hidden_size": text["hidden_size"]}
     if kind == "qwen2_5_vl":

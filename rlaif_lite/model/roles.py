@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .. import ranks
 from ..errors import ModelError, StageError
 from ..files import SUMS, atomic, damaged, write_sums
 from ..recipe import Lora
@@ -139,7 +140,10 @@ class Roles:
         has one and the digests of the files.
 
         The folder appears whole or not at all. Raises StageError, and writes nothing, for a tensor that is not
-        finite."""
+        finite. All ranks call this; rank 0 writes."""
+        ranks.first(lambda: self._save(name, folder))
+
+    def _save(self, name: str, folder: Path) -> None:
         tensors = {key: p.data.contiguous().cpu() for key, p in self._named_parameters(name).items()}
         head = self.heads[name].state_dict() if name in self.heads else {}
         refuse_non_finite(tensors | {f"head.{key}": tensor for key, tensor in head.items()}, f"the adapter {folder}")

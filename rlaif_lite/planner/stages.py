@@ -157,7 +157,7 @@ class MemoryModel:
         )
 
     def ppo(self) -> StageMemory:
-        section, model, new = self.recipe.ppo, self.recipe.model, self.recipe.ppo.max_new_tokens
+        section, new = self.recipe.ppo, self.recipe.ppo.max_new_tokens
         prompt, rewarded = self.video + self.texts("rl").prompt, section.feedback == "reward_model"
         judged = self.scored() - self.pair_answer if rewarded else prompt  # what the judging and value roles read first
         length = max(prompt, judged) + new

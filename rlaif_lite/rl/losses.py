@@ -60,13 +60,18 @@ class ValueStats(NamedTuple):
     "share of tokens at which the clipped term is the active one"
 
 
-def pairwise_loss(chosen_B: Tensor, rejected_B: Tensor, centering: float) -> tuple[Tensor, PairwiseStats]:
+def pairwise_loss(
+    chosen_B: Tensor, rejected_B: Tensor, centering: float, centre: float | None = None
+) -> tuple[Tensor, PairwiseStats]:
     """Mean of -log sigmoid(chosen - rejected), plus `centering` * |mean(chosen + rejected)|.
 
     Source: Bradley-Terry; the centring term is VLM-RLAIF's and LLaVA-RLHF's (1e-3).
-    The centring term is not a sum over pairs: cut into micro-batches, it centres each of them.
+    The centring term is not a sum over pairs. For a batch that is cut into micro-batches, `centre` is the mean of
+    chosen + rejected over the whole batch: its sign is what each micro-batch's gradient needs.
     """
-    loss = F.softplus(rejected_B - chosen_B).mean() + centering * (chosen_B + rejected_B).mean().abs()
+    mean = (chosen_B + rejected_B).mean()
+    centred = mean.abs() if centre is None else mean * ((centre > 0) - (centre < 0))
+    loss = F.softplus(rejected_B - chosen_B).mean() + centering * centred
     with torch.no_grad():
         stats = PairwiseStats(
             accuracy=(chosen_B > rejected_B).float().mean(),

@@ -6,6 +6,7 @@ T new tokens.
 
 import contextlib
 import logging
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
+from .. import ranks
 from ..model.inputs import Sequence, collate, decode
 from ..model.memory import halving
 from ..model.roles import ActiveRole
@@ -62,6 +64,31 @@ def sample(
         say = "%d answers in flight do not fit (%s): going on with %d."
         found, _ = halving(slots, draw, lambda slots, reason: log.warning(say, slots, reason, slots // 2))
         return found
+
+
+def sample_together(
+    role: ActiveRole,
+    prompts: int,
+    prompt_of: Callable[[int], Sequence],
+    sampling: Sampling,
+    *,
+    seeds: Seq[int],
+    per_prompt: int = 1,
+    batch_size: int = 64,
+) -> list[Trajectory]:
+    """As `sample`, by all ranks: each answers its share of the prompts, and has all answers in the end. `prompt_of(i)`
+    lays out prompt i, on the rank that answers it."""
+
+    def answer(own: list[int]) -> list[list[Trajectory]]:
+        rows = [prompt_of(i) for i in own]
+        drawn = [seeds[i * per_prompt + j] for i in own for j in range(per_prompt)]
+        found = sample(role, rows, sampling, seeds=drawn, per_prompt=per_prompt, batch_size=batch_size)
+        return [
+            [each._replace(prompt=i) for each in found[at * per_prompt : (at + 1) * per_prompt]]
+            for at, i in enumerate(own)
+        ]
+
+    return [each for found in ranks.spread(range(prompts), answer) for each in found]
 
 
 class Prefilled(NamedTuple):

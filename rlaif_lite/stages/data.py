@@ -8,6 +8,7 @@ tokens).
 
 import os
 
+from .. import ranks
 from ..data.truth import TRUTH
 from ..data.world import WorldConfig, WorldSplits, write_world
 from ..model.limits import check_answers, check_lengths, load_limits, sampled
@@ -33,13 +34,15 @@ def run(work: Workspace) -> dict:
     if world is not None:
         splits = WorldSplits(sft=world.sft, preference=world.preference, rl=world.rl, test=world.test)
         with progress(world.sft + world.preference + world.rl + world.test, "world", unit="video") as bar:
-            write_world(
-                work.data_folder,
-                splits,
-                world.seed,
-                WorldConfig(dropout=world.dropout, weak_video=world.weak_video),
-                workers=world.workers or os.cpu_count() or 1,
-                progress=lambda done, total: bar.advance(done - bar.done),
+            ranks.first(
+                lambda: write_world(
+                    work.data_folder,
+                    splits,
+                    world.seed,
+                    WorldConfig(dropout=world.dropout, weak_video=world.weak_video),
+                    workers=world.workers or os.cpu_count() or 1,
+                    progress=lambda done, total: bar.advance(done - bar.done),
+                )
             )
     check_texts(work)
     if work.recipe.method == "ppo" and work.recipe.ppo.feedback == "rules":

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
+from .. import ranks
 from ..data.records import Record, question_of
 from ..errors import RlaifError, StageError
 from ..files import by_batches, chunks, write_json, write_jsonl
@@ -58,7 +59,7 @@ def run(work: Workspace) -> dict:
             count = section.best_of if role == best else None
             rows[role, mode, temperature] = answer_all(work, role, mode, temperature, bar.advance, count)
             work.release_roles()
-    write_examples(work, records[: section.examples])
+    ranks.first(lambda: write_examples(work, records[: section.examples]))
     order = {
         role: sensitivity(work, rows[role, "greedy", 0.0], rows.pop((role, SHUFFLED, 0.0)))
         for role, mode, _ in jobs
@@ -138,7 +139,8 @@ def answer_all(
         return out
 
     folder = work.stage("evaluate") / ("order" if altered else "")  # the report reads what lies in `evaluate` itself
-    folder.mkdir(exist_ok=True)
+    if ranks.is_first():
+        folder.mkdir(exist_ok=True)
     path = folder / f"{role}.{mode}{f'@{temperature:g}' if mode == 'sample' else ''}.jsonl"
     # several times what is in flight, so that slots are refilled
     batches = chunks(work.records("test"), max(1, 4 * section.batch_size // per_prompt))

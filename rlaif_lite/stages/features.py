@@ -9,10 +9,12 @@ Shapes: T frames, G frames after merging in time, P tokens per frame, D width, K
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from .. import ranks
 from ..data.records import Record
 from ..errors import DataError, StageError, VideoError
 from ..files import write_json
@@ -39,6 +41,7 @@ READS = (
     "model.reward_base.revision",
 )
 NEEDS = ("data",)
+TOGETHER = 4  # videos that a rank encodes before they are written
 
 
 def run(work: Workspace) -> dict:
@@ -57,40 +60,29 @@ def fill(work: Workspace, wanted: dict) -> tuple[dict[str, str], dict[str, str]]
     """Put what is missing into the cache and write the base's index -> {video name: key}, {video name: why it
     failed}."""
     section = work.recipe.features
-    plain = {
-        name: (video, {v: view for v, view in views.items() if not parts_of(v)[1]})
-        for name, (video, views) in wanted.items()
-    }
     base = work.base(tower=True)
     base.limit_pixels(section.max_pixels)
     chain = [step.model_dump() for step in section.prune]
     check_chain(base.family, base.model.config.model_type, chain)
     keys, failed = keys_of(base, wanted, chain, section.workers)
-    missing = {name: plain[name] for name in keys if not work.store.has(keys[name])}
+    missing = ranks.first(lambda: [name for name in keys if not work.store.has(keys[name])])
     by_pyav: dict[str, str] = {}
-    tower_works, tower_failed = len(missing) < len(keys), 0
     with progress(len(wanted), "features", unit="video") as bar:
         bar.advance(len(wanted) - len(missing))
-        size = base.images.size.of(section.frames)
-        for name, found in decode_all(missing, section.workers, size, section.max_source_pixels):
-            bar.advance(1)
-            if isinstance(found, VideoError):
-                failed[name] = str(found)
-                continue
-            if found[WHOLE].reason:
-                by_pyav[name] = found[WHOLE].reason
-            try:
-                with phase("tower", sum(len(view.time_T) for view in found.values())):
-                    views = finite(encode(base, found, chain, wanted[name][1], seed=int(keys[name][:8], 16)))
+        own = {name: wanted[name] for name in ranks.deal(missing)}
+        encoded = encode_all(work, base, own, keys, len(missing) < len(keys))
+        rounds = -(-len(missing) // (ranks.count() * TOGETHER))
+        for _ in range(rounds):
+            for name, found in itertools.chain(*ranks.collect(list(itertools.islice(encoded, TOGETHER)))):
+                bar.advance(1)
+                if isinstance(found, str):
+                    failed[name] = found
+                    continue
+                views, reason = found
+                if reason:
+                    by_pyav[name] = reason
                 work.store.put(keys[name], views, {"video": name})
-                tower_works = True
-            except torch.AcceleratorError:  # the GPU's state is lost: it would refuse every later video too
-                raise
-            except RuntimeError as error:
-                tower_failed += 1
-                if not tower_works and tower_failed == 3:  # not these videos' fault
-                    raise
-                failed[name] = f"{name}: the vision tower failed on it ({error})."
+    by_pyav, failed = ranks.first(lambda: (by_pyav, failed))
     if by_pyav:
         name, reason = next(iter(by_pyav.items()))
         say(
@@ -103,6 +95,37 @@ def fill(work: Workspace, wanted: dict) -> tuple[dict[str, str], dict[str, str]]
     return keys, failed
 
 
+def encode_all(
+    work: Workspace, base: Base, wanted: dict, keys: dict[str, str], tower_works: bool
+) -> Iterator[tuple[str, tuple[dict[str, FeatureRecord], str] | str]]:
+    """Each video's name with its views and why PyAV decoded it, if it did; or with the reason why there are none.
+    `tower_works`: on some video it did, so a failure is the video's."""
+    section, tower_failed = work.recipe.features, 0
+    chain = [step.model_dump() for step in section.prune]
+    size = base.images.size.of(section.frames)
+    plain = {
+        name: (video, {v: view for v, view in views.items() if not parts_of(v)[1]})
+        for name, (video, views) in wanted.items()
+    }
+    for name, found in decode_all(plain, section.workers, size, section.max_source_pixels):
+        if isinstance(found, VideoError):
+            yield name, str(found)
+            continue
+        try:
+            with phase("tower", sum(len(view.time_T) for view in found.values())):
+                views = finite(encode(base, found, chain, wanted[name][1], seed=int(keys[name][:8], 16)))
+        except torch.AcceleratorError:  # the GPU's state is lost: it would refuse every later video too
+            raise
+        except RuntimeError as error:
+            tower_failed += 1
+            if not tower_works and tower_failed == 3:  # not these videos' fault
+                raise
+            yield name, f"{name}: the vision tower failed on it ({error})."
+        else:
+            tower_works = True
+            yield name, (views, found[WHOLE].reason)
+
+
 def keys_of(base: Base, wanted: dict, chain: list[dict], workers: int) -> tuple[dict[str, str], dict[str, str]]:
     """{video name: key in the cache}, and why there is none for those whose bytes cannot be read."""
     tower = tower_digest(base)
@@ -110,12 +133,19 @@ def keys_of(base: Base, wanted: dict, chain: list[dict], workers: int) -> tuple[
     digests, failed = {}, {}
     common = {"processor": processor, "tower": tower, "chain": chain, "dtype": str(base.dtype)}
     with progress(len(wanted), "features: reading", unit="video") as bar:
-        for name, found in digest_all({name: video for name, (video, _) in wanted.items()}, workers):
+
+        def digest(names: list[str]) -> list[str | VideoError]:
+            read = {}
+            for name, found in digest_all({name: wanted[name][0] for name in names}, workers):
+                read[name] = found
+                bar.advance(1)
+            return [read[name] for name in names]
+
+        for name, found in zip(wanted, ranks.spread(list(wanted), digest), strict=True):
             if isinstance(found, VideoError):
                 failed[name] = str(found)
             else:
                 digests[name] = found
-            bar.advance(1)
     keys = {
         name: feature_key(video=digests[name], views=views, **common)
         for name, (_, views) in wanted.items()

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import ranks
 from ..data.records import VIDEO_MARK, Message, Record, question_of
 from ..data.splits import hold_out_videos
 from ..data.truth import TRUTH
@@ -25,7 +26,7 @@ from ..files import write_json
 from ..model.answers import Group, lay_out
 from ..model.base import Base
 from ..model.inputs import Sequence, encode_prompt
-from ..model.memory import in_pieces
+from ..model.memory import in_pieces_together
 from ..model.roles import ActiveRole
 from ..model.text import RUNNING, decode_answer, encode_answer, word_tokens
 from ..phases import phase
@@ -131,18 +132,22 @@ def run(work: Workspace) -> dict:
     unknown = [layout.base.unknown_share(ids) for ids in tokens]
 
     def step_loss(active: ActiveRole, step: int, micro: int) -> dict[str, float]:
-        chosen = [train[i] for i in order[step]]
+        own = ranks.deal(order[step], size=lambda i: len(tokens[i]))
+        parts = split_micro([train[i] for i in own], micro)
+        with phase("forward"):
+            read, scores = read_for_centre(layout, active, parts)
+        centre = ranks.totals({"scores": scores})["scores"] / len(order[step])
         totals = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
-        for part in split_micro(chosen, micro):
-            share = len(part) / len(chosen)
+        for part in parts:
+            share = len(part) / len(order[step])
             with phase("forward"):
-                score_B2 = score_pairs(layout, active, part)
-                loss, stats = pairwise_loss(score_B2[:, 0], score_B2[:, 1], section.centering)
+                score_B2 = score_pairs(layout, active, part) if read is None else read
+                loss, stats = pairwise_loss(score_B2[:, 0], score_B2[:, 1], section.centering, centre)
             with phase("backward"):
                 (loss * share).backward()
             for name, value in (("loss", loss), ("accuracy", stats.accuracy), ("margin", stats.margin)):
                 totals[name] += value.item() * share
-        return totals | {"unknown_share": sum(unknown[i] for i in order[step]) / len(chosen)}
+        return totals | {"unknown_share": sum(unknown[i] for i in own) / len(order[step])}
 
     fit(
         work.roles,
@@ -176,6 +181,21 @@ def use_given(work: Workspace, folder: Path) -> dict:
     result |= {"train_pairs": 0, "heldout_pairs": len(pairs), "steps": 0}
     write_json(work.stage("reward") / "heldout.json", result)
     return result
+
+
+def read_for_centre(
+    layout: RewardInput, active: ActiveRole, parts: list[list[tuple[Record, str, str]]]
+) -> tuple[Tensor | None, float]:
+    """(score_B2 of the only micro-batch, differentiable; None where there are several, or nothing is centred; the sum
+    of all scores). The centring term's gradient needs the sign of the whole batch's mean before any backward, so
+    several micro-batches are read once more, without gradients."""
+    if not layout.section.centering or not parts:
+        return None, 0.0
+    if len(parts) == 1:
+        score_B2 = score_pairs(layout, active, parts[0])
+        return score_B2, score_B2.detach().sum().item()
+    with torch.no_grad():
+        return None, sum(score_pairs(layout, active, part).sum().item() for part in parts)
 
 
 def score_pairs(layout: RewardInput, active: ActiveRole, pairs: Seq[tuple[Record, str, str]]) -> Tensor:
@@ -217,7 +237,7 @@ def measure(work: Workspace, layout: RewardInput, held: list[tuple[Record, str, 
             score_B2 = score_pairs(layout, active, part)
             return (score_B2[:, 0] - score_B2[:, 1]).tolist()
 
-        gaps = in_pieces(held, layout.section.micro_batch or layout.section.batch_size, read)
+        gaps = in_pieces_together(held, layout.section.micro_batch or layout.section.batch_size, read)
     result = {"heldout_accuracy": sum(gap > 0 for gap in gaps) / len(gaps), "calibration": calibration(gaps)}
     decided = [(gap, true) for gap, pair in zip(gaps, held, strict=True) if (true := work.truth.gap(*pair))]
     if decided:

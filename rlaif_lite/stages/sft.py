@@ -26,6 +26,7 @@ import torch
 
 from rlaif_kernels import linear_logprob
 
+from .. import ranks
 from ..data.records import Record
 from ..errors import DataError
 from ..model.base import Base
@@ -98,15 +99,18 @@ def train(
     def step_loss(active: ActiveRole, step: int, micro: int) -> dict[str, float]:
         chosen = [records[i] for i in fresh[step]] + [replay[i] for i in again[step]]
         rows = [
-            e for r in chosen for e in examples(base, r, work.features(r), recipe.sft.loss_per, recipe.sft.train_on)
+            e
+            for r in ranks.deal(chosen, size=lambda r: sum(len(message.content) for message in r.messages))
+            for e in examples(base, r, work.features(r), recipe.sft.loss_per, recipe.sft.train_on)
         ]
         rows.sort(key=lambda e: len(e.row.ids_S))  # little padding in each micro-batch
-        total = sum(e.weight * scored(e.targets_S) for e in rows)
+        targets = [t for e in rows for t in e.targets_S if t != IGNORE]
+        weight = sum(e.weight * scored(e.targets_S) for e in rows)
+        whole = ranks.totals({"weight": weight, "targets": len(targets)})  # of the batch, all ranks' rows
         loss = 0.0
         for part in split_micro(rows, micro):
-            loss += backward(active, part, total)
-        targets = [t for e in rows for t in e.targets_S if t != IGNORE]
-        return {"loss": loss, "unknown_share": base.unknown_share(targets)}
+            loss += backward(active, part, whole["weight"])
+        return {"loss": loss, "unknown_share": base.unknown_share(targets) * len(targets) / whole["targets"]}
 
     fit(
         work.roles,

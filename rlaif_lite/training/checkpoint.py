@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .. import ranks
 from ..errors import StageError
 from ..files import atomic
 
@@ -43,8 +44,13 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], optimizers: dict[s
     """Replaces the checkpoint in `folder` (made if missing) by this one.
 
     `state`: schedules, controllers, positions, ... nested dicts, lists and tuples of numbers, strings and tensors.
-    Raises TypeError, before anything is touched, when it or an optimizer holds anything else.
+    Raises TypeError, before anything is touched, when it or an optimizer holds anything else. All ranks call this; rank
+    0 writes its own.
     """
+    ranks.first(lambda: _save(folder, step, tensors, optimizers, state))
+
+
+def _save(folder: Path, step: int, tensors: dict[str, Tensor], optimizers: dict[str, Optimizer], state: dict) -> None:
     flat = {f"tensor/{name}": tensor for name, tensor in tensors.items()}
     described: dict[str, Any] = {"step": step, "state": _pack(state, "state", flat), "optimizers": {}}
     for name, optimizer in optimizers.items():
@@ -63,7 +69,7 @@ def load(folder: Path) -> Checkpoint | None:
     Raises StageError when it is damaged.
     """
     path = Path(folder) / FILE
-    if not path.exists():
+    if not ranks.first(path.exists):
         return None
     try:
         with safe_open(path, "pt") as file:

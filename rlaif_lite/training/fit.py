@@ -6,13 +6,15 @@ A step that runs out of memory, optimiser included, is undone and done again in 
 No update is made with a gradient that is not finite.
 """
 
+import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
+from .. import ranks
 from ..errors import StageError
 from ..model.roles import ActiveRole, Roles, refuse_non_finite
 from ..phases import phase
@@ -44,7 +46,8 @@ def fit(
 ) -> None:
     """Train `role` for `steps` updates. `step_loss(active, step, micro)` runs the forward and backward of one whole
     batch, `micro` records at a time, leaves the gradients on the parameters, and returns what is to be logged; `label`
-    names the phase in the log and in the seeds.
+    names the phase in the log and in the seeds. Of several ranks each does its share of the batch (`ranks.deal`):
+    gradients and what is to be logged are parts that add up.
 
     The checkpoint in `folder` is gone on with if there is one, and is left there when the last step is done."""
     roles.trainable(role)
@@ -62,7 +65,8 @@ def fit(
     def attempt(micro: int) -> dict[str, float]:
         torch.manual_seed(derive_seed(seed, label, step))
         with roles.use(role) as active:
-            stats = step_loss(active, step, micro)
+            stats = ranks.totals(step_loss(active, step, micro))
+        ranks.sum_gradients(parameters)
         return stats | {
             "grad_norm": clip_and_step(parameters, optimizer, section.max_grad_norm, f"{label}, step {step}")
         }
@@ -110,6 +114,7 @@ def keep(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Pat
     """Checkpoint the adapters and heads of the roles that `optimizers` train, and the optimisers themselves.
 
     Raises StageError, and keeps the last checkpoint, where anything is not finite."""
+    ranks.same(f"the adapter of {', '.join(optimizers)}", digest_of(roles, optimizers), f"after step {step - 1}")
     tensors = {f"{role}/{i}": parameter.data for role in optimizers for i, parameter in enumerate(of(roles, role))}
     moments = {
         f"optimiser of {role}: {name} {index}": value
@@ -119,6 +124,16 @@ def keep(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Pat
     }
     refuse_non_finite(tensors | moments, f"the checkpoint after step {step - 1}")
     save(folder, step, tensors, optimizers, state)
+
+
+def digest_of(roles: Roles, names: Iterable[str]) -> str:
+    """Of the trained parameters of some roles; "" in one process, where there is nothing to compare it with."""
+    if ranks.count() == 1:
+        return ""
+    digest = hashlib.sha256()
+    for parameter in (parameter for role in names for parameter in of(roles, role)):
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def restore(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Path) -> tuple[int, dict]:

@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from .. import ranks
 from ..errors import StageError
 from ..files import whole_lines, write_text
 from .health import Watch
@@ -69,7 +70,8 @@ def lr_at(step: int, total: int, base_lr: float, schedule: Schedule, warmup_rati
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON line per (stage, step), full precision, fsynced line by line.
+    """`metrics.jsonl`: one JSON line per (stage, step), full precision, fsynced line by line. All ranks log the same;
+    rank 0 writes.
 
     Wall-clock quantities are under the key `time`, apart from the rest, which a repeated run reproduces exactly.
     Log a step BEFORE saving the checkpoint that follows it; then `resume` loses nothing and doubles nothing.
@@ -88,7 +90,7 @@ class MetricsLog:
 
         `digest`: what `digest_of` gave at the checkpoint. Raises StageError where the lines before `step` are
         others."""
-        lines = self._lines()
+        exists, lines = ranks.first(lambda: (self.path.exists(), self._lines()))
         kept = [line for line in lines if not (_stage(line) == stage and json.loads(line)["step"] >= step)]
         own = hashlib.sha256("".join(line for line in kept if _stage(line) == stage).encode())
         if digest is not None and own.hexdigest() != digest:
@@ -102,7 +104,7 @@ class MetricsLog:
         if self._trackers is not None:
             steps = [json.loads(line)["step"] for line in lines if _stage(line) == stage]
             self._trackers.resume(stage, step, max(steps, default=-1))
-        if self.path.exists():
+        if exists:
             self._replace(kept)
 
     def drop(self, stage: str) -> None:
@@ -139,12 +141,13 @@ class MetricsLog:
         line = {"stage": stage, "step": step, **{name: _plain(value) for name, value in values.items()}}
         if time is not None:
             line["time"] = {name: float(value) for name, value in time.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(line) + "\n"
-        with open(self.path, "ab") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        if ranks.is_first():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab") as file:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
         if stage in self._written:
             self._written[stage].update(text.encode())
         if self._trackers is not None:

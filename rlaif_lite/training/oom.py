@@ -1,8 +1,8 @@
 """Memory that runs out inside a step: it is done again with half as many records per forward, and the run goes on.
 
-Twice as many micro-batches then make up the same batch, so the update is the same but for rounding (the reward's
-centring term excepted, which centres each micro-batch: it is the same where their means have one sign). The smaller
-size stays, and is kept in the checkpoint. On a GPU the state of the allocator is left as JSON, not as torch's pickle.
+Twice as many micro-batches then make up the same batch, so the update is the same but for rounding. The smaller size
+stays, and is kept in the checkpoint. Of several ranks all do the step again, whichever ran out. On a GPU the state of
+the allocator is left as JSON, not as torch's pickle.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from .. import ranks
 from ..errors import StageError
 from ..files import write_text
 from ..model.memory import halving, out_of_memory
@@ -38,9 +39,16 @@ class Backoff:
         def guarded(micro: int) -> T:
             nonlocal left
             try:
-                return attempt(micro)
+                found = attempt(micro)
+                ranks.went_well()
+                return found
+            except ranks.PeerOutOfMemory:
+                if micro == 1:
+                    raise ranks.PeerGone("A single record per forward does not fit on another rank.") from None
+                raise
             except (RuntimeError, MemoryError) as error:
                 if out_of_memory(error):
+                    ranks.ran_out()
                     left = snapshot(self.folder / f"oom_{self.label}_{step}.json")
                     if micro == 1:
                         raise StageError(
@@ -60,10 +68,12 @@ class Backoff:
 
 
 def snapshot(path: Path) -> str:
-    """Leave the allocator's blocks and counters in `path` and say where; on a CPU there is nothing to leave."""
-    if not torch.cuda.is_available():
+    """Leave the allocator's blocks and counters in `path` and say where; on a CPU there is nothing to leave, and ranks
+    other than 0 write nothing."""
+    if not torch.cuda.is_available() or not ranks.is_first():
         return ""
-    write_text(path, json.dumps({"stats": torch.cuda.memory_stats(), "segments": torch.cuda.memory_snapshot()}))
+    with ranks.alone():
+        write_text(path, json.dumps({"stats": torch.cuda.memory_stats(), "segments": torch.cuda.memory_snapshot()}))
     return f" The allocator's state is in {path}."
 
 

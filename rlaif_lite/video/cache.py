@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .. import ranks
 from ..files import atomic, clean, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -64,11 +65,12 @@ class FeatureStore:
 
     def __init__(self, folder: str | os.PathLike, *, memory_bytes: int = HELD_BYTES):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.memory_bytes = memory_bytes
         self._held: OrderedDict[str, tuple[dict[str, FeatureRecord], int]] = OrderedDict()
         self._held_bytes = 0
-        clean(self.folder, older_than=3600)  # younger ones may be a neighbour's
+        if ranks.is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            clean(self.folder, older_than=3600)  # younger ones may be a neighbour's
 
     def path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
@@ -132,7 +134,8 @@ class FeatureStore:
 
     def _damaged(self, key: str, why: str) -> None:
         log.warning("%s is damaged (%s); it counts as absent and is removed.", self.path(key), why)
-        self.path(key).unlink(missing_ok=True)
+        if ranks.is_first():
+            self.path(key).unlink(missing_ok=True)
 
     def _hold(self, key: str, views: dict[str, FeatureRecord]) -> None:
         size = sum(tensor.nbytes for view in views.values() for tensor in view.tensors().values())

@@ -14,6 +14,7 @@ import torch
 from ...data.records import Record
 from ...errors import DataError
 from ...files import by_batches, chunks
+from ...model.answers import Group
 from ...model.inputs import Sequence, encode_prompt
 from ...model.memory import in_pieces
 from ...model.text import encode_answer
@@ -73,9 +74,12 @@ def prefers_own_video(work: Workspace, role: str, records: list[Record], others:
     @torch.no_grad()
     def read(batch: list[tuple[Record, OtherVideo]]) -> list[float]:
         def gaps(part: list[tuple[Record, OtherVideo]]) -> list[float]:
-            prompts = [prompt for record, other in part for prompt in altered_prompts(work, record, other)]
-            answers = [ids for record, _ in part for ids in [answer_ids(work, record)] * 2]
-            logp_B2 = answer_logps(active, prompts, answers).view(-1, 2)
+            groups = [
+                Group(prompt, (answer_ids(work, record),))
+                for record, other in part
+                for prompt in altered_prompts(work, record, other)
+            ]
+            logp_B2 = answer_logps(active, groups).view(-1, 2)
             return (logp_B2[:, 0] - logp_B2[:, 1]).tolist()
 
         with work.roles.use(role) as active:

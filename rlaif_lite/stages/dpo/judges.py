@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from ... import ranks
 from ...data.records import Message, Record, question_of
 from ...data.world import divided_answer
 from ...files import by_batches, chunks, read_json, write_json
@@ -122,7 +123,7 @@ def prepare_divider(work: Workspace) -> None:
     """Train the adapter `divider` on answers that the synthetic world divides, where the recipe asks for it."""
     divide_section, seed = work.recipe.dpo.divide, work.recipe.seed
     section = None if divide_section is None else divide_section.train
-    if section is None or work.adapter(DIVIDER).exists():
+    if section is None or ranks.first(work.adapter(DIVIDER).exists):
         return
     base, roles = work.base(), work.roles
 
@@ -130,7 +131,8 @@ def prepare_divider(work: Workspace) -> None:
         rng = random.Random(work.seed("dpo.divide", step))
         records = [lesson(divide_section, rng) for _ in range(section.batch_size)]
         examples = sorted((example(base, r, None, "record") for r in records), key=lambda e: len(e.row.ids_S))
-        return {"loss": sum(backward(active, part, len(examples)) for part in split_micro(examples, micro))}
+        own = ranks.deal(examples)  # in the order of their lengths
+        return {"loss": sum(backward(active, part, len(examples)) for part in split_micro(own, micro))}
 
     roles.add(DIVIDER, seed=work.seed("dpo.divide", "init"))
     fit(
@@ -172,7 +174,7 @@ def describe_videos(
     -> ({video: description}, what to say of them). `descriptions.json` holds them, and the last ones of other videos.
     """
     section = work.recipe.dpo.describe
-    read = read_json(last) if last.exists() else dict(work.narratives())
+    read = ranks.first(lambda: read_json(last) if last.exists() else dict(work.narratives()))
     shown = {work.name_of(r): r for r in records if r.video is not None}
     clips = [f"clip{i}" for i in range(work.recipe.features.clips)]
 

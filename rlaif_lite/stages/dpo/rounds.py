@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import torch
 
+from ... import ranks
 from ...data.records import Record
 from ...data.sentences import split_claims
 from ...data.splits import hold_out_videos
@@ -89,7 +90,7 @@ def run(work: Workspace) -> dict:
     policy, table = work.adapter(START), []
     for number in range(section.rounds + 1):
         folder = round_folder(work, number)
-        if not (folder / "round.json").exists():
+        if not ranks.first((folder / "round.json").exists):
             row = {"round": number}
             if number > 0:
                 learnt = one_round(work, number, policy, [records[i] for i in dict.fromkeys(prompts[number - 1])])
@@ -98,7 +99,7 @@ def run(work: Workspace) -> dict:
                 row |= learnt
             row |= look(work, number, folder / "policy" if number else policy, held)
             write_json(folder / "round.json", row)
-        table.append(read_json(folder / "round.json"))
+        table.append(ranks.first(lambda folder=folder: read_json(folder / "round.json")))
         policy = folder / "policy" if number else policy
     start, *trained = table
     best = max(trained, key=lambda row: row["heldout_score"]) if section.select == "best" else trained[-1]
@@ -194,7 +195,8 @@ def split_by_video(work: Workspace) -> tuple[list[Record], list[Record]]:
 def round_folder(work: Workspace, number: int) -> Path:
     """The folder of a round, made where it is not there."""
     folder = work.stage("dpo") / f"round{number}"
-    folder.mkdir(exist_ok=True)
+    if ranks.is_first():
+        folder.mkdir(exist_ok=True)
     return folder
 
 
@@ -335,16 +337,17 @@ def train(
     order = batches(len(pairs), section.batch_size, steps, work.recipe.seed, label)
 
     def step_loss(active: ActiveRole, step: int, micro: int) -> dict[str, float]:
-        batch = sorted(order[step], key=lambda i: len(pairs[i].chosen_ids) + len(pairs[i].rejected_ids))
+        batch, length = order[step], lambda i: len(pairs[i].chosen_ids) + len(pairs[i].rejected_ids)
+        own = sorted(ranks.deal(batch, length), key=length)
         totals = dict.fromkeys(("loss", *DpoStats._fields), 0.0)
-        for part in split_micro(batch, micro):
+        for part in split_micro(own, micro):
             loss, stats = backward(work, active, [pairs[i] for i in part], [reference[i] for i in part], len(batch))
             for name, value in (("loss", loss), *stats._asdict().items()):
                 totals[name] += value.item() * len(part) / len(batch)
-        said = [id for i in batch for id in (*pairs[i].chosen_ids, *pairs[i].rejected_ids)]
-        return totals | {"unknown_share": work.base().unknown_share(said)}
+        said = [id for i in own for id in (*pairs[i].chosen_ids, *pairs[i].rejected_ids)]
+        return totals | {"unknown_share": work.base().unknown_share(said) * len(said) / sum(map(length, batch))}
 
-    if not folder.exists():
+    if not ranks.first(folder.exists):
         with role_from(work, "policy", before):
             fit(
                 roles,
@@ -359,7 +362,7 @@ def train(
                 checkpoint_every=CHECKPOINT_EVERY,
             )
             roles.save("policy", folder)
-    lines = [line for line in read_jsonl(work.log.path) if line["stage"] == label]
+    lines = ranks.first(lambda: [line for line in read_jsonl(work.log.path) if line["stage"] == label])
     late = lines[-math.ceil(len(lines) / 4) :]
     names = ("loss", "accuracy", "margin", "chosen")
     return {"steps": steps} | {name: sum(line[name] for line in late) / len(late) for name in names}

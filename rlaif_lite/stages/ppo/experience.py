@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlaif_kernels import LinearLogprob, linear_logprob
 
+from ... import ranks
 from ...data.records import Record
 from ...files import chunks
 from ...model.answers import AnswerRows, Group, lay_out
@@ -59,8 +60,8 @@ def cut(
     step: int,
     size: int,
 ) -> list[list[Micro]]:
-    """Shuffle the step's answers into minibatches, each a list of micro-batches of `size` answers. The answers to one
-    prompt stay together, up to `ppo.group_size` of them. `critic_prompt` is what the value role reads before an
+    """Shuffle the step's answers into minibatches; of each, this rank's answers in micro-batches of `size`. The answers
+    to one prompt stay together, up to `ppo.group_size` of them. `critic_prompt` is what the value role reads before an
     answer."""
     base, section = work.base(), work.recipe.ppo
     generator = torch.Generator().manual_seed(derive_seed(work.recipe.seed, "ppo", "minibatches", step))
@@ -76,9 +77,16 @@ def cut(
         rows = (lay_out(base, list(map(Group, each, ids))) for each in (prompts, map(critic_prompt, read)))
         return Micro(torch.tensor(index, device=base.device), *rows)
 
+    def cost(group: list[int]) -> int:
+        return sum(len(answers[i].ids) for i in group)
+
     by_length = lambda i: (group_of[i] if section.group_size > 1 else 0, len(answers[i].ids))
-    minibatches = chunks(order, section.minibatch)
-    return [[micro(sorted(part, key=by_length)) for part in split_micro(m, size)] for m in minibatches]
+    minibatches = []
+    for whole in chunks(order, section.minibatch):
+        together = [list(group) for _, group in groupby(whole, group_of.__getitem__)]
+        own = [i for group in ranks.deal(together, cost) for i in group]
+        minibatches.append([micro(sorted(part, key=by_length)) for part in split_micro(own, size)])
+    return minibatches
 
 
 def by_record(records: Seq[Record], most: int) -> list[list[int]]:

@@ -17,13 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ... import ranks
 from ...data.records import Record
 from ...files import read_json
 from ...model.answers import Group
 from ...model.inputs import Sequence, encode_prompt
-from ...model.memory import in_pieces
+from ...model.memory import in_pieces_together
 from ...phases import phase
-from ...rollout import Sampling, Trajectory, sample
+from ...rollout import Sampling, Trajectory, sample_together
 from ...workspace import Workspace
 from ..reward import RewardInput, check_floor, reward_prompt
 from .experience import Micro, spread
@@ -75,7 +76,8 @@ class Feedback:
         return Taken(records, answers, own, [0.0] * len(answers), rewards, {})
 
     def score(self, taken: Taken, minibatches: list[list[Micro]], logp_BT: Tensor, mask_BT: Tensor) -> Scored:
-        """`logp_BT`: of the sampling policy, 0 at pads, as `mask_BT` has them."""
+        """`minibatches`: this rank's share of the answers; what is said is of all of them. `logp_BT`: of the sampling
+        policy, 0 at pads, as `mask_BT` has them."""
         return Scored(torch.tensor(taken.scores, device=mask_BT.device), spread(taken.rewards, mask_BT))
 
 
@@ -113,7 +115,7 @@ class RewardModelFeedback(Feedback):
             with phase("score reward", micro.policy.batch.ids_BS.numel()):
                 read_b = self.read([taken.records[i] for i in rows], [taken.answers[i] for i in rows])
             score_B[micro.index_b] = (read_b - self.mean) / self.std
-        return Scored(score_B, spread(taken.rewards, mask_BT))
+        return Scored(ranks.total(score_B), spread(taken.rewards, mask_BT))
 
     def read(self, records: list[Record], answers: list[Trajectory]) -> Tensor:
         """score_b of a micro-batch, as the reward role gives it. Neighbouring answers to one record are one group."""
@@ -130,15 +132,16 @@ class RewardModelFeedback(Feedback):
         """(mean, standard deviation) of the reward model on the reference's own answers to RL prompts."""
         work, section, base = self.work, self.work.recipe.ppo, self.work.base()
         records = work.records("rl")[:256]
-        prompts = [encode_prompt(base, r.prompt, work.features(r)) for r in records]
+        sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
         seeds = [work.seed("ppo", "scale", i) for i in range(len(records))]
         with work.roles.use("reference") as reference:
-            sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
-            answers = sample(reference, prompts, sampling, seeds=seeds, batch_size=section.slots or section.rollouts)
+            slots = section.slots or section.rollouts
+            prompt_of = lambda i: encode_prompt(base, records[i].prompt, work.features(records[i]))
+            answers = sample_together(reference, len(records), prompt_of, sampling, seeds=seeds, batch_size=slots)
         size = section.micro_batch or section.minibatch
 
         def read(part: Seq[tuple[Record, Trajectory]]) -> list[float]:
             return self.read([record for record, _ in part], [answer for _, answer in part]).tolist()
 
-        score_N = torch.tensor(in_pieces(list(zip(records, answers, strict=True)), size, read))
+        score_N = torch.tensor(in_pieces_together(list(zip(records, answers, strict=True)), size, read))
         return score_N.mean().item(), max(score_N.std(correction=0).item(), 1e-6) if len(score_N) > 1 else 1.0

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ... import ranks
 from ...data.records import Record
 from ...errors import StageError
 from ...files import read_jsonl, write_json
@@ -88,7 +89,7 @@ def step_metrics(
 def summary(work: Workspace, beside: Workspace) -> dict:
     """The summary's `ppo` block, from the log and the roles on the base; `beside` is the run on the base of the judging
     role."""
-    lines = [line for line in read_jsonl(work.log.path) if line["stage"] == "ppo"]
+    lines = ranks.first(lambda: [line for line in read_jsonl(work.log.path) if line["stage"] == "ppo"])
     first, last = lines[0], lines[-1]
     out = {
         "steps": len(lines),

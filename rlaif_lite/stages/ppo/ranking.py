@@ -19,6 +19,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from ... import ranks
 from ...data.records import Record, question_of
 from ...files import chunks
 from ...judge.claims import judge_claims, refuse_silent_judge
@@ -55,7 +56,7 @@ class RankingFeedback(Feedback):
         section = self.work.recipe.preference
         items = [item_of(self.work, r, text, self.contexts) for r, text in zip(records, texts, strict=True)]
         with self.work.roles.use("sft") as judge:
-            verdicts = judge_claims(judge, items, section.claims, section.batch_size)
+            verdicts = ranks.spread(items, lambda own: judge_claims(judge, own, section.claims, section.batch_size))
         silent = refuse_silent_judge([verdict.has_mass for verdict in verdicts], "ppo: ranking")
         self.without_mass = silent / len(verdicts)
         return [verdict.score for verdict in verdicts]
@@ -70,7 +71,7 @@ class RankingFeedback(Feedback):
             for r in (records[i],)
         ]
         with work.roles.use("sft") as judge:
-            choices = judge_pairs(judge, pairs, section.pairwise, section.batch_size)
+            choices = ranks.spread(pairs, lambda own: judge_pairs(judge, own, section.pairwise, section.batch_size))
         silent = refuse_silent_judge([choice.has_mass for choice in choices], "ppo: ranking")
         self.without_mass = silent / len(choices)
         totals = [0.0] * len(texts)

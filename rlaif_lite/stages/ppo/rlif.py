@@ -22,18 +22,19 @@ Departures from RLIF: on-policy PPO instead of off-policy actor-critic with prio
 reference critic's values; a takeover lasts one claim instead of a fixed number of steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from math import inf
 from typing import NamedTuple
 
+from ... import ranks
 from ...data.records import Record, question_of
 from ...judge.claims import MIN_MASS
 from ...judge.rlif import Claim, omissions, read_claims, sampled_answer
-from ...model.inputs import encode_prompt
+from ...model.inputs import Sequence, encode_prompt
 from ...model.text import decode_answer
 from ...phases import phase
 from ...rl.rlif import end_reward, takeovers, token_rewards
-from ...rollout import Sampling, Trajectory, sample
+from ...rollout import Sampling, Trajectory, sample_together
 from ...rollout.sampling import uniforms
 from ...workspace import Workspace
 from .feedback import Feedback, Taken
@@ -112,7 +113,7 @@ class InterventionFeedback(Feedback):
                 sampled_answer(work.base(), work.features(record), question_of(record), draft.said.ids, context)
             )
         with work.roles.use("sft") as role, phase("judge claims", sum(len(s.said.ids) for s in drafts)):
-            return read_claims(role, items, judge.claims, judge.batch_size)
+            return ranks.spread(items, lambda own: read_claims(role, own, judge.claims, judge.batch_size))
 
     def without_mass(self, drafts: list[Draft], judged: list[JudgedDraft]) -> float:
         """The share of the answers that say something in which the judge says neither of its words."""
@@ -129,7 +130,12 @@ class InterventionFeedback(Feedback):
         answers = [decode_answer(work.base(), draft.said.ids) for draft in drafts]
         narratives = [self.narrative(records[draft.answer]) for draft in drafts]
         with work.roles.use("sft") as role, phase("judge omissions"):
-            return omissions(role, answers, narratives, judge.claims, self.section.checklist, judge.batch_size)
+
+            def left_out(own: list[tuple[str, str | None]]) -> list[float]:
+                said, told = zip(*own, strict=True)
+                return omissions(role, said, told, judge.claims, self.section.checklist, judge.batch_size)
+
+            return ranks.spread(list(zip(answers, narratives, strict=True)), left_out)
 
     def narrative(self, record: Record) -> str | None:
         known = record.video is not None and "rl" in self.work.recipe.narrated
@@ -137,7 +143,7 @@ class InterventionFeedback(Feedback):
 
     # ---- what follows from it
 
-    def row(self, draft: Draft, ends: Sequence[int], omitted: float | None) -> tuple[Draft, list[float]]:
+    def row(self, draft: Draft, ends: Seq[int], omitted: float | None) -> tuple[Draft, list[float]]:
         """A draft and the rewards on its tokens: for the claims that end at `ends`, and at the answer's end, which
         this is where `omitted` is given."""
         length = len(draft.said.ids)
@@ -201,15 +207,18 @@ class InterventionFeedback(Feedback):
             return []
         work, section = self.work, self.work.recipe.ppo
         room = [min(most, section.max_new_tokens - len(s.said.ids)) for s in kept]
-        prompts = [
-            encode_prompt(work.base(), records[s.answer].prompt, work.features(records[s.answer])).extend(s.said.ids)
-            for s in kept
-        ]
+
+        def prompt_of(i: int) -> Sequence:
+            record, said = records[kept[i].answer], kept[i].said
+            return encode_prompt(work.base(), record.prompt, work.features(record)).extend(said.ids)
+
         seeds = [work.seed("ppo", stream, step, s.answer, turn, j) for s in kept for j in range(count)]
         sampling = Sampling(max(room), section.temperature, section.top_p, section.top_k)
         with work.roles.use(role) as active:
             slots = section.slots or section.rollouts
-            found = sample(active, prompts, sampling, seeds=seeds, per_prompt=count, batch_size=slots)
+            found = sample_together(
+                active, len(kept), prompt_of, sampling, seeds=seeds, per_prompt=count, batch_size=slots
+            )
         out = []
         for more in found:
             before, new = kept[more.prompt], first(more, room[more.prompt])

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from ... import ranks
 from ...data.records import Record
 from ...data.truth import load_function
 from ...errors import DataError, StageError
@@ -20,7 +21,7 @@ from ...progress import say
 from ...recipe import Rule, Rules
 from ...rl.advantages import needs_order
 from ...rl.rules import CHECKS, FORMAT, said_in
-from ...rollout import Sampling, Trajectory, sample
+from ...rollout import Sampling, Trajectory, sample_together
 from ...workspace import Workspace
 from .feedback import Feedback, Taken
 
@@ -128,11 +129,16 @@ class RuleFeedback(Feedback):
         self.reward = RuleReward(work.recipe.ppo.rules)
 
     def take(self, records: list[Record], answers: list[Trajectory], step: int) -> Taken:
-        values = []
-        for record, answer in zip(records, answers, strict=True):
-            video = self.work.features(record)
-            text = decode_answer(self.work.base(), answer.ids)
-            values.append(self.reward.values(record, text, answer.ids, None if video is None else video.duration))
+
+        def ask(own: list[tuple[Record, Trajectory]]) -> list[list[Value]]:
+            found = []
+            for record, answer in own:
+                video = self.work.features(record)
+                text = decode_answer(self.work.base(), answer.ids)
+                found.append(self.reward.values(record, text, answer.ids, None if video is None else video.duration))
+            return found
+
+        values = ranks.spread(list(zip(records, answers, strict=True)), ask)
         scores = [sum(each.rule.weight * each.value for each in found) for found in values]
         metrics = metrics_of(values)
         if self.work.recipe.ppo.order_bonus:
@@ -147,12 +153,14 @@ class RuleFeedback(Feedback):
         its frames shuffled; nothing is learnt from those."""
         work, section = self.work, self.work.recipe.ppo
         asked, per_prompt = records[:: section.group_size], max(1, section.group_size // 2)
-        prompts = [encode_prompt(work.base(), r.prompt, work.features(r, "shuffled")) for r in asked]
+        prompt_of = lambda i: encode_prompt(work.base(), asked[i].prompt, work.features(asked[i], "shuffled"))
         sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
         seeds = [work.seed("ppo", "shuffled", step, i) for i in range(len(asked) * per_prompt)]
         with work.roles.use("policy") as policy, phase("shuffled answers"):
             slots = section.slots or section.rollouts
-            shuffled = sample(policy, prompts, sampling, seeds=seeds, per_prompt=per_prompt, batch_size=slots)
+            shuffled = sample_together(
+                policy, len(asked), prompt_of, sampling, seeds=seeds, per_prompt=per_prompt, batch_size=slots
+            )
         ordered_B, shuffled_J = (
             torch.tensor([self.accuracy(r, a) for r, a in zip(of, said, strict=True)])
             for of, said in ((records, answers), ([asked[a.prompt] for a in shuffled], shuffled))

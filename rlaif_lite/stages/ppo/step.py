@@ -24,14 +24,16 @@ tokens, D width.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlaif_kernels import gae
 
+from ... import ranks
 from ...data.records import Record
 from ...data.truth import TRUTH
 from ...model.base import Base
@@ -45,7 +47,7 @@ from ...recipe import Ppo, Recipe
 from ...rl.advantages import TaskDeviation, group_relative, rloo, whiten
 from ...rl.losses import PolicyStats, merge_stats, policy_loss, token_weights, value_loss, weighted_sum
 from ...rl.shaping import AdaptiveKL, FixedKL, kl_penalty, sequence_score, shaped_reward, symbolic_bonus
-from ...rollout import Sampling, Trajectory, sample
+from ...rollout import Sampling, Trajectory, sample_together
 from ...training.fit import clip_and_step, keep, restore
 from ...training.health import FLAT
 from ...training.loop import batches, derive_seed
@@ -82,6 +84,15 @@ FEEDBACK = {
     "ranking": RankingFeedback,
     "rules": RuleFeedback,
 }
+
+
+class Update(NamedTuple):
+    """What one rank saw of one update."""
+
+    parts: list[tuple[dict[str, Tensor], PolicyStats]]  # of its micro-batches: the loss's terms, statistics
+    losses: list[tuple[Tensor, Tensor]]  # of the critic: loss and clip fraction
+    weight: Tensor  # of all tokens of the minibatch
+    grad_norm: Tensor
 
 
 def run(work: Workspace) -> dict:
@@ -207,13 +218,16 @@ def rollout(work: Workspace, records: list[Record], step: int, turn: int = 0) ->
     """1. One answer per record from the policy; answers to the same prompt stand next to each other. A later `turn` of
     a step has random numbers of its own."""
     section, base = work.recipe.ppo, work.base()
-    prompts = [encode_prompt(base, r.prompt, work.features(r)) for r in records[:: section.group_size]]
+    asked = records[:: section.group_size]
     sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
     stream = ("ppo", step) if turn == 0 else ("ppo", "resample", step, turn)
     seeds = [work.seed(*stream, i) for i in range(len(records))]
     with work.roles.use("policy") as policy:
         slots = section.slots or section.rollouts
-        return sample(policy, prompts, sampling, seeds=seeds, per_prompt=section.group_size, batch_size=slots)
+        prompt_of = lambda i: encode_prompt(base, asked[i].prompt, work.features(asked[i]))
+        return sample_together(
+            policy, len(asked), prompt_of, sampling, seeds=seeds, per_prompt=section.group_size, batch_size=slots
+        )
 
 
 @torch.no_grad()
@@ -226,14 +240,16 @@ def score(
     kl_coef: float,
     deviation_of: Callable[[Tensor], Tensor] | None = None,
 ) -> Experience:
-    """2. and 3. All roles read the answers; then KL, rewards and advantages. `deviation_of`: total rewards (B,) -> the
-    running deviation of each answer's task (B,)."""
+    """2. and 3. All roles read the answers; then KL, rewards and advantages. Of several ranks each reads its share.
+    From there on all have all numbers, so that moments, KL and advantages are the same everywhere. `deviation_of`:
+    total rewards (B,) -> the running deviation of each answer's task (B,)."""
     base, critic = roles.base, section.value == "adapter"
     exact, in_loss = section.kl_estimator == "exact", section.kl_in == "loss"
     length_B = torch.tensor([len(a.ids) for a in taken.answers], device=base.device)
     mask_BT = torch.arange(int(length_B.max()), device=base.device)[None] < length_B[:, None]
     own_BT = spread(taken.own, mask_BT).bool()
-    logp_BT, entropy_BT, ref_logp_BT, kl_BT, value_BT = torch.zeros(5, *mask_BT.shape, device=base.device)
+    found_5BT = torch.zeros(5, *mask_BT.shape, device=base.device)
+    logp_BT, entropy_BT, ref_logp_BT, kl_BT, value_BT = found_5BT
     for micro in (m for minibatch in minibatches for m in minibatch):
         rows, tokens = micro.index_b, micro.policy.batch.ids_BS.numel()
         with roles.use("reference") as reference, phase("score reference", tokens):
@@ -254,6 +270,7 @@ def score(
         if critic:
             with roles.use("value") as value, phase("score value", micro.value.batch.ids_BS.numel()):
                 place(value_BT, rows, mask_BT, token_value(value, micro))
+    ranks.total(found_5BT)  # each answer was read by one rank
     said = feedback.score(taken, minibatches, logp_BT, mask_BT)
     score_B = with_penalties(base, section, taken, said.score_B)
     with phase("advantages", mask_BT.numel()):
@@ -348,38 +365,55 @@ def update(
     kl_coef: float,
 ) -> list[dict[str, Tensor]]:
     """4. Every epoch goes over all minibatches in a new order; one optimiser step of each trained role per
-    minibatch."""
+    minibatch. Weights and denominators are the whole minibatch's, so the ranks' gradients and terms add up."""
     section, e = recipe.ppo, experience
     generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "ppo", "epochs", step))
-    history, learns = [], bool(e.learn_BT.any())
+    rows_of = whole_minibatches(minibatches, e.mask_BT.device)
+    updates, learns = [], bool(e.learn_BT.any())
     for _ in range(section.epochs):
         for m in torch.randperm(len(minibatches), generator=generator).tolist():
-            minibatch = minibatches[m]
-            rows = torch.cat([micro.index_b for micro in minibatch])
+            rows, micros = rows_of[m], minibatches[m]
             weight_mT = token_weights(e.learn_BT[rows], section.loss_mean, section.max_new_tokens)
-            weights = weight_mT.split([len(micro.index_b) for micro in minibatch])
+            weight_BT = torch.zeros(e.mask_BT.shape, device=weight_mT.device).index_copy(0, rows, weight_mT)
             parts = []
-            for micro, weight_bT in zip(minibatch, weights, strict=True):
+            for micro in micros:
                 ref_hidden_ND = reference_hidden(roles, section, micro)
                 with roles.use("policy") as policy:
+                    weight_bT = weight_BT[micro.index_b]
                     parts.append(policy_backward(section, policy, micro, e, weight_bT, ref_hidden_ND, kl_coef))
-            stats = merge_stats([stats for _, stats in parts])
-            stats |= {name: sum(terms[name] for terms, _ in parts) for name in parts[0][0]}
-            stats["entropy"] = stats["entropy"] / weight_mT.sum().clamp(
-                min=1e-9
-            )  # a mean, whatever the weights add up to
             where, norm = f"ppo, step {step}", 0.0
             if weight_mT.any():  # else nothing to learn from, and Adam's momentum would move the policy all the same
+                ranks.sum_gradients(roles.parameters("policy"))
                 norm = clip_and_step(roles.parameters("policy"), optimizers["policy"], section.max_grad_norm, where)
-            stats["grad_norm"] = torch.tensor(norm)
+            losses = []
             if section.value == "adapter" and learns:
                 real = e.mask_BT[rows].sum()
                 with roles.use("value") as value:
-                    losses = [value_backward(section, value, micro, e, real) for micro in minibatch]
-                stats |= {"value_loss": sum(loss for loss, _ in losses), "value_clipfrac": sum(c for _, c in losses)}
+                    losses = [value_backward(section, value, micro, e, real) for micro in micros]
+                ranks.sum_gradients(roles.parameters("value", head=True))
                 clip_and_step(roles.parameters("value", head=True), optimizers["value"], section.max_grad_norm, where)
-            history.append(stats)
-    return history
+            updates.append(Update(parts, losses, weight_mT.sum(), torch.tensor(norm)))
+    return [merged(of_ranks) for of_ranks in zip(*ranks.gather(updates), strict=True)]
+
+
+def whole_minibatches(minibatches: list[list[Micro]], device: torch.device) -> list[Tensor]:
+    """Which answers of the step each minibatch has, those of all ranks."""
+    none = torch.zeros(0, dtype=torch.int64)
+    own = [torch.cat([micro.index_b for micro in m]) if m else none for m in minibatches]
+    return [torch.cat(of_ranks).to(device) for of_ranks in zip(*ranks.gather(own), strict=True)]
+
+
+def merged(of_ranks: Sequence[Update]) -> dict[str, Tensor]:
+    """The statistics of one update, from what every rank saw of it."""
+    parts = [part for update in of_ranks for part in update.parts]
+    losses = [loss for update in of_ranks for loss in update.losses]
+    stats = merge_stats([stats for _, stats in parts])
+    stats |= {name: sum(terms[name] for terms, _ in parts) for name in parts[0][0]}
+    stats["entropy"] = stats["entropy"] / of_ranks[0].weight.clamp(min=1e-9)  # a mean, whatever the weights add up to
+    stats["grad_norm"] = of_ranks[0].grad_norm
+    if losses:
+        stats |= {"value_loss": sum(loss for loss, _ in losses), "value_clipfrac": sum(c for _, c in losses)}
+    return stats
 
 
 @torch.no_grad()

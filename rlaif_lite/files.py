@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -238,6 +239,15 @@ def _crc(value: dict) -> int:
 def chunks(items: list, size: int) -> list[list]:
     """`items` in lists of `size`; the last may be shorter."""
     return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def even_chunks(items: list, fits: int) -> list[list]:
+    """`items` in lists for `by_batches`, where `fits` items are worked on at once: of half to four times as many, and
+    12 lists or a multiple of that where there are enough items, so that 2, 3, 4 or 6 ranks share them evenly. How many
+    ranks there are changes nothing."""
+    most, least = max(1, 4 * fits), max(1, fits // 2)
+    count = min(12 * math.ceil(len(items) / (12 * most)), len(items) // least)
+    return chunks(items, max(1, math.ceil(len(items) / max(1, count))))
 
 
 # ------------------------------------------------------------------------------------------------------------- digests

@@ -294,7 +294,7 @@ def _talking() -> Iterator[None]:
 def joined() -> Iterator[None]:
     """The block runs as one rank of those that a launcher started. Where one fails, all end: one message, on rank 0
     (or the first that lives), and an exit code that is not 0 on every rank."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or any(name not in os.environ for name in VARIABLES):
+    if _launched() == 1:
         yield
         return
     try:
@@ -313,6 +313,17 @@ def joined() -> Iterator[None]:
     _world.rank, _world.count = 0, 1
 
 
+def _launched() -> int:
+    """How many ranks a launcher started; 1 without a launcher."""
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in VARIABLES) else 1
+
+
+def refuse_several(what: str) -> None:
+    """Raises StageError where a launcher started several ranks of `what`, which is for one process."""
+    if _launched() > 1:
+        raise StageError(f"{what} runs in one process. Start it without torchrun, accelerate launch or another launcher.")
+
+
 def _join() -> None:
     """Meet the other ranks, and start to watch them."""
     _world.rank, _world.count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -329,6 +340,11 @@ def _join() -> None:
             "This torch sees a GPU, but has no NCCL, which adds up gradients across GPUs. Install a CUDA build of "
             "torch for Linux, or start one process without a launcher."
         )
+    # A foreign program that holds the port may accept the connection and never answer, and torch then waits for ever.
+    silence = StageError(_unmet(f"no answer within {2 * MEET_S} s"))
+    late = threading.Timer(2 * MEET_S, _end_unmet, [silence])
+    late.daemon = True
+    late.start()
     meet, long = datetime.timedelta(seconds=MEET_S), datetime.timedelta(days=7)
     try:
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=meet)))
@@ -342,6 +358,7 @@ def _join() -> None:
         dist.init_process_group(backend, store=_world.store, rank=rank(), world_size=count(), timeout=long)
         _world.objects = dist.new_group(backend="gloo", timeout=long)
         _world.watch = dist.new_group(backend="gloo", timeout=long)
+    late.cancel()
     threading.Thread(target=_look_after, daemon=True).start()
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import ranks
 from ..errors import RecipeError, StageError
 from ..model.known_bases import shipped_facts
 from ..model.limits import positions_of, sampled, too_long
@@ -93,7 +94,7 @@ def device_of(recipe: Recipe, gpu: str | None = None) -> Device:
         free, _ = torch.cuda.mem_get_info(device)
         size = free + torch.cuda.memory_reserved(device)
         return Device(torch.cuda.get_device_name(device), True, size, 0, reserve_of(size))
-    return Device("cpu", False, host_memory(), resident(), 0)
+    return Device("cpu", False, host_memory() // ranks.on_this_machine(), resident(), 0)
 
 
 def reserve_of(size: int) -> int:

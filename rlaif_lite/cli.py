@@ -101,6 +101,8 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     gpu: Annotated[str | None, typer.Option(help="A card that is not here, such as 24GB or 80GiB.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many such cards share the work, one rank on each.")] = 1,
+    link: Annotated[str, typer.Option(help="What joins them: nvlink, pcie or 100gb.")] = "pcie",
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """What a run will take of memory, disk and time, stage by stage. Exit code 1 where it does not fit."""
@@ -111,7 +113,7 @@ def plan(
 
     from . import pipeline, planner  # a run holds in memory what `pipeline` imports
 
-    found = pipeline.make_plan(loaded, gpu)
+    found = pipeline.make_plan(loaded, gpu, gpus, link)
     if as_json:
         typer.echo(json.dumps(planner.as_json(found), indent=2))
     else:

@@ -55,6 +55,7 @@ class _World:
     """What this process knows of the others."""
 
     rank, count, local, here = 0, 1, 0, 1  # number, of all; number on this machine, of those on it
+    names: tuple[str, ...] = ()  # of the processes, by rank
     alone = False  # inside `first`: the others wait
     closing = False
     store: Any = None  # keys and values that all ranks see; it outlives a rank
@@ -351,13 +352,15 @@ def _join() -> None:
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise StageError(_unmet(str(error).splitlines()[0])) from error
     _world.store = dist.PrefixStore(f"rlaif_lite/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    _world.store.set(f"name/{rank()}", f"process {os.getpid()} on {socket.gethostname()}")
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     # Ranks wait for each other for as long as one works; that one died is known by its closed connections.
     with _talking():
         dist.init_process_group(backend, store=_world.store, rank=rank(), world_size=count(), timeout=long)
         _world.objects = dist.new_group(backend="gloo", timeout=long)
         _world.watch = dist.new_group(backend="gloo", timeout=long)
+        names = [""] * count()
+        dist.all_gather_object(names, f"process {os.getpid()} on {socket.gethostname()}", group=_world.objects)
+    _world.names = tuple(names)
     late.cancel()
     threading.Thread(target=_look_after, daemon=True).start()
 
@@ -448,10 +451,9 @@ def _verdict(own: str | None) -> tuple[bool, str | None]:
     """(whether this rank is to speak, what it is to say; None where nothing failed)"""
     try:
         said = _statements(own)
-        names = {number: _world.store.get(f"name/{number}").decode() for number in said.dead + list(said.reasons)}
     except Exception:  # the store was rank 0's, and is gone with it
-        lines = [f"Rank 0 of {count()} is gone without a word, and with it the address that the ranks met at."]
-        return rank() == 1, own or f"{lines[0]} {KEPT}"
+        said = _Said({} if own is None else {rank(): own}, [0])
+    names = _world.names
     speaker = rank() == min(set(range(count())) - set(said.dead), default=0)
     if len(set(said.reasons.values())) == 1 and len(said.reasons) == count():
         return speaker, next(iter(said.reasons.values()))

@@ -322,7 +322,9 @@ def _launched() -> int:
 def refuse_several(what: str) -> None:
     """Raises StageError where a launcher started several ranks of `what`, which is for one process."""
     if _launched() > 1:
-        raise StageError(f"{what} runs in one process. Start it without torchrun, accelerate launch or another launcher.")
+        raise StageError(
+            f"{what} runs in one process. Start it without torchrun, accelerate launch or another launcher."
+        )
 
 
 def _join() -> None:

@@ -77,8 +77,13 @@ def test_jobs_are_preempted_and_killed_and_the_sweep_goes_on_side_by_side(path, 
     assert "ppo: goes on where it was stopped" in said and said.count("evaluate: done before") == 1
     assert [point["reason"] for point in read_json(out / "sweep.json")["points"]] == [None, None]
     for run, count in ((first, 1), (second, 2)):
-        assert read_json(run / "summary.json")["finished"] and read_json(run / "summary.json")["stages"]["ppo"]["ranks"] == count
-        assert read_json(run / "summary.json")["stages"]["sft"].get("shared_from") == (None if run == first else first.name)
+        assert (
+            read_json(run / "summary.json")["finished"]
+            and read_json(run / "summary.json")["stages"]["ppo"]["ranks"] == count
+        )
+        assert read_json(run / "summary.json")["stages"]["sft"].get("shared_from") == (
+            None if run == first else first.name
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- what is to be done
@@ -90,7 +95,9 @@ def names(levels) -> list[list[tuple[str, str | None]]]:
 
 def test_levels_do_once_what_points_share(path, tmp_path):  # noqa: F811
     """Two seeds share the world and the features; two floors of one seed share all before PPO."""
-    recipes = [point.recipe for point in grid([str(path)], [axis("seed=[3,4]"), axis("reward.floor=[0,0.1]")], [], tmp_path)]
+    recipes = [
+        point.recipe for point in grid([str(path)], [axis("seed=[3,4]"), axis("reward.floor=[0,0.1]")], [], tmp_path)
+    ]
     assert names(levels_of(recipes)) == [
         [("test_seed=3_reward.floor=0", "features")],
         [("test_seed=3_reward.floor=0", "reward"), ("test_seed=4_reward.floor=0", "reward")],
@@ -129,11 +136,23 @@ def slurm(tmp_path, monkeypatch) -> Path:
 
 def test_what_slurm_is_asked_for(slurm, path, tmp_path):  # noqa: F811
     cluster = tmp_path / "cluster.yaml"
-    cluster.write_text(yaml.safe_dump({"partition": "a100", "gpus": 4, "hours": 12, "memory_gb": 200, "jobs": 16, "extra": {"account": "lab"}}))
+    cluster.write_text(
+        yaml.safe_dump(
+            {"partition": "a100", "gpus": 4, "hours": 12, "memory_gb": 200, "jobs": 16, "extra": {"account": "lab"}}
+        )
+    )
     out = tmp_path / "out"
     assert not sweep([str(path)], ["ppo.kl_coef=[0.1,0.2]"], SMALL, out, "submitit", cluster=cluster)
     first, second = ((slurm / f"{number}.sh").read_text().splitlines() for number in range(2))
-    for line in ("partition=a100", "gpus-per-node=4", "ntasks-per-node=4", "nodes=1", "time=720", "mem=200GB", "cpus-per-task=8"):
+    for line in (
+        "partition=a100",
+        "gpus-per-node=4",
+        "ntasks-per-node=4",
+        "nodes=1",
+        "time=720",
+        "mem=200GB",
+        "cpus-per-task=8",
+    ):
         assert f"#SBATCH --{line}" in first and f"#SBATCH --{line}" in second
     assert "#SBATCH --account=lab" in first and "#SBATCH --account=lab" in second
     assert "#SBATCH --array=0-1%16" in second

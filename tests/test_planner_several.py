@@ -72,7 +72,11 @@ def test_auto_is_the_same_for_any_number_of_ranks():
 def test_the_command_shows_it_and_refuses_what_cannot_be():
     result = CliRunner().invoke(app, ["plan", TINY, "--gpus", "4", "--link", "nvlink", "--json"])
     found = json.loads(result.output)
-    assert found["ranks"] == 4 and found["link"]["bandwidth"] == 300e9 and found["stages"]["sft"]["several"]["updates"] == 240
+    assert (
+        found["ranks"] == 4
+        and found["link"]["bandwidth"] == 300e9
+        and found["stages"]["sft"]["several"]["updates"] == 240
+    )
     shown = CliRunner().invoke(app, ["plan", TINY, "--gpus", "4"]).output
     assert "Time, 4 ranks" in shown and "PCIe 4.0 x16" in shown
     keys = ["ppo.value=none", "ppo.baseline=group", "ppo.group_size=8"]

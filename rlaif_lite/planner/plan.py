@@ -184,7 +184,9 @@ def make_plan(recipe: Recipe, gpu: str | None = None, cards: int | None = None, 
         notes.append("no GPU figure was measured on one: derived from shapes and from peaks of the same code on a CPU")
     video = video_tokens(shapes, recipe.features, recipe.features.frames)
     if count > 1:
-        notes.append(f"memory is of one of {count} ranks; a ring over {joined.name} reaches {REACHED:.0%} of its bandwidth")
+        notes.append(
+            f"memory is of one of {count} ranks; a ring over {joined.name} reaches {REACHED:.0%} of its bandwidth"
+        )
     too_long = _too_long(recipe, shapes, lengths, video)
     return Plan(recipe, device, stages, notes, video, too_long, count, joined)
 

@@ -1,8 +1,7 @@
 """Where a sweep's points go: side by side on this machine, or as jobs of a scheduler, by submitit. Its local executor
-runs the jobs for real, in processes of their own that are preempted and killed. SLURM's commands are not here: what they
-would be given is read from the files that submitit writes for them."""
+runs the jobs for real, in processes that are preempted and killed. SLURM's commands are not here: the test reads the
+files that submitit writes for them."""
 
-import json
 import os
 import signal
 import stat
@@ -52,8 +51,8 @@ def when(there: Path, number: int, lock: Path, sent: list[int]) -> threading.Thr
 
 
 def test_jobs_are_preempted_and_killed_and_the_sweep_goes_on_side_by_side(path, tmp_path, capfd):  # noqa: F811
-    """Two points on a cluster of two ranks a job. Their common job is preempted, and queued again. One rank of the first
-    point is killed. Then the sweep goes on with `--jobs 2` on this machine, in one rank a point."""
+    """Two points on a cluster of two ranks a job. Their common job is preempted, and queued again. One rank of the
+    first point is killed. Then the sweep resumes with `--jobs 2` on this machine, in one rank a point."""
     out, cluster = tmp_path / "out", tmp_path / "cluster.yaml"
     cluster.write_text("{executor: local, gpus: 2, hours: 0.5, jobs: 1, cpus: 1}")
     over = ["ppo.kl_coef=[0.1,0.2]"]
@@ -86,7 +85,7 @@ def test_jobs_are_preempted_and_killed_and_the_sweep_goes_on_side_by_side(path, 
         )
 
 
-# ----------------------------------------------------------------------------------------------------- what is to be done
+# --------------------------------------------------------------------------------------------------- what is to be done
 
 
 def names(levels) -> list[list[tuple[str, str | None]]]:
@@ -108,7 +107,7 @@ def test_levels_do_once_what_points_share(path, tmp_path):  # noqa: F811
     assert same[0] == same[1] == chain_of(recipes[0])
 
 
-# --------------------------------------------------------------------------------------------------------- the scheduler
+# -------------------------------------------------------------------------------------------------------- the scheduler
 
 SBATCH = """#!/bin/sh
 n=$(ls {seen} | wc -l)

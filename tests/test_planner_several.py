@@ -1,11 +1,13 @@
 """The plan of several ranks: a rank's share of memory, bytes and seconds of the all-reduces, the serial rest."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from lab.bench import many_cards as tables
 from rlaif_lite.cli import app
 from rlaif_lite.errors import RecipeError, StageError
 from rlaif_lite.planner import make_plan
@@ -84,3 +86,20 @@ def test_the_command_shows_it_and_refuses_what_cannot_be():
     assert refused.exit_code == 2 and "5 ranks do not divide the 12 groups" in refused.output
     with pytest.raises(StageError, match="multiple of 40"):
         make_plan(load_recipe(TINY, keys), cards=5)
+
+
+# ------------------------------------------------------------------------------------------------------------- the docs
+
+
+def test_the_longest_of_some_answers_by_hand():
+    """Exponential lengths of mean 1 without a cap: 1 + 1/2 + 1/3 for three. With a cap of ln 2 half of all are cut:
+    1/2 + 1/8 for two."""
+    assert tables.longest(3, cap=50.0) == pytest.approx(11 / 6)
+    assert tables.longest(2, cap=math.log(2)) == pytest.approx(5 / 8)
+
+
+def test_the_page_shows_what_the_formulas_give():
+    page = (ROOT / "docs" / "many_cards.md").read_text(encoding="utf-8")
+    assert tables.exchange_table() in page and tables.straggler_table() in page
+    assert f"{tables.update_seconds():.2f} s" in page
+    assert tables.adapter_bytes(16) == 4 * 32 * 16 * (4 * 8192 + 3 * 15104)

@@ -67,8 +67,8 @@ from pathlib import Path
 from rlaif_lite import pipeline, ranks
 from rlaif_lite.recipe import load_recipe
 with ranks.joined():
-    for path, until in {jobs!r}:
-        pipeline.run(load_recipe(path), until=until)
+    for path, again, until in {jobs!r}:
+        pipeline.run(load_recipe(path), again=again, until=until)
 """
 
 
@@ -135,30 +135,31 @@ RULES = ("ppo.feedback=rules", "ppo.rules.rewards=[{rule: rouge}, {rule: length,
          "ppo.order_bonus=0.3", "ppo.resample=2", "ppo.stop_penalty=0.0", "ppo.value=none", "ppo.baseline=group",
          "ppo.group_size=2", "ppo.rollouts=12", "ppo.minibatch=6", "ppo.steps=2")  # fmt: skip
 RANKING = ("ppo.feedback=ranking", "ppo.group_size=4", "ppo.judge_context=false", "ppo.steps=1")
-CASES = {  # keys, and what is done by several ranks: stages that begin empty, up to the last of them
-    "read": ((), [("features", "context", "preference", "evaluate")]),
-    "trained": ((), [("reward", "ppo"), ("sft",)]),  # training changes adapters by rounding: what reads them is before
-    "pieces": (("reward.micro_batch=1",), [("reward",)]),
-    "rules": (RULES, [("ppo",)]),
-    "ranking": (RANKING, [("ppo",)]),
-    "dpo": (DPO, [("dpo",)]),
-    "vdpo": (VDPO, [("dpo",)]),
+READ = ("features", "context", "preference", "evaluate")
+CASES = {  # keys, and the stages to be done again; training changes adapters by rounding: what reads them comes before
+    "read": ((), ()),  # all of READ, in one go
+    "trained": ((), ("ppo", "reward", "sft")),
+    "pieces": (("reward.micro_batch=1",), ("reward",)),
+    "rules": (RULES, ("ppo",)),
+    "ranking": (RANKING, ("ppo",)),
+    "dpo": (DPO, ("dpo",)),
+    "vdpo": (VDPO, ("dpo",)),
 }
 PREPARED = ("rules", "vdpo")  # other data than the finished run's: one process does all that comes before
 
 
-def prepared(sources: dict[str, Path], checkpoint: Path, folder: Path, solved: Path) -> list[tuple[str, str]]:
-    """A copy of a run for each case, without the stages to be done -> (recipe's file, last stage), in order."""
+def prepared(sources: dict[str, Path], checkpoint: Path, folder: Path, solved: Path) -> list[tuple]:
+    """A copy of a run for each case -> (recipe's file, stage to be done again, last stage), in order."""
     jobs = []
-    for name, (keys, parts) in CASES.items():
+    for name, (keys, stages) in CASES.items():
         shutil.copytree(sources[name], folder / name / "run", dirs_exist_ok=True)
         keys = (*keys, f"data.rl=[{solved}]", "evaluate.roles=[]") if name == "rules" else keys
         path = folder / name / "recipe.yaml"
         path.write_text(dump_yaml(small_recipe(checkpoint, folder / name, *keys)))
-        jobs += [(str(path), stages[-1]) for stages in parts]
-        for stage in (stage for stages in parts for stage in stages):
-            shutil.rmtree(folder / name / "run" / stage, ignore_errors=True)
-    return jobs
+        jobs += [(str(path), stage, stage) for stage in stages]
+    for stage in READ:
+        shutil.rmtree(folder / "read" / "run" / stage)
+    return [(str(folder / "read" / "recipe.yaml"), None, "evaluate"), *jobs]
 
 
 @pytest.fixture(scope="module")
@@ -180,16 +181,24 @@ def run_cases(finished, ranks_of, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def one(finished, run_cases) -> Path:
-    """The cases, run by one process."""
-    return run_cases(1, dict.fromkeys(CASES, Path(finished.output)))
+def cases(finished, run_cases):
+    """cases(count) -> the folder with the cases done by `count` ranks, once"""
+    done: dict[int, Path] = {}
+
+    def get(count: int) -> Path:
+        if count not in done:
+            sources = dict.fromkeys(CASES, Path(finished.output))
+            sources |= {name: get(1) / name / "run" for name in PREPARED} if count > 1 else {}
+            done[count] = run_cases(count, sources)
+        return done[count]
+
+    return get
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def both(request, one, finished, run_cases) -> tuple[Path, Path]:
+@pytest.fixture(params=[2, 3])
+def both(request, cases) -> tuple[Path, Path]:
     """(the cases of one process, of several ranks)"""
-    done = {name: one / name / "run" if name in PREPARED else Path(finished.output) for name in CASES}
-    return one, run_cases(request.param, done)
+    return cases(1), cases(request.param)
 
 
 def written(run: Path, *patterns: str) -> dict[str, bytes]:
@@ -269,10 +278,11 @@ def again(finished, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_is_named_and_any_number_of_ranks_goes_on(ranks_of, finished, again, victim):
+@pytest.mark.parametrize(("victim", "then"), [(0, 1), (1, 2)])
+def test_a_killed_rank_is_named_and_any_number_of_ranks_goes_on(ranks_of, finished, cases, again, victim, then):
+    """With as many ranks as before, to the same bits."""
     path, run = again()
-    code = RUN.format(jobs=[(path, "ppo")])
+    code = RUN.format(jobs=[(path, None, "ppo")])
     pids = ranks_of.start([code] * 2)
     until = time.monotonic() + 120
     while not (run / "ppo" / "checkpoint" / "checkpoint.safetensors").exists():
@@ -286,16 +296,18 @@ def test_a_killed_rank_is_named_and_any_number_of_ranks_goes_on(ranks_of, finish
     said = ended.said[1 - victim]
     assert f"Rank {victim} of 2 (process {pids[victim]} on" in said and "is gone without a word" in said
     assert said.count("is gone") == 1 and "Traceback" not in said
-    ended = ranks_of.run([RUN.format(jobs=[(path, "ppo")])] * (3 if victim else 1))
+    ended = ranks_of.run([code] * then)
     assert not any(ended.codes), ended.said
     assert "ppo: goes on where it was stopped" in ended.said[0]
     for role in ("policy", "value"):
-        assert apart(Path(finished.output) / "adapters" / role, run / "adapters" / role) < RELATIVE
+        adapter = run / "adapters" / role
+        assert apart(Path(finished.output) / "adapters" / role, adapter) < RELATIVE
+        assert then == 1 or apart(cases(2) / "trained" / "run" / "adapters" / role, adapter) == 0.0
 
 
 def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_on_all(ranks_of, finished, again):
     path, run = again()
-    code = RUN.format(jobs=[(path, "ppo")])
+    code = RUN.format(jobs=[(path, None, "ppo")])
     short = """
 import torch
 from rlaif_lite.stages.ppo import step
@@ -324,10 +336,10 @@ def refused(ended: Ended) -> str:
 
 def test_ranks_that_differ_are_refused(ranks_of, again):
     path, _ = again()
-    code = RUN.format(jobs=[(path, "data")])
+    code = RUN.format(jobs=[(path, None, "data")])
     other = Path(path).with_name("other.yaml")
     other.write_text(Path(path).read_text().replace("seed: 3", "seed: 4", 1))
-    said = refused(ranks_of.run([code, RUN.format(jobs=[(str(other), "data")])]))
+    said = refused(ranks_of.run([code, RUN.format(jobs=[(str(other), None, "data")])]))
     assert "the recipe differs on rank 1 from rank 0's. `seed` is 4 there, and 3 on rank 0" in said
     newer = "from rlaif_lite import pipeline\npipeline.code_digest = lambda: 'newer'\n"
     assert "the code of rlaif_lite differs on rank 2" in refused(ranks_of.run([code, code, newer + code]))
@@ -340,13 +352,13 @@ def test_ranks_that_differ_are_refused(ranks_of, again):
 
 def test_ranks_divide_the_groups(ranks_of, again):
     path, _ = again("ppo.value=none", "ppo.baseline=group", "ppo.group_size=2")
-    said = refused(ranks_of.run([RUN.format(jobs=[(path, "data")])] * 3))
+    said = refused(ranks_of.run([RUN.format(jobs=[(path, None, "data")])] * 3))
     assert "3 ranks do not divide the 4 groups of a PPO step" in said and "multiple of 6" in said
 
 
 def test_no_nccl_and_a_port_in_use_are_refused(ranks_of, again):
     path, _ = again()
-    code = RUN.format(jobs=[(path, "data")])
+    code = RUN.format(jobs=[(path, None, "data")])
     no_nccl = """
 import torch
 torch.cuda.is_available, torch.distributed.is_nccl_available = lambda: True, lambda: False

@@ -1,4 +1,4 @@
-"""The derived tables of docs/many_cards.md: bytes and seconds of the all-reduces, and what waits for the longest answer.
+"""The derived tables of docs/many_cards.md: seconds of the all-reduces, and what waits for the longest answer.
 
     python -m lab.bench.many_cards
 

@@ -3,9 +3,8 @@
     python -m lab.bench.ranks [--rounds 3] [--out docs/results/ranks] [--recipe recipes/tiny.yaml] [KEY=VALUE ...]
 
 Every round runs the recipe once in each way: without a launcher, as one rank under torchrun, as two ranks. The next
-round goes the other way round. The world's videos are made once, before. Shown are medians over the rounds, of a stage's
-seconds and of a step of PPO, sampling included. The serial share s is what two ranks did not share:
-T2 = T1 (s + (1 - s) / 2).
+round goes the other way round. The world's videos are made once, before. The table has medians over the rounds: seconds
+of a stage, and of a step of PPO with its sampling. Two ranks do not share the serial part s: T2 = T1 (s + (1 - s) / 2).
 """
 
 import argparse
@@ -60,7 +59,8 @@ def as_table(found: dict[str, dict[str, float]]) -> str:
         alone, two = found["one rank"][name], found["two ranks"][name]
         serial = max(0.0, 2 * two / one - 1)
         lines.append(
-            f"| {name} | {one:.2f} s | {alone:.2f} s ({alone / one - 1:+.1%}) | {two:.2f} s | {one / two:.2f} x | {serial:.1%} |"
+            f"| {name} | {one:.2f} s | {alone:.2f} s ({alone / one - 1:+.1%}) | {two:.2f} s | {one / two:.2f} x "
+            f"| {serial:.1%} |"
         )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""What several ranks change about a plan: each has its share of a batch, and every update adds up gradients over a link.
+"""What several ranks change about a plan: each has its share of a batch, and updates add up gradients over a link.
 
 Bytes follow from the shapes. Seconds follow from the link's bandwidth, and from how much of a stage's time the ranks
 share (`rates.SERIAL`). Nothing here was measured on GPUs. What a step waits for the slowest rank is not counted

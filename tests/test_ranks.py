@@ -23,6 +23,7 @@ from core import small_recipe
 from rlaif_lite import ranks
 from rlaif_lite.data.records import to_json
 from rlaif_lite.files import read_json, read_jsonl
+from rlaif_lite.ranks.world import WORLD
 from rlaif_lite.recipe import dump_yaml
 from rlaif_lite.workspace import Workspace
 
@@ -368,7 +369,7 @@ torch.cuda.is_available, torch.distributed.is_nccl_available = lambda: True, lam
         held.bind(("127.0.0.1", 0))
         held.listen()
         port = held.getsockname()[1]
-        quick = "from rlaif_lite import ranks\nranks.MEET_S = 3\n"
+        quick = "from rlaif_lite.ranks import meeting\nmeeting.MEET_S = 3\n"
         ended = ranks_of.run([quick + code] * 2, port=port)
     assert all(code == 2 for code in ended.codes)
     assert f"Rank 0 of 2 cannot meet the others at 127.0.0.1:{port}" in ended.said[0]
@@ -391,7 +392,7 @@ def test_torchrun_starts_them(again):
 
 @pytest.mark.parametrize(("items", "count"), [(0, 2), (1, 3), (7, 2), (12, 3), (100, 8)])
 def test_everything_is_dealt_once_and_evenly(items, count, monkeypatch):
-    monkeypatch.setattr(ranks._world, "count", count)
+    monkeypatch.setattr(WORLD, "count", count)
     size = lambda i: 1.0 + i
     hands = ranks.share(items, size)
     assert sorted(i for hand in hands for i in hand) == list(range(items))

@@ -15,6 +15,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -245,9 +246,10 @@ def even_chunks(items: list, fits: int) -> list[list]:
     """`items` in lists for `by_batches`, where `fits` items are worked on at once: of half to four times as many, and
     12 lists or a multiple of that where there are enough items, so that 2, 3, 4 or 6 ranks share them evenly. How many
     ranks there are changes nothing."""
-    most, least = max(1, 4 * fits), max(1, fits // 2)
-    count = min(12 * math.ceil(len(items) / (12 * most)), len(items) // least)
-    return chunks(items, max(1, math.ceil(len(items) / max(1, count))))
+    most, least, total = max(1, 4 * fits), max(1, fits // 2), len(items)
+    count = max(1, min(12 * math.ceil(total / (12 * most)), total // least))
+    ends = [total * number // count for number in range(count + 1)]
+    return [items[begin:end] for begin, end in pairwise(ends) if begin < end]
 
 
 # ------------------------------------------------------------------------------------------------------------- digests

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from core import small_recipe
 from rlaif_lite import ranks
 from rlaif_lite.data.records import to_json
-from rlaif_lite.files import read_json, read_jsonl
+from rlaif_lite.files import even_chunks, read_json, read_jsonl
 from rlaif_lite.ranks.world import WORLD
 from rlaif_lite.recipe import dump_yaml
 from rlaif_lite.workspace import Workspace
@@ -327,6 +327,24 @@ step.answer_hidden = tight
         assert apart(Path(finished.output) / "adapters" / role, run / "adapters" / role) < RELATIVE
 
 
+def test_a_profile_has_the_all_reduce_as_a_phase(ranks_of, again):
+    path, _ = again()
+    code = f"""
+import json
+from rlaif_lite import profiler, ranks
+from rlaif_lite.recipe import load_recipe
+with ranks.joined():
+    found = profiler.profile(load_recipe({path!r}), 1, ("reward",))
+    if ranks.is_first():
+        print(json.dumps(found))
+"""
+    ended = ranks_of.run([code] * 2)
+    assert ended.codes == [0, 0], ended.said
+    found = json.loads(ended.said[0].splitlines()[-1])
+    phase = found["stages"]["reward"]["phases"]["all-reduce"]
+    assert found["ranks"] == 2 and phase["calls"] == 1 and phase["seconds"] > 0 and phase["count"] > 1000
+
+
 def refused(ended: Ended) -> str:
     """The one message, of rank 0."""
     assert all(code not in (0, 1) for code in ended.codes), ended
@@ -388,6 +406,17 @@ def test_torchrun_starts_them(again):
 
 
 # ------------------------------------------------------------------------------------------------------------ dealing
+
+
+@pytest.mark.parametrize(
+    ("items", "fits", "lists", "longest"),
+    [(0, 8, 0, 0), (3, 8, 1, 3), (11, 8, 2, 6), (100, 8, 12, 9), (384, 8, 12, 32), (385, 8, 24, 17), (5, 0, 5, 1)],
+)
+def test_batches_are_even_and_know_nothing_of_the_ranks(items, fits, lists, longest):
+    """8 fit at once, so a list has 4 to 32 items. 385 are more than 12 lists of 32: 24 lists of 16 or 17."""
+    found = even_chunks(list(range(items)), fits)
+    assert [item for part in found for item in part] == list(range(items))
+    assert len(found) == lists and max(map(len, found), default=0) == longest
 
 
 @pytest.mark.parametrize(("items", "count"), [(0, 2), (1, 3), (7, 2), (12, 3), (100, 8)])

@@ -243,11 +243,11 @@ def chunks(items: list, size: int) -> list[list]:
 
 
 def even_chunks(items: list, fits: int) -> list[list]:
-    """`items` in lists for `by_batches`, where `fits` items are worked on at once: of half to four times as many, and
-    12 lists or a multiple of that where there are enough items, so that 2, 3, 4 or 6 ranks share them evenly. How many
-    ranks there are changes nothing."""
-    most, least, total = max(1, 4 * fits), max(1, fits // 2), len(items)
-    count = max(1, min(12 * math.ceil(total / (12 * most)), total // least))
+    """`items` in lists for `by_batches`, where `fits` items are worked on at once: of as many to four times as many, so
+    that slots are refilled. There are 12 lists or a multiple of that where the items suffice, so 2, 3, 4 or 6 ranks
+    share them evenly. How many ranks there are changes nothing."""
+    fits, total = max(1, fits), len(items)
+    count = max(1, min(12 * math.ceil(total / (12 * 4 * fits)), total // fits))
     ends = [total * number // count for number in range(count + 1)]
     return [items[begin:end] for begin, end in pairwise(ends) if begin < end]
 

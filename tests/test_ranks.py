@@ -410,10 +410,19 @@ def test_torchrun_starts_them(again):
 
 @pytest.mark.parametrize(
     ("items", "fits", "lists", "longest"),
-    [(0, 8, 0, 0), (3, 8, 1, 3), (11, 8, 2, 6), (100, 8, 12, 9), (384, 8, 12, 32), (385, 8, 24, 17), (5, 0, 5, 1)],
+    [
+        (0, 8, 0, 0),
+        (3, 8, 1, 3),
+        (15, 8, 1, 15),
+        (17, 8, 2, 9),
+        (100, 8, 12, 9),
+        (384, 8, 12, 32),
+        (385, 8, 24, 17),
+        (5, 0, 5, 1),
+    ],
 )
 def test_batches_are_even_and_know_nothing_of_the_ranks(items, fits, lists, longest):
-    """8 fit at once, so a list has 4 to 32 items. 385 are more than 12 lists of 32: 24 lists of 16 or 17."""
+    """8 fit at once, so a list has 8 to 32 items, if there are 8. 385 are more than 12 lists of 32: 24 lists of 16 or 17."""
     found = even_chunks(list(range(items)), fits)
     assert [item for part in found for item in part] == list(range(items))
     assert len(found) == lists and max(map(len, found), default=0) == longest

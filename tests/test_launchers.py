@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
+from rlaif_lite import launchers
 from rlaif_lite.errors import RecipeError
 from rlaif_lite.files import read_json
 from rlaif_lite.launchers import Cluster, chain_of, executor_of, levels_of, read_cluster
@@ -110,22 +110,27 @@ def test_levels_do_once_what_points_share(path, tmp_path):  # noqa: F811
 # -------------------------------------------------------------------------------------------------------- the scheduler
 
 SBATCH = """#!/bin/sh
-n=$(ls {seen} | wc -l)
+n=$(ls {seen}/*.sh 2>/dev/null | wc -l)
 cp "$1" {seen}/$n.sh
 echo "Submitted batch job $((70 + n))"
 """
-SACCT = """#!/bin/sh
-echo 'JobID|State|NodeList|'
-for job in 70_0 71_0 71_1; do echo "$job|FAILED|n1|"; done
+SCANCEL = """#!/bin/sh
+echo "$@" >> {seen}/cancelled
 """
 
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch) -> Path:
-    """A folder that gets every file given to `sbatch`. The commands are on the path; all jobs fail at once."""
+    """A folder that gets every file given to `sbatch`, and what is given to `scancel`. The commands are on the path."""
     folder, seen = tmp_path / "bin", tmp_path / "seen"
     folder.mkdir(), seen.mkdir()
-    scripts = {"sbatch": SBATCH.format(seen=seen), "sacct": SACCT, "srun": "#!/bin/sh\n", "scancel": "#!/bin/sh\n"}
+    nothing = "#!/bin/sh\n"
+    scripts = {
+        "sbatch": SBATCH.format(seen=seen),
+        "scancel": SCANCEL.format(seen=seen),
+        "sacct": nothing,
+        "srun": nothing,
+    }
     for name, text in scripts.items():
         (folder / name).write_text(text)
         (folder / name).chmod(stat.S_IRWXU)
@@ -133,32 +138,28 @@ def slurm(tmp_path, monkeypatch) -> Path:
     return seen
 
 
-def test_what_slurm_is_asked_for(slurm, path, tmp_path):  # noqa: F811
-    cluster = tmp_path / "cluster.yaml"
-    cluster.write_text(
-        yaml.safe_dump(
-            {"partition": "a100", "gpus": 4, "hours": 12, "memory_gb": 200, "jobs": 16, "extra": {"account": "lab"}}
-        )
-    )
-    out = tmp_path / "out"
-    assert not sweep([str(path)], ["ppo.kl_coef=[0.1,0.2]"], SMALL, out, "submitit", cluster=cluster)
+class Polled(KeyboardInterrupt):
+    """Ctrl-C, as soon as all jobs are sent."""
+
+
+def test_what_slurm_is_asked_for(slurm, path, tmp_path, monkeypatch):  # noqa: F811
+    def stop(_):
+        raise Polled
+
+    monkeypatch.setattr(launchers.time, "sleep", stop)
+    asked = {"partition": "a100", "gpus": 4, "hours": 12, "memory_gb": 200, "jobs": 16, "extra": {"account": "lab"}}
+    points = grid([str(path)], [axis("ppo.kl_coef=[0.1,0.2]")], SMALL, tmp_path / "out")
+    levels = levels_of([point.recipe for point in points])
+    with pytest.raises(Polled):
+        list(launchers.on_a_cluster(levels, tmp_path / "out", tmp_path / "jobs", Cluster(**asked)))
     first, second = ((slurm / f"{number}.sh").read_text().splitlines() for number in range(2))
-    for line in (
-        "partition=a100",
-        "gpus-per-node=4",
-        "ntasks-per-node=4",
-        "nodes=1",
-        "time=720",
-        "mem=200GB",
-        "cpus-per-task=8",
-    ):
+    wanted = ["partition=a100", "gpus-per-node=4", "ntasks-per-node=4", "nodes=1", "time=720", "mem=200GB"]
+    for line in (*wanted, "cpus-per-task=8", "account=lab"):
         assert f"#SBATCH --{line}" in first and f"#SBATCH --{line}" in second
-    assert "#SBATCH --account=lab" in first and "#SBATCH --account=lab" in second
-    assert "#SBATCH --array=0-1%16" in second
+    assert "#SBATCH --array=0-0%16" in first and "#SBATCH --array=0-1%16" in second
     assert "#SBATCH --dependency=afterany:70" in second and not any("dependency" in line for line in first)
     assert any(line.startswith("#SBATCH --signal=USR2@") for line in first)  # before the time is over
-    points = read_json(out / "sweep.json")["points"]
-    assert len(points) == 2 and all("ended without a result" in point["reason"] for point in points)
+    assert (slurm / "cancelled").read_text().split() == ["70_0", "71_0", "71_1"]
 
 
 def test_a_cluster_that_cannot_be_is_refused(tmp_path, monkeypatch):

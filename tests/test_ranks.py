@@ -422,7 +422,7 @@ def test_torchrun_starts_them(again):
     ],
 )
 def test_batches_are_even_and_know_nothing_of_the_ranks(items, fits, lists, longest):
-    """8 fit at once, so a list has 8 to 32 items, if there are 8. 385 are more than 12 lists of 32: 24 lists of 16 or 17."""
+    """8 fit at once, so a list has 8 to 32 items, if there are 8. 385 are more than 12 of 32: 24 lists of 16 or 17."""
     found = even_chunks(list(range(items)), fits)
     assert [item for part in found for item in part] == list(range(items))
     assert len(found) == lists and max(map(len, found), default=0) == longest

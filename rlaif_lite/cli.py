@@ -53,16 +53,23 @@ Overrides = Annotated[
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
 Launcher = Literal["local", "submitit"]
+TOGETHER = ("run", "eval", "profile")  # commands that several ranks do together
 BestOf = Annotated[
     int | None, typer.Option(min=2, help="Also the policy's best of so many answers, by its own implicit reward.")
 ]
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     if version:
         typer.echo(__version__)
         raise typer.Exit
+    from . import ranks
+
+    if ctx.invoked_subcommand not in TOGETHER:
+        ranks.refuse_several(f"`rlaif-lite {ctx.invoked_subcommand}`")
 
 
 @app.command()
@@ -94,6 +101,8 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     gpu: Annotated[str | None, typer.Option(help="A card that is not here, such as 24GB or 80GiB.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many such cards share the work, one rank on each.")] = 1,
+    link: Annotated[str, typer.Option(help="What joins them: nvlink, pcie or 100gb.")] = "pcie",
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """What a run will take of memory, disk and time, stage by stage. Exit code 1 where it does not fit."""
@@ -104,7 +113,7 @@ def plan(
 
     from . import pipeline, planner  # a run holds in memory what `pipeline` imports
 
-    found = pipeline.make_plan(loaded, gpu)
+    found = pipeline.make_plan(loaded, gpu, gpus, link)
     if as_json:
         typer.echo(json.dumps(planner.as_json(found), indent=2))
     else:
@@ -130,10 +139,13 @@ def show_data(
 @app.command("eval")
 def evaluate(run_dir: RunDir, best_of: BestOf = None) -> None:
     """Evaluate a run's roles again on its held-out videos."""
-    _need_base(run_dir)
-    from . import pipeline
+    from . import ranks
 
-    pipeline.evaluate_again(run_dir, best_of)
+    with ranks.joined():
+        _need_base(run_dir)
+        from . import pipeline
+
+        pipeline.evaluate_again(run_dir, best_of)
 
 
 @app.command()
@@ -350,23 +362,28 @@ def profile(
         from .dryrun.launch import dry_run
 
         raise typer.Exit(dry_run(recipe, overrides or [], gpu, stage or [], layers, trace, out))
-    from .model.unsloth_loader import import_first
+    from . import ranks
 
-    import_first(loaded.model)
-    from . import profiler
-    from .planner.plan import size_in_bytes
-    from .profiler.tables import as_text
+    with ranks.joined():
+        from .model.unsloth_loader import import_first
 
-    cap = None if memory_cap is None else size_in_bytes(memory_cap)
-    stem = out or Path(f"{loaded.name}.profile.json")
-    traces = profiler.Traces(stem.with_suffix(".trace.json"), stem.with_suffix(".memory.png")) if trace else None
-    random = profiler.Random(small) if random_weights else None
-    found = profiler.profile(loaded, steps, tuple(stage or ()), cap, traces, random)
-    typer.echo(as_text(found))
-    if out is not None:
-        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if traces is not None:
-        typer.echo(f"{traces.chrome}\n{traces.memory}")
+        import_first(loaded.model)
+        from . import profiler
+        from .planner.plan import size_in_bytes
+        from .profiler.tables import as_text
+
+        cap = None if memory_cap is None else size_in_bytes(memory_cap)
+        stem = out or Path(f"{loaded.name}.profile.json")
+        traces = profiler.Traces(stem.with_suffix(".trace.json"), stem.with_suffix(".memory.png")) if trace else None
+        random = profiler.Random(small) if random_weights else None
+        found = profiler.profile(loaded, steps, tuple(stage or ()), cap, traces, random)
+        if not ranks.is_first():
+            return
+        typer.echo(as_text(found))
+        if out is not None:
+            out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        if traces is not None:
+            typer.echo(f"{traces.chrome}\n{traces.memory}")
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..data.records import Record, question_of
 from ..data.truth import Truth
-from ..files import by_batches, chunks
+from ..files import by_batches, chunks, even_chunks
 from ..judge.claims import AnswerToJudge, judge_claims
 from ..judge.pairwise import AnswerPair, judge_pairs
 from ..model.inputs import encode_prompt
@@ -60,8 +60,7 @@ def sample_answers(
             for r, part in zip(batch, chunks(found, samples), strict=True)
         ]
 
-    # several times what is in flight, so that slots are refilled
-    batches = chunks(records, max(1, 4 * in_flight // samples))
+    batches = even_chunks(records, in_flight // samples)
     with progress(len(records), label, unit="prompt") as bar:
         rows = by_batches(path, batches, answer, bar.advance)
     return [Answers(record, row["answers"], row["ids"]) for record, row in zip(records, rows, strict=True)]
@@ -94,7 +93,7 @@ def compare_pairs(
         return [[a.score - b.score, True, a.has_mass and b.has_mass] for a, b in both]
 
     with progress(len(pairs), label, unit="pair") as bar:
-        decisions = by_batches(path, chunks(pairs, 4 * section.batch_size), decide, bar.advance)
+        decisions = by_batches(path, even_chunks(pairs, section.batch_size), decide, bar.advance)
     return [Judged(*pair, *decision) for pair, decision in zip(pairs, decisions, strict=True)]
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ... import ranks
 from ...data.records import Message, Record, question_of
 from ...data.world import divided_answer
-from ...files import by_batches, chunks, read_json, write_json
+from ...files import by_batches, chunks, even_chunks, read_json, write_json
 from ...judge.claims import ask, judge_claims, refuse_silent_judge
 from ...judge.describe import describe_again
 from ...judge.divide import Divided, TextModel, Writer, divide, rejected, write_by_role
@@ -97,7 +97,7 @@ def divide_answers(work: Workspace, answers: list[tuple[str, str]], folder: Path
         def work_on(batch: list[tuple[str, str]]) -> list[dict]:
             return [found._asdict() for found in divide(write, batch, section)]
 
-        batches = chunks(different, 4 * section.batch_size)
+        batches = even_chunks(different, section.batch_size)
         rows = by_batches(folder / "claims.jsonl", batches, work_on, bar.advance)
     found = dict(zip(different, (Divided(**row) for row in rows), strict=True))
     return [found[answer] for answer in answers]
@@ -184,9 +184,9 @@ def describe_videos(
             videos = [[of[clip] for clip in clips] for of in views]
             return describe_again(active, videos, [read[name] for name in batch], section, work.recipe.context)
 
-    size = max(1, 4 * work.recipe.context.batch_size // len(clips))
+    batches = even_chunks(list(shown), work.recipe.context.batch_size // len(clips))
     with progress(len(shown), "dpo: descriptions", unit="video") as bar:
-        texts = by_batches(folder / "described.jsonl", chunks(list(shown), size), write, bar.advance)
+        texts = by_batches(folder / "described.jsonl", batches, write, bar.advance)
     now = dict(zip(shown, texts, strict=True))
     write_json(folder / "descriptions.json", read | now)
     told = {

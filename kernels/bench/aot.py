@@ -38,7 +38,15 @@ _ROW_TYPES = {
     "valid_ptr": "*u8",
     "dz_ptr": "*bf16",
 }
-_FLAGS = {"BIAS": False, "SOFTCAP": False, "REF": False, "GRAD": False, "UPSTREAM": False, "REVERSE": False, "UNIT": 1.0}
+_FLAGS = {
+    "BIAS": False,
+    "SOFTCAP": False,
+    "REF": False,
+    "GRAD": False,
+    "UPSTREAM": False,
+    "REVERSE": False,
+    "UNIT": 1.0,
+}
 _ALL = {"BIAS": True, "SOFTCAP": True}
 
 

@@ -114,12 +114,13 @@ class MemoryModel:
         )
 
     def dpo(self) -> StageMemory:
-        """One adapter at a time is in memory, the policy's while it is trained."""
+        """One adapter at a time is in memory, the policy's while it is trained; with a KL the reference's as well."""
         section, preference = self.recipe.dpo, self.recipe.preference
         prompt, answer = self.texts("preference").prompt, preference.max_new_tokens
         phases = [self.sampling("preference.batch_size", preference.batch_size, MOST, self.video + prompt, answer)]
-        fixed, context = self.holds(1), self.narrative() * preference.context
-        adam = {kind: size for kind, size in self.holds(1, trained=1).items() if kind not in fixed}
+        held = 1 + (section.kl_weight > 0)
+        fixed, context = self.holds(held), self.narrative() * preference.context
+        adam = {kind: size for kind, size in self.holds(held, trained=1).items() if kind not in fixed}
 
         def trained(phase: Phase) -> Phase:
             return phase._replace(terms=lambda rows: phase.terms(rows) | adam)

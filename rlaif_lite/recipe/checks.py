@@ -162,6 +162,8 @@ def _dpo_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 yield key, "is about a judge, which dpo.altered does without. Leave one of them out."
         if dpo.balance_lengths:
             yield "dpo.balance_lengths", "is about two answers, but dpo.altered compares videos. Set it false."
+        if dpo.spans is not None:
+            yield "dpo.spans", "is where two answers differ, but dpo.altered compares videos. Set it to null."
     if dpo.divide is None:
         return
     if preference.claims.mode != "ask":

@@ -150,6 +150,21 @@ def test_the_rejected_answer_reads_the_other_video(rerun):
     assert draw_videos(work, records, 1) == draw_videos(work, records, 1) != draw_videos(work, records, 2)
 
 
+def test_another_video_takes_another_video(rerun, tmp_path):
+    """Held out there may be one video: the others are those of all records. With one video in all there is no other."""
+    recipe = rerun(*VDPO, "dpo.altered=[other]")
+    pipeline.run(recipe, until="data")
+    work = Workspace(recipe)
+    first, *_ = records = work.records("preference")
+    (drawn,) = draw_videos(work, [first], "heldout")
+    assert drawn.record in records[1:]
+    same = [to_json(r) | {"video": first.video, "id": f"q{i}"} for i, r in enumerate(records[:3])]
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(line) + "\n" for line in same), encoding="utf-8")
+    work = Workspace(rerun(*VDPO, "dpo.altered=[other]", f"data.preference=[{tmp_path / 'one.jsonl'}]"))
+    with pytest.raises(DataError, match="all 3 records are about one video, .*00000.mp4. Give records of other videos"):
+        draw_videos(work, work.records("preference")[:1], 1)
+
+
 def test_what_has_no_answer_is_named(rerun):
     with pytest.raises(DataError, match=r"records have no answer or no video, the first .*preference.jsonl"):
         pipeline.run(rerun(*VDPO, "data.preference=[world:preference]", "dpo.altered=[other]"), until="dpo")

@@ -57,8 +57,8 @@ def draw_videos(work: Workspace, records: list[Record], *stream: str | int) -> l
         names = [name for name in videos if name != work.name_of(record)]
         if not names:
             raise DataError(
-                f"data.preference: `dpo.altered` has other, but all {len(work.records('preference'))} records are about "
-                f"one video, {next(iter(videos))}. Give records of other videos, or leave `other` out."
+                f"data.preference: `dpo.altered` has other, but all {len(work.records('preference'))} records are "
+                f"about one video, {next(iter(videos))}. Give records of other videos, or leave `other` out."
             )
         drawn.append(OtherVideo(videos[rng.choice(names)], ""))
     return drawn

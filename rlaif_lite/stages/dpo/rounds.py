@@ -172,7 +172,7 @@ def round_folder(work: Workspace, number: int) -> Path:
 
 
 def judge_name(work: Workspace) -> str:
-    """How answers are judged: divide, claims or pairwise; or their videos are altered."""
+    """How answers are judged: divide, claims, pairwise or outside; or their videos are altered."""
     if work.recipe.dpo.altered:
         return "altered"
     return "divide" if work.recipe.dpo.divide is not None else work.recipe.preference.judge
@@ -186,7 +186,7 @@ def judge_round(
 ) -> ChosenPairs:
     """Judge a round's answers and choose its pairs: all that differ by a judge's score, or neighbours it compares."""
     section, least = work.recipe.dpo, work.recipe.preference.min_margin
-    dropped = dict.fromkeys(("mismatched", "claimless", "tied", "inconsistent", "surplus", "length"), 0)
+    dropped = dict.fromkeys(("mismatched", "claimless", "unread", "tied", "inconsistent", "surplus", "length"), 0)
     label, pairs = f"dpo {number}", []
     if judge_name(work) == "pairwise":
         found = judge_neighbours(work, role, answers, contexts, folder / "judged.jsonl", f"{label}: judge")
@@ -286,8 +286,9 @@ def look(work: Workspace, number: int, policy: Path, held: list[Record]) -> dict
             judged = [score for (score,) in scored.scores]
             if all(score is None for score in judged):
                 raise StageError(f"Round {number} of DPO: no held-out answer of {len(held)} could be judged: {folder}")
+            outside = judge_name(work) == "outside"  # its lowest score is 0
             scores = [
-                -max(1, len(split_claims(of.texts[0]))) if score is None else score
+                (0.0 if outside else -max(1, len(split_claims(of.texts[0])))) if score is None else score
                 for of, score in zip(answers, judged, strict=True)
             ]
     truths = [score for of in answers if (score := work.truth.score(of.texts[0], of.record)) is not None]

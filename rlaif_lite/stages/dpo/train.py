@@ -1,8 +1,8 @@
 """A round's training on its pairs: the reference's log-probs once, then DPO (`rl.dpo`).
 
 With `dpo.spans` the preference is over the parts in which a pair's answers differ (RRPO, arXiv 2504.12083). With
-`dpo.kl_weight` the reference also reads the chosen answers of every step, for the exact KL(reference || policy); without
-it no reference adapter is in memory.
+`dpo.kl_weight` the reference reads the chosen answers of every step as well, for the exact KL(reference || policy);
+without it no reference adapter is in memory.
 
 Shapes: B pairs, N answer tokens.
 """

@@ -1,5 +1,6 @@
 """The judge behind an address, against a real HTTP server on this machine that misbehaves as servers do."""
 
+import json
 import signal
 import subprocess
 import sys

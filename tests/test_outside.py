@@ -1,5 +1,5 @@
-"""A judge from outside the run labels preferences and rewards PPO: an endpoint (a real HTTP server on this machine) or a
-second model."""
+"""A judge from outside the run labels preferences and rewards PPO: an endpoint (a real HTTP server on this machine) or
+a second model."""
 
 import json
 

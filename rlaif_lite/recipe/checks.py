@@ -148,8 +148,8 @@ def _outside_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if outside.url is not None and "?" in outside.url:
         yield (
             "preference.outside",
-            "has a `url` with a `?`, and what follows would be written into the run folder. Put a key into an environment "
-            "variable and name that in `key`.",
+            "has a `url` with a `?`, and what follows would be written into the run folder. Put a key into an "
+            "environment variable and name that in `key`.",
         )
     if outside.key is not None and not outside.key.isidentifier():
         yield "preference.outside", "has a `key` that is no name of an environment variable. Name the one with the key."

@@ -12,12 +12,15 @@ from rlaif_lite.data.records import to_json
 from rlaif_lite.errors import DataError, RecipeError
 from rlaif_lite.files import read_jsonl
 from rlaif_lite.model.pixels import to_pixels
+from rlaif_lite.recipe import flatten, load_recipe
 from rlaif_lite.rl.advantages import needs_order
 from rlaif_lite.stages.dpo.altered import OtherVideo, altered_prompts, draw_videos
 from rlaif_lite.stages.features import encode
 from rlaif_lite.video.altered import altered
 from rlaif_lite.video.decode import View, decode_views
 from rlaif_lite.workspace import Workspace
+
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def frames(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,6 +114,11 @@ def test_a_run_with_the_bonus(rerun, tmp_path):
         assert step["objective/scores"] == pytest.approx(want, abs=1e-6)
         assert step["order/accuracy"] == pytest.approx(step["rules/rouge"], abs=1e-6)
     assert any(step["order/shuffled"] != step["order/accuracy"] for step in steps)
+
+
+def test_the_recipe_is_video_r1s_with_the_bonus_alone():
+    r1, t_grpo = (flatten(load_recipe(RECIPES / f"tiny_{name}.yaml")) for name in ("video_r1", "t_grpo"))
+    assert {key for key in r1 if r1[key] != t_grpo[key]} == {"name", "output", "ppo.order_bonus"}
 
 
 # ---- VDPO

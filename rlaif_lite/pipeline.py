@@ -285,6 +285,9 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
         found["file of evaluate.synonyms"] = file_digest(Path(found["evaluate.synonyms"]))
     if found.get("evaluate.truth") is not None:
         found["code of evaluate.truth"] = file_digest(module_file(found["evaluate.truth"]))
+    outside = work.recipe.preference.outside
+    if found.get("preference.outside.model") and outside.url is None and Path(outside.model).is_dir():
+        found["files of preference.outside.model"] = folder_digest(Path(outside.model))
     if name == "ppo" and work.recipe.ppo.feedback == "rules":
         for function in work.recipe.ppo.rules.own:
             found[f"code of {function}"] = file_digest(module_file(function, "ppo.rules.rewards"))

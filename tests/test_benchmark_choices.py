@@ -10,8 +10,8 @@ import pytest
 from rlaif_lite.benchmarks import choices, hallucination, nouns, questions
 from rlaif_lite.benchmarks.answer import write_pictures
 from rlaif_lite.benchmarks.items import Item, find_videos, mentions, words_of
-from rlaif_lite.benchmarks.judges.rules import right_by_words
 from rlaif_lite.benchmarks.options import label_of, named_in
+from rlaif_lite.benchmarks.rule_judge import right_by_words
 from rlaif_lite.errors import DataError
 
 REPLIES = {

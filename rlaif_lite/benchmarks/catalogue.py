@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from ..judge.outside import Task
 from . import audit, choices, hallucination, questions, ranking
 from .items import Item, Tally
-from .judges import Task
 
 
 class Benchmark(NamedTuple):

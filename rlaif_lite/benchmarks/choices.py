@@ -16,8 +16,8 @@ from pathlib import Path
 
 from ..errors import DataError
 from .items import Item, Tally, entries, one_file, text, texts, unique, yes_or_no
-from .judges.rules import right_by_words
 from .options import label_of, lettered, named_in
+from .rule_judge import right_by_words
 
 TEMPCOMPASS = "TempCompass's {video: {dimension: [{question, answer}]}}: multi-choice, caption_matching or yes_no"
 MVBENCH = "MVBench's lists of {video, question, candidates, answer}, one file per task"

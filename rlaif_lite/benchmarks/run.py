@@ -15,11 +15,11 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..files import write_json, write_jsonl
+from ..judge.outside import Case, Judge
 from .answer import Examinee, write_pictures
 from .audit import judge_id
 from .catalogue import BENCHMARKS, Benchmark
 from .items import Item, Tally, find_videos
-from .judges import Case, Judge
 from .results import figures
 
 

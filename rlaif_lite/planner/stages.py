@@ -109,17 +109,17 @@ class MemoryModel:
         judges = [section.judge] if not section.compare_pairs else ["claims", "pairwise"]
         reading = self.judging(judges, prompt, section.max_new_tokens, self.narrative() * narrated)
         key, size = "preference.batch_size", section.batch_size
-        return StageMemory(
-            self.holds(1), [self.sampling(key, size, MOST, self.video + prompt, section.max_new_tokens), *reading]
-        )
+        answers = self.sampling(key, size, MOST, self.video + prompt, section.max_new_tokens)
+        return StageMemory(self.holds(1) | self.outside(section.judge), [answers, *reading])
 
     def dpo(self) -> StageMemory:
-        """One adapter at a time is in memory, the policy's while it is trained."""
+        """One adapter at a time is in memory, the policy's while it is trained; with a KL the reference's as well."""
         section, preference = self.recipe.dpo, self.recipe.preference
         prompt, answer = self.texts("preference").prompt, preference.max_new_tokens
         phases = [self.sampling("preference.batch_size", preference.batch_size, MOST, self.video + prompt, answer)]
-        fixed, context = self.holds(1), self.narrative() * preference.context
-        adam = {kind: size for kind, size in self.holds(1, trained=1).items() if kind not in fixed}
+        held = 1 + (section.kl_weight > 0)
+        fixed, context = self.holds(held) | self.outside(preference.judge), self.narrative() * preference.context
+        adam = {kind: size for kind, size in self.holds(held, trained=1).items() if kind not in fixed}
 
         def trained(phase: Phase) -> Phase:
             return phase._replace(terms=lambda rows: phase.terms(rows) | adam)
@@ -162,9 +162,8 @@ class MemoryModel:
         judged = self.scored() - self.pair_answer if rewarded else prompt  # what the judging and value roles read first
         length = max(prompt, judged) + new
         critic = section.value == "adapter"
-        fixed = self.holds(
-            2 + critic + (section.feedback != "rules" and (not rewarded or self.judge is None)), trained=1 + critic
-        )
+        judging = section.feedback not in ("rules", "outside") and (not rewarded or self.judge is None)
+        fixed = self.holds(2 + critic + judging, trained=1 + critic) | self.outside(section.feedback)
         # in host memory: what an update that runs out of memory is undone with
         undo = {"copy to undo": 3 * ADAPTER * self.shapes.lora * (1 + critic)}
         micro = int(section.micro_batch or section.minibatch)
@@ -234,7 +233,13 @@ class MemoryModel:
 
         lengths = {"claims": asked(claims) + claimed, "pairwise": asked(pairwise) + count(pairwise) + 2 * answer}
         key, size = "preference.batch_size", section.batch_size
-        return [self.reading(f"judge, {judge}", key, size, lengths[judge]) for judge in judges]
+        return [self.reading(f"judge, {judge}", key, size, lengths[judge]) for judge in judges if judge in lengths]
+
+    def outside(self, judge: str) -> dict[str, int]:
+        """The model on this machine that judges from outside, where the recipe has one."""
+        section = self.recipe.preference.outside
+        used = judge == "outside" and section.url is None and section.model is not None
+        return {"text model": text_model_bytes(section.model, self.on_gpu)} if used else {}
 
     def narrative(self) -> int:
         """Tokens of all captions with the words that head them."""

@@ -3,8 +3,8 @@ section 3.2).
 
 Answers are sampled from the SFT model. A judge, which is the SFT model too, reads the video, the narrative, and the
 answers: `pairwise` compares two answers by logits in both orders (the published form), `claims` checks each answer
-claim by claim and prefers the higher score. Pairs are written in the JSON shape of the released files, with scores
-beside them.
+claim by claim and prefers the higher score, `outside` asks another model for scores. Pairs are written in the JSON
+shape of the released files, with scores beside them.
 
 Where the truth is known (the synthetic world), the judge's agreement with it is reported, with and without the
 narrative; everywhere, how often the longer answer wins.
@@ -19,7 +19,7 @@ from ..judge.claims import refuse_silent_judge
 from ..progress import say
 from ..rollout import Sampling
 from ..workspace import Workspace
-from .judging import Answers, Judged, compare_pairs, figures_of, sample_answers
+from .judging import Answers, Judged, compare_pairs, figures_of, refuse_unread, sample_answers
 
 READS = ("seed", "preference", "data.preference", "data.pairs", *TRUTH)
 NEEDS = ("features", "sft", "context")
@@ -54,13 +54,18 @@ def run(work: Workspace) -> dict:
         return compare_pairs(work, "sft", judge, pairs[:count], contexts, path, f"preference: {name}")
 
     label = judged(section.judge, section.context, len(pairs))
-    refuse_silent_judge([j.has_mass for j in label], "preference")
+    told = [j.has_mass for j in label]
+    if section.judge == "outside":
+        refuse_unread(work, told, "preference")
+    else:
+        refuse_silent_judge(told, "preference")
     table = {(section.judge, section.context): label}
-    if section.compare_context:
+    both = section.compare_context and section.judge != "outside"  # which is paid for
+    if both:
         table[section.judge, not section.context] = judged(section.judge, not section.context, len(pairs))
     if section.compare_pairs:
         other = "pairwise" if section.judge == "claims" else "claims"
-        for context in (True, False) if section.compare_context else (section.context,):
+        for context in (True, False) if both else (section.context,):
             table[other, context] = judged(other, context, section.compare_pairs)
     kept = [
         j

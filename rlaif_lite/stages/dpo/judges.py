@@ -22,7 +22,7 @@ from ...recipe import Divide
 from ...training.fit import fit
 from ...training.loop import split_micro
 from ...workspace import Workspace
-from ..judging import Answers, item_of
+from ..judging import Answers, item_of, outside_scores, refuse_unread
 from ..sft import backward, example
 
 DIVIDER = "divider"  # the adapter that divides answers, where the recipe trains one
@@ -48,6 +48,13 @@ def score_answers(
         divided = divide_answers(work, [(question_of(answers[p].record), t) for p, t in asked], folder, label)
     todo = [(*key, found) for key, found in zip(asked, divided, strict=True) if found is None or found.judged]
 
+    def judge_outside(batch: list[tuple[int, str, Divided | None]]) -> list[dict]:
+        scores = outside_scores(work, [(answers[place].record, text) for place, text, _ in batch], contexts)
+        return [
+            {"answer": text, "score": score, "has_mass": score is not None}
+            for (_, text, _), score in zip(batch, scores, strict=True)
+        ]
+
     def judge(batch: list[tuple[int, str, Divided | None]]) -> list[dict]:
         items = [item_of(work, answers[place].record, text, contexts) for place, text, _ in batch]
         with work.roles.use(role) as active, phase("judge"):
@@ -72,8 +79,11 @@ def score_answers(
         ]
 
     with progress(len(todo), f"{label}: judge", unit="answer") as bar:
-        rows = by_batches(folder / "judged.jsonl", chunks(todo, preference.batch_size), judge, bar.advance)
-    refuse_silent_judge([row["has_mass"] for row in rows], label)
+        outside = work.recipe.dpo.divide is None and preference.judge == "outside"
+        batches = chunks(todo, preference.batch_size)
+        rows = by_batches(folder / "judged.jsonl", batches, judge_outside if outside else judge, bar.advance)
+    told = [row["has_mass"] for row in rows]
+    unread = refuse_unread(work, told, label) if outside else refuse_silent_judge(told, label) * 0
     score_of = {(place, text): row["score"] for (place, text, _), row in zip(todo, rows, strict=True)}
     why = {
         key: "mismatched" if found.claims else "claimless"
@@ -82,7 +92,7 @@ def score_answers(
     }
     lost = [why[place, text] for place, of in enumerate(answers) for text in of.texts if (place, text) in why]
     scores = [[score_of.get((place, text)) for text in of.texts] for place, of in enumerate(answers)]
-    return Scores(scores, {reason: lost.count(reason) for reason in ("mismatched", "claimless")})
+    return Scores(scores, {reason: lost.count(reason) for reason in ("mismatched", "claimless")} | {"unread": unread})
 
 
 # --------------------------------------------------------------------------------------------- RLAIF-V: answers divided

@@ -8,14 +8,13 @@ from unittest.mock import patch
 
 import bitsandbytes
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import rlaif_kernels.triton_kernels as triton_kernels
 
 from ..model import random_base
-from ..rollout import dense
 from .tracker import Tracker, bytes_of
 
 
@@ -24,7 +23,6 @@ def pretended(tracker: Tracker) -> Iterator[None]:
     """Inside, "cuda" is a device, and every operator on it passes the tracker."""
     swaps = [
         (random_base, "_quantised", quantised),
-        (dense, "dequantize_module_weight", lambda layer: dequantised(layer)),
         (nn.Module, "_apply", apply),
         (nn.functional, "scaled_dot_product_attention", attention),
         (FakeTensor, "tolist", lambda self: self.cpu().tolist()),
@@ -142,12 +140,6 @@ def quantised(layer: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.
     if layer.bias is not None:
         made.bias = nn.Parameter(empty(layer.out_features, dtype=dtype), requires_grad=False)
     return made
-
-
-def dequantised(layer: nn.Module) -> Tensor:
-    """The dense weight of a 4-bit layer, without values."""
-    quantised = isinstance(layer, bitsandbytes.nn.Linear4bit)
-    return dequantize_4bit(layer.weight, layer.weight.quant_state) if quantised else layer.weight
 
 
 def apply(module: nn.Module, fn, recurse: bool = True) -> nn.Module:

@@ -55,6 +55,7 @@ class Base:
         self.images = images
         self.path = path
         self.quantization = quantization
+        self.loader = "transformers"
         self.gradient_checkpointing = False
         self.dense_rollouts: bool | None = None  # see `rollout/dense.py`
         self.placeholder_id: int = getattr(model.config, f"{family.placeholder}_token_id")
@@ -255,7 +256,7 @@ def finish(model: nn.Module, section: Model, device: torch.device, tower: bool) 
         family = family._replace(template=None)
     images = image_spec(path, section.revision, any_size=family.any_size, of_video=family.of_video)
     base = Base(model, tokenizer, family, images, path, section.quantization)
-    base.dense_rollouts = section.dense_rollouts
+    base.loader, base.dense_rollouts = section.loader, section.dense_rollouts
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         base.gradient_checkpointing = True

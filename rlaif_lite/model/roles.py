@@ -34,7 +34,7 @@ from ..recipe import Lora
 from ..recipe.adapter import read_settings, target_names
 from .base import Base
 from .inputs import Batch, decode
-from .merged_lora import merge_forwards
+from .lora import quicken
 
 DECODER = r".*(language_model|text_model\.layers).*"  # the modules that carry adapters
 BASE = "base"  # the role without an adapter
@@ -239,8 +239,8 @@ class Roles:
         else:
             self._peft.add_adapter(name, config)
         self._layers = [m for m in self.base.model.modules() if isinstance(m, LoraLayer)]
-        if self.base.device.type == "cpu" and self.base.dtype == torch.float32:
-            merge_forwards(self._layers)
+        if self.base.loader == "transformers":
+            quicken(self._layers, self.base.dtype)
         self._names.append(name)
         self.trainable(name, False)
         for other, on in training.items():

@@ -247,6 +247,9 @@ def finish(model: nn.Module, section: Model, device: torch.device, tower: bool) 
     if section.quantization == "nf4" and device.type == "cpu":
         _disable_packed_cpu_path(model)
         _let_go_of_the_file(model)
+    # cuDNN's attention, which torch prefers on Hopper and Blackwell, makes a plan for every new length. Its plans for a
+    # forward with and without gradients differ, so equal log-probs of the two could not be counted on.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model.requires_grad_(False)
     model.eval()
     tokenizer = load_tokenizer(section, model)

@@ -337,6 +337,24 @@ def test_auto_takes_the_proposal_and_a_run_goes_on_with_it(recipe, monkeypatch):
     assert resolve_auto(recipe("sft.easy.micro_batch=auto", "sft.easy.batch_size=2"), folder).sft.easy.micro_batch == 2
 
 
+@pytest.mark.parametrize(("card", "checkpointing"), [("24GB", False), ("13GB", True)])
+def test_the_plan_chooses_checkpointing_slots_and_sizes(llava, tmp_path, card, checkpointing):
+    """Recomputing only where nothing else helps; what it costs or saves is said. A resumed run keeps the choice."""
+    path = ROOT / "recipes" / "vlm_rlaif_7b_24gb.yaml"
+    given = load_recipe(path, [f"model.base={llava}", f"output={tmp_path}", "context.batch_size=6"])
+    plan = make_plan(given, card)
+    found = plan.recipe
+    assert found.model.gradient_checkpointing is checkpointing and plan.stages["ppo"].fits
+    assert 2 <= found.ppo.slots == plan.stages["ppo"].proposals["ppo.slots"] <= given.ppo.rollouts
+    note = next(note for note in plan.notes if "gradient_checkpointing" in note)
+    assert f"auto is {str(checkpointing).lower()}: " in note and note.count("GiB") == 2
+    from rlaif_lite.recipe import dump_yaml
+
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(found))
+    assert resolve_auto(given, tmp_path).model.gradient_checkpointing is checkpointing
+    assert resolve_auto(given, tmp_path).ppo.slots == found.ppo.slots
+
+
 def test_a_run_plans_first(rerun, monkeypatch):
     """Nothing starts that cannot fit, unless it is forced; what was planned stands in the summary."""
     recipe = rerun()

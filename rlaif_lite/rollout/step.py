@@ -1,9 +1,9 @@
 """One token for every slot, in buffers that stay where they are.
 
 Everything the step reads and writes lives in tensors made once: on a GPU it is captured as a CUDA graph, one per
-number of positions that attention reads, and replayed with one launch. With LoRA on seven linears of 24 layers a step
-is about 1,650 kernels (a 7B of 32 layers: 2,190); launched one by one, they cost more than they compute. The capture is a thin layer: `_advance` is
-the same code, run eagerly; where a step cannot be captured, that is what happens, and it is said.
+number of positions that attention reads, and replayed with one launch. With LoRA on seven linears of 32 layers a step
+is some 2,200 kernels (by `profile --dry`); launched one by one, they cost more than they compute. The capture is a thin
+layer: `_advance` is the same code, run eagerly; where a step cannot be captured, that is what happens, and it is said.
 
 Shapes: R slots, C channels of a position, T new tokens, L positions read, D width.
 """

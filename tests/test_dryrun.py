@@ -107,12 +107,14 @@ def test_the_captured_step_waits_for_nothing_and_copies_nothing(costs):
         assert decode["syncs"] == decode["calls"] and decode["host_copies"] == 0
 
 
-def test_no_forward_and_no_backward_of_a_ppo_step_waits(costs):
-    """What does wait is outside of these phases: once a micro-batch where the reward role's rows are picked."""
+def test_a_forward_waits_once_and_a_backward_never(costs):
+    """transformers looks once whether the mask is all ones. Outside of these phases the host waits once a micro-batch,
+    where the reward role's rows are picked."""
     phases = costs["stages"]["ppo"]["phases"]
-    found = {name: cost["syncs"] for name, cost in phases.items() if name.startswith(("score", "update"))}
+    found = {name: cost for name, cost in phases.items() if name.startswith(("score", "update"))}
     assert {"score policy", "score value", "update policy backward", "update value forward"} <= set(found)
-    assert not any(found.values()), found
+    for name, cost in found.items():
+        assert cost["syncs"] == (0 if name.endswith("backward") else cost["calls"]), name
 
 
 # Launches per layer of the embedded base, what is outside of its layers included. A change that adds kernels is seen.
@@ -142,6 +144,24 @@ def test_the_allocator_splits_and_joins():
         model.free(block)
     model.empty_cache()
     assert model.reserved == 12 * MIB
+
+
+def test_segments_that_grow_waste_less_where_lengths_differ():
+    """Micro-batches of other lengths, one after the other: a run asks torch for `expandable_segments` for that."""
+
+    def reserved(expandable: bool) -> tuple[int, int]:
+        model, most = allocator.Allocator(expandable), 0
+        weights = [model.allocate(90 * MIB) for _ in range(8)]
+        for rows in (986, 1013, 958, 1100, 1207, 990):
+            sizes = [rows * width * 2 for width in (4096, 11008, 11008, 4096, 11008) * 8]
+            held = [model.allocate(size) for size in sizes]
+            most = max(most, sum(sizes))
+            for block in held[::2] + held[1::2]:
+                model.free(block)
+        return model.reserved, most + len(weights) * 90 * MIB
+
+    (classic, peak), (grown, same) = reserved(False), reserved(True)
+    assert peak == same and peak <= grown < 1.05 * peak < 1.1 * peak < classic
 
 
 def test_the_roofline_takes_the_longest():

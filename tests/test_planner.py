@@ -285,8 +285,8 @@ def test_what_does_not_fit_is_refused_by_the_line_to_change(llava):
         refuse(plan)
     refuse(plan, until="reward")
     lines = (ROOT / "recipes" / "vlm_rlaif_7b_24gb.yaml").read_text().splitlines()
-    line = 1 + next(i for i, text in enumerate(lines) if text.strip().startswith("easy:"))
-    with pytest.raises(StageError, match=rf"`sft.easy.micro_batch` \(.*vlm_rlaif_7b_24gb.yaml:{line}\)"):
+    line = 1 + next(i for i, text in enumerate(lines) if text.startswith("context:"))
+    with pytest.raises(StageError, match=rf"`context.batch_size` \(.*vlm_rlaif_7b_24gb.yaml:{line}\)"):
         refuse(on_card(llava, "8GB"))
     with pytest.raises(StageError, match=r"`model.gradient_checkpointing: true`"):
         refuse(on_card(llava, "8GB", "model.gradient_checkpointing=false"), until="sft")

@@ -11,6 +11,7 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers import masking_utils
 
 import rlaif_kernels.triton_kernels as triton_kernels
 
@@ -25,6 +26,8 @@ def pretended(tracker: Tracker) -> Iterator[None]:
         (random_base, "_quantised", quantised),
         (nn.Module, "_apply", apply),
         (nn.functional, "scaled_dot_product_attention", attention),
+        # transformers looks into masks, to leave out those of ones, except where it takes a FakeTensor for a trace
+        (masking_utils, "is_tracing", lambda *_: False),
         (FakeTensor, "tolist", lambda self: self.cpu().tolist()),
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "get_device_capability", lambda *_: tracker.card.capability),

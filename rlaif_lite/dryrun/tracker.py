@@ -176,7 +176,7 @@ class Tracker(TorchDispatchMode):
 
     def _count(self, func, name, args, kwargs, ins, out, outs) -> None:
         moved = sum(bytes_of(tensor) for tensor in (*ins, *outs) if tensor.device.type == "cuda")
-        itemsize = max((tensor.element_size() for tensor in ins if tensor.is_floating_point()), default=4)
+        sizes = [tensor.element_size() for tensor in ins if tensor.is_floating_point()]
         if name == "gemm_4bit":
             self._gemm_4bit(args[0], *args[2])
             return
@@ -195,7 +195,8 @@ class Tracker(TorchDispatchMode):
             self._within(name, 2 * bytes_of(ins[0]))
         if flops:
             self._blas()
-        self._launch(name, moved, flops, itemsize)
+        # what is multiplied has the smallest elements: sums of products, and attention's statistics, are float32 anyway
+        self._launch(name, moved, flops, min(sizes, default=4))
 
     def _blas(self) -> None:
         """The workspace of cuBLAS, which torch's allocator holds from the first matmul on."""

@@ -62,9 +62,12 @@ def training(shapes: Shapes, section: Model, rows: int, length: int, head: int =
 
 def forward(shapes: Shapes, rows: int, length: int) -> int:
     """Peak of a forward without gradients."""
-    H, I, E = shapes.width, shapes.ffn, shapes.dtype.itemsize
-    per_token = 10 * I + 17 * H if E == 4 else 11 * I + 13 * H
-    return rows * length * (per_token + 2 * E * length) + E * shapes.largest  # 2 E S: the mask, and its copy
+    H, I, E, tokens = shapes.width, shapes.ffn, shapes.dtype.itemsize, rows * length
+    masks = 2 * E * tokens * length  # of rows with branches, and its copy
+    if E == 4:
+        return tokens * (10 * I + 17 * H) + masks + E * shapes.largest
+    # the residual and the norms; gate, up and their product, or two of them while a weight is dense
+    return tokens * 8 * H + masks + max(6 * I * tokens, 4 * I * tokens + E * shapes.largest)
 
 
 def logits(shapes: Shapes, tokens: int, on_gpu: bool) -> int:

@@ -1,6 +1,7 @@
 """The dry run: that it sees what it says it sees, and what the stages may cost a GPU. Dry runs are processes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from core import RECIPE
 from rlaif_lite.dryrun import allocator, launch, shim
 from rlaif_lite.dryrun.cards import CARDS, seconds
 from rlaif_lite.errors import StageError
+from rlaif_lite.workspace import let_segments_grow
 
 MIB = 1 << 20
 KNOWN = """
@@ -162,6 +164,17 @@ def test_segments_that_grow_waste_less_where_lengths_differ():
 
     (classic, peak), (grown, same) = reserved(False), reserved(True)
     assert peak == same and peak <= grown < 1.05 * peak < 1.1 * peak < classic
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has such segments on Linux only")
+def test_a_run_asks_for_segments_that_grow_and_keeps_what_the_user_set(monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    let_segments_grow()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64,expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
+    let_segments_grow()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:False"
 
 
 def test_the_roofline_takes_the_longest():

@@ -96,7 +96,7 @@ def test_it_is_asked_for_the_recipes_base_and_the_rest_is_ours(stand_in, checkpo
     }
     assert call == asked
     assert not base.model.training and not any(parameter.requires_grad for parameter in base.model.parameters())
-    assert base.gradient_checkpointing and not base.has_tower
+    assert base.checkpointed and not base.has_tower
 
     same = load_base(section.model_copy(update={"loader": "transformers"}), torch.device("cpu"), tower=False)
     for layer in (module for module in base.model.modules() if isinstance(module, Linear4bit)):

@@ -56,7 +56,7 @@ class Base:
         self.path = path
         self.quantization = quantization
         self.loader = "transformers"
-        self.gradient_checkpointing = False
+        self.checkpointed: list[nn.Module] = []  # what recomputes in the backward, with `model.gradient_checkpointing`
         self.dense_rollouts: bool | None = None  # see `rollout/dense.py`
         self.placeholder_id: int = getattr(model.config, f"{family.placeholder}_token_id")
         self.eos_id: int = tokenizer.eos_token_id
@@ -262,7 +262,7 @@ def finish(model: nn.Module, section: Model, device: torch.device, tower: bool) 
     base.loader, base.dense_rollouts = section.loader, section.dense_rollouts
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        base.gradient_checkpointing = True
+        base.checkpointed = [m for m in base.decoder.modules() if vars(m).get("gradient_checkpointing")]
     if not tower:
         base.drop_tower()
     return base

@@ -137,7 +137,7 @@ class Fewer:
 
     def split(self, batch: Sequence, size: int | None) -> list:
         found = split_micro(batch, size)
-        self.micros = max(1.0, len(found) / KEPT)
+        self.micros = sum(map(len, found)) / sum(map(len, found[:KEPT]))  # the last one may be smaller
         return found[:KEPT]
 
     def cut(self, *args: object) -> list:

@@ -73,8 +73,8 @@ def trained(stage, recipe, resume: bool = False) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("stage", "whole", "half", "rows", "after"),
-    # six records; four pairs, eight rows; minibatches of four answers, where the fault comes after an optimiser step
-    [(sft, 6, 3, 6, 0), (reward, 4, 2, 8, 0), (ppo, 4, 2, 4, 3)],
+    # six records; four pairs, a row each; minibatches of four answers, where the fault comes after an optimiser step
+    [(sft, 6, 3, 6, 0), (reward, 4, 2, 4, 0), (ppo, 4, 2, 4, 3)],
     ids=["sft", "reward", "ppo"],
 )
 def test_the_update_is_the_same(rerun, scarce, capfd, stage, whole, half, rows, after):

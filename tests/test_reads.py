@@ -67,15 +67,18 @@ def record(monkeypatch):
                 getattr(self, name)
             return dump(self, *arguments, **keys)
 
-        def narrated(self):  # an input of its own, "splits with a narrative"
-            on, reads.on = reads.on, False
-            try:
-                return whose.fget(self)
-            finally:
-                reads.on = on
+        def unwatched(whose: property) -> property:
+            def found(self):
+                on, reads.on = reads.on, False
+                try:
+                    return whose.fget(self)
+                finally:
+                    reads.on = on
 
-        whose = Recipe.narrated
-        monkeypatch.setattr(Recipe, "narrated", property(narrated))
+            return property(found)
+
+        for name in ("narrated", "altered"):  # inputs of their own, "splits with a narrative" and "altered videos"
+            monkeypatch.setattr(Recipe, name, unwatched(getattr(Recipe, name)))
         monkeypatch.setattr(Section, "__getattribute__", watched)
         monkeypatch.setattr(Section, "model_dump", dumped)
         return reads

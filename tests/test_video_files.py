@@ -426,8 +426,8 @@ def spoil(videos: Path, monkeypatch) -> dict[str, str]:
     of_tower = {frames_of(videos / f"0000{i}.mp4"): i for i in (3, 4)}
     encode = features.encode
 
-    def failing(base, frames, chain):
-        found, which = encode(base, frames, chain), of_tower.get(frames["video"].rgb_THWC.tobytes())
+    def failing(base, frames, *more, **keys):
+        found, which = encode(base, frames, *more, **keys), of_tower.get(frames["video"].rgb_THWC.tobytes())
         if which == 3:
             raise torch.OutOfMemoryError("out of memory")
         return {n: v._replace(features_KD=v.features_KD / 0) for n, v in found.items()} if which == 4 else found
@@ -467,7 +467,7 @@ def test_every_bad_video_is_listed_and_all_others_are_done(made, monkeypatch, ca
 
 
 def test_a_tower_that_fails_on_everything_ends_the_run(made, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(features, "encode", broken)

@@ -93,7 +93,7 @@ def one_prefill_an_answer(given: Step) -> Iterator[None]:
         prompts = [p for p in prompts for _ in range(per_prompt)]
         return sample(role, prompts, sampling, seeds=seeds, batch_size=batch_size)
 
-    with patch.object(ppo, "sample", apart):
+    with patch.object(loop, "sample", apart):
         yield
 
 
@@ -108,7 +108,7 @@ def eager_decode(given: Step) -> Iterator[None]:
     def eager(*arguments, **more):
         return sample(*arguments, graph=False, **more)
 
-    with patch.object(ppo, "sample", eager):
+    with patch.object(loop, "sample", eager):
         yield
 
 

@@ -17,6 +17,7 @@ from rlaif_lite.workspace import let_segments_grow
 
 MIB = 1 << 20
 KNOWN = """
+import json
 import sys
 from pathlib import Path
 from rlaif_lite.dryrun import shim
@@ -69,6 +70,13 @@ with pretended(tracker):
     assert tracker.sums["launches"] == launches + 2
     with pytest.raises(RuntimeError, match="waits for the host"), torch.cuda.graph(graph, pool=(0, 0)):
         weight.detach().sum().item()
+
+# in the same process, because its imports take longer than it does: DPO on the embedded base
+from rlaif_lite.dryrun.run import dry_profile
+from rlaif_lite.recipe import load_recipe
+
+found = dry_profile(load_recipe(sys.argv[2]), CARDS["a100"], ["dpo"], None, False)
+Path(sys.argv[3]).write_text(json.dumps(found))
 """
 
 
@@ -77,9 +85,16 @@ def library() -> Path | None:
     return shim.build()
 
 
-def test_a_program_whose_costs_are_known(library):
-    done = subprocess.run([sys.executable, "-c", KNOWN, str(library or "")], capture_output=True, text=True)
+def test_a_program_whose_costs_are_known_and_a_round_of_dpo(library, tmp_path):
+    few = {"preference": {**RECIPE["preference"], "samples": 2}, "dpo": {"batch_size": 4, "micro_batch": 2}}
+    recipe = {**RECIPE, "method": "dpo", "output": str(tmp_path / "run"), **few}
+    (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(recipe))
+    given = [str(library or ""), str(tmp_path / "dpo.yaml"), str(tmp_path / "dpo.json")]
+    done = subprocess.run([sys.executable, "-c", KNOWN, *given], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "dpo.json").read_text())["stages"]["dpo"]
+    assert {"prefill", "decode", "judge", "forward", "backward", "optimiser"} <= set(found["phases"])
+    assert found["phases"]["backward"]["flops"] > found["phases"]["forward"]["flops"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +102,14 @@ def costs(library, tmp_path_factory) -> dict:
     """Every stage that is driven, on the embedded base at the sizes of the tests. A tensor on the wrong device anywhere
     ends the run."""
     folder = tmp_path_factory.mktemp("dry")
-    once = {"hard": None, "policy_init": None}  # one phase of SFT is enough
-    parts = {"sft": {**RECIPE["sft"], **once}, "ppo": {**RECIPE["ppo"], "micro_batch": 2}}
+    # one phase of SFT is enough, and one role's greedy answers
+    once, greedy = {"hard": None, "policy_init": None}, {"roles": ["sft"], "samples": 1, "temperatures": []}
+    parts = {
+        "sft": {**RECIPE["sft"], **once},
+        "preference": {**RECIPE["preference"], "samples": 2},
+        "ppo": {**RECIPE["ppo"], "micro_batch": 2},
+        "evaluate": {**RECIPE["evaluate"], **greedy},
+    }
     recipe = {**RECIPE, "output": str(folder / "run"), **parts}
     (folder / "small.yaml").write_text(yaml.safe_dump(recipe))
     assert launch.dry_run(str(folder / "small.yaml"), [], "a100", [], None, False, folder / "dry.json") == 0

@@ -206,13 +206,13 @@ def _peak(stage: StageMemory, device: Device) -> tuple[int, str, dict[str, int]]
 
 
 def _largest(stage: StageMemory, phase: Phase, device: Device) -> int:
-    """The most rows that fit, micro-batches evened out over as many pieces; 0 where not even one does."""
+    """The most rows that fit, those that may be `auto` evened out over as many pieces; 0 where not even one does."""
     fits = lambda rows: sum(_bytes(stage, phase, rows, device).values()) <= device.room
     low, high = 0, phase.most
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return -(-phase.most // -(-phase.most // low)) if low and phase.key in MICRO else low
+    return -(-phase.most // -(-phase.most // low)) if low and phase.key in AUTO else low
 
 
 def _proposals(stage: StageMemory, device: Device) -> dict[str, int]:

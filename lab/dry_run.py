@@ -1,75 +1,125 @@
 """The table of docs/results/dry_run.md: what each shipped GPU recipe takes by its dry run, and what the planner says.
 
-python -m lab.dry_run            # every recipe at full depth; hours on one core, resumable recipe by recipe
-python -m lab.dry_run --layers 2 # a quick look; nothing is written to docs
+python -m lab.dry_run               # every recipe at two small depths; an hour on one core, resumable recipe by recipe
+python -m lab.dry_run NAME --whole  # one recipe at full depth instead
+
+A decoder's layers are alike, so sizes and times are linear in their number: two depths give the full one. Each phase is
+extrapolated by itself, because another one may have the peak at full depth.
 """
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from rlaif_lite.dryrun.launch import dry_run
+from rlaif_lite.model.base import read_config
+from rlaif_lite.profiler.inputs import made_up
+from rlaif_lite.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "results" / "dry_run.json"
-SIZES = ("peak_memory_bytes", "reserved_memory_bytes", "planned_memory_bytes")
+CARDS = {"24gb": "4090", "48gb": "l40s", "80gb": "a100"}  # by the end of a recipe's name
+DEPTHS = (2, 4)
+PEAK, RESERVED, SECONDS = "peak_memory_bytes", "reserved_memory_bytes", "measured_seconds"
 HEAD = """# Dry runs of the shipped GPU recipes, and the planner
 
     python -m lab.dry_run
 
-GiB of one GPU at full depth, on a roofline of an A100 80 GB. No GPU was used: these are shapes, not measurements
-([dry_run.md](../dry_run.md)). `reserved` is a model of torch's allocator with `expandable_segments`. `planned` is
-`rlaif-lite plan`'s peak for the same inputs, cuBLAS's workspace included in both.
+GiB of one GPU. No GPU was used: these are shapes, not measurements ([dry_run.md](../dry_run.md)). The runs had 2 and
+4 layers of the decoder and are extrapolated to its depth, unless `depth` says `whole`. `reserved` is a model of torch's
+allocator with `expandable_segments`. `planned` is `rlaif-lite plan`'s peak for the same inputs, cuBLAS's workspace
+included in both. `seconds` is a roofline on the card named: of one step of a training stage, else of the whole stage.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="*", help="names; none: all of recipes/*gb.yaml")
-    parser.add_argument("--layers", type=int)
+    parser.add_argument("recipes", nargs="*", help="names; none: all of recipes/*gb.yaml that are not done")
+    parser.add_argument("--whole", action="store_true", help="at full depth")
     asked = parser.parse_args()
-    names = asked.recipes or sorted(path.stem for path in (ROOT / "recipes").glob("*gb.yaml"))
-    found = read() if asked.layers is None else {}
+    names = asked.recipes or [
+        path.stem for path in sorted((ROOT / "recipes").glob("*gb.yaml")) if path.stem not in read()
+    ]
     for name in names:
-        found[name] = figures_of(name, asked.layers)
-        if asked.layers is None:  # another process may have added to it meanwhile
-            found = read() | {name: found[name]}
-            OUT.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n", encoding="utf-8")
-            OUT.with_suffix(".md").write_text(HEAD + "\n" + table(found) + "\n", encoding="utf-8")
-    print(table(found))
+        found = figures_of(name, asked.whole)
+        results = read() | {name: found}  # another process may have added to it meanwhile
+        OUT.write_text(json.dumps(dict(sorted(results.items())), indent=1) + "\n", encoding="utf-8")
+        OUT.with_suffix(".md").write_text(HEAD + "\n" + table(results) + "\n", encoding="utf-8")
+    print(table(read()))
 
 
 def read() -> dict:
-    """{recipe: {stage: bytes}} of the recipes that are done."""
+    """{recipe: its figures} of the recipes that are done."""
     return json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
 
 
-def figures_of(name: str, layers: int | None) -> dict[str, dict[str, float]]:
-    """Sizes and roofline seconds of each stage of a recipe."""
+def figures_of(name: str, whole: bool) -> dict:
+    """Sizes and roofline seconds of each stage of a recipe at its full depth."""
+    card = CARDS[name.rsplit("_", 1)[1]]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    runs = [profile(name, card, depth) for depth in ((None,) if whole else DEPTHS)]
+    stages = runs[0]["stages"]
+    if not whole:
+        depth = layers_of(name)
+        stages = {stage: extrapolated(*(run["stages"][stage] for run in runs), depth) for stage in stages}
+    planned = runs[0]["dry"]["planned_at_full_depth"]
+    return {
+        "commit": commit.strip(),
+        "card": card,
+        "depth": "whole" if whole else list(DEPTHS),
+        "stages": {
+            stage: {key: figures[key] for key in (PEAK, RESERVED, SECONDS)} | {"planned_memory_bytes": planned[stage]}
+            for stage, figures in stages.items()
+        },
+    }
+
+
+def profile(name: str, card: str, layers: int | None) -> dict:
+    """The JSON of one dry run."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "dry.json"
-        code = dry_run(str(ROOT / "recipes" / f"{name}.yaml"), [], "a100", [], layers, False, out)
+        code = dry_run(str(ROOT / "recipes" / f"{name}.yaml"), [], card, [], layers, False, out)
         if code:
             sys.exit(code)
-        profile = json.loads(out.read_text(encoding="utf-8"))
-    keys = (*SIZES, "measured_seconds")
-    return {stage: {key: figures[key] for key in keys} for stage, figures in profile["stages"].items()}
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def layers_of(name: str) -> int:
+    """Layers of the recipe's decoder."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = made_up(load_recipe(ROOT / "recipes" / f"{name}.yaml"), Path(folder), small=False)
+        return read_config(recipe.model).get_text_config().num_hidden_layers
+
+
+def extrapolated(low: dict, high: dict, depth: int) -> dict[str, float]:
+    """A stage at `depth` layers from the two of DEPTHS. What the allocator wastes is a share, so the deeper run's is
+    taken as it is."""
+
+    def at(key: str, first: dict, second: dict) -> float:
+        return first[key] + (second[key] - first[key]) * (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+
+    peak = max(at(PEAK, low["phases"][name], high["phases"][name]) for name in low["phases"])
+    return {PEAK: peak, RESERVED: peak * high[RESERVED] / high[PEAK], SECONDS: at(SECONDS, low, high)}
 
 
 def table(found: dict) -> str:
     """Markdown."""
-    lines = ["| recipe | stage | tensors | reserved | | planned | |", "|---|---|---|---|---|---|---|"]
-    for name, stages in sorted(found.items()):
-        for stage, figures in stages.items():
-            peak, reserved, planned = (figures[key] for key in SIZES)
+    lines = ["| recipe | stage | tensors | reserved | | planned | | seconds |", "|---|---|---|---|---|---|---|---|"]
+    for name, run in sorted(found.items()):
+        for stage, figures in run["stages"].items():
+            peak, reserved, planned = (figures[key] for key in (PEAK, RESERVED, "planned_memory_bytes"))
             gib = [f"{size / 2**30:.2f}" for size in (peak, reserved, planned)]
             lines.append(
                 f"| {name} | {stage} | {gib[0]} | {gib[1]} | {reserved / peak - 1:+.1%} | {gib[2]} | "
-                f"{planned / peak - 1:+.1%} |"
+                f"{planned / peak - 1:+.1%} | {figures[SECONDS]:.1f} |"
             )
-    return "\n".join(lines)
+    runs = [
+        f"{name}: {run['card']}, layers {run['depth']}, commit {run['commit']}" for name, run in sorted(found.items())
+    ]
+    return "\n".join([*lines, "", *(f"- {line}" for line in runs)])
 
 
 if __name__ == "__main__":

@@ -332,13 +332,19 @@ def test_a_decode_that_does_not_fit_on_a_cpu_is_done_with_fewer_slots(policy, mo
 
 
 def test_a_step_that_cannot_be_captured_is_launched_instead(policy, monkeypatch, caplog):
-    """The first capture finds no memory, which halves the slots; the second fails, and answers are as without."""
+    """The first capture finds no memory, which halves the slots; the second fails, and answers are as without. Both
+    times the allocator is led out of the graph's pool, also where torch has done so already."""
     prompts, cuda = prompts_of(policy.base), torch.cuda
-    seeds, streams = list(range(2 * len(prompts))), []
+    seeds, streams, pools = list(range(2 * len(prompts))), [], []
+    sampling = Sampling(24)
     faults = [torch.OutOfMemoryError("CUDA out of memory. Tried ..."), RuntimeError("not permitted when capturing")]
 
     def capture(graph, pool):
         raise faults.pop(0)
+
+    def end_pool(device, pool):
+        pools.append((device, pool))
+        raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
 
     real = DecodeStep.__init__
 
@@ -347,18 +353,20 @@ def test_a_step_that_cannot_be_captured_is_launched_instead(policy, monkeypatch,
         self._pool = (0, 1)
 
     with policy.use("policy") as role:
-        want = sample(role, prompts, Sampling(6), seeds=seeds, per_prompt=2, graph=True)
+        want = sample(role, prompts, sampling, seeds=seeds, per_prompt=2, graph=True)
         monkeypatch.setattr(DecodeStep, "__init__", on_gpu)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_pool, raising=False)
         for name, value in (
+            ("current_device", lambda: 0),
             ("current_stream", lambda: "mine"),
             ("set_stream", streams.append),
             ("CUDAGraph", object),
             ("graph", capture),
         ):
             monkeypatch.setattr(cuda, name, value)
-        got = sample(role, prompts, Sampling(6), seeds=seeds, per_prompt=2, graph=True)
+        got = sample(role, prompts, sampling, seeds=seeds, per_prompt=2, graph=True)
     assert [t.ids for t in got] == [t.ids for t in want] and not faults
-    assert streams == ["mine", "mine"]
+    assert streams == ["mine", "mine"] and pools == [(0, (0, 1))] * 2
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2 and "going on with 5" in said[0] and said[1].endswith("not permitted when capturing")
 

@@ -96,7 +96,7 @@ def test_it_is_asked_for_the_recipes_base_and_the_rest_is_ours(stand_in, checkpo
     }
     assert call == asked
     assert not base.model.training and not any(parameter.requires_grad for parameter in base.model.parameters())
-    assert base.gradient_checkpointing and not base.has_tower
+    assert base.checkpointed and not base.has_tower
 
     same = load_base(section.model_copy(update={"loader": "transformers"}), torch.device("cpu"), tower=False)
     for layer in (module for module in base.model.modules() if isinstance(module, Linear4bit)):
@@ -109,7 +109,8 @@ def test_it_is_asked_for_the_recipes_base_and_the_rest_is_ours(stand_in, checkpo
         batch = collate(each, [encode_prompt(each, [Message("user", "<video> describe the video")], video_of(each))])
         with torch.no_grad(), roles.use("policy") as role:
             hidden.append(role.hidden(batch))
-    assert base.fingerprint() == same.fingerprint() and torch.equal(*hidden)
+    assert base.fingerprint() == same.fingerprint()
+    torch.testing.assert_close(*hidden, rtol=1e-5, atol=1e-5)  # theirs keeps PEFT's forward of the adapters
 
 
 def test_a_checkpoint_that_is_not_whole_never_reaches_it(stand_in, checkpoint, tmp_path):

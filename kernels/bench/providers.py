@@ -29,6 +29,7 @@ from rlaif_lite.rl.shaping import kl_penalty
 
 MATMULS = {"score": 1, "train": 2, "sft": 2, "grpo": 2, "kl": 3}
 CLIP, KL_COEF, ROWS_PER_ANSWER = 0.2, 0.1, 8
+LIGER_ANSWERS = 64  # that it takes at a time; its default of one would make 1,024 launches of 8 rows
 Step = Callable[[], Tensor | None]
 
 
@@ -220,7 +221,12 @@ def liger(p: Problem, task: str) -> Step:
         loss_class = _import("liger_kernel.chunked_loss", "liger-kernel").LigerFusedLinearGRPOLoss
         answers = (-1, ROWS_PER_ANSWER)
         loss = loss_class(
-            beta=KL_COEF, epsilon_low=CLIP, epsilon_high=CLIP, loss_type="bnpo", compiled=p.hidden_ND.is_cuda
+            beta=KL_COEF,
+            epsilon_low=CLIP,
+            epsilon_high=CLIP,
+            loss_type="bnpo",
+            compiled=p.hidden_ND.is_cuda,
+            chunk_size=LIGER_ANSWERS,
         )
         arguments = (
             p.target_N.view(answers),

@@ -121,17 +121,17 @@ def bench(shape: tuple[int, int, int], task: str, device: str, rounds: int, cloc
             steps[name] = step
         except CannotRun as reason:
             rows[name] = rows[name]._replace(note=str(reason))
-        except (
-            Exception
-        ) as error:  # out of memory, or a peer that fails at this shape: said in the table, and the rest goes on
-            rows[name] = rows[name]._replace(
-                note=f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            )
+        except Exception as error:  # out of memory, or a peer that fails at this shape: the others go on
+            rows[name] = rows[name]._replace(note=failure(error))
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds):
-        for name in random.Random(turn).sample(list(steps), len(steps)):
+        for name in random.Random(turn).sample(list(times), len(times)):
             problem.hidden_ND.grad = None
-            times[name].append(clock(steps[name]))
+            try:
+                times[name].append(clock(steps[name]))
+            except Exception as error:  # the others go on
+                rows[name] = rows[name]._replace(note=failure(error))
+                del times[name]
     work = 2e-9 * MATMULS[task] * N * D * V
     floor = statistics.median(times["matmuls alone"]) if "matmuls alone" in times else None
     for name, taken in times.items():
@@ -140,6 +140,11 @@ def bench(shape: tuple[int, int, int], task: str, device: str, rounds: int, cloc
             ms=ms, ms_p20=p20, ms_p80=p80, useful_tflops=work / ms, of_matmul=floor / ms if floor else ""
         )
     return list(rows.values())
+
+
+def failure(error: Exception) -> str:
+    """A provider's note in place of its numbers."""
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
 
 
 def targets(rows: list[Row]) -> list[tuple[str, str, str]]:
@@ -255,6 +260,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         SHAPES if device == "cuda" else TINY
     )
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU, a dry run: its times mean nothing"
+    out = options.out or (RESULTS if device == "cuda" else Path("kernels_bench_dry_run"))
     clock, rows = Clock(device), []
     for shape in shapes:
         for task in options.tasks:
@@ -264,8 +270,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
                     f"{row.task:6} {row.N}x{row.D}x{row.V} {row.provider:28} ",
                     f"{row.ms:9.3f} ms" if row.ms != "" else row.note,
                 )
-    out = options.out or (RESULTS if device == "cuda" else Path("kernels_bench_dry_run"))
-    write(rows, name, out)
+            write(rows, name, out)  # after each task: a run that is killed leaves what it has
     print(f"-> {out / 'kernels_bench.md'}")
     return rows
 

@@ -108,7 +108,7 @@ def plain_rollout(given: Step) -> list[Trajectory]:
     """`generate`, as many answers at a time as ours has in flight; prompts padded on the left."""
     work, section, base = given.work, given.work.recipe.ppo, given.work.base()
     out: list[Trajectory] = []
-    for part in chunks(given.records, section.slots or section.rollouts):
+    for part in chunks(given.records, int(section.slots or section.rollouts)):
         rows = [encode_prompt(base, r.prompt, work.features(r)) for r in part]
         rows = [row._replace(features_KD=new) for row, new in zip(rows, through_tower(given, part), strict=True)]
         with work.roles.use("policy"):

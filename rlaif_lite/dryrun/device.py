@@ -8,14 +8,14 @@ from unittest.mock import patch
 
 import bitsandbytes
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.functional import QuantState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers import masking_utils
 
 import rlaif_kernels.triton_kernels as triton_kernels
 
 from ..model import random_base
-from ..rollout import dense
 from .tracker import Tracker, bytes_of
 
 
@@ -24,9 +24,10 @@ def pretended(tracker: Tracker) -> Iterator[None]:
     """Inside, "cuda" is a device, and every operator on it passes the tracker."""
     swaps = [
         (random_base, "_quantised", quantised),
-        (dense, "dequantize_module_weight", lambda layer: dequantised(layer)),
         (nn.Module, "_apply", apply),
         (nn.functional, "scaled_dot_product_attention", attention),
+        # transformers looks into masks, to leave out those of ones, except where it takes a FakeTensor for a trace
+        (masking_utils, "is_tracing", lambda *_: False),
         (FakeTensor, "tolist", lambda self: self.cpu().tolist()),
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "get_device_capability", lambda *_: tracker.card.capability),
@@ -142,12 +143,6 @@ def quantised(layer: nn.Linear, dtype: torch.dtype, device: torch.device) -> nn.
     if layer.bias is not None:
         made.bias = nn.Parameter(empty(layer.out_features, dtype=dtype), requires_grad=False)
     return made
-
-
-def dequantised(layer: nn.Module) -> Tensor:
-    """The dense weight of a 4-bit layer, without values."""
-    quantised = isinstance(layer, bitsandbytes.nn.Linear4bit)
-    return dequantize_4bit(layer.weight, layer.weight.quant_state) if quantised else layer.weight
 
 
 def apply(module: nn.Module, fn, recurse: bool = True) -> nn.Module:

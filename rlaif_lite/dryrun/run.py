@@ -137,7 +137,7 @@ class Fewer:
 
     def split(self, batch: Sequence, size: int | None) -> list:
         found = split_micro(batch, size)
-        self.micros = max(1.0, len(found) / KEPT)
+        self.micros = sum(map(len, found)) / sum(map(len, found[:KEPT]))  # the last one may be smaller
         return found[:KEPT]
 
     def cut(self, *args: object) -> list:
@@ -165,7 +165,7 @@ def dry_profile(recipe: Recipe, card: Card, stages: Sequence[str], layers: int |
         raise StageError(f"There is no stage `{unknown[0]}` to run dry; there are {', '.join(known)}.")
     tracker = Tracker(card, trace=trace, expandable=True)  # as a run sets it (`workspace.pick_device`)
     fewer, found = Fewer(recipe), {}
-    with opened(recipe, card, layers, tracker) as (work, plan), pretended(tracker), without_files(fewer):
+    with opened(recipe, card, layers, tracker) as (work, plan, whole), pretended(tracker), without_files(fewer):
         chosen = [stage for stage in known if not stages or stage in stages]
         for stage in ["features", *(stage for stage in chosen if stage != "features")]:
             if stage != "features":
@@ -190,7 +190,11 @@ def dry_profile(recipe: Recipe, card: Card, stages: Sequence[str], layers: int |
         "matmul_flops": card.bf16 * card.matmul,
         "machine": machine,
         "versions": versions(),
-        "dry": {"layers": layers, "card": card._asdict()},
+        "dry": {
+            "layers": layers,
+            "card": card._asdict(),
+            "planned_at_full_depth": {stage: whole.stages[stage].peak for stage in found},
+        },
         "stages": found,
     }
 
@@ -207,20 +211,22 @@ def dry_figures(recorder: DryRecorder, work: Workspace, planned: int, trace: boo
 
 
 @contextmanager
-def opened(recipe: Recipe, card: Card, layers: int | None, tracker: Tracker) -> Iterator[tuple[Workspace, Plan]]:
-    """The recipe on a base without weights, with two steps of each training phase and made-up inputs."""
+def opened(recipe: Recipe, card: Card, layers: int | None, tracker: Tracker) -> Iterator[tuple[Workspace, Plan, Plan]]:
+    """The recipe on a base without weights, with two steps of each training phase and made-up inputs; its plan, and
+    that of the whole depth."""
     with tempfile.TemporaryDirectory(prefix="rlaif-dry-run-") as name:
         folder = Path(name)
         small = reduced(made_up(recipe, folder, small=False), folder, steps=1)
-        if layers is not None:
-            cut_layers(recipe, folder, layers)
         small = small.model_copy(update={"device": "cuda", "ppo": small.ppo.model_copy(update={"epochs": 1})})
         tokenizer = AutoTokenizer.from_pretrained(resolve_base(small.model.base))
         tracker.fillers = tuple(tokenizer.encode(word, add_special_tokens=False)[0] for word in ("video", "yes"))
         write_inputs(small, folder, tokenizer)
-        plan = make_plan(small, f"{card.memory}B")
+        plan = whole = make_plan(small, f"{card.memory}B")
+        if layers is not None:  # what is `auto` is chosen for the whole depth
+            cut_layers(recipe, folder, layers)
+            plan = make_plan(whole.recipe, f"{card.memory}B")
         with patch.object(workspace, "pick_device", lambda _: "cuda"):
-            yield Workspace(plan.recipe, load=load_random), plan
+            yield Workspace(plan.recipe, load=load_random), plan, whole
 
 
 def cut_layers(recipe: Recipe, folder: Path, layers: int) -> None:

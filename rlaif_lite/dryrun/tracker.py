@@ -46,7 +46,7 @@ class Tracker(TorchDispatchMode):
         self.sums: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()  # by line
         self.copies: Counter[str] = Counter()  # from the host, by line
-        self.kernels: Counter[str] = Counter()  # launches by operator
+        self.seconds: Counter[str] = Counter()  # by operator
         self.live = self.peak = 0
         self.allocator = Allocator(expandable)
         self._workspace: Block | None = None
@@ -63,7 +63,7 @@ class Tracker(TorchDispatchMode):
         self.peak = self._highest = self.live
         self.at_peak = {}
         self.allocator.empty_cache()
-        for counter in (self.syncs, self.copies, self.kernels):
+        for counter in (self.syncs, self.copies, self.seconds):
             counter.clear()
 
     def _hold(self, tensor: Tensor) -> None:
@@ -176,7 +176,7 @@ class Tracker(TorchDispatchMode):
 
     def _count(self, func, name, args, kwargs, ins, out, outs) -> None:
         moved = sum(bytes_of(tensor) for tensor in (*ins, *outs) if tensor.device.type == "cuda")
-        itemsize = max((tensor.element_size() for tensor in ins if tensor.is_floating_point()), default=4)
+        sizes = [tensor.element_size() for tensor in ins if tensor.is_floating_point()]
         if name == "gemm_4bit":
             self._gemm_4bit(args[0], *args[2])
             return
@@ -195,7 +195,8 @@ class Tracker(TorchDispatchMode):
             self._within(name, 2 * bytes_of(ins[0]))
         if flops:
             self._blas()
-        self._launch(name, moved, flops, itemsize)
+        # what is multiplied has the smallest elements: sums of products, and attention's statistics, are float32 anyway
+        self._launch(name, moved, flops, min(sizes, default=4))
 
     def _blas(self) -> None:
         """The workspace of cuBLAS, which torch's allocator holds from the first matmul on."""
@@ -221,11 +222,12 @@ class Tracker(TorchDispatchMode):
         self._launch("gemm_4bit", operands + n * k * size, flops, size)
 
     def _launch(self, name: str, moved: int, flops: int, itemsize: int) -> None:
-        self.kernels[name] += 1
         self.sums["launches"] += 1
         self.sums["bytes_moved"] += moved
         self.sums["flops"] += flops
-        self.sums["seconds"] += seconds(self.card, moved, flops, itemsize)
+        took = seconds(self.card, moved, flops, itemsize)
+        self.sums["seconds"] += took
+        self.seconds[name] += took
 
     def _same_device(self, name: str, args: tuple, ins: list[Tensor]) -> None:
         """Raises StageError for an operator that reads the CPU's tensors and the GPU's; single numbers may come from

@@ -55,7 +55,8 @@ class Base:
         self.images = images
         self.path = path
         self.quantization = quantization
-        self.gradient_checkpointing = False
+        self.loader = "transformers"
+        self.checkpointed: list[nn.Module] = []  # what recomputes in the backward, with `model.gradient_checkpointing`
         self.dense_rollouts: bool | None = None  # see `rollout/dense.py`
         self.placeholder_id: int = getattr(model.config, f"{family.placeholder}_token_id")
         self.eos_id: int = tokenizer.eos_token_id
@@ -246,6 +247,9 @@ def finish(model: nn.Module, section: Model, device: torch.device, tower: bool) 
     if section.quantization == "nf4" and device.type == "cpu":
         _disable_packed_cpu_path(model)
         _let_go_of_the_file(model)
+    # cuDNN's attention, which torch prefers on Hopper and Blackwell, makes a plan for every new length. Its plans for a
+    # forward with and without gradients differ, so equal log-probs of the two could not be counted on.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model.requires_grad_(False)
     model.eval()
     tokenizer = load_tokenizer(section, model)
@@ -255,10 +259,10 @@ def finish(model: nn.Module, section: Model, device: torch.device, tower: bool) 
         family = family._replace(template=None)
     images = image_spec(path, section.revision, any_size=family.any_size, of_video=family.of_video)
     base = Base(model, tokenizer, family, images, path, section.quantization)
-    base.dense_rollouts = section.dense_rollouts
+    base.loader, base.dense_rollouts = section.loader, section.dense_rollouts
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        base.gradient_checkpointing = True
+        base.checkpointed = [m for m in base.decoder.modules() if vars(m).get("gradient_checkpointing")]
     if not tower:
         base.drop_tower()
     return base

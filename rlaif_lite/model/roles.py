@@ -34,7 +34,7 @@ from ..recipe import Lora
 from ..recipe.adapter import read_settings, target_names
 from .base import Base
 from .inputs import Batch, decode
-from .merged_lora import merge_forwards
+from .lora import quicken
 
 DECODER = r".*(language_model|text_model\.layers).*"  # the modules that carry adapters
 BASE = "base"  # the role without an adapter
@@ -239,8 +239,8 @@ class Roles:
         else:
             self._peft.add_adapter(name, config)
         self._layers = [m for m in self.base.model.modules() if isinstance(m, LoraLayer)]
-        if self.base.device.type == "cpu" and self.base.dtype == torch.float32:
-            merge_forwards(self._layers)
+        if self.base.loader == "transformers":
+            quicken(self._layers, self.base.dtype)
         self._names.append(name)
         self.trainable(name, False)
         for other, on in training.items():
@@ -284,16 +284,16 @@ class ActiveRole:
     def hidden(self, batch: Batch) -> Tensor:
         """Run the decoder over a batch -> hidden_BSD after its final norm."""
         base = self.roles.base
-        # transformers checkpoints in training mode only (no dropout wakes up), and drops the key/value cache in it:
-        # leave it after.
-        checkpointing = base.gradient_checkpointing and torch.is_grad_enabled()
-        if checkpointing:
-            base.decoder.train()
+        # transformers checkpoints in training mode only, and fills no key/value cache in it. `train()` would walk over
+        # thousands of modules, twice in every forward.
+        training = base.checkpointed if torch.is_grad_enabled() else []
+        for module in training:
+            module.training = True
         try:
             hidden_BSD = decode(base, batch)
-        finally:  # also when memory ran out: in training mode no cache is filled, and sampling would go on without
-            if checkpointing:
-                base.decoder.eval()
+        finally:  # also when memory ran out: sampling must find no module in training mode
+            for module in training:
+                module.training = False
         if hidden_BSD.requires_grad:
             hidden_BSD.register_hook(self._check_scope)
         return hidden_BSD

@@ -39,14 +39,11 @@ def saved_by_layer(shapes: Shapes, section: Model, length: int) -> int:
     targets = set(section.lora.targets)
     qkv, mlp = len(targets & {"q_proj", "k_proj", "v_proj"}), len(targets & {"gate_proj", "up_proj"})
     norms = 2 * (4 * H + 4)  # in float32, and their scales
-    attention = E * 4 * Q + 4 * shapes.text.num_attention_heads + E * length  # q, k, v (repeated), out; lse; mask
+    attention = E * 4 * Q + 4 * shapes.text.num_attention_heads  # q, k, v (repeated), out; lse
     feed_forward = E * 3 * I  # gate, its activation, up
-    if E == 4:  # the adapters of one input share it; attention's output is kept already
-        inputs = 4 * H * (bool(qkv) + bool(mlp)) + 4 * I * ("down_proj" in targets)
-    else:  # each adapter keeps a float32 copy of its own
-        inputs = 4 * (H * (qkv + mlp) + Q * ("o_proj" in targets) + I * ("down_proj" in targets))
-    inside = 0 if E == 4 else 4 * section.lora.rank * len(targets)  # merged adapters (model/merged_lora.py) keep none
-    return norms + attention + feed_forward + inputs + inside
+    # the adapters of one input share it (model/lora.py); attention's output is kept already
+    inputs = E * H * (bool(qkv) + bool(mlp)) + E * I * ("down_proj" in targets)
+    return norms + attention + feed_forward + inputs
 
 
 def training(shapes: Shapes, section: Model, rows: int, length: int, head: int = 0) -> int:
@@ -65,9 +62,12 @@ def training(shapes: Shapes, section: Model, rows: int, length: int, head: int =
 
 def forward(shapes: Shapes, rows: int, length: int) -> int:
     """Peak of a forward without gradients."""
-    H, I, E = shapes.width, shapes.ffn, shapes.dtype.itemsize
-    per_token = 10 * I + 17 * H if E == 4 else 11 * I + 13 * H
-    return rows * length * (per_token + 2 * E * length) + E * shapes.largest  # 2 E S: the mask, and its copy
+    H, I, E, tokens = shapes.width, shapes.ffn, shapes.dtype.itemsize, rows * length
+    masks = 2 * E * tokens * length  # of rows with branches, and its copy
+    if E == 4:
+        return tokens * (10 * I + 17 * H) + masks + E * shapes.largest
+    # the residual and the norms; gate, up and their product, or two of them while a weight is dense
+    return tokens * 8 * H + masks + max(6 * I * tokens, 4 * I * tokens + E * shapes.largest)
 
 
 def logits(shapes: Shapes, tokens: int, on_gpu: bool) -> int:

@@ -23,7 +23,7 @@ from .several import REACHED, Link, Several, link_of, of_one_rank, on_ranks, ref
 from .shapes import Shapes, shapes_of, video_tokens
 from .stages import MemoryModel, Phase, StageMemory
 
-AUTO = (
+MICRO = (
     "sft.easy.micro_batch",
     "sft.hard.micro_batch",
     "sft.policy_init.micro_batch",
@@ -32,6 +32,8 @@ AUTO = (
     "dpo.micro_batch",
     "dpo.divide.train.micro_batch",
 )
+AUTO = (*MICRO, "ppo.slots")
+CHECKPOINTING = "model.gradient_checkpointing"
 WORLD_VIDEO = 67_000  # bytes of one of the world's files; measured
 ON_HOST = 4 << 30  # ASSUMED: the process beside a GPU, with CUDA's libraries
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -151,7 +153,8 @@ def make_plan(recipe: Recipe, gpu: str | None = None, cards: int | None = None, 
         share = lambda phases: [of_one_rank(phase, count, shared) for phase in phases]
         return {name: stage._replace(phases=share(stage.phases)) for name, stage in stages.items()}
 
-    recipe = _with_numbers(recipe, device, lambda recipe: stages_of(recipe, 1))  # the same for any number of ranks
+    # the same for any number of ranks
+    given, recipe = recipe, _with_numbers(recipe, device, lambda recipe: stages_of(recipe, 1))
     exchanged = updates(recipe, shapes, judge, lengths)
     disk, times = _disk(recipe, shapes, judge, lengths), rates.seconds(recipe, lengths, device.on_gpu)
     stages = {}
@@ -178,6 +181,8 @@ def make_plan(recipe: Recipe, gpu: str | None = None, cards: int | None = None, 
     for section in (recipe.model, *([] if judge is None else [recipe.model.for_reward()])):
         if shipped_facts(section):
             notes.append(f"the sizes of {section.base} are those that came with this package; it is not on this disk")
+    if given.model.gradient_checkpointing == "auto":
+        notes.append(_checkpointing(recipe, device, stages_of))
     if shapes.images.patch:
         notes.append("frames are taken to be 360 x 640 pixels; a video of another shape has other tokens")
     if device.on_gpu:
@@ -222,7 +227,7 @@ def _peak(stage: StageMemory, device: Device) -> tuple[int, str, dict[str, int]]
 
 
 def _largest(stage: StageMemory, phase: Phase, device: Device) -> int:
-    """The most rows that fit, micro-batches evened out over as many pieces; 0 where not even one does."""
+    """The most rows that fit, those that may be `auto` evened out over as many pieces; 0 where not even one does."""
     fits = lambda rows: sum(_bytes(stage, phase, rows, device).values()) <= device.room
     low, high = 0, phase.most
     while low < high:
@@ -254,11 +259,10 @@ def _change(recipe: Recipe, name: str, stage: StageMemory, device: Device, stage
 
 def _smaller(recipe: Recipe, name: str, size: str, device: Device, stages_of: StagesOf) -> str:
     """Not even one row fits at the key `size`."""
-    key = "model.gradient_checkpointing"
-    if not recipe.model.gradient_checkpointing and size in AUTO:
-        most = _proposals(stages_of(with_key(recipe, key, True))[name], device)[size]
+    if not recipe.model.gradient_checkpointing and size in MICRO:
+        most = _proposals(stages_of(with_key(recipe, CHECKPOINTING, True))[name], device)[size]
         if most > 0:
-            return f"set `{key}: true` ({recipe.where(key)}), and `{size}` to {most} at most"
+            return f"set `{CHECKPOINTING}: true` ({recipe.where(CHECKPOINTING)}), and `{size}` to {most} at most"
     if recipe.model.quantization == "none":
         return f"set `model.quantization: nf4` ({recipe.where('model.quantization')})"
     return (
@@ -286,10 +290,15 @@ def get_key(recipe: Recipe, key: str) -> Any:
 
 
 def _with_numbers(recipe: Recipe, device: Device, stages_of: StagesOf) -> Recipe:
-    """`micro_batch: auto` becomes the largest that fits; where none does, 1, and the plan says so."""
+    """Sizes that are `auto` become the largest that fit; where none does, 1, and the plan says so. Before that,
+    `gradient_checkpointing: auto` becomes false where all stages fit without it, if need be with one row at a time."""
     keys = [key for key in AUTO if get_key(recipe, key) == "auto"]
     for key in keys:
         recipe = with_key(recipe, key, 1)
+    if recipe.model.gradient_checkpointing == "auto":
+        recipe = with_key(recipe, CHECKPOINTING, False)
+        if not all(_peak(stage, device)[0] <= device.room for stage in stages_of(recipe).values()):
+            recipe = with_key(recipe, CHECKPOINTING, True)
     most: dict[str, int] = {}
     for stage in stages_of(recipe).values() if keys else ():
         most |= _proposals(stage, device)
@@ -298,14 +307,31 @@ def _with_numbers(recipe: Recipe, device: Device, stages_of: StagesOf) -> Recipe
     return recipe
 
 
+def _checkpointing(recipe: Recipe, device: Device, stages_of: StagesOf) -> str:
+    """What `gradient_checkpointing: auto` came to, what that costs and what it saves, at the sizes of the plan."""
+    on = bool(recipe.model.gradient_checkpointing)
+    both = [stages_of(with_key(recipe, CHECKPOINTING, value)) for value in (on, not on)]
+    peaks = [{name: _peak(stage, device)[0] for name, stage in stages.items()} for stages in both]
+    name = max(recipe.stages, key=lambda stage: abs(peaks[0][stage] - peaks[1][stage]))
+    here, other = (f"{each[name] / 2**30:.1f} GiB" for each in peaks)
+    if on:
+        return (
+            f"{CHECKPOINTING}: auto is true: {name} takes {here} and not {other}; backwards compute the forward again"
+        )
+    return (
+        f"{CHECKPOINTING}: auto is false: {name} takes {here} and not {other}; no backward computes the forward again"
+    )
+
+
 def resolve_auto(recipe: Recipe, folder: Path) -> Recipe:
     """`auto` as the run in `folder` resolved it when it began, so that resuming it gives the same bits."""
-    keys = [key for key in AUTO if get_key(recipe, key) == "auto"]
+    keys = [key for key in (*AUTO, CHECKPOINTING) if get_key(recipe, key) == "auto"]
     before = load_recipe(folder / "recipe.yaml") if keys and (folder / "recipe.yaml").exists() else None
     for key in keys:
         if before is not None and isinstance(found := get_key(before, key), int):
-            whole = get_key(recipe, key.replace("micro_batch", "minibatch" if key.startswith("ppo") else "batch_size"))
-            recipe = with_key(recipe, key, min(found, whole))
+            whole = key.replace("micro_batch", "minibatch" if key.startswith("ppo") else "batch_size")
+            whole = whole.replace("slots", "rollouts")
+            recipe = with_key(recipe, key, found if key == CHECKPOINTING else min(found, get_key(recipe, whole)))
     return recipe
 
 

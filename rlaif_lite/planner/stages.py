@@ -171,7 +171,7 @@ class MemoryModel:
         def update(rows: int) -> dict[str, int]:
             return self.learning(rows, length, rows * new)
 
-        answers = self.sampling("ppo.slots", section.slots or section.rollouts, section.rollouts, prompt, new)
+        answers = self.sampling("ppo.slots", int(section.slots or section.rollouts), section.rollouts, prompt, new)
         phases = [answers, Phase("update", "ppo.micro_batch", micro, section.minibatch, update)]
         if section.feedback in ("ranking", "interventions"):
             judges = [self.recipe.preference.judge if section.feedback == "ranking" else "claims"]

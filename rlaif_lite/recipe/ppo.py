@@ -27,7 +27,9 @@ class Ppo(Section):
     )
     steps: Count = Field(20, description="rounds of rollout and update")
     rollouts: Count = Field(96, description="answers per step (published 256)")
-    slots: Count | None = Field(None, description="answers in flight while sampling; null: all `rollouts`")
+    slots: Rows | None = Field(
+        None, description="answers in flight while sampling; auto: most that fit; null: all `rollouts`"
+    )
     group_size: Count = Field(1, description="answers per prompt; 2 or more for `value: none`")
     epochs: Count = Field(2, description="passes over each step's answers")
     minibatch: Count = Field(48, description="answers per optimiser step (published 128)")

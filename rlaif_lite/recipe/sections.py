@@ -111,8 +111,10 @@ class Model(Section):
     loader: Literal["transformers", "unsloth"] = Field(
         "transformers", description="unsloth: its kernels, on NVIDIA GPUs (extra [unsloth], its own environment)"
     )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute in the backward: less memory, more time", json_schema_extra=NEUTRAL
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        False,
+        description="recompute in the backward: less memory, more time; auto: only where a stage fits in no other way",
+        json_schema_extra=NEUTRAL,
     )
     dense_rollouts: bool | None = Field(
         None, description="sample with a dense copy of the decoder, adapter merged in; null: on a CPU only"

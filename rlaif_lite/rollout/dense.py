@@ -10,9 +10,9 @@ import contextlib
 from collections.abc import Iterator
 
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
+from ..model.lora import dense_weight
 from ..model.roles import ActiveRole
 from ..phases import phase
 
@@ -42,7 +42,7 @@ def _linears(parent: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 
 def _merged(layer: nn.Module, role: str) -> nn.Module:
     inner = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-    weight = dequantize_module_weight(inner).detach()
+    weight = dense_weight(inner)
     if isinstance(layer, LoraLayer) and role in layer.lora_A:  # not so for the role without an adapter
         if role in layer.lora_variant:
             return layer  # such as DoRA, which is more than a sum

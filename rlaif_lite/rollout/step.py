@@ -1,13 +1,14 @@
 """One token for every slot, in buffers that stay where they are.
 
 Everything the step reads and writes lives in tensors made once: on a GPU it is captured as a CUDA graph, one per
-number of positions that attention reads, and replayed with one launch. With LoRA on seven linears of 24 layers a step
-is some 1,400 kernels; launched one by one, they cost more than they compute. The capture is a thin layer: `_advance` is
-the same code, run eagerly; where a step cannot be captured, that is what happens, and it is said.
+number of positions that attention reads, and replayed with one launch. With LoRA on seven linears of 32 layers a step
+is some 2,200 kernels (by `profile --dry`); launched one by one, they cost more than they compute. The capture is a thin
+layer: `_advance` is the same code, run eagerly; where a step cannot be captured, that is what happens, and it is said.
 
 Shapes: R slots, C channels of a position, T new tokens, L positions read, D width.
 """
 
+import contextlib
 import logging
 
 import torch
@@ -21,6 +22,7 @@ from .slots import ALIGN, SlotCache, round_up
 
 log = logging.getLogger(__name__)
 
+WORTH = 8  # replays that pay for a capture, which launches every kernel of a step once from Python
 GRAPH_LIMIT = 128  # positions that a captured step reads are a multiple of it: a handful of captures per rollout
 
 
@@ -69,7 +71,7 @@ class DecodeStep:
         else:
             # the first step at this limit is run as it is, which also warms up what a capture must not allocate
             self._advance(len(self.token_R))
-            if self._pool is not None:
+            if self._pool is not None and limit - longest >= WORTH:
                 self._capture(limit)
         return _read(self.token_R[:rows], self.logp_R[:rows])
 
@@ -82,6 +84,9 @@ class DecodeStep:
                 self._advance(len(self.token_R))
         except RuntimeError as error:
             torch.cuda.set_stream(stream)  # a capture that ends badly leaves its own
+            with contextlib.suppress(RuntimeError):  # torch has done it
+                # else the allocator still gives to the graph's pool, and `empty_cache` raises ever after
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
             cause = error.__context__  # the end of a capture may hide what broke it
             for found in (error, cause):
                 if isinstance(found, RuntimeError) and out_of_memory(found):

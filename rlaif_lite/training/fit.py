@@ -1,7 +1,8 @@
 """The supervised loop: one role's adapter (and head), one optimiser, one schedule, resumable at any step.
 
 A step's batch, learning rate and randomness follow from its number alone, so a killed run that goes on from its last
-checkpoint ends with the same bits as one that was never killed. Forward and backward stay inside the role's scope.
+checkpoint ends with the same bits as one that was never killed, on a CPU; a GPU's attention sums up its gradients in
+an order that varies. Forward and backward stay inside the role's scope.
 A step that runs out of memory, optimiser included, is undone and done again in smaller pieces (`training/oom.py`).
 No update is made with a gradient that is not finite.
 """

@@ -1,6 +1,6 @@
 """Seeds, batches, learning rates and the metrics log: everything about step N is a function of (seed, stage, N).
 
-A resumed run is bit-equal to an uninterrupted one because nothing here depends on what ran before: batch N, its
+Nothing here depends on what ran before, so on a CPU a resumed run is bit-equal to an uninterrupted one: batch N, its
 learning rate and its seed can be asked for directly, and the log drops the lines that the resumed stage writes again.
 """
 

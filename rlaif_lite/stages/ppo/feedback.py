@@ -135,7 +135,7 @@ class RewardModelFeedback(Feedback):
         sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
         seeds = [work.seed("ppo", "scale", i) for i in range(len(records))]
         with work.roles.use("reference") as reference:
-            slots = section.slots or section.rollouts
+            slots = int(section.slots or section.rollouts)
             prompt_of = lambda i: encode_prompt(base, records[i].prompt, work.features(records[i]))
             answers = sample_together(reference, len(records), prompt_of, sampling, seeds=seeds, batch_size=slots)
         size = section.micro_batch or section.minibatch

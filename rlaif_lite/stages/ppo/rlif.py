@@ -215,7 +215,7 @@ class InterventionFeedback(Feedback):
         seeds = [work.seed("ppo", stream, step, s.answer, turn, j) for s in kept for j in range(count)]
         sampling = Sampling(max(room), section.temperature, section.top_p, section.top_k)
         with work.roles.use(role) as active:
-            slots = section.slots or section.rollouts
+            slots = int(section.slots or section.rollouts)
             found = sample_together(
                 active, len(kept), prompt_of, sampling, seeds=seeds, per_prompt=count, batch_size=slots
             )

@@ -158,7 +158,7 @@ class RuleFeedback(Feedback):
         sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
         seeds = [work.seed("ppo", "shuffled", step, i) for i in range(len(asked) * per_prompt)]
         with work.roles.use("policy") as policy, phase("shuffled answers"):
-            slots = section.slots or section.rollouts
+            slots = int(section.slots or section.rollouts)
             shuffled = sample_together(
                 policy, len(asked), prompt_of, sampling, seeds=seeds, per_prompt=per_prompt, batch_size=slots
             )

@@ -226,7 +226,7 @@ def rollout(work: Workspace, records: list[Record], step: int, turn: int = 0) ->
     stream = ("ppo", step) if turn == 0 else ("ppo", "resample", step, turn)
     seeds = [work.seed(*stream, i) for i in range(len(records))]
     with work.roles.use("policy") as policy:
-        slots = section.slots or section.rollouts
+        slots = int(section.slots or section.rollouts)
         prompt_of = lambda i: encode_prompt(base, asked[i].prompt, work.features(asked[i]))
         return sample_together(
             policy, len(asked), prompt_of, sampling, seeds=seeds, per_prompt=section.group_size, batch_size=slots

@@ -75,7 +75,7 @@ class ClaimScores(NamedTuple):
             at = answer.find(claim.strip(), end)
             end = end if at < 0 else at + len(claim.strip())
             if mass > VERDICT:
-                found.append((answer[start:end].strip(), *verdict))
+                found.append((answer[start:end].strip(" .,!?\n"), *verdict))
                 start = end
         return found
 

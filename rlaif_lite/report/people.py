@@ -135,9 +135,7 @@ def read_labels(folder: Path, items: Iterable[Item], recipe_hash: str) -> Labels
             if row["better"] != BACK:
                 of[row["item"]] = row
         stale += sum(row["item"] not in known for row in rows)
-    counted = {
-        person: {item: row for item, row in of.items() if item in known} for person, of in by_person.items()
-    }
+    counted = {person: {item: row for item, row in of.items() if item in known} for person, of in by_person.items()}
     return Labels(counted, refused, stale)
 
 
@@ -163,9 +161,7 @@ def read_people(folder: Path, rows: Iterable[dict], method: str, recipe_hash: st
     rows = list(rows)
     items = {item.id: item for item in items_of(folder, rows, method)}
     labels = read_labels(folder, items.values(), recipe_hash)
-    verdicts = [
-        row for of in labels.by_person.values() for row in of.values() if row["better"] != SKIP
-    ]
+    verdicts = [row for of in labels.by_person.values() for row in of.values() if row["better"] != SKIP]
     policy = [row for row in verdicts if row["source"] == "policy"]
     decided = [row for row in verdicts if row["source"] == "judged" and row["better"] != TIE]
     gaps = {

@@ -4,8 +4,8 @@ Everybody gets the same items in the same random order, so that the first items 
 compared. Pairs that the reward model was not trained on come first: only these say how good it is. Which answer is
 shown as number 1 is drawn for each person and item.
 
-A verdict is a line of `labels/<person>.jsonl` in the run folder, and is on the disk when `add` returns. Files are locked
-while they are written, so two pages of one person, or two servers, never judge an item twice.
+A verdict is a line of `labels/<person>.jsonl` in the run folder, and is on the disk when `add` returns. Files are
+locked while they are written, so two pages of one person, or two servers, never judge an item twice.
 """
 
 import contextlib

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -339,3 +340,10 @@ def test_nothing_decided_is_nothing_exported(store, run, tmp_path):
     with pytest.raises(RlaifError, match="people decided no pair, 2 items are undecided, and 0 are about held-out"):
         store.export(tmp_path / "pairs.jsonl")
     assert not (tmp_path / "pairs.jsonl").exists()
+
+
+def test_the_page_without_gradio_says_what_to_install(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "rlaif_lite.ui.page", raising=False)
+    done = CliRunner().invoke(app, ["ui", str(run)])
+    assert done.exit_code == 2 and "The page needs Gradio. Install it with `pip install rlaif-lite[ui]`." in done.stderr

@@ -20,6 +20,8 @@ import numpy as np  # noqa: E402
 from labelled import labelled_run  # noqa: E402
 from rlaif_lite.report.folder import read_run  # noqa: E402
 from rlaif_lite.ui import page as pages  # noqa: E402
+from rlaif_lite.ui import show  # noqa: E402
+from rlaif_lite.ui.store import Store  # noqa: E402
 
 HOSTILE = '<img src=x onerror="window.hacked = 1"> ${window.hacked = 2} {{7*7}} <b>bold</b>'
 
@@ -55,18 +57,19 @@ def mpeg4(path: Path) -> None:
 
 @pytest.fixture
 def open_page(run, browser):
-    """open_page() -> a page of its own in a browser without memory; open_page(context) -> one more of the same."""
-    address = pages.serve(run, "127.0.0.1", None, share=False, block=False)
-    opened = []
+    """open_page() -> a page in a browser without memory; open_page(context) -> one more page in the same browser. The
+    server starts with the first."""
+    opened, served = [], []
 
     def one(context=None):
+        served[:] = served or [pages.serve(run, "127.0.0.1", None, share=False, block=False)]
         context = context or browser.new_context(viewport={"width": 1240, "height": 1000})
         tab = context.new_page()
         opened.append(context)
         tab.wrong, tab.asked = [], []
         tab.on("pageerror", lambda error: tab.wrong.append(str(error)))
         tab.on("request", lambda request: tab.asked.append(request.url))
-        tab.goto(address)
+        tab.goto(served[0])
         tab.get_by_label("Your name").wait_for()
         return tab
 
@@ -194,8 +197,6 @@ SEEN = """() => {
 
 
 def labels_key(run: Path, item: str) -> str:
-    from rlaif_lite.ui.store import Store
-
     return Store(run).items[item].key
 
 
@@ -204,9 +205,7 @@ def test_pairs_say_why_and_text_is_text(run, open_page):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[0] |= {"chosen": HOSTILE, "margin": 9.0, "said": [[[HOSTILE, 0.75, 0.05]], rows[0]["said"][1]]}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pages.gr.close_all(verbose=False)
     tab = open_page()
-    tab.goto(pages.serve(run, "127.0.0.1", None, share=False, block=False))
     tab.get_by_role("tab", name="Pairs").click()
     tab.locator("#pairs span", has_text="preference/00000").first.click()
     tab.wait_for_selector("#pair .item")
@@ -214,6 +213,21 @@ def test_pairs_say_why_and_text_is_text(run, open_page):
     assert HOSTILE in text and "75.0\u00a0%, no 5.0\u00a0%" in text and "Margin +9.00" in text
     assert "bad & worse . 20.0\u00a0%, no 70.0\u00a0%" in text and "nobody yet" in text
     assert tab.evaluate("window.hacked") is None and not tab.wrong
+    tab.get_by_label("the shorter answer won").check()
+    tab.get_by_label("number input for Margin at least").fill("1")
+    tab.locator("#pairs").get_by_text("preference/00000").first.wait_for(state="detached")
+    assert tab.locator("#pairs span", has_text="preference/00001").first.is_visible()
+
+
+def test_pairs_are_filtered_by_margin_length_and_people(run):
+    store = Store(run)
+    of = lambda least=0.0, *only: [row[-1] for row in show.rows(store, least, only)]
+    assert len(of()) == 16 and len(of(1.0)) == 8 and of(2.0) == []
+    assert [row[1] for row in show.rows(store, 0.0, [])] == [1.5] * 8 + [0.5] * 8  # the surest first
+    assert of(0.0, show.SHORTER) == of() and of(0.0, show.LONGER) == of(0.0, show.DISAGREE) == []
+    first = store.next_item("anna", "judged")
+    store.add("anna", first.item.id, str(1 + first.roles.index("rejected")))
+    assert of(0.0, show.DISAGREE) == [first.item.id]
 
 
 def test_a_file_that_is_not_a_runs_video_cannot_be_fetched(run, open_page):

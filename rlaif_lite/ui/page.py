@@ -9,14 +9,15 @@ import threading
 import time
 from pathlib import Path
 
+from ..errors import RlaifError
+
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 try:
     import gradio as gr
 except ImportError:
-    gr = None
+    raise RlaifError("The page needs Gradio. Install it with `pip install rlaif-lite[ui]`.") from None
 
 from ..chat import Chat
-from ..errors import RlaifError
 from ..report.people import SKIP, TIE
 from ..rollout import Sampling
 from . import show
@@ -46,7 +47,7 @@ class Talk:
         return show.answers(found, time.monotonic() - started)
 
 
-def build(store: Store, media: Media) -> "gr.Blocks":
+def build(store: Store, media: Media) -> gr.Blocks:
     """The page of a run."""
     with gr.Blocks(title=f"{store.recipe.name}, judged by people", analytics_enabled=False) as page:
         with gr.Tab("Label"):
@@ -59,7 +60,7 @@ def build(store: Store, media: Media) -> "gr.Blocks":
     return page
 
 
-def _label(page: "gr.Blocks", store: Store, media: Media) -> None:
+def _label(page: gr.Blocks, store: Store, media: Media) -> None:
     """Two answers to one question, blind."""
     sources = [(show.TITLES[source], source) for source in store.sources()]
     kept = gr.BrowserState("", storage_key="rlaif-lite-person", secret="no secret")  # a name, so that a reload goes on
@@ -113,7 +114,7 @@ def _label(page: "gr.Blocks", store: Store, media: Media) -> None:
     back.click(undo, [name, source], outputs, api_name="back", show_progress="hidden")
 
 
-def _pairs(page: "gr.Blocks", store: Store, media: Media) -> None:
+def _pairs(page: gr.Blocks, store: Store, media: Media) -> None:
     """What the judge said, and why."""
     largest = max(item.row["margin"] for item in store.of("judged"))
     gr.Markdown("What the judge decided, and why. This is not blind: label first.")
@@ -193,9 +194,7 @@ def _said(function, *given):
 def serve(run: Path, host: str, port: int | None, share: bool, block: bool = True) -> str:
     """Open the page of a run and return its address; with `block`, only when it is stopped.
 
-    Raises RlaifError without Gradio, and as `Store`."""
-    if gr is None:
-        raise RlaifError("The page needs Gradio. Install it with `pip install rlaif-lite[ui]`.")
+    Raises RlaifError where the port is taken, and as `Store`."""
     store = Store(run)
     media = Media(store.recipe.features.max_source_pixels)
     system = ["system-ui", "sans-serif"]  # a theme's own fonts would be fetched from another host

@@ -22,7 +22,7 @@ CSS = """
 .item .two { display: grid; grid-template-columns: 1fr 1fr; gap: 16px; }
 .item .answer { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px 16px;
   background: var(--background-fill-primary); overflow-wrap: anywhere; white-space: pre-wrap; }
-.item .answer b { display: block; margin-bottom: 4px; color: var(--body-text-color-subdued); font-size: 13px; font-weight: 600; }
+.item .answer b { display: block; margin-bottom: 4px; color: var(--body-text-color-subdued); font-size: 13px; }
 .item .note, .item .none { margin-top: 10px; color: var(--body-text-color-subdued); font-size: 14px; }
 .item mark { border-radius: 3px; padding: 1px 3px; color: inherit; }
 .item mark small { opacity: .75; font-size: 11px; }
@@ -100,8 +100,8 @@ def pair(store: Store, item: Item, media: Media) -> str:
     return (
         f'<div class="item">{media.element(shown.video)}<h3>{escape(shown.question)}</h3>'
         f'<div class="two">{"".join(cards)}</div>'
-        f'<p class="note">Margin {signed(item.row["margin"], 2)}.{consistent} The share after a claim is the judge’s P(yes). '
-        f"P(no) is given where the two do not make 100 %. People: {people or 'nobody yet'}.</p>"
+        f'<p class="note">Margin {signed(item.row["margin"], 2)}.{consistent} The share after a claim is the judge’s '
+        f"P(yes). P(no) is given where the two do not make 100 %. People: {people or 'nobody yet'}.</p>"
         f'<p class="note"><b>Narrative the judge could read:</b> {escape(narrative or "none")}</p></div>'
     )
 

@@ -13,9 +13,12 @@ from labelled import HASH, labelled_run
 from rlaif_lite.cli import app
 from rlaif_lite.data.readers import read_records
 from rlaif_lite.errors import RlaifError, StageError
+from rlaif_lite.recipe import load_recipe
 from rlaif_lite.report.page import write
 from rlaif_lite.report.people import Share, couple, read_people, share, trust
+from rlaif_lite.stages.preference import read_pairs
 from rlaif_lite.ui.store import Store
+from rlaif_lite.workspace import Workspace
 from run_folders import make_run
 from test_report import text_of
 
@@ -331,6 +334,9 @@ def test_what_people_decided_is_exported_as_pairs(store, run, tmp_path):
         assert (record.rejected, record.chosen) == item.answers  # people turned the judge's verdict round
         assert Path(record.video).is_absolute() and Path(record.video).is_file()
         assert record.messages[-1].role == "user" and "<video>" in record.messages[-1].content
+    given = ["data.preference=[]", f"data.pairs=[{tmp_path / 'pairs.jsonl'}]", f"output={tmp_path / 'next'}"]
+    learnt = read_pairs(Workspace(load_recipe(run / "recipe.yaml", given)))  # what a reward model trains on
+    assert [pair[1:] for pair in learnt] == [item.answers[::-1] for item in judged[1:10]]
     again = store.export(tmp_path / "all.jsonl", held_out=True)
     assert again == (12, 1, 0) and len(read_records(tmp_path / "all.jsonl").records) == 12
 

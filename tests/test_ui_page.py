@@ -1,6 +1,6 @@
 """The page on which people judge, in a real browser: keys, reload, two pages, videos that do not play, hostile text.
 
-Needs the extra `ui`, playwright and a Chromium; `make test-ui` installs the first two."""
+Needs the extra `ui`, playwright and a Chromium. `make test-ui` installs the first two."""
 
 import json
 import shutil
@@ -215,8 +215,8 @@ def test_pairs_say_why_and_text_is_text(run, open_page):
     assert tab.evaluate("window.hacked") is None and not tab.wrong
     tab.get_by_label("the shorter answer won").check()
     tab.get_by_label("number input for Margin at least").fill("1")
-    tab.locator("#pairs").get_by_text("preference/00000").first.wait_for(state="detached")
-    assert tab.locator("#pairs span", has_text="preference/00001").first.is_visible()
+    tab.locator("#pairs").get_by_text("9", exact=True).first.wait_for(state="detached")  # the longest answer's margin
+    assert tab.locator("#pairs span", has_text="1.5").first.is_visible()
 
 
 def test_pairs_are_filtered_by_margin_length_and_people(run):

@@ -89,7 +89,7 @@ class People(NamedTuple):
     reward: Share | None
     "the same of the reward model, on pairs that it was not trained on"
     each_other: Share | None
-    "two people name the same better answer, where both name one"
+    "two people name the same better answer of a judged pair, where both name one"
     couples: list[Couple]
     labels: Labels
 
@@ -190,12 +190,12 @@ def read_people(folder: Path, rows: Iterable[dict], method: str, recipe_hash: st
 
 
 def _same(labels: Labels) -> list[tuple[str, float]]:
-    """(video, whether they agree) for every two people and every item that both decided."""
+    """(video, whether they agree) for every two people and every judged pair that both decided."""
     return [
         (one[item]["video"], float(one[item]["better"] == other[item]["better"]))
         for one, other in combinations(labels.by_person.values(), 2)
         for item in one.keys() & other.keys()
-        if not {one[item]["better"], other[item]["better"]} & {TIE, SKIP}
+        if {one[item]["better"], other[item]["better"]} <= {*SOURCES["judged"]}
     ]
 
 

@@ -282,6 +282,29 @@ def chat(
 
 
 @app.command()
+def ui(
+    run_dir: RunDir,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Its port; else the first free one from 7860.")] = None,
+    share: Annotated[bool, typer.Option("--share", help="Also a public address, through Gradio's servers.")] = False,
+    export: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what people decided as pairs for data.pairs, and end.")
+    ] = None,
+    held_out: Annotated[bool, typer.Option("--held-out", help="With --export: pairs on held-out videos too.")] = False,
+) -> None:
+    """Open a page on which people judge a run's answers, browse the judge's, and ask two roles side by side."""
+    _need_base(run_dir)
+    if export is not None:
+        from .ui import store
+
+        typer.echo(store.as_text(store.Store(run_dir).export(export, held_out), export))
+        return
+    from .ui import page
+
+    page.serve(run_dir, host, port, share)
+
+
+@app.command()
 def export(
     run_dir: RunDir,
     out: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 from core import VIDEOS, small_recipe
 from rlaif_lite import pipeline
 from rlaif_lite.errors import DataError, StageError
-from rlaif_lite.files import by_batches, read_jsonl, write_jsonl
+from rlaif_lite.files import by_batches, read_json, read_jsonl, write_jsonl
 from rlaif_lite.model.base import load_base
 from rlaif_lite.recipe import flatten, load_recipe
 from rlaif_lite.stages import sft
@@ -105,6 +105,17 @@ def test_the_folder(finished):
         assert (theirs["score_gap"] > 0) == (theirs["preference"] == 1) and ours["margin"] == abs(
             theirs["score_gap"]
         ) > 0
+        for answer, said in zip((ours["chosen"], ours["rejected"]), ours["said"], strict=True):
+            assert all(claim in answer and 0 <= yes + no <= 1.0001 for claim, yes, no in said)
+    by_judge = {(row["judge"], row["context"]): row for row in read_json(folder / "preference" / "judgements.json")}
+    assert by_judge["claims", True]["same_winner"] == 1.0  # the labelling judge itself
+    assert all(0 <= row["same_winner"] <= 1 for row in by_judge.values()) and len(by_judge) == 4
+    held = read_jsonl(folder / "reward" / "heldout.jsonl")
+    assert {(row["key"], row["chosen"], row["rejected"]) for row in held} <= {
+        (row["key"], row["chosen"], row["rejected"]) for row in own
+    }
+    accuracy = json.loads((folder / "summary.json").read_text())["reward"]["heldout_accuracy"]
+    assert sum(row["gap"] > 0 for row in held) / len(held) == accuracy
 
 
 def test_evaluation_answers_every_video_once_per_role(finished):

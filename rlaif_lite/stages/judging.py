@@ -1,7 +1,7 @@
 """What every stage that learns from judged answers does: a role answers prompts, a role judges the answers, and the
 judge is held against the truth where that is known. All of it goes on batch by batch after a kill."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ class Judged(NamedTuple):
     margin: float  # positive: a is better
     consistent: bool  # both orders agreed (always true of judges that see one answer at a time)
     has_mass: bool = True  # the judge gave its verdict words probability, or a score, for both answers
+    said: Sequence[Sequence] = ((), ())  # of a and of b: (claim, P(yes), P(no)); nothing where pairs are compared
 
 
 class Answers(NamedTuple):
@@ -93,11 +94,12 @@ def compare_pairs(
                     for r, a, b in batch
                 ]
                 found = judge_pairs(active, asked, section.pairwise, section.batch_size)
-                return [[c.margin, c.consistent, c.has_mass] for c in found]
+                return [[c.margin, c.consistent, c.has_mass, [[], []]] for c in found]
             items = [item_of(work, r, x, contexts) for r, a, b in batch for x in (a, b)]
             scores = judge_claims(active, items, section.claims, section.batch_size)
-        both = zip(scores[0::2], scores[1::2], strict=True)
-        return [[a.score - b.score, True, a.has_mass and b.has_mass] for a, b in both]
+        said = [score.said(item.answer, section.claims.mode) for score, item in zip(scores, items, strict=True)]
+        both = zip(scores[0::2], scores[1::2], chunks(said, 2), strict=True)
+        return [[a.score - b.score, True, a.has_mass and b.has_mass, claims] for a, b, claims in both]
 
     with progress(len(pairs), label, unit="pair") as bar:
         decisions = by_batches(path, even_chunks(pairs, section.batch_size), decide, bar.advance)

@@ -69,13 +69,15 @@ def score_answers(
                 scores = [-rejected(verdict) for verdict in verdicts]
         return [
             {
+                "key": answers[place].record.key,
                 "answer": text,
                 "claims": verdict.claims,
                 "values": verdict.values,
+                "said": verdict.said(text, "ask" if work.recipe.dpo.divide else preference.claims.mode),
                 "score": score,
                 "has_mass": verdict.has_mass,
             }
-            for (_, text, _), verdict, score in zip(batch, verdicts, scores, strict=True)
+            for (place, text, _), verdict, score in zip(batch, verdicts, scores, strict=True)
         ]
 
     with progress(len(todo), f"{label}: judge", unit="answer") as bar:

@@ -207,7 +207,8 @@ def encode(
     base: Base, frames: dict[str, Frames], chain: list[dict], names: Iterable[str] | None = None, seed: int = 0
 ) -> dict[str, FeatureRecord]:
     """All views of a video in one pass of the tower, then altered (`names` has such views; None: none) and pruned one
-    by one. A family that merges frames in time gets the last one again where a view has too few."""
+    by one. A family that merges frames in time gets the last one again where a view has too few. `seed`: the video's
+    own, for what is drawn at random."""
     merged = base.images.patch.frames if base.images.patch else 1
     pixels = [to_pixels(view.rgb_THWC, base.images) for view in frames.values()]
     pixels = [torch.cat([each, each[-1:].expand(-len(each) % merged, -1, -1, -1)]) for each in pixels]
@@ -228,6 +229,7 @@ def encode(
             time_G=time_G,
             frames=min(len(frames[view].time_T), len(time_G) * merged),
             duration=frames[view].duration,
+            seed=seed,
         )
     return out
 

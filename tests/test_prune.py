@@ -209,7 +209,7 @@ def test_selectors_keep_what_float64_keeps(selector, reference, keep, dtype):
 def test_vidcom2_gives_the_frame_unlike_the_video_more():
     """One frame of ten differs: its share is keep * (1 + 1 - 1/10), that of the others keep * (1 - 1/10)."""
     features_TPC = 1 + 0.1 * torch.randn(10, 100, 8, generator=torch.Generator().manual_seed(0))
-    features_TPC[4] *= torch.tensor([1.0, -1.0]).repeat(4)
+    features_TPC[4] *= -1
     counts = vidcom2(features_TPC, 0.25).frame_K.bincount(minlength=10)
     assert counts.sum() == 250 and counts[4] == pytest.approx(100 * 0.25 * 1.9, abs=7)
     assert (counts[[0, 1, 2, 3, 5, 6, 7, 8, 9]] <= 23).all()  # 22 x 9 + 48 is 4 too few: they are filled up

@@ -9,9 +9,12 @@ Files, as their authors ship them:
     VideoHallucer   a list of {basic: {video, question, answer}, hallucination: {...}, type}; answers yes or no
     EventHallusion  a list of {id, questions: [{question, answer}]}; answers yes or no, the id names the video
 
-VideoHallucer counts a pair where both of its questions are answered rightly (`overall`), and so does this.
+VideoHallucer and EventHallusion are scored by their authors' rules. VideoHallucer's takes an answer for right that has
+the right word anywhere (evaluations/evaluation_utils.py), and counts a pair where both answers are right (`overall`).
+EventHallusion's looks at how an answer begins (eval.py).
 """
 
+import re
 from pathlib import Path
 
 from ..errors import DataError
@@ -68,9 +71,8 @@ def load_videohallucer(paths: list[Path]) -> list[Item]:
             ]
             answers = [_yes_no(half.reference, place) for half in pair]
             asked = tuple(half.questions[0] for half in pair)
-            videos = [half.video for half in pair]
-            item = Item(f"{path.stem}_{index}", videos[0], asked, "/".join(answers), path.stem, second_video=videos[1])
-            items.append(item)
+            item = Item(f"{path.stem}_{index}", pair[0].video, asked, "/".join(answers), path.stem)
+            items.append(item._replace(each_video=tuple(half.video for half in pair)))
     return items
 
 
@@ -112,12 +114,19 @@ def tally_choice(item: Item, row: dict) -> Tally:
     return {"accuracy": (float(right), 1.0), "unread_share": (float(named is None and not right), 1.0)}
 
 
+def tally_beginning(item: Item, row: dict) -> Tally:
+    """Accuracy by how the answer begins, and the share of answers that begin with neither yes nor no."""
+    answer = row["answers"][0].lower()
+    unread = not answer.startswith(("yes", "no"))
+    return {"accuracy": (float(answer.startswith(item.reference)), 1.0), "unread_share": (float(unread), 1.0)}
+
+
 def tally_pair(item: Item, row: dict) -> Tally:
-    """Each half of a pair, and both together."""
+    """Each half of a pair, and both together. `yes_share` is by the first word that says yes or no."""
     said = [yes_or_no(answer) for answer in row["answers"]]
     right = [
-        value is not None and value == (wanted == "yes")
-        for value, wanted in zip(said, item.reference.split("/"), strict=True)
+        re.search(rf"\b{wanted}\b", answer, re.IGNORECASE) is not None
+        for answer, wanted in zip(row["answers"], item.reference.split("/"), strict=True)
     ]
     return {
         "basic": (float(right[0]), 1.0),

@@ -145,7 +145,15 @@ JUDGES = [
     {"judge": "pairwise", "context": True, "pairs": 300, "agreement": 0.87, "length_bias": None, "consistency": 0.812},
 ]
 BLOCKS = {
-    "features": {"videos": 2140, "missing": 0, "frames": 6, "tokens_before": 96, "tokens_after": 24},
+    "features": {
+        "videos": 2140,
+        "missing": 0,
+        "frames": 6,
+        "tokens_before": 96,
+        "tokens_after": 24,
+        "tokens_fewest": 24,
+        "tokens_most": 24,
+    },
     "preference": {
         "pairs": 1100,
         "judge": "claims",

@@ -276,15 +276,21 @@ def tower_config(base: Base) -> dict:
 
 
 def counts(work: Workspace, wanted: dict, keys: dict[str, str], failed: dict[str, str]) -> dict:
-    """Counts for the report; says what the first video became."""
-    first = next((name for name in wanted if name not in failed), None)
+    """Counts for the report; says what the first video became, and how many tokens the others have."""
+    done = [name for name in wanted if name not in failed]
     out = {"videos": len(wanted) - len(failed), "unreadable": len(failed), "missing": len(work.missing_videos)}
-    if first is not None:
-        view = work.store.get(keys[first])[WHOLE]
-        tokens = view.features_KD.shape[0]
-        out |= {"frames": view.frames, "tokens_before": view.layout_tokens, "tokens_after": tokens}
+    if done:
+        view = work.store.get(keys[done[0]])[WHOLE]
+        kept = [work.store.tokens(keys[name], WHOLE) for name in done]
+        out |= {
+            "frames": view.frames,
+            "tokens_before": view.layout_tokens,
+            "tokens_after": round(sum(kept) / len(kept)),
+        }
+        out |= {"tokens_fewest": min(kept), "tokens_most": max(kept)}
+        others = "" if min(kept) == max(kept) else f"; {min(kept)} to {max(kept)} in all"
         say(
-            f"features: {view.frames} frames, {view.layout_tokens} video tokens, {tokens} after pruning "
-            f"(first video: {first})"
+            f"features: {view.frames} frames, {view.layout_tokens} video tokens, {kept[0]} after pruning "
+            f"(first video: {done[0]}{others})"
         )
     return out

@@ -212,6 +212,11 @@ def test_sets_with_a_right_choice(tmp_path):
     task = {"video": "a.mp4", "question": "What?", "candidates": ["sit", "run"], "answer": "run"}
     (item,) = choices.load_mvbench(written("action_sequence.json", [task]))
     assert item[:5] == ("action_sequence_0", "a.mp4", ("What?\nA. sit\nB. run",), "B. run", "action_sequence")
+    part = task | {"start": 1.5, "end": 4}
+    spans = [choices.load_mvbench(written(f"{name}.json", [part]))[0].span for name in ("a", "episodic_reasoning")]
+    assert spans == [(1.5, 4.0), (4.5, 12.0)] and item.span is None  # a folder of three frames a second
+    with pytest.raises(DataError, match="`start` is 4 and `end` 1.5"):
+        choices.load_mvbench(written("m.json", [task | {"start": 4, "end": 1.5}]))
     with pytest.raises(DataError, match="`answer` 'fly' is none of the candidates"):
         choices.load_mvbench(written("m.json", [task | {"answer": "fly"}]))
 

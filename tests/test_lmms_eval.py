@@ -133,8 +133,10 @@ def test_pictures_missing_videos_and_what_is_refused(run_dir, world, caplog):
     assert isinstance(unseen, str)
     with pytest.raises(DataError, match="task task, test, document 0: 2 videos, 0 pictures and 0 sounds"):
         model.generate_until([request(model, {}, [video, video, text])])
-    with pytest.raises(DataError, match="part of a video"):
-        model.generate_until([request(model, {}, [video | {"start_time": 1.0}, text])])
+    parts = [video | {"start_time": start, "end_time": start + 1} for start in (0.0, 2.0)]
+    first, last = (model.generate_until([request(model, {}, [part, text], max_new_tokens=8)]) for part in parts)
+    events = VIDEOS[0][1]["events"]  # a second each, of a colour and a shape
+    assert [event[1] in answer for event, (answer,) in zip(events[::2], (first, last), strict=True)] == [True, True]
     with pytest.raises(RlaifError, match="generate_until"):
         model.loglikelihood([])
     assert cut("a. b\nc", ("\n", ".")) == "a" and cut("a", (".", "")) == "a"

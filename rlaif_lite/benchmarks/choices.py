@@ -5,7 +5,8 @@ Files, as their authors ship them:
     NExT-QA         a CSV {video, question, answer, qid, type, a0, ..., a4}; the type is the group
     TempCompass     multi-choice.json, caption_matching.json or yes_no.json:
                     {video: {dimension: [{question, answer}]}}; the dimension is the group
-    MVBench         a list of {video, question, candidates, answer}, one file per task; several files are groups
+    MVBench         a list of {video, question, candidates, answer}, one file per task; several files are groups;
+                    with {start, end} in seconds where the question is about a part of the video
     VideoHallucer   a list of {basic: {video, question, answer}, hallucination: {...}, type}; answers yes or no
     EventHallusion  a list of {id, questions: [{question, answer}]}; answers yes or no, the id names the video
 
@@ -25,6 +26,7 @@ from .options import label_of, lettered, named_in
 TEMPCOMPASS = "TempCompass's {video: {dimension: [{question, answer}]}}: multi-choice, caption_matching or yes_no"
 MVBENCH = "MVBench's lists of {video, question, candidates, answer}, one file per task"
 VIDEOHALLUCER = "VideoHallucer's lists of {basic: {video, question, answer}, hallucination: {...}}"
+FOLDER_RATES = {"episodic_reasoning": 3}  # MVBench: its videos are folders of frames, which are read as a second each
 EVENTHALLUSION = "EventHallusion's list of {id, questions: [{question, answer}]}"
 
 
@@ -55,8 +57,20 @@ def load_mvbench(paths: list[Path]) -> list[Item]:
             options = lettered(candidates)
             question = "\n".join([text(entry, "question", place), *options])
             right = options[candidates.index(answer)]
-            items.append(Item(f"{path.stem}_{index}", text(entry, "video", place), (question,), right, path.stem))
+            item = Item(f"{path.stem}_{index}", text(entry, "video", place), (question,), right, path.stem)
+            items.append(item._replace(span=_span(entry, place, FOLDER_RATES.get(path.stem, 1))))
     return items
+
+
+def _span(entry: dict, place: str, rate: int) -> tuple[float, float] | None:
+    """From where to where the video is shown: seconds, or frames of a folder with `rate` of them a second."""
+    if "start" not in entry and "end" not in entry:
+        return None
+    start, end = entry.get("start"), entry.get("end")
+    numbers = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in (start, end))
+    if not numbers or not 0 <= start < end:
+        raise DataError(f"{place}: `start` is {start!r} and `end` {end!r}, expected seconds, the later one second.")
+    return float(start * rate), float(end * rate)
 
 
 def load_videohallucer(paths: list[Path]) -> list[Item]:

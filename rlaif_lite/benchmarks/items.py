@@ -53,6 +53,9 @@ class Item(NamedTuple):
     each_video: tuple[str, ...] = ()
     "of each question, where they are about several videos"
 
+    span: tuple[float, float] | None = None
+    "seconds from where to where the video is shown; None: all of it"
+
     @property
     def videos(self) -> tuple[str, ...]:
         """The video of each question; one where there is no question."""

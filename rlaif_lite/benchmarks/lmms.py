@@ -26,8 +26,7 @@ from ..errors import DataError, RlaifError
 from ..model.inputs import encode_prompt
 from ..model.text import decode_answer
 from ..rollout import Sampling, sample
-from ..workspace import WHOLE
-from .answer import Examinee
+from .answer import Examinee, Span, view_of
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +44,7 @@ class Asked(NamedTuple):
 
     messages: list[Message]
     video: str | None  # path of a video, or of a picture
+    span: Span | None  # seconds from where to where it is shown; None: all of it
     sampling: Sampling
     until: tuple[str, ...]
 
@@ -66,7 +66,8 @@ class Model(lmms):
         """An answer to each request, in order. A video that cannot be used is named, and its answer is empty."""
         asked = [self._asked(request) for request in requests]
         videos = {each.video: each.video for each in asked if each.video is not None}
-        failed = self.examinee.look(videos, self.folder / "videos.json")
+        spans = [(each.video, each.span) for each in asked if each.video is not None and each.span is not None]
+        failed = self.examinee.look(videos, self.folder / "videos.json", spans)
         for reason in failed.values():
             log.warning("lmms-eval: %s Its questions get an empty answer, which counts as wrong.", reason)
         groups = defaultdict(list)
@@ -89,7 +90,9 @@ class Model(lmms):
         examinee = self.examinee
         prompts = [
             encode_prompt(
-                examinee.base, each.messages, examinee.views(each.video)[WHOLE] if each.video is not None else None
+                examinee.base,
+                each.messages,
+                None if each.video is None else examinee.views(each.video)[view_of(each.span)],
             )
             for each in asked
         ]
@@ -109,15 +112,12 @@ class Model(lmms):
                 f"{place}: {len(videos)} videos, {len(images)} pictures and {len(sounds)} sounds. A question to "
                 "`rlaif_lite` is about one video or picture."
             )
-        parts = [part for message in chat.messages for part in message.content if part.type == "video"]
-        if any(part.start_time is not None or part.end_time is not None for part in parts):
-            raise DataError(f"{place}: it is about a part of a video. Cut the video, and ask about the file.")
         turns = [Message(message.role, " ".join(map(_text, message.content))) for message in chat.messages]
         video = self._picture(images[0]) if images else str(videos[0]) if videos else None
         until = settings.get("until") or ()
         warmth = float(settings.get("temperature") or 0.0) if settings.get("do_sample", True) else 0.0
         sampling = Sampling(int(settings.get("max_new_tokens") or MAX_NEW_TOKENS), warmth)
-        return Asked(turns, video, sampling, (until,) if isinstance(until, str) else tuple(until))
+        return Asked(turns, video, _span(chat), sampling, (until,) if isinstance(until, str) else tuple(until))
 
     def _picture(self, image: str | Image.Image) -> str:
         """The path of a picture; one that is given as pixels is written, named by them."""
@@ -135,6 +135,14 @@ def cut(answer: str, until: tuple[str, ...]) -> str:
     """An answer up to the first of the texts at which the task stops it."""
     ends = [end for text in until if text and (end := answer.find(text)) >= 0]
     return answer[: min(ends)] if ends else answer
+
+
+def _span(chat: ChatMessages) -> Span | None:
+    """The part of the video that is asked about; an end that is not given is far behind every video's."""
+    for part in (part for message in chat.messages for part in message.content if part.type == "video"):
+        if part.start_time is not None or part.end_time is not None:
+            return float(part.start_time or 0), float(part.end_time if part.end_time is not None else 1e9)
+    return None
 
 
 def _text(part) -> str:

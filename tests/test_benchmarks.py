@@ -428,8 +428,8 @@ def test_a_part_of_a_video_is_shown(run_dir, videos, tmp_path):
         found["items"] == 3
         and len({row["seen"] for row in map(json.loads, (tmp_path / "o" / "answers.jsonl").open())}) == 1
     )
-    prompts = [examinee.prompt("q", name, view).features for view in ("0-1s", "2-3s")]
-    assert len(rows) == 3 and not torch.equal(*(prompt.features_KD for prompt in prompts))
+    parts_KD = [examinee.prompt("q", name, view).features_KD for view in ("0-1s", "2-3s")]
+    assert len(rows) == 3 and not torch.equal(*parts_KD)
 
 
 def test_from_the_command_line(run_dir, videos, tmp_path):

@@ -215,7 +215,7 @@ def shared_out(count: int, weight_T: list[float], most: int) -> list[int]:
 def _gaussians(away_TPH: torch.Tensor) -> torch.Tensor:
     """The sum of Gaussians of a distance, TP, for VidCom2: high near 0."""
     square_TP = away_TPH.square().sum(-1)
-    return sum((-square_TP / (2 * scale)).exp() for scale in SCALES)
+    return torch.stack([(-square_TP / (2 * scale)).exp() for scale in SCALES]).sum(0)
 
 
 def _gather(features_TPC: torch.Tensor, index_K: torch.Tensor) -> Pruned:

@@ -321,6 +321,9 @@ def export(
         typer.echo(exporter.comparison_text(compared))
     if role in exporter.SCALARS:
         typer.echo(f"Role {role} ends in a number; it cannot be merged into a causal LM: adapter and head.")
+    else:
+        typer.echo(f"To measure it: {exporter.lmms_command(out)}")
+        typer.echo(f"With the run's frames, pruning and quantisation: {exporter.lmms_of_run(run_dir, role)}")
     typer.echo(f"{out}{'' if push is None else f', and https://huggingface.co/{push}'}")
 
 

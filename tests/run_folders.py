@@ -153,7 +153,15 @@ JUDGES = [
     },
 ]
 BLOCKS = {
-    "features": {"videos": 2140, "missing": 0, "frames": 6, "tokens_before": 96, "tokens_after": 24},
+    "features": {
+        "videos": 2140,
+        "missing": 0,
+        "frames": 6,
+        "tokens_before": 96,
+        "tokens_after": 24,
+        "tokens_fewest": 24,
+        "tokens_most": 24,
+    },
     "preference": {
         "pairs": 1100,
         "judge": "claims",

@@ -185,6 +185,8 @@ def make_plan(recipe: Recipe, gpu: str | None = None, cards: int | None = None, 
         notes.append(_checkpointing(recipe, device, stages_of))
     if shapes.images.patch:
         notes.append("frames are taken to be 360 x 640 pixels; a video of another shape has other tokens")
+    if any(step.dtd is not None for step in recipe.features.prune):
+        notes.append("how many tokens `dtd` keeps depends on the video: planned for all of them")
     if device.on_gpu:
         notes.append("no GPU figure was measured on one: derived from shapes and from peaks of the same code on a CPU")
     video = video_tokens(shapes, recipe.features, recipe.features.frames)

@@ -3,7 +3,6 @@
 Shapes: T frames, P tokens per frame.
 """
 
-from math import floor
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from ..model.families import Family, family_of
 from ..model.known_bases import shipped_facts
 from ..model.pixels import ImageSpec, image_spec
 from ..recipe import Features, Model
+from ..video.prune import count_kept
 
 # NF4 with double quantisation: 4 bits, one byte per block of 64, one float32 per 256 of those bytes.
 NF4_BITS = 4 + 8 / QUANT_BLOCK + 32 / (256 * QUANT_BLOCK)
@@ -111,16 +111,15 @@ def frame_size(shapes: Shapes, section: Features, frames: int) -> tuple[int, int
 
 
 def video_tokens(shapes: Shapes, section: Features, frames: int) -> int:
-    """Tokens of a view of so many frames, pruned as the recipe says."""
+    """Tokens of a view of so many frames, pruned as the recipe says; the most that `dtd` can leave of them."""
     groups, tokens = frames, shapes.frame_tokens
     if patch := shapes.images.patch:
         groups = -(-frames // patch.frames)
         height, width = frame_size(shapes, section, frames)
         tokens = (height // (patch.side * patch.merge)) * (width // (patch.side * patch.merge))
     for step in section.prune:
-        tokens = step.pool**2 if step.pool else tokens
-        if step.st_mean:
-            return groups + tokens
-        if step.evs:
-            return max(tokens, floor(step.evs * groups * tokens + 1e-9))
+        ((name, value),) = step.model_dump().items()
+        if name != "pool":
+            return count_kept(name, value, groups, tokens)
+        tokens = value**2
     return groups * tokens

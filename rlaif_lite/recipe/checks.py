@@ -16,7 +16,7 @@ from .adapter import FILES, read_adapter
 from .dpo import Describe, Divide
 from .file import did_you_mean, files_near, is_file, is_folder, shortened
 from .rules import rule_checks
-from .sections import SPLITS, WORLD_SETS
+from .sections import SPLITS, WORLD_SETS, Prune
 
 if TYPE_CHECKING:
     from . import Data, Recipe
@@ -36,12 +36,13 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if recipe.method == "dpo":
         yield from _dpo_checks(recipe)
 
+    either = ", ".join(name for name in Prune.model_fields if name != "pool")
     selectors = [i for i, step in enumerate(features.prune) if step.pool is None]
     for i, step in enumerate(features.prune):
         if len(step.model_fields_set) != 1:
-            yield f"features.prune[{i}]", "takes one key: pool, evs or st_mean. Write a list item for each."
+            yield f"features.prune[{i}]", f"takes one key: pool or {either}. Write a list item for each."
     if selectors not in ([], [len(features.prune) - 1]):
-        yield "features.prune", "may have one of evs and st_mean, as its last step. Put `pool` first."
+        yield "features.prune", f"may have one of {either}, as its last step. Put `pool` first."
     if recipe.context.markers and len(recipe.context.markers) != features.clips:
         words = len(recipe.context.markers)
         yield "context.markers", f"has {words} words for features.clips: {features.clips}. Give one per clip."

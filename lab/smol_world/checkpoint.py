@@ -27,7 +27,7 @@ MARKS = [
 ]  # the last: SmolVLM's processors ask for it
 ROWS = 49280  # of the embeddings, as in the published checkpoints
 FRAME, PATCH, SCALE = 64, 8, 4  # pixels; a frame becomes (64 / 8 / 4)**2 = 4 tokens
-TOWER = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3}
+TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 2}
 HALF = [0.5, 0.5, 0.5]
 
 

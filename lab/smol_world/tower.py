@@ -1,0 +1,93 @@
+"""Teach the vision tower and the connector of an assembled checkpoint to read single frames, without the decoder.
+
+The four tokens of a frame are pulled to the decoder's own embeddings of four words: the object's colour, its shape, the
+corner star's colour, and "star". A word that has nothing to say is "nothing". So the decoder finds words that it knows
+where a video is, and little adaptation is left to do. Labels come from the renderer; frames are decoded from the files.
+"""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer, SmolVLMForConditionalGeneration
+
+from rlaif_lite.data.world import EVENTS, WorldConfig, facts_of, pixels_rng, render
+from rlaif_lite.data.world_text import COLOURS, SHAPES
+from rlaif_lite.video.decode import decode
+
+from .records import DROPOUT
+
+NOTHING = "nothing"
+SLOTS = ((*COLOURS, NOTHING), (*SHAPES, NOTHING), (*COLOURS, NOTHING), ("star", NOTHING))
+BATCH, RATE = 128, 2e-3
+HELD_OUT = 24  # videos that are measured on
+
+
+def labelled(folder: Path, seed: int, videos: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Frames (N,3,H,W) uint8 of a world's `sft` videos, and which word each slot holds, (N,4)."""
+    config = WorldConfig(dropout=DROPOUT)
+    per = config.frames_per_event
+    frames, labels = [], []
+    for index in range(videos):
+        facts = facts_of(seed, "sft", index, config)
+        _, placed_F4 = render(facts, pixels_rng(seed, "sft", index), config)
+        path = folder / f"world/videos/sft/{index:05d}.mp4"
+        frames.append(decode(str(path), count=EVENTS * per).rgb_THWC)
+        star = facts["star"]
+        for at, visible in enumerate(placed_F4[:, 0]):
+            colour, shape, _ = facts["events"][at // per] if visible else (NOTHING, NOTHING, "")
+            words = (colour, shape, star or NOTHING, "star" if star else NOTHING)
+            labels.append([slot.index(word) for slot, word in zip(SLOTS, words, strict=True)])
+    return torch.from_numpy(np.concatenate(frames)).permute(0, 3, 1, 2), torch.tensor(labels)
+
+
+def train(folder: Path, world: Path, seed: int, videos: int, steps: int) -> float:
+    """Train the checkpoint in `folder` on a world's videos and save it there -> share of right words, held out."""
+    model = SmolVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    embeddings_VD = model.get_input_embeddings().weight.detach()
+    words = [[tokenizer.encode(f" {word}", add_special_tokens=False) for word in slot] for slot in SLOTS]
+    targets = [torch.stack([embeddings_VD[ids].mean(0) for ids in slot]) for slot in words]
+    size = torch.cat(targets).square().sum(1).mean()
+    frames_NCHW, labels_N4 = labelled(world, seed, videos)
+    trained = len(frames_NCHW) * (videos - HELD_OUT) // videos
+    parts = [model.model.vision_model, model.model.connector]
+    model.requires_grad_(False)
+    for part in parts:
+        part.requires_grad_(True)
+    optimiser = torch.optim.AdamW([p for part in parts for p in part.parameters()], RATE, weight_decay=0.01)
+    rng = random.Random(seed)
+
+    def read(picked: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss, right words (B,4))"""
+        pixels_BCHW = frames_NCHW[picked].float() / 127.5 - 1
+        with torch.autocast("cpu", torch.bfloat16):
+            found_B4D = model.model.get_image_features(pixels_BCHW[None], return_dict=True).pooler_output
+        found_B4D = torch.cat(tuple(found_B4D)).float().reshape(len(picked), len(SLOTS), -1)  # some releases give a list
+        loss, right = torch.zeros(()), []
+        for slot, target_WD in enumerate(targets):
+            label_B, found_BD = labels_N4[picked, slot], found_B4D[:, slot]
+            near_BW = 10 * F.normalize(found_BD, dim=1) @ F.normalize(target_WD, dim=1).T
+            apart = (found_BD - target_WD[label_B]).square().sum(1).mean() / size
+            loss = loss + F.cross_entropy(near_BW, label_B) + apart
+            right.append(near_BW.argmax(1) == label_B)
+        return loss, torch.stack(right, 1).float()
+
+    for step in range(steps):
+        rate = RATE * min(1, (step + 1) / 40, 0.02 + 1.3 * (1 - step / steps))
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        loss, right_B4 = read(rng.choices(range(trained), k=BATCH))
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], 1.0)
+        optimiser.step()
+        if step % 25 == 24:
+            print(f"tower {step + 1}/{steps}: loss {loss.item():.2f}, words {right_B4.mean(0).tolist()}", flush=True)
+    with torch.no_grad():
+        right_B4 = read(list(range(trained, len(frames_NCHW))))[1]
+    print(f"tower, held out: {[round(share, 3) for share in right_B4.mean(0).tolist()]}", flush=True)
+    model.save_pretrained(folder)
+    return right_B4.mean().item()

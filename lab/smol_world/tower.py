@@ -57,7 +57,10 @@ def train(folder: Path, world: Path, seed: int, videos: int, steps: int) -> floa
     model.requires_grad_(False)
     for part in parts:
         part.requires_grad_(True)
-    optimiser = torch.optim.AdamW([p for part in parts for p in part.parameters()], RATE, weight_decay=0.01)
+    with torch.no_grad():  # tokens begin as large as the words that they shall become
+        (projection,) = model.model.connector.parameters()
+        projection.mul_((size / projection.square().sum()).sqrt())
+    optimiser = torch.optim.AdamW([p for part in parts for p in part.parameters()], RATE, (0.9, 0.98), weight_decay=0.01)
     rng = random.Random(seed)
 
     def read(picked: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

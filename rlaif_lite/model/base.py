@@ -30,7 +30,7 @@ from ..errors import ModelError
 from ..recipe import Model
 from . import unsloth_loader
 from .families import CHAT_TEMPLATES, Encoded, Family, family_of
-from .memory import out_of_memory
+from .memory import map_blocks, maps_blocks, out_of_memory
 from .pixels import ImageSpec, image_spec, read_file, read_json
 
 # Noise that no user can act on: bitsandbytes announces that an optional kernel is not installed, transformers is
@@ -212,6 +212,8 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
             # full prefixes: a short name such as "visual" would match nothing and switch off the head's own exclusion
             llm_int8_skip_modules=[*(f"model.{part}" for part in family.tower), "lm_head"],
         )
+    if device.type == "cpu" and maps_blocks(config):
+        map_blocks()
     theirs = section.loader == "unsloth"
     if theirs:
         unsloth_loader.refuse(section, config, device)

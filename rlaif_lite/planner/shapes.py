@@ -4,6 +4,7 @@ Shapes: T frames, P tokens per frame.
 """
 
 from math import floor
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -83,6 +84,11 @@ def shapes_of(section: Model, device: torch.device) -> Shapes:
         frame_tokens=0 if family.any_size else _frame_tokens(model, family, images),
         deepstack=len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ()),
     )
+
+
+def file_bytes(section: Model) -> int:
+    """Of a base's weight files that lie in a folder here; 0 of others."""
+    return sum(path.stat().st_size for path in Path(resolve_base(section.base)).glob("*.safetensors"))
 
 
 def text_model_bytes(name: str, on_gpu: bool) -> int:

@@ -11,7 +11,7 @@ from ..recipe import Recipe
 from . import host, memory
 from .lengths import Lengths, Texts
 from .memory import ADAPTER
-from .shapes import Shapes, text_model_bytes, video_tokens
+from .shapes import Shapes, file_bytes, text_model_bytes, video_tokens
 
 MOST = 512  # answers at a time that the plan proposes at most
 NOTHING = Texts(0, 0, 0.0, 0, 0, 0, True)
@@ -75,7 +75,9 @@ class MemoryModel:
         splits, narrated = self.lengths.splits.items(), self.recipe.narrated
         clips = max((section.clips if name in narrated else ceil(texts.clips) for name, texts in splits), default=0)
         encode = lambda rows: {"activations": memory.tower(self.shapes, section, clips, self.on_gpu)}
-        phases = [Phase("encode", None, 1, 1, encode)]
+        # On a CPU the weight file is mapped until its tensors are quantised, and counts as this process's memory.
+        file = {} if self.on_gpu or model.quantization == "none" else {"weight file": file_bytes(model)}
+        phases = [Phase("load", None, 1, 1, lambda rows: file), Phase("encode", None, 1, 1, encode)]
         if (judge := self.judge) is not None:  # its tower comes when the base's own was dropped
             more = judge.base_bytes(model.for_reward(), tower=True) - self.shapes.tower * self.shapes.dtype.itemsize
             again = lambda rows: {"weights": more, "activations": memory.tower(judge, section, clips, self.on_gpu)}

@@ -26,7 +26,7 @@ from . import records, tower
 from .checkpoint import assemble
 
 BASE_WORLD = 1000  # seed of the videos that the base learns from; a run's world has another
-SPLITS = WorldSplits(sft=128, preference=64, rl=64, test=60)
+SPLITS = WorldSplits(sft=128, preference=40, rl=60, test=50)
 
 
 def build(gguf: Path, out: Path, seed: int, base_videos: int, tower_steps: int, sft_steps: int) -> Path:
@@ -56,9 +56,9 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0, help="of the run's world")
-    parser.add_argument("--base-videos", type=int, default=320, help="that the base learns from")
-    parser.add_argument("--tower-steps", type=int, default=350)
-    parser.add_argument("--sft-steps", type=int, default=30)
+    parser.add_argument("--base-videos", type=int, default=800, help="that the base learns from")
+    parser.add_argument("--tower-steps", type=int, default=1000)
+    parser.add_argument("--sft-steps", type=int, default=16)
     torch.set_num_threads(1)
     print(build(**vars(parser.parse_args())))
 

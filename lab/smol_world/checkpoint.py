@@ -26,7 +26,7 @@ MARKS = [
     "<row_1_col_1>",
 ]  # the last: SmolVLM's processors ask for it
 ROWS = 49280  # of the embeddings, as in the published checkpoints
-FRAME, PATCH, SCALE = 64, 8, 4  # pixels; a frame becomes (64 / 8 / 4)**2 = 4 tokens
+FRAME, PATCH, SCALE = 32, 8, 2  # pixels; a frame becomes (32 / 8 / 2)**2 = 4 tokens
 TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 2}
 HALF = [0.5, 0.5, 0.5]
 

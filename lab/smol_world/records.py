@@ -17,6 +17,7 @@ from rlaif_lite.files import write_jsonl
 from . import english
 
 DROPOUT = 0.33  # share of frames in which an object is hidden
+CONVERSED = 160  # videos that conversations are about
 
 
 def record(name: str, video: str, turns: list[tuple[str, str | None]], **more) -> dict:
@@ -72,7 +73,8 @@ def records(splits: WorldSplits, seed: int) -> Iterator[tuple[str, dict]]:
             if split == "sft":
                 yield "sft_hard", record(name, video, [(prompt, careless)])
                 yield from (("sft_easy", found) for found in easy(name, video, facts, rng))
-                yield from (("conversations", found) for found in conversations(name, video, facts, rng))
+                if index < CONVERSED:
+                    yield from (("conversations", found) for found in conversations(name, video, facts, rng))
                 continue
             yield split, record(name, video, [(prompt, None)], facts=facts)
             if split == "rl":

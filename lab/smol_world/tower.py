@@ -17,6 +17,7 @@ from rlaif_lite.data.world import EVENTS, WorldConfig, facts_of, pixels_rng, ren
 from rlaif_lite.data.world_text import COLOURS, SHAPES
 from rlaif_lite.video.decode import decode
 
+from .checkpoint import FRAME
 from .records import DROPOUT
 
 NOTHING = "nothing"
@@ -34,7 +35,7 @@ def labelled(folder: Path, seed: int, videos: int) -> tuple[torch.Tensor, torch.
         facts = facts_of(seed, "sft", index, config)
         _, placed_F4 = render(facts, pixels_rng(seed, "sft", index), config)
         path = folder / f"world/videos/sft/{index:05d}.mp4"
-        frames.append(decode(str(path), count=EVENTS * per).rgb_THWC)
+        frames.append(decode(str(path), count=EVENTS * per, size=(FRAME, FRAME)).rgb_THWC)
         star = facts["star"]
         for at, visible in enumerate(placed_F4[:, 0]):
             colour, shape, _ = facts["events"][at // per] if visible else (NOTHING, NOTHING, "")
@@ -66,6 +67,8 @@ def train(folder: Path, world: Path, seed: int, videos: int, steps: int) -> floa
     def read(picked: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, right words (B,4))"""
         pixels_BCHW = frames_NCHW[picked].float() / 127.5 - 1
+        if rng.random() < 0.5:
+            pixels_BCHW = pixels_BCHW.flip(3)  # mirrored, every word stays right
         with torch.autocast("cpu", torch.bfloat16):
             found_B4D = model.model.get_image_features(pixels_BCHW[None], return_dict=True).pooler_output
         found_B4D = torch.cat(tuple(found_B4D)).float().reshape(len(picked), len(SLOTS), -1)  # some releases give a list
@@ -87,7 +90,7 @@ def train(folder: Path, world: Path, seed: int, videos: int, steps: int) -> floa
         loss.backward()
         torch.nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], 1.0)
         optimiser.step()
-        if step % 25 == 24:
+        if step % 100 == 99:
             print(f"tower {step + 1}/{steps}: loss {loss.item():.2f}, words {right_B4.mean(0).tolist()}", flush=True)
     with torch.no_grad():
         right_B4 = read(list(range(trained, len(frames_NCHW))))[1]

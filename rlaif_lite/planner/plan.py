@@ -18,7 +18,7 @@ from . import memory, rates
 from .host import videos_of
 from .lengths import Lengths, lengths_of
 from .memory import ADAPTER
-from .shapes import Shapes, shapes_of, video_tokens
+from .shapes import Shapes, shapes_of, video_text, video_tokens
 from .stages import MemoryModel, Phase, StageMemory
 
 AUTO = (
@@ -74,7 +74,7 @@ class Plan(NamedTuple):
     device: Device
     stages: dict[str, StagePlan]
     notes: list[str]  # what had to be assumed
-    video_tokens: int  # of a whole video, pruned as the recipe says
+    video_tokens: int  # of a whole video, pruned as the recipe says, and of the text that its family writes around it
     too_long: list[str]  # records that take more positions than the base has
 
     @property
@@ -167,7 +167,8 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
         notes.append("frames are taken to be 360 x 640 pixels; a video of another shape has other tokens")
     if device.on_gpu:
         notes.append("no GPU figure was measured on one: derived from shapes and from peaks of the same code on a CPU")
-    video = video_tokens(shapes, recipe.features, recipe.features.frames)
+    frames = recipe.features.frames
+    video = video_tokens(shapes, recipe.features, frames) + video_text(shapes, frames, lengths.count)
     return Plan(recipe, device, stages, notes, video, _too_long(recipe, shapes, lengths, video))
 
 

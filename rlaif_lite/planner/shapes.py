@@ -3,6 +3,7 @@
 Shapes: T frames, P tokens per frame.
 """
 
+from collections.abc import Callable
 from math import floor
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from ..model.families import Family, family_of
 from ..model.known_bases import shipped_facts
 from ..model.pixels import ImageSpec, image_spec
 from ..recipe import Features, Model
+from ..video.cache import FeatureRecord
 
 # NF4 with double quantisation: 4 bits, one byte per block of 64, one float32 per 256 of those bytes.
 NF4_BITS = 4 + 8 / QUANT_BLOCK + 32 / (256 * QUANT_BLOCK)
@@ -130,3 +132,13 @@ def video_tokens(shapes: Shapes, section: Features, frames: int) -> int:
         if step.evs:
             return max(tokens, floor(step.evs * groups * tokens + 1e-9))
     return groups * tokens
+
+
+def video_text(shapes: Shapes, frames: int, count: Callable[[str], int]) -> int:
+    """Tokens of what a family writes around the frames of a view of so many, one a second: times, marks, a heading."""
+    if shapes.family.write is None:
+        return 0
+    groups = -(-frames // shapes.images.patch.frames) if shapes.images.patch else frames
+    none = torch.empty(0)
+    view = FeatureRecord(none, none, none, torch.arange(groups), none, none, 0, frames, float(frames))
+    return count(shapes.family.write(view, ""))

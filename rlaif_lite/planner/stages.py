@@ -11,7 +11,7 @@ from ..recipe import Recipe
 from . import host, memory
 from .lengths import Lengths, Texts
 from .memory import ADAPTER
-from .shapes import Shapes, file_bytes, text_model_bytes, video_tokens
+from .shapes import Shapes, file_bytes, text_model_bytes, video_text, video_tokens
 
 MOST = 512  # answers at a time that the plan proposes at most
 NOTHING = Texts(0, 0, 0.0, 0, 0, 0, True)
@@ -41,8 +41,10 @@ class MemoryModel:
 
     def __init__(self, recipe: Recipe, shapes: Shapes, judge: Shapes | None, lengths: Lengths, on_gpu: bool):
         self.recipe, self.shapes, self.judge, self.lengths, self.on_gpu = recipe, shapes, judge, lengths, on_gpu
-        self.video = video_tokens(shapes, recipe.features, recipe.features.frames)
-        self.clip = video_tokens(shapes, recipe.features, recipe.features.clip_frames)
+        self.video, self.clip = (
+            video_tokens(shapes, recipe.features, frames) + video_text(shapes, frames, lengths.count)
+            for frames in (recipe.features.frames, recipe.features.clip_frames)
+        )
         self.template = lengths.template
 
     def stages(self) -> dict[str, StageMemory]:

@@ -29,9 +29,11 @@ BASE_WORLD = 1000  # seed of the videos that the base learns from; a run's world
 SPLITS = WorldSplits(sft=128, preference=40, rl=60, test=50)
 
 
-def build(gguf: Path, out: Path, seed: int, base_videos: int, tower_steps: int, sft_steps: int) -> Path:
+def build(
+    gguf: Path, out: Path, seed: int, base_videos: int, tower_steps: int, sft_steps: int, splits: WorldSplits = SPLITS
+) -> Path:
     """Make `out`/base and `out`/data -> `out`/base. `seed` draws the run's world; the base is the same for all."""
-    records.write(out / "data", SPLITS, seed, workers=os.cpu_count() or 1)
+    records.write(out / "data", splits, seed, workers=os.cpu_count() or 1)
     work = out / "work"
     if not (work / "read").exists():
         records.write(work, WorldSplits(base_videos, 1, 1, 1), BASE_WORLD, workers=os.cpu_count() or 1)

@@ -156,6 +156,12 @@ def resolve_base(name: str) -> str:
 
 def read_config(section: Model) -> PretrainedConfig:
     """The base's config.json; raises ModelError when it is not a checkpoint's."""
+    if os.path.isfile(section.base):
+        raise ModelError(
+            f"`model.base: {section.base}` is a {'GGUF ' if section.base.endswith('.gguf') else ''}file; a base is a "
+            "folder with config.json, weights and tokenizer. Of a language model in GGUF, `python -m lab.smol_world` "
+            "makes one with a vision tower (docs/smol_world.md)."
+        )
     require_hub(section)
     try:
         return AutoConfig.from_pretrained(resolve_base(section.base), revision=section.revision)

@@ -181,7 +181,14 @@ def small_world(folder: Path, positions: int) -> Path:
 
 SHORT = [
     *("sft.hard.steps=1", "sft.policy_init.steps=1", "context.max_new_tokens=4", "preference.max_new_tokens=8"),
-    *("preference.samples=2", "preference.compare_pairs=2", "ppo.steps=1", "ppo.rollouts=4", "ppo.minibatch=4", "ppo.micro_batch=4"),
+    *(
+        "preference.samples=2",
+        "preference.compare_pairs=2",
+        "ppo.steps=1",
+        "ppo.rollouts=4",
+        "ppo.minibatch=4",
+        "ppo.micro_batch=4",
+    ),
     *("ppo.max_new_tokens=8", "evaluate.max_new_tokens=8", "evaluate.samples=1", "evaluate.bootstrap=20"),
 ]
 

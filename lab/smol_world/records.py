@@ -1,9 +1,9 @@
 """The data files of the English world, in the product's own record format, over videos of the synthetic world.
 
-    conversations.jsonl  one video, several clean turns: what the base learns before any run
-    sft_easy.jsonl       clean short answers and judgements: keeps the judge alive while SFT teaches to describe
-    sft_hard.jsonl, policy_init.jsonl       descriptions by a careless annotator
-    preference.jsonl, rl.jsonl, test.jsonl  prompts; facts for evaluation only
+conversations.jsonl  one video, several clean turns: what the base learns before any run
+sft_easy.jsonl       clean short answers and judgements: keeps the judge alive while SFT teaches to describe
+sft_hard.jsonl, policy_init.jsonl       descriptions by a careless annotator
+preference.jsonl, rl.jsonl, test.jsonl  prompts; facts for evaluation only
 """
 
 import random
@@ -52,9 +52,7 @@ def conversations(name: str, video: str, facts: Facts, rng: random.Random) -> It
 def easy(name: str, video: str, facts: Facts, rng: random.Random) -> Iterator[dict]:
     """Clean short records about one video."""
     clip = rng.randrange(EVENTS)
-    yield record(
-        f"{name}/clip", video, [(english.CAPTION, english.caption(facts, clip, rng))], clip=clip, clips=EVENTS
-    )
+    yield record(f"{name}/clip", video, [(english.CAPTION, english.caption(facts, clip, rng))], clip=clip, clips=EVENTS)
     for number, context in enumerate((None, english.narrative(facts, rng))):
         more = [judgement(facts, rng, None) for _ in range(3)]
         yield record(f"{name}/claims{number}", video, [judgement(facts, rng, context), *more])

@@ -2,7 +2,9 @@
 
 The four tokens of a frame are pulled to the decoder's own embeddings of four words: the object's colour, its shape, the
 corner star's colour, and "star". A word that has nothing to say is "nothing". So the decoder finds words that it knows
-where a video is, and little adaptation is left to do. Labels come from the renderer; frames are decoded from the files.
+where a video is, and little adaptation is left to do. Heads that are thrown away read colour, shape and place from all
+patches together: without them the shape is not learnt in these few steps. Labels come from the renderer; frames are
+decoded from the files.
 """
 
 import random
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import AutoTokenizer, SmolVLMForConditionalGeneration
 
 from rlaif_lite.data.world import EVENTS, WorldConfig, facts_of, pixels_rng, render
@@ -26,22 +29,25 @@ BATCH, RATE = 128, 2e-3
 HELD_OUT = 24  # videos that are measured on
 
 
-def labelled(folder: Path, seed: int, videos: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Frames (N,3,H,W) uint8 of a world's `sft` videos, and which word each slot holds, (N,4)."""
+def labelled(folder: Path, seed: int, videos: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Frames (N,3,H,W) uint8 of a world's `sft` videos, which word each slot holds (N,4), and of the object whether it
+    is visible, x, y and radius, as shares of the frame (N,4)."""
     config = WorldConfig(dropout=DROPOUT)
     per = config.frames_per_event
-    frames, labels = [], []
+    frames, labels, places = [], [], []
     for index in range(videos):
         facts = facts_of(seed, "sft", index, config)
         _, placed_F4 = render(facts, pixels_rng(seed, "sft", index), config)
         path = folder / f"world/videos/sft/{index:05d}.mp4"
         frames.append(decode(str(path), count=EVENTS * per, size=(FRAME, FRAME)).rgb_THWC)
+        places.append(placed_F4 / [1, config.size, config.size, config.size])
         star = facts["star"]
         for at, visible in enumerate(placed_F4[:, 0]):
             colour, shape, _ = facts["events"][at // per] if visible else (NOTHING, NOTHING, "")
             words = (colour, shape, star or NOTHING, "star" if star else NOTHING)
             labels.append([slot.index(word) for slot, word in zip(SLOTS, words, strict=True)])
-    return torch.from_numpy(np.concatenate(frames)).permute(0, 3, 1, 2), torch.tensor(labels)
+    frames_NCHW = torch.from_numpy(np.concatenate(frames)).permute(0, 3, 1, 2)
+    return frames_NCHW, torch.tensor(labels), torch.from_numpy(np.concatenate(places)).float()
 
 
 def train(folder: Path, world: Path, seed: int, videos: int, steps: int) -> float:
@@ -52,7 +58,7 @@ def train(folder: Path, world: Path, seed: int, videos: int, steps: int) -> floa
     words = [[tokenizer.encode(f" {word}", add_special_tokens=False) for word in slot] for slot in SLOTS]
     targets = [torch.stack([embeddings_VD[ids].mean(0) for ids in slot]) for slot in words]
     size = torch.cat(targets).square().sum(1).mean()
-    frames_NCHW, labels_N4 = labelled(world, seed, videos)
+    frames_NCHW, labels_N4, places_N4 = labelled(world, seed, videos)
     trained = len(frames_NCHW) * (videos - HELD_OUT) // videos
     parts = [model.model.vision_model, model.model.connector]
     model.requires_grad_(False)
@@ -61,20 +67,30 @@ def train(folder: Path, world: Path, seed: int, videos: int, steps: int) -> floa
     with torch.no_grad():  # tokens begin as large as the words that they shall become
         (projection,) = model.model.connector.parameters()
         projection.mul_((size / projection.square().sum()).sqrt())
-    optimiser = torch.optim.AdamW([p for part in parts for p in part.parameters()], RATE, (0.9, 0.98), weight_decay=0.01)
+    vision = model.config.vision_config
+    torch.manual_seed(seed)
+    heads = nn.Sequential(
+        nn.Linear(vision.hidden_size * (FRAME // vision.patch_size) ** 2, 256),
+        nn.GELU(),
+        nn.Linear(256, sum(map(len, SLOTS[:2])) + 3),
+    )
+    weights = [weight for part in [*parts, heads] for weight in part.parameters()]
+    optimiser = torch.optim.AdamW(weights, RATE, (0.9, 0.98), weight_decay=0.01)
     rng = random.Random(seed)
 
     def read(picked: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, right words (B,4))"""
         pixels_BCHW = frames_NCHW[picked].float() / 127.5 - 1
-        if rng.random() < 0.5:
-            pixels_BCHW = pixels_BCHW.flip(3)  # mirrored, every word stays right
         with torch.autocast("cpu", torch.bfloat16):
-            found_B4D = model.model.get_image_features(pixels_BCHW[None], return_dict=True).pooler_output
-        found_B4D = torch.cat(tuple(found_B4D)).float().reshape(len(picked), len(SLOTS), -1)  # some releases give a list
-        loss, right = torch.zeros(()), []
+            hidden_BPD = model.model.vision_model(pixel_values=pixels_BCHW).last_hidden_state
+            found_B4D = model.model.connector(hidden_BPD).float()
+            colour, shape, place_B3 = heads(hidden_BPD.flatten(1)).float().split([*map(len, SLOTS[:2]), 3], 1)
+        label_B4, place_B4 = labels_N4[picked], places_N4[picked]
+        away_B = (place_B3 - 4 * (place_B4[:, 1:] - 0.5)).square().mean(1)
+        loss, right = 2 * (away_B * place_B4[:, 0]).mean(), []
+        loss = loss + F.cross_entropy(colour, label_B4[:, 0]) + 2 * F.cross_entropy(shape, label_B4[:, 1])
         for slot, target_WD in enumerate(targets):
-            label_B, found_BD = labels_N4[picked, slot], found_B4D[:, slot]
+            label_B, found_BD = label_B4[:, slot], found_B4D[:, slot]
             near_BW = 10 * F.normalize(found_BD, dim=1) @ F.normalize(target_WD, dim=1).T
             apart = (found_BD - target_WD[label_B]).square().sum(1).mean() / size
             loss = loss + F.cross_entropy(near_BW, label_B) + apart
@@ -88,7 +104,7 @@ def train(folder: Path, world: Path, seed: int, videos: int, steps: int) -> floa
         loss, right_B4 = read(rng.choices(range(trained), k=BATCH))
         optimiser.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], 1.0)
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimiser.step()
         if step % 100 == 99:
             print(f"tower {step + 1}/{steps}: loss {loss.item():.2f}, words {right_B4.mean(0).tolist()}", flush=True)

@@ -284,7 +284,8 @@ class MemoryModel:
             dense = self.recipe.model.dense_rollouts
             if dense or (dense is None and not self.on_gpu):  # a copy of the linears
                 held["workspace"] = self.shapes.linear * self.shapes.dtype.itemsize
-            found = self.activations(memory.sampling(self.shapes, rows, prompt, new), rows)
+            tokens = min(rows * prompt, memory.PREFILL_TOKENS)
+            found = self.activations(memory.sampling(self.shapes, rows, prompt, new), tokens)
             return {kind: found.get(kind, 0) + held.get(kind, 0) for kind in found | held}
 
         return Phase("sampling", key, rows, max(rows, most), terms)

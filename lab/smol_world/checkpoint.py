@@ -36,7 +36,14 @@ MARKS = [
 ]  # the last: SmolVLM's processors ask for it
 ROWS = 49280  # of the embeddings, as in the published checkpoints
 FRAME, PATCH, SCALE = 32, 8, 2  # pixels; a frame becomes (32 / 8 / 2)**2 = 4 tokens
-TOWER = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 2}
+TOWER = {  # as the embedded base's, which it starts from (`tower.py`)
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
 HALF = [0.5, 0.5, 0.5]
 
 

@@ -3,8 +3,11 @@
 The four tokens of a frame are pulled to the decoder's own embeddings of four words: the object's colour, its shape, the
 corner star's colour, and "star". A word that has nothing to say is "nothing". So the decoder finds words that it knows
 where a video is, and little adaptation is left to do. Heads that are thrown away read colour, shape and place from all
-patches together: without them the shape is not learnt in these few steps. Labels come from the renderer; frames are
-decoded from the files.
+patches together. Labels come from the renderer; frames are decoded from the files.
+
+The tower starts from the embedded base's, which has read this world's frames for longer. That one is CLIP's: it has a
+class token and a norm before its layers, which SmolVLM's has not. The token is left out, and the norm is put into the
+patch weights at its mean scale. Training mends what that costs.
 """
 
 import random
@@ -13,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer, SmolVLMForConditionalGeneration
 
 from rlaif_lite.data.world import EVENTS, WorldConfig, facts_of, pixels_rng, render
 from rlaif_lite.data.world_text import COLOURS, SHAPES
+from rlaif_lite.model.base import resolve_base
 from rlaif_lite.video.decode import decode
 
 from .checkpoint import FRAME
@@ -50,6 +55,26 @@ def labelled(folder: Path, seed: int, videos: int) -> tuple[torch.Tensor, torch.
     return frames_NCHW, torch.tensor(labels), torch.from_numpy(np.concatenate(places)).float()
 
 
+def start(tower: nn.Module, frames_NCHW: torch.Tensor) -> None:
+    """Give a tower the weights of the embedded base's."""
+    prefix = "vision_tower."
+    found = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in load_file(Path(resolve_base("embedded")) / "model.safetensors").items()
+        if key.startswith(prefix)
+    }
+    wanted = tower.state_dict()
+    wanted |= {key: found[key] for key in wanted if key in found and key.startswith("encoder")}
+    patch, place = found["embeddings.patch_embedding.weight"], found["embeddings.position_embedding.weight"][1:]
+    gain, shift = found["pre_layrnorm.weight"], found["pre_layrnorm.bias"]
+    pixels_NCHW = frames_NCHW[:512].float() / 127.5 - 1
+    scale_D = gain / (F.conv2d(pixels_NCHW, patch, stride=patch.shape[2]).flatten(2).mT + place).std(2).mean()
+    wanted["embeddings.patch_embedding.weight"] = (patch - patch.mean(0)) * scale_D[:, None, None, None]
+    wanted["embeddings.patch_embedding.bias"] = shift
+    wanted["embeddings.position_embedding.weight"] = (place - place.mean(1, keepdim=True)) * scale_D
+    tower.load_state_dict(wanted)
+
+
 def train(folder: Path, world: Path, seed: int, videos: int, steps: int) -> float:
     """Train the checkpoint in `folder` on a world's videos and save it there -> share of right words, held out."""
     model = SmolVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
@@ -60,6 +85,7 @@ def train(folder: Path, world: Path, seed: int, videos: int, steps: int) -> floa
     size = torch.cat(targets).square().sum(1).mean()
     frames_NCHW, labels_N4, places_N4 = labelled(world, seed, videos)
     trained = len(frames_NCHW) * (videos - HELD_OUT) // videos
+    start(model.model.vision_model, frames_NCHW)
     parts = [model.model.vision_model, model.model.connector]
     model.requires_grad_(False)
     for part in parts:

@@ -20,7 +20,7 @@ from .host import videos_of
 from .lengths import Lengths, lengths_of
 from .memory import ADAPTER
 from .several import REACHED, Link, Several, link_of, of_one_rank, on_ranks, refuse_groups, updates
-from .shapes import Shapes, shapes_of, video_tokens
+from .shapes import Shapes, shapes_of, video_text, video_tokens
 from .stages import MemoryModel, Phase, StageMemory
 
 MICRO = (
@@ -79,7 +79,7 @@ class Plan(NamedTuple):
     device: Device
     stages: dict[str, StagePlan]
     notes: list[str]  # what had to be assumed
-    video_tokens: int  # of a whole video, pruned as the recipe says
+    video_tokens: int  # of a whole video, pruned as the recipe says, and of the text that its family writes around it
     too_long: list[str]  # records that take more positions than the base has
     ranks: int  # that share the work, each with a card of its own
     link: Link  # between them
@@ -189,7 +189,8 @@ def make_plan(recipe: Recipe, gpu: str | None = None, cards: int | None = None, 
         notes.append("how many tokens `dtd` keeps depends on the video: planned for all of them")
     if device.on_gpu:
         notes.append("no GPU figure was measured on one: derived from shapes and from peaks of the same code on a CPU")
-    video = video_tokens(shapes, recipe.features, recipe.features.frames)
+    frames = recipe.features.frames
+    video = video_tokens(shapes, recipe.features, frames) + video_text(shapes, frames, lengths.count)
     if count > 1:
         notes.append(
             f"memory is of one of {count} ranks; a ring over {joined.name} reaches {REACHED:.0%} of its bandwidth"

@@ -3,6 +3,8 @@
 Shapes: T frames, P tokens per frame.
 """
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from ..model.families import Family, family_of
 from ..model.known_bases import shipped_facts
 from ..model.pixels import ImageSpec, image_spec
 from ..recipe import Features, Model
+from ..video.cache import FeatureRecord
 from ..video.prune import count_kept
 
 # NF4 with double quantisation: 4 bits, one byte per block of 64, one float32 per 256 of those bytes.
@@ -85,6 +88,11 @@ def shapes_of(section: Model, device: torch.device) -> Shapes:
     )
 
 
+def file_bytes(section: Model) -> int:
+    """Of a base's weight files that lie in a folder here; 0 of others."""
+    return sum(path.stat().st_size for path in Path(resolve_base(section.base)).glob("*.safetensors"))
+
+
 def text_model_bytes(name: str, on_gpu: bool) -> int:
     """Weights of a causal language model, whose linears are in 4 bits on a GPU; read from its config alone."""
     config = AutoConfig.from_pretrained(resolve_base(name))
@@ -123,3 +131,13 @@ def video_tokens(shapes: Shapes, section: Features, frames: int) -> int:
             return count_kept(name, value, groups, tokens)
         tokens = value**2
     return groups * tokens
+
+
+def video_text(shapes: Shapes, frames: int, count: Callable[[str], int]) -> int:
+    """Tokens of what a family writes around the frames of a view of so many, one a second: times, marks, a heading."""
+    if shapes.family.write is None:
+        return 0
+    groups = -(-frames // shapes.images.patch.frames) if shapes.images.patch else frames
+    none = torch.empty(0)
+    view = FeatureRecord(none, none, none, torch.arange(groups), none, none, 0, frames, float(frames))
+    return count(shapes.family.write(view, ""))

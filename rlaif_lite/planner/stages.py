@@ -11,7 +11,7 @@ from ..recipe import Recipe
 from . import host, memory
 from .lengths import Lengths, Texts
 from .memory import ADAPTER
-from .shapes import Shapes, text_model_bytes, video_tokens
+from .shapes import Shapes, file_bytes, text_model_bytes, video_text, video_tokens
 
 MOST = 512  # answers at a time that the plan proposes at most
 NOTHING = Texts(0, 0, 0.0, 0, 0, 0, True)
@@ -41,8 +41,10 @@ class MemoryModel:
 
     def __init__(self, recipe: Recipe, shapes: Shapes, judge: Shapes | None, lengths: Lengths, on_gpu: bool):
         self.recipe, self.shapes, self.judge, self.lengths, self.on_gpu = recipe, shapes, judge, lengths, on_gpu
-        self.video = video_tokens(shapes, recipe.features, recipe.features.frames)
-        self.clip = video_tokens(shapes, recipe.features, recipe.features.clip_frames)
+        self.video, self.clip = (
+            video_tokens(shapes, recipe.features, frames) + video_text(shapes, frames, lengths.count)
+            for frames in (recipe.features.frames, recipe.features.clip_frames)
+        )
         self.template = lengths.template
 
     def stages(self) -> dict[str, StageMemory]:
@@ -75,7 +77,9 @@ class MemoryModel:
         splits, narrated = self.lengths.splits.items(), self.recipe.narrated
         clips = max((section.clips if name in narrated else ceil(texts.clips) for name, texts in splits), default=0)
         encode = lambda rows: {"activations": memory.tower(self.shapes, section, clips, self.on_gpu)}
-        phases = [Phase("encode", None, 1, 1, encode)]
+        # On a CPU the weight file is mapped until its tensors are quantised, and counts as this process's memory.
+        file = {} if self.on_gpu or model.quantization == "none" else {"weight file": file_bytes(model)}
+        phases = [Phase("load", None, 1, 1, lambda rows: file), Phase("encode", None, 1, 1, encode)]
         if (judge := self.judge) is not None:  # its tower comes when the base's own was dropped
             more = judge.base_bytes(model.for_reward(), tower=True) - self.shapes.tower * self.shapes.dtype.itemsize
             again = lambda rows: {"weights": more, "activations": memory.tower(judge, section, clips, self.on_gpu)}
@@ -285,7 +289,8 @@ class MemoryModel:
             dense = self.recipe.model.dense_rollouts
             if dense or (dense is None and not self.on_gpu):  # a copy of the linears
                 held["workspace"] = self.shapes.linear * self.shapes.dtype.itemsize
-            found = self.activations(memory.sampling(self.shapes, rows, prompt, new), rows)
+            tokens = min(rows * prompt, memory.PREFILL_TOKENS)
+            found = self.activations(memory.sampling(self.shapes, rows, prompt, new), tokens)
             return {kind: found.get(kind, 0) + held.get(kind, 0) for kind in found | held}
 
         return Phase("sampling", key, rows, max(rows, most), terms)

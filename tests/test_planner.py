@@ -331,7 +331,7 @@ def test_the_command(llava, recipe):
     path = str(ROOT / "recipes" / "vlm_rlaif_7b_24gb.yaml")
     fits = run(path, f"model.base={llava}", "--gpu", "24GB", "--json")
     found = json.loads(fits.stdout)
-    assert fits.exit_code == 0 and found["schema"] == 2 and found["fits"]
+    assert fits.exit_code == 0 and found["schema"] == 3 and found["fits"]
     assert list(found["stages"]) == list(load_recipe(path).stages)
     for stage in found["stages"].values():
         assert stage["peak_memory_bytes"] == sum(stage["terms"].values()) and stage["seconds"] is None

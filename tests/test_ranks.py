@@ -87,7 +87,11 @@ class Ranks:
     def __init__(self, path: Path):
         self.path = path
         self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", SERVER, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"},  # as a launcher's ranks set it, before torch is there
         )
 
     def start(self, codes: list[str], port: int | None = None) -> list[int]:
@@ -130,12 +134,12 @@ def ranks_of(finished, tmp_path_factory):
 # ------------------------------------------------------------------------------------------- the same as one process
 
 DPO = ("method=dpo", "dpo.rounds=1", "dpo.steps=3", "dpo.batch_size=4", "dpo.lr=0.001", "evaluate.roles=[sft,policy]")
-VDPO = (*DPO, "data.preference=[world:policy_init]", "preference.context=false", "dpo.balance_lengths=false",
+VDPO = (*DPO, "dpo.heldout=0.3", "data.preference=[world:policy_init]", "preference.context=false", "dpo.balance_lengths=false",
         "dpo.altered=[shuffled, other]")  # fmt: skip
-RULES = ("ppo.feedback=rules", "ppo.rules.rewards=[{rule: rouge}, {rule: length, tokens: [3, 7], weight: 0.5}]",
+RULES = ("ppo.feedback=rules", "ppo.rules.rewards=[{rule: wer}, {rule: length, tokens: [3, 7], weight: 0.5}]",
          "ppo.order_bonus=0.3", "ppo.resample=2", "ppo.stop_penalty=0.0", "ppo.value=none", "ppo.baseline=group",
          "ppo.group_size=2", "ppo.rollouts=12", "ppo.minibatch=6", "ppo.steps=2")  # fmt: skip
-RANKING = ("ppo.feedback=ranking", "ppo.group_size=4", "ppo.judge_context=false", "ppo.steps=1")
+RANKING = ("ppo.feedback=ranking", "ppo.group_size=2", "ppo.rollouts=12", "ppo.judge_context=false", "ppo.steps=1")
 READ = ("features", "context", "preference", "evaluate")
 CASES = {  # keys, and the stages to be done again; training changes adapters by rounding: what reads them comes before
     "read": ((), ()),  # all of READ, in one go
@@ -167,7 +171,8 @@ def prepared(sources: dict[str, Path], checkpoint: Path, folder: Path, solved: P
 def run_cases(finished, ranks_of, tmp_path_factory):
     """run_cases(count of ranks, sources) -> the folder with the cases"""
     solved = tmp_path_factory.mktemp("solved") / "rl.jsonl"
-    lines = [to_json(r) | {"solution": "first a red circle"} for r in Workspace(finished).records("rl")]
+    records = Workspace(finished).records("rl") * 3  # more prompts than a step takes, to be drawn instead
+    lines = [to_json(r) | {"solution": "first a red circle", "id": str(i)} for i, r in enumerate(records)]
     solved.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def make(count: int, sources: dict[str, Path]) -> Path:

@@ -33,6 +33,8 @@ def joined() -> Iterator[None]:
     if _launched() == 1:
         yield
         return
+    # torch reads it when it is imported: a rank that ends would leave C++ stacks in the output of the others.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         _join()
     except BaseException as error:

@@ -217,11 +217,11 @@ def by_batches(
         for batch in batches[: len(results)]:
             done(len(batch))
         for some in chunks(batches[len(results) :], ranks.count()):
-            for found in ranks.spread(some, lambda own: list(map(work, own))):
-                value = {"items": len(found), "results": found}
+            for batch, found in zip(some, ranks.spread(some, lambda own: list(map(work, own))), strict=True):
+                value = {"items": len(batch), "results": found}  # an item may have several results
                 line = append(value | {"crc32": _crc(value)})
                 results.append(json.loads(line)["results"])
-                done(len(found))
+                done(len(batch))
     return [item for found in results for item in found]
 
 

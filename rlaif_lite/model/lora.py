@@ -31,8 +31,9 @@ KEEP_BYTES = 64 << 20
 
 def dense_weight(frozen: nn.Linear) -> Tensor:
     """The weight (O,D) of a layer of the base, dequantised into a new tensor where it is held in 4 bits."""
-    weight = frozen.weight.detach()
-    return dequantize_4bit(weight, frozen.weight.quant_state) if isinstance(frozen, Linear4bit) else weight
+    if isinstance(frozen, Linear4bit):
+        return dequantize_4bit(frozen.weight.detach(), frozen.weight.quant_state)  # type: ignore[attr-defined]
+    return frozen.weight.detach()
 
 
 class AddedLinear(torch.autograd.Function):

@@ -63,7 +63,7 @@ def training(shapes: Shapes, section: Model, rows: int, length: int, head: int =
 def forward(shapes: Shapes, rows: int, length: int) -> int:
     """Peak of a forward without gradients."""
     H, I, E, tokens = shapes.width, shapes.ffn, shapes.dtype.itemsize, rows * length
-    masks = 2 * E * tokens * length  # of rows with branches, and its copy
+    masks = (2 if E == 4 else 1) * E * tokens * length  # of rows with branches; on a CPU with a copy
     if E == 4:
         return tokens * (10 * I + 17 * H) + masks + E * shapes.largest
     # the residual and the norms; gate, up and their product, or two of them while a weight is dense

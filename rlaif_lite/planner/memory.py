@@ -23,7 +23,7 @@ ADAPTER = 4  # bytes of a parameter that is trained; its gradient takes as much,
 DRAW = 32  # bytes per slot and vocabulary entry while a token is drawn: float32 logits, float64 probabilities
 CUBLAS = 32 << 20  # ASSUMED: its workspace on newer cards, inside torch's allocator
 CONTEXT = 1 << 29  # ASSUMED: the CUDA context, outside of torch's allocator
-FRAGMENTATION = 0.05  # of the peak: what the allocator reserves and cannot use (docs/results/dry_run.md)
+FRAGMENTATION = 0.05  # of the peak: what the allocator reserves and cannot use (docs/dry_run.md)
 CLAIM = 12  # ASSUMED: tokens of a claim that an answer is divided into
 
 # A CPU's heap grows by what a forward allocates and not by what it keeps: the hole of a freed tensor does not fit the

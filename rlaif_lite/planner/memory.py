@@ -24,7 +24,7 @@ ADAPTER = 4  # bytes of a parameter that is trained; its gradient takes as much,
 DRAW = 32  # bytes per slot and vocabulary entry while a token is drawn: float32 logits, float64 probabilities
 CUBLAS = 32 << 20  # ASSUMED: its workspace on newer cards, inside torch's allocator
 CONTEXT = 1 << 29  # ASSUMED: the CUDA context, outside of torch's allocator
-FRAGMENTATION = 0.05  # of the peak: what the allocator reserves and cannot use (docs/results/dry_run.md)
+FRAGMENTATION = 0.05  # of the peak: what the allocator reserves and cannot use (docs/dry_run.md)
 CLAIM = 12  # ASSUMED: tokens of a claim that an answer is divided into
 
 # A CPU's heap grows by what a forward allocates and not by what it keeps: the hole of a freed tensor does not fit the
@@ -64,7 +64,7 @@ def training(shapes: Shapes, section: Model, rows: int, length: int, head: int =
 def forward(shapes: Shapes, rows: int, length: int) -> int:
     """Peak of a forward without gradients."""
     H, I, E, tokens = shapes.width, shapes.ffn, shapes.dtype.itemsize, rows * length
-    masks = 2 * E * tokens * length  # of rows with branches, and its copy
+    masks = (2 if E == 4 else 1) * E * tokens * length  # of rows with branches; on a CPU with a copy
     if E == 4:
         return tokens * (10 * I + 17 * H) + masks + E * shapes.largest
     # the residual and the norms; gate, up and their product, or two of them while a weight is dense

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from math import ceil
 from typing import NamedTuple
 
+from ..model.answers import sharing_pays
 from ..recipe import Recipe
 from . import host, memory
 from .lengths import Lengths, Texts
@@ -143,19 +144,21 @@ class MemoryModel:
                 phases.append(trained(self.training("dpo.divide.train", divide.train, asked + lists, lists)))
         judges = [preference.judge] if divide is None else ["claims"]
         phases += self.judging(judges, prompt, answer, context)
-        learnt = self.training("dpo", section, self.video + prompt + answer, answer, per_row=2)
+        rows, length = self.of_pair(self.video + prompt, answer)
+        learnt = self.training("dpo", section, length, 2 * answer, rows)
         return StageMemory(fixed, [*phases, trained(learnt)])
 
     def reward(self) -> StageMemory:
-        section, per_pair = self.recipe.reward, 2
+        section = self.recipe.reward
         own, trained = self if self.judge is None else self.of_judge(), section.adapter is None
         fixed = own.holds(1 + (trained and self.judge is None), trained=int(trained))
         if self.judge is not None:
             fixed["weights"] += self.shapes.base_bytes(self.recipe.model, tower=False)  # it was loaded before
+        per_pair, length = own.of_pair(own.scored() - own.pair_answer, own.pair_answer)
         if trained:
-            return StageMemory(fixed, [own.training("reward", section, own.scored(), 0, per_pair)])
+            return StageMemory(fixed, [own.training("reward", section, length, 0, per_pair)])
         rows = int(section.micro_batch or section.batch_size)
-        read = own.reading("measure", "reward.micro_batch", rows, own.scored())
+        read = own.reading("measure", "reward.micro_batch", rows, length)
         return StageMemory(
             fixed, [read._replace(most=section.batch_size, terms=lambda rows: read.terms(per_pair * rows))]
         )
@@ -217,6 +220,12 @@ class MemoryModel:
             prompt += self.narrative() * self.recipe.reward.context
         return self.video + prompt + self.pair_answer
 
+    def of_pair(self, prompt: int, answer: int) -> tuple[int, int]:
+        """(rows, tokens of each) of two answers to one prompt: branches of it where that pays (`model/answers.py`)."""
+        if sharing_pays(self.shapes.width, [(prompt, [answer, answer])]):
+            return 1, prompt + 2 * answer
+        return 2, prompt + answer
+
     @property
     def pair_answer(self) -> int:
         """Tokens of the longest answer of a pair: as it is given, or as it may be sampled."""
@@ -271,11 +280,12 @@ class MemoryModel:
         both = memory.training(self.shapes, self.recipe.model, rows, length, head)
         return self.activations(layers, rows * length) | {"logits": both - layers}
 
-    def training(self, key: str, section, length: int, scored: int, per_row: int = 1) -> Phase:
-        """A supervised phase: records of `length` tokens, `scored` of them against the vocabulary."""
+    def training(self, key: str, section, length: int, scored: int, per_record: int = 1) -> Phase:
+        """A supervised phase: records of `per_record` rows of `length` tokens, `scored` tokens of a record against the
+        vocabulary."""
 
         def terms(rows: int) -> dict[str, int]:
-            return self.learning(rows * per_row, length, rows * per_row * scored)
+            return self.learning(rows * per_record, length, rows * scored)
 
         return Phase(
             key, f"{key}.micro_batch", int(section.micro_batch or section.batch_size), section.batch_size, terms

@@ -177,13 +177,13 @@ def table(found: dict) -> str:
     groups: dict[tuple[str, float | None], list[dict]] = {}
     for row in rows:
         groups.setdefault((row["selector"], row["share"]), []).append(row)
-    seeds = sorted({row["seed"] for row in rows})
+    given = found["seeds"]
     commits = sorted({row["commit"] for row in rows})
     full = {row["seed"]: row for row in rows if row["selector"] == "all tokens"}
     lines = [
         "# Selectors of video tokens on the synthetic world",
         "",
-        f"Seeds {', '.join(map(str, seeds))}. {found['machine']['cpu']}, one thread a run. "
+        f"Seeds {', '.join(map(str, given))}. {found['machine']['cpu']}, one thread a run. "
         f"Commit {', '.join(commits)}. Written by:",
         "",
         f"    {found['command']}",
@@ -195,8 +195,10 @@ def table(found: dict) -> str:
         "`share` is what the recipe asks for (of `dtd`, what its threshold was chosen for). `tokens` are those of the",
         "held-out videos, with fewest and most where they differ.",
         "",
-        f"| selector | share | tokens | {' | '.join(MEASURES.values())} | malformed |",
-        "|---|---|---|---|---|---|---|",
+        f"{len(rows)} of {len(points(given, []))} points have run.",
+        "",
+        f"| selector | share | seeds | tokens | {' | '.join(MEASURES.values())} | malformed |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for (name, share), group in groups.items():
         cells = [_cell(group, full, key) for key in MEASURES]
@@ -205,7 +207,7 @@ def table(found: dict) -> str:
         tokens += f" ({fewest} to {most})" if fewest != most else ""
         malformed = sum(row["malformed"] for row in group) / len(group)
         asked = "" if share is None else f"{share:.0%}"
-        lines.append(f"| {name} | {asked} | {tokens} | {' | '.join(cells)} | {malformed:.3f} |")
+        lines.append(f"| {name} | {asked} | {len(group)} | {tokens} | {' | '.join(cells)} | {malformed:.3f} |")
     frames, tokens, width = REAL
     lines += [
         "",
@@ -242,7 +244,8 @@ def main() -> None:
     done = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()] if lines.exists() else []
     if given.table:
         found = {
-            "points": done,
+            "seeds": given.seeds,
+            "points": sorted(done, key=lambda row: points(given.seeds, []).index(Point(*list(row.values())[:3]))),
             "costs": costs(),
             "machine": describe_machine(),
             "versions": versions(),

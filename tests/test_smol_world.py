@@ -161,10 +161,11 @@ def test_every_phrasing_says_what_is_true(seed):
     facts = facts_of(seed, "sft", 0)
     found = english.held_against(english.describe(facts, rng), facts)
     assert found["correct"] == found["total"] and found["wrong"] == found["malformed"] == 0
-    for _ in range(20):
-        said = english.statement(facts, rng)
+    statements = [english.statement(facts, rng) for _ in range(200)]
+    for said in statements:
         alone = english.held_against(said.text, facts)
         assert said.true == (alone["wrong"] == 0 < alone["correct"])
+    assert 0.4 < sum(said.true for said in statements) / 200 < 0.6
     prompt, better = english.compared(facts, rng)
     a, b = (english.right_minus_wrong(text, facts) for text in re.findall(r"Response [AB]: (.*)", prompt))
     assert better == ("A" if a > b else "B")

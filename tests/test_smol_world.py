@@ -235,14 +235,12 @@ def test_a_large_base_gives_back_what_it_frees():
     code = """
 import torch
 from rlaif_lite.model.memory import map_blocks
-from rlaif_lite.planner.plan import resident
 map_blocks()
-def peak():
-    kept = [(torch.ones(500_000), torch.ones(50)) for _ in range(40)]  # 2 MB each, with a small one behind it
-    full = resident()
-    small = [pair[1] for pair in kept]
-    del kept
-    return full - resident()
-assert peak() > 70e6, peak()
+torch.ones(4_000_000)  # 16 MB come and go: malloc would now keep all below that in its heap
+resident = lambda: 4096 * int(open("/proc/self/statm").read().split()[1])
+pairs = [(torch.ones(500_000), torch.ones(50)) for _ in range(40)]  # 2 MB each, with a small one behind it
+full, small = resident(), [pair[1] for pair in pairs]
+del pairs
+assert full - resident() > 70e6, full - resident()
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

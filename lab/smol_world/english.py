@@ -84,9 +84,9 @@ def question(facts: Facts, rng: random.Random) -> tuple[str, str]:
 def statement(facts: Facts, rng: random.Random) -> Statement:
     """A sentence of a description; half are true. A wrong word is often right of another event."""
     true = rng.random() < 0.5
-    if rng.random() < 0.3:  # the star; a video without one makes every sentence about it wrong
-        colour = facts["star"] if true and facts["star"] else rng.choice(COLOURS)
-        return Statement(rng.choice(STAR).format(colour=colour), colour == facts["star"])
+    if rng.random() < 0.3 and (facts["star"] or not true):
+        colour = facts["star"] if true else rng.choice([c for c in COLOURS if c != facts["star"]])
+        return Statement(rng.choice(STAR).format(colour=colour), true)
     at = rng.randrange(EVENTS)
     event = list(facts["events"][at])
     if not true:

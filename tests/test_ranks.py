@@ -134,8 +134,8 @@ def ranks_of(finished, tmp_path_factory):
 # ------------------------------------------------------------------------------------------- the same as one process
 
 DPO = ("method=dpo", "dpo.rounds=1", "dpo.steps=3", "dpo.batch_size=4", "dpo.lr=0.001", "evaluate.roles=[sft,policy]")
-VDPO = (*DPO, "dpo.heldout=0.3", "data.preference=[world:policy_init]", "preference.context=false", "dpo.balance_lengths=false",
-        "dpo.altered=[shuffled, other]")  # fmt: skip
+VDPO = (*DPO, "dpo.heldout=0.3", "data.preference=[world:policy_init]", "preference.context=false",
+        "dpo.balance_lengths=false", "dpo.altered=[shuffled, other]")  # fmt: skip
 RULES = ("ppo.feedback=rules", "ppo.rules.rewards=[{rule: wer}, {rule: length, tokens: [3, 7], weight: 0.5}]",
          "ppo.order_bonus=0.3", "ppo.resample=2", "ppo.stop_penalty=0.0", "ppo.value=none", "ppo.baseline=group",
          "ppo.group_size=2", "ppo.rollouts=12", "ppo.minibatch=6", "ppo.steps=2")  # fmt: skip

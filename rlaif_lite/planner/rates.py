@@ -21,7 +21,8 @@ RATES = {
     "ppo": 0.055,
     "evaluate": 0.0058,
 }
-# Share of a stage's time that several ranks do not share, of the same base (docs/many_cards.md). `data` is rank 0's.
+# Share of a stage's time that several ranks do not share. ASSUMED but for `data`, which is rank 0's: the last column of
+# `python -m lab.bench.ranks` measures it.
 SERIAL = {
     "data": 1.0,
     "features": 0.05,

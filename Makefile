@@ -12,7 +12,7 @@ WITH ?=
 
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest test-newest test-gpu gpu lint types docs constraints clean
+.PHONY: demo test test-oldest test-newest test-ui test-gpu gpu lint types docs constraints clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/rlaif-lite run recipes/tiny.yaml
@@ -27,6 +27,13 @@ test-oldest:
 # The newest release of everything, in an environment of its own.
 test-newest:
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
+
+# The page of `rlaif-lite ui` in a browser, in an environment of its own: Gradio takes no Pillow as new as constraints.txt has.
+# Chromium comes from the system (`apt-get install chromium`).
+test-ui:
+	$(MAKE) .venv-ui/ready VENV=.venv-ui CONSTRAINTS=
+	.venv-ui/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[ui]" playwright
+	OMP_NUM_THREADS=1 .venv-ui/bin/python -m pytest tests/test_ui_page.py
 
 test-gpu: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -m gpu
@@ -62,4 +69,4 @@ $(VENV)/ready-docs: $(VENV)/ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest runs site build dist *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .venv-ui runs site build dist *.egg-info

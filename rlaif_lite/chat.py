@@ -1,4 +1,4 @@
-"""Ask any role of a run about a video file."""
+"""Ask the roles of a run about a video file."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from .data.records import VIDEO_MARK, Message
+from .data.splits import Video
 from .errors import StageError
 from .model.base import Base, load_base
 from .model.inputs import encode_prompt
@@ -24,26 +25,27 @@ from .workspace import WHOLE, pick_device
 
 
 class Chat:
-    """One role of a finished run, and one video."""
+    """The roles of a run, on one base, and videos to ask them about."""
 
-    def __init__(self, run_dir: Path, role: str, best_of: int | None = None):
-        """`best_of`: answer with the policy's best of so many, by its own reward against the role `reference`."""
+    def __init__(self, run_dir: Path):
+        """Raises StageError where `run_dir` is no run folder."""
         path = run_dir / "recipe.yaml"
         if not path.exists():
             raise StageError(
                 f"{run_dir} is not a run folder: it has no recipe.yaml. Give the folder that `rlaif-lite run` wrote."
             )
+        self.folder = run_dir
         self.recipe: Recipe = load_recipe(path)
         self.base: Base = load_base(self.recipe.model, torch.device(pick_device(self.recipe.device)))
         self.roles = Roles(self.base, self.recipe.model.lora)
-        self.role = ADAPTERS.get(role, role)
-        self.best_of = best_of
-        if best_of and self.role != "policy":
-            raise StageError(f"--best-of ranks answers by what the policy learnt: ask the role `policy`, not `{role}`.")
-        for name in {self.role, "reference"} if best_of else {self.role} - {BASE}:
-            self.roles.load(name, run_dir / "adapters" / name)
 
-    def look(self, video: str) -> FeatureRecord:
+    def load(self, *roles: str) -> None:
+        """Put roles onto the base, those that are not there yet: base, sft, reference, policy, or a method's name."""
+        for name in dict.fromkeys(ADAPTERS.get(role, role) for role in roles):
+            if name != BASE and name not in self.roles.names:
+                self.roles.load(name, self.folder / "adapters" / name)
+
+    def look(self, video: Video) -> FeatureRecord:
         """Decode and encode a video as the run's features stage did."""
         section = self.recipe.features
         self.base.limit_pixels(section.max_pixels)
@@ -51,40 +53,54 @@ class Chat:
         frames = decode_one(video, {WHOLE: View(section.frames)}, size, section.max_source_pixels)
         return encode(self.base, frames, [step.model_dump() for step in section.prune])[WHOLE]
 
-    def ask(self, video: FeatureRecord, question: str, temperature: float = 0.0, seed: int = 0) -> str:
-        """One answer; greedy unless a temperature is given. The best of several is drawn as the evaluation draws."""
+    def ask(
+        self, video: FeatureRecord, role: str, question: str, sampling: Sampling | None = None, seed: int = 0
+    ) -> str:
+        """A role's answer; greedy unless `sampling` says otherwise."""
+        prompt = encode_prompt(self.base, [Message("user", f"{VIDEO_MARK} {question}")], video)
+        self.load(role)
+        sampling = sampling or Sampling(self.recipe.evaluate.max_new_tokens, temperature=0.0)
+        with self.roles.use(ADAPTERS.get(role, role)) as active:
+            (found,) = sample(active, [prompt], sampling, seeds=[seed])
+        return decode_answer(self.base, found.ids)
+
+    def best_of(self, video: FeatureRecord, question: str, count: int, seed: int = 0) -> str:
+        """The best of the policy's `count` answers by its own reward against the role `reference`, drawn as the
+        evaluation draws."""
         prompt = encode_prompt(self.base, [Message("user", f"{VIDEO_MARK} {question}")], video)
         section = self.recipe.evaluate
-        if self.best_of:
-            sampling = Sampling(section.max_new_tokens, temperature or section.temperature)
-            (best,) = best_of(
-                self.roles,
-                self.role,
-                "reference",
-                [prompt],
-                sampling,
-                count=self.best_of,
-                seeds=[derive_seed(seed, j) for j in range(self.best_of)],
-                beta=self.recipe.dpo.beta,
-                batch_size=section.batch_size,
-            )
-            return decode_answer(self.base, best.answer.ids)
-        sampling = Sampling(section.max_new_tokens, temperature)
-        with self.roles.use(self.role) as role:
-            (found,) = sample(role, [prompt], sampling, seeds=[seed])
-        return decode_answer(self.base, found.ids)
+        self.load("policy", "reference")
+        (best,) = best_of(
+            self.roles,
+            "policy",
+            "reference",
+            [prompt],
+            Sampling(section.max_new_tokens, section.temperature),
+            count=count,
+            seeds=[derive_seed(seed, j) for j in range(count)],
+            beta=self.recipe.dpo.beta,
+            batch_size=section.batch_size,
+        )
+        return decode_answer(self.base, best.answer.ids)
 
 
 def main(run_dir: Path, video: str, role: str, question: str | None, best_of: int | None) -> None:
     """Answer one question, or every line of standard input until it ends."""
-    chat = Chat(run_dir, role, best_of)
+    if best_of and ADAPTERS.get(role, role) != "policy":
+        raise StageError(f"--best-of ranks answers by what the policy learnt: ask the role `policy`, not `{role}`.")
+    chat = Chat(run_dir)
+    chat.load(role, *(["reference"] if best_of else []))
     features = chat.look(video)
+
+    def answer(asked: str) -> str:
+        return chat.best_of(features, asked, best_of) if best_of else chat.ask(features, role, asked)
+
     if question is not None:
-        print(chat.ask(features, question))
+        print(answer(question))
         return
     if sys.stdin.isatty():
         print("A question per line; an empty line or Ctrl-D ends.", file=sys.stderr)
     for line in sys.stdin:
         if not line.strip():
             break
-        print(chat.ask(features, line.strip()), flush=True)
+        print(answer(line.strip()), flush=True)

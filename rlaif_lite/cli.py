@@ -53,16 +53,23 @@ Overrides = Annotated[
 ]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
 Launcher = Literal["local", "submitit"]
+TOGETHER = ("run", "eval", "profile")  # commands that several ranks do together
 BestOf = Annotated[
     int | None, typer.Option(min=2, help="Also the policy's best of so many answers, by its own implicit reward.")
 ]
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    ctx: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
     if version:
         typer.echo(__version__)
         raise typer.Exit
+    from . import ranks
+
+    if ctx.invoked_subcommand not in TOGETHER:
+        ranks.refuse_several(f"`rlaif-lite {ctx.invoked_subcommand}`")
 
 
 @app.command()
@@ -94,6 +101,8 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     gpu: Annotated[str | None, typer.Option(help="A card that is not here, such as 24GB or 80GiB.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many such cards share the work, one rank on each.")] = 1,
+    link: Annotated[str, typer.Option(help="What joins them: nvlink, pcie or 100gb.")] = "pcie",
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """What a run will take of memory, disk and time, stage by stage. Exit code 1 where it does not fit."""
@@ -104,7 +113,7 @@ def plan(
 
     from . import pipeline, planner  # a run holds in memory what `pipeline` imports
 
-    found = pipeline.make_plan(loaded, gpu)
+    found = pipeline.make_plan(loaded, gpu, gpus, link)
     if as_json:
         typer.echo(json.dumps(planner.as_json(found), indent=2))
     else:
@@ -130,10 +139,13 @@ def show_data(
 @app.command("eval")
 def evaluate(run_dir: RunDir, best_of: BestOf = None) -> None:
     """Evaluate a run's roles again on its held-out videos."""
-    _need_base(run_dir)
-    from . import pipeline
+    from . import ranks
 
-    pipeline.evaluate_again(run_dir, best_of)
+    with ranks.joined():
+        _need_base(run_dir)
+        from . import pipeline
+
+        pipeline.evaluate_again(run_dir, best_of)
 
 
 @app.command()
@@ -270,6 +282,29 @@ def chat(
 
 
 @app.command()
+def ui(
+    run_dir: RunDir,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Its port; else the first free one from 7860.")] = None,
+    share: Annotated[bool, typer.Option("--share", help="Also a public address, through Gradio's servers.")] = False,
+    export: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what people decided as pairs for data.pairs, and end.")
+    ] = None,
+    held_out: Annotated[bool, typer.Option("--held-out", help="With --export: pairs on held-out videos too.")] = False,
+) -> None:
+    """Open a page on which people judge a run's answers, browse the judge's, and ask two roles side by side."""
+    _need_base(run_dir)
+    if export is not None:
+        from .ui import store
+
+        typer.echo(store.as_text(store.Store(run_dir).export(export, held_out), export))
+        return
+    from .ui import page
+
+    page.serve(run_dir, host, port, share)
+
+
+@app.command()
 def export(
     run_dir: RunDir,
     out: Annotated[Path, typer.Option(help="The folder to write; it must not be there yet.")],
@@ -286,6 +321,9 @@ def export(
         typer.echo(exporter.comparison_text(compared))
     if role in exporter.SCALARS:
         typer.echo(f"Role {role} ends in a number; it cannot be merged into a causal LM: adapter and head.")
+    else:
+        typer.echo(f"To measure it: {exporter.lmms_command(out)}")
+        typer.echo(f"With the run's frames, pruning and quantisation: {exporter.lmms_of_run(run_dir, role)}")
     typer.echo(f"{out}{'' if push is None else f', and https://huggingface.co/{push}'}")
 
 
@@ -350,23 +388,28 @@ def profile(
         from .dryrun.launch import dry_run
 
         raise typer.Exit(dry_run(recipe, overrides or [], gpu, stage or [], layers, trace, out))
-    from .model.unsloth_loader import import_first
+    from . import ranks
 
-    import_first(loaded.model)
-    from . import profiler
-    from .planner.plan import size_in_bytes
-    from .profiler.tables import as_text
+    with ranks.joined():
+        from .model.unsloth_loader import import_first
 
-    cap = None if memory_cap is None else size_in_bytes(memory_cap)
-    stem = out or Path(f"{loaded.name}.profile.json")
-    traces = profiler.Traces(stem.with_suffix(".trace.json"), stem.with_suffix(".memory.png")) if trace else None
-    random = profiler.Random(small) if random_weights else None
-    found = profiler.profile(loaded, steps, tuple(stage or ()), cap, traces, random)
-    typer.echo(as_text(found))
-    if out is not None:
-        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if traces is not None:
-        typer.echo(f"{traces.chrome}\n{traces.memory}")
+        import_first(loaded.model)
+        from . import profiler
+        from .planner.plan import size_in_bytes
+        from .profiler.tables import as_text
+
+        cap = None if memory_cap is None else size_in_bytes(memory_cap)
+        stem = out or Path(f"{loaded.name}.profile.json")
+        traces = profiler.Traces(stem.with_suffix(".trace.json"), stem.with_suffix(".memory.png")) if trace else None
+        random = profiler.Random(small) if random_weights else None
+        found = profiler.profile(loaded, steps, tuple(stage or ()), cap, traces, random)
+        if not ranks.is_first():
+            return
+        typer.echo(as_text(found))
+        if out is not None:
+            out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        if traces is not None:
+            typer.echo(f"{traces.chrome}\n{traces.memory}")
 
 
 @app.command()

@@ -9,11 +9,13 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -215,11 +217,11 @@ def by_batches(
         for batch in batches[: len(results)]:
             done(len(batch))
         for some in chunks(batches[len(results) :], ranks.count()):
-            for found in ranks.spread(some, lambda own: list(map(work, own))):
-                value = {"items": len(found), "results": found}
+            for batch, found in zip(some, ranks.spread(some, lambda own: list(map(work, own))), strict=True):
+                value = {"items": len(batch), "results": found}  # an item may have several results
                 line = append(value | {"crc32": _crc(value)})
                 results.append(json.loads(line)["results"])
-                done(len(found))
+                done(len(batch))
     return [item for found in results for item in found]
 
 
@@ -238,6 +240,16 @@ def _crc(value: dict) -> int:
 def chunks(items: list, size: int) -> list[list]:
     """`items` in lists of `size`; the last may be shorter."""
     return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def even_chunks(items: list, fits: int) -> list[list]:
+    """`items` in lists for `by_batches`, where `fits` items are worked on at once: of as many to four times as many, so
+    that slots are refilled. There are 12 lists or a multiple of that where the items suffice, so 2, 3, 4 or 6 ranks
+    share them evenly. How many ranks there are changes nothing."""
+    fits, total = max(1, fits), len(items)
+    count = max(1, min(12 * math.ceil(total / (12 * 4 * fits)), total // fits))
+    ends = [total * number // count for number in range(count + 1)]
+    return [items[begin:end] for begin, end in pairwise(ends) if begin < end]
 
 
 # ------------------------------------------------------------------------------------------------------------- digests

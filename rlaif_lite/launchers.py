@@ -238,7 +238,9 @@ class ClusterJob:
         if self.gpus > 1:
             import submitit
 
-            submitit.helpers.TorchDistributedEnvironment().export(overwrite=True)
+            # Every rank sees all cards of the job, and takes the one of its number (`ranks.device`).
+            environment = submitit.helpers.TorchDistributedEnvironment()
+            environment.export(set_cuda_visible_devices=False, overwrite=True)
         with ranks.joined():
             try:
                 _pipeline(self.job.recipe).run(self.job.recipe, until=self.job.until, share=self.share)

@@ -110,18 +110,10 @@ def hold(held: ExitStack, folder: Path) -> None:
 
 
 def check_ranks(recipe: Recipe) -> None:
-    """Raises StageError where the ranks would not do the same, or do not divide the groups of answers."""
+    """Raises StageError where the ranks would not do the same."""
     ranks.same("the recipe", flatten(recipe) | {"output": str(Path(recipe.output).absolute())}, "The ranks must agree")
     ranks.same("the code of rlaif_lite", code_digest(), "The ranks must agree")
     ranks.same("the environment", versions(), "The ranks must agree")
-    groups = recipe.ppo.rollouts // recipe.ppo.group_size
-    if recipe.method == "ppo" and recipe.ppo.group_size > 1 and groups % ranks.count():
-        raise StageError(
-            f"{ranks.count()} ranks do not divide the {groups} groups of a PPO step (`ppo.rollouts: "
-            f"{recipe.ppo.rollouts}` in groups of {recipe.ppo.group_size}): a group stays on one rank. Start a number "
-            f"of ranks that divides {groups}, or set `ppo.rollouts` to a multiple of "
-            f"{recipe.ppo.group_size * ranks.count()}."
-        )
 
 
 def code_digest() -> str:
@@ -293,6 +285,9 @@ def inputs(work: Workspace, name: str, reads: tuple[str, ...]) -> dict[str, Any]
         found["file of evaluate.synonyms"] = file_digest(Path(found["evaluate.synonyms"]))
     if found.get("evaluate.truth") is not None:
         found["code of evaluate.truth"] = file_digest(module_file(found["evaluate.truth"]))
+    outside = work.recipe.preference.outside
+    if found.get("preference.outside.model") and outside.url is None and Path(outside.model).is_dir():
+        found["files of preference.outside.model"] = folder_digest(Path(outside.model))
     if name == "ppo" and work.recipe.ppo.feedback == "rules":
         for function in work.recipe.ppo.rules.own:
             found[f"code of {function}"] = file_digest(module_file(function, "ppo.rules.rewards"))

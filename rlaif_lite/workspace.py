@@ -26,6 +26,8 @@ from .data.splits import Loaded, load_splits, name_videos, own_files, roots_of
 from .data.truth import Truth
 from .errors import StageError
 from .files import read_json, read_sealed, sha256, write_sealed
+from .judge.outside.answers import open_judge
+from .judge.outside.cached import CachedJudge
 from .model.base import Base, load_base
 from .model.roles import Roles
 from .progress import say
@@ -61,6 +63,7 @@ class Workspace:
         self._files: dict[str, list[Record]] = {}
         self._read_before: dict[str, list] = {}
         self._for_reward: Workspace | None = None
+        self._outside: CachedJudge | None = None
         self.index_file = self.folder / "features" / index
 
     @property
@@ -245,9 +248,18 @@ class Workspace:
         if name not in self.roles.names:
             self.roles.load(name, self.adapter(name))
 
+    @property
+    def outside(self) -> CachedJudge:
+        """The judge from outside. Its verdicts are in a folder of no stage: one that runs again pays for none twice."""
+        if self._outside is None:
+            section = self.recipe.preference
+            self._outside = open_judge(section.outside, self.folder / "outside", self.device, section.batch_size)
+        return self._outside
+
     def release_roles(self) -> None:
-        """Free every role, and the reward role's own base: the next stage loads what it needs from disk."""
-        self._for_reward = None
+        """Free every role, the reward role's own base and the judge from outside: the next stage loads what it
+        needs."""
+        self._for_reward = self._outside = None
         if self._roles is not None:
             for name in self._roles.names:
                 self._roles.remove(name)

@@ -2,3 +2,4 @@
 kernels/.)"""
 
 from core import *  # noqa: F403
+from judge_server import server  # noqa: F401

@@ -141,11 +141,27 @@ def _metrics(path: Path, kind: str, rng: random.Random) -> None:
 SECONDS = {"features": 31.2, "sft": 118.0, "context": 6.4, "preference": 52.0}
 SECONDS |= {"reward": 28.8, "ppo": 82.0, "evaluate": 21.5}
 JUDGES = [
-    {"judge": "claims", "context": True, "pairs": 1100, "agreement": 0.949, "length_bias": 0.55},
-    {"judge": "pairwise", "context": True, "pairs": 300, "agreement": 0.87, "length_bias": None, "consistency": 0.812},
+    {"judge": "claims", "context": True, "pairs": 1100, "agreement": 0.949, "length_bias": 0.55, "same_winner": 1.0},
+    {
+        "judge": "pairwise",
+        "context": True,
+        "pairs": 300,
+        "agreement": 0.87,
+        "length_bias": None,
+        "consistency": 0.812,
+        "same_winner": 0.88,
+    },
 ]
 BLOCKS = {
-    "features": {"videos": 2140, "missing": 0, "frames": 6, "tokens_before": 96, "tokens_after": 24},
+    "features": {
+        "videos": 2140,
+        "missing": 0,
+        "frames": 6,
+        "tokens_before": 96,
+        "tokens_after": 24,
+        "tokens_fewest": 24,
+        "tokens_most": 24,
+    },
     "preference": {
         "pairs": 1100,
         "judge": "claims",

@@ -12,12 +12,15 @@ from rlaif_lite.data.records import to_json
 from rlaif_lite.errors import DataError, RecipeError
 from rlaif_lite.files import read_jsonl
 from rlaif_lite.model.pixels import to_pixels
+from rlaif_lite.recipe import flatten, load_recipe
 from rlaif_lite.rl.advantages import needs_order
 from rlaif_lite.stages.dpo.altered import OtherVideo, altered_prompts, draw_videos
 from rlaif_lite.stages.features import encode
 from rlaif_lite.video.altered import altered
 from rlaif_lite.video.decode import View, decode_views
 from rlaif_lite.workspace import Workspace
+
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 def frames(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,6 +116,11 @@ def test_a_run_with_the_bonus(rerun, tmp_path):
     assert any(step["order/shuffled"] != step["order/accuracy"] for step in steps)
 
 
+def test_the_recipe_is_video_r1s_with_the_bonus_alone():
+    r1, t_grpo = (flatten(load_recipe(RECIPES / f"tiny_{name}.yaml")) for name in ("video_r1", "t_grpo"))
+    assert {key for key in r1 if r1[key] != t_grpo[key]} == {"name", "output", "ppo.order_bonus"}
+
+
 # ---- VDPO
 
 VDPO = ("method=dpo", "data.preference=[world:policy_init]", "preference.context=false", "dpo.balance_lengths=false",
@@ -148,6 +156,21 @@ def test_the_rejected_answer_reads_the_other_video(rerun):
     _, other = altered_prompts(work, records[0], OtherVideo(records[1], ""))
     assert torch.equal(other.features_KD, work.features(records[1]).features_KD)
     assert draw_videos(work, records, 1) == draw_videos(work, records, 1) != draw_videos(work, records, 2)
+
+
+def test_another_video_takes_another_video(rerun, tmp_path):
+    """Held out there may be one video: the others are those of all records. With one video in all there is no other."""
+    recipe = rerun(*VDPO, "dpo.altered=[other]")
+    pipeline.run(recipe, until="data")
+    work = Workspace(recipe)
+    first, *_ = records = work.records("preference")
+    (drawn,) = draw_videos(work, [first], "heldout")
+    assert drawn.record in records[1:]
+    same = [to_json(r) | {"video": first.video, "id": f"q{i}"} for i, r in enumerate(records[:3])]
+    (tmp_path / "one.jsonl").write_text("".join(json.dumps(line) + "\n" for line in same), encoding="utf-8")
+    work = Workspace(rerun(*VDPO, "dpo.altered=[other]", f"data.preference=[{tmp_path / 'one.jsonl'}]"))
+    with pytest.raises(DataError, match="all 3 records are about one video, .*00000.mp4. Give records of other videos"):
+        draw_videos(work, work.records("preference")[:1], 1)
 
 
 def test_what_has_no_answer_is_named(rerun):

@@ -2,16 +2,17 @@
 
 import base64
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from rlaif_lite.benchmarks import choices, hallucination, nouns, questions
+from rlaif_lite.benchmarks import choices, hallucination, nouns, questions, vidhalluc
 from rlaif_lite.benchmarks.answer import write_pictures
 from rlaif_lite.benchmarks.items import Item, find_videos, mentions, words_of
-from rlaif_lite.benchmarks.judges.rules import right_by_words
 from rlaif_lite.benchmarks.options import label_of, named_in
+from rlaif_lite.benchmarks.rule_judge import right_by_words
 from rlaif_lite.errors import DataError
 
 REPLIES = {
@@ -211,6 +212,11 @@ def test_sets_with_a_right_choice(tmp_path):
     task = {"video": "a.mp4", "question": "What?", "candidates": ["sit", "run"], "answer": "run"}
     (item,) = choices.load_mvbench(written("action_sequence.json", [task]))
     assert item[:5] == ("action_sequence_0", "a.mp4", ("What?\nA. sit\nB. run",), "B. run", "action_sequence")
+    part = task | {"start": 1.5, "end": 4}
+    spans = [choices.load_mvbench(written(f"{name}.json", [part]))[0].span for name in ("a", "episodic_reasoning")]
+    assert spans == [(1.5, 4.0), (4.5, 12.0)] and item.span is None  # a folder of three frames a second
+    with pytest.raises(DataError, match="`start` is 4 and `end` 1.5"):
+        choices.load_mvbench(written("m.json", [task | {"start": 4, "end": 1.5}]))
     with pytest.raises(DataError, match="`answer` 'fly' is none of the candidates"):
         choices.load_mvbench(written("m.json", [task | {"answer": "fly"}]))
 
@@ -224,6 +230,9 @@ def test_sets_with_a_right_choice(tmp_path):
     both, one = (choices.tally_pair(item, row(*said)) for said in (("Yes.", "No."), ("yes", "yes")))
     assert both["overall"] == (1.0, 1.0) and one["overall"] == (0.0, 1.0)
     assert (one["basic"], one["hallucination"], one["yes_share"]) == ((1.0, 1.0), (0.0, 1.0), (2.0, 2.0))
+    loose = choices.tally_pair(item, row("There is no doubt: yes.", "I cannot say; no dog"))  # the word anywhere
+    assert (loose["overall"], loose["yes_share"]) == ((1.0, 1.0), (0.0, 2.0))
+    assert choices.tally_pair(item, row("yesterday", "nobody"))["overall"] == (0.0, 1.0)
     with pytest.raises(DataError, match="`answer` is 'perhaps', expected yes or no"):
         choices.load_videohallucer(written("v.json", [pair | {"basic": half[0] | {"answer": "perhaps"}}]))
 
@@ -236,5 +245,95 @@ def test_sets_with_a_right_choice(tmp_path):
         ("entire_001", "no", "entire"),
         ("entire_001#2", "yes", "entire"),
     ]
+    said = [choices.tally_beginning(items[0], row(answer)) for answer in ("No.", "Nothing", "Yes", "It is not", "")]
+    assert [each["accuracy"][0] for each in said] == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert [each["unread_share"][0] for each in said] == [0.0, 0.0, 0.0, 1.0, 1.0]
     with pytest.raises(DataError, match="Expected TempCompass"):
         choices.load_tempcompass(written("t.json", {"77": ["q"]}))
+
+
+VIDHALLUC = {
+    "ach_binaryqa.json": {
+        "x_1": [
+            {"q": "Is a ball thrown?", "a": {"x_clip_1": "Yes", "x_clip_2": "No"}},
+            {"q": "Is it wet?", "a": {"x_clip_1": "no"}},
+        ]
+    },
+    "ach_mcq.json": {
+        "x_1": {
+            "x_clip_1": {
+                "Question": "What is done?",
+                "Choices": {"A": "throwing", "B": "catching", "C": "sitting", "D": "none"},
+                "Correct Answer": "AB",
+            }
+        }
+    },
+    "tsh.json": {"0": {"video": "x_0_9", "Question": "Action A: sit. Action B: run. ", "Correct Answer": "BA"}},
+    "sth.json": {
+        "y_1": {"Scene change": "Yes", "Locations": "from a hall to a field."},
+        "y_2": {"Scene change": "No", "Locations": "None"},
+    },
+}
+
+
+def test_vidhalluc(tmp_path):
+    for name, what in VIDHALLUC.items():
+        (tmp_path / name).write_text(json.dumps(what))
+    items = vidhalluc.load([tmp_path / name for name in VIDHALLUC])
+    assert [(i.id, i.group, i.reference, i.videos) for i in items] == [
+        ("binaryqa_x_1_0", "binaryqa", "Yes/No", ("x_clip_1", "x_clip_2")),
+        ("binaryqa_x_1_1", "binaryqa", "No", ("x_clip_1",)),
+        ("mcq_x_1_x_clip_1", "mcq", "AB", ("x_clip_1",)),
+        ("tsh_0", "tsh", "BA", ("x_0_9",)),
+        ("sth_y_1", "sth", "Yes", ("y_1",)),
+        ("sth_y_2", "sth", "No", ("y_2",)),
+    ]
+    clips, _, letters, order, change, still = items
+    assert clips.questions == ("Is a ball thrown? Only answer with a single word 'Yes' or 'No'.",) * 2
+    assert letters.questions[0].endswith("Choices:\nA. throwing\nB. catching\nC. sitting\nD. none")
+
+    def tally(item: Item, *said: str) -> dict:
+        return {key: part for key, (part, whole) in vidhalluc.tally(item, row(*said)).items() if whole}
+
+    assert tally(clips, "Yes, it is.", "no") == {"binaryqa": 1.0, "binaryqa_each": 2.0}
+    assert tally(clips, "yes", "Yes") == {"binaryqa": 0.0, "binaryqa_each": 1.0}
+    assert tally(clips, "Yes it is", "No") == {"binaryqa": 0.0, "binaryqa_each": 1.0}  # more than the one word
+    for said, right in (("A, B", 1.0), ("A and B.", 1.0), ("A", 0.0), ("AB", 0.0), ("Throwing", 0.0), ("A B C", 0.0)):
+        assert tally(letters, said) == {"mcq": right}, said
+    single = letters._replace(reference="B")
+    assert tally(single, "They are catching it") == {"mcq": 1.0}  # no letter: the first choice that is said
+    for said, named in (
+        ("ba", "BA"),
+        (" AB ", "AB"),
+        ("Action B happens before Action A.", "BA"),
+        ("First action A, then action B", "AB"),
+        ("Action A occurs after action B", "BA"),
+        ("Action B is clearly seen", "B"),
+        ("It is not clear", ""),
+        ("They run", ""),
+    ):
+        assert vidhalluc.order_of(said) == named, said
+    assert tally(order, "BA") == {"tsh": 1.0} and tally(order, "AB") == {"tsh": 0.0}
+    assert tally(change, "Scene change: Yes, Locations: from a to b.") == {"sth_accuracy": 1.0, "sth_recall": 1.0}
+    assert tally(still, "Scene change: No, Locations: None") == {"sth_accuracy": 1.0, "sth_specificity": 1.0}
+    assert tally(change, "It changes") == {"sth_accuracy": 0.0, "sth_recall": 0.0}
+
+
+@pytest.mark.parametrize(
+    "what, said",
+    [
+        ({"x": [{"q": "q"}]}, "x, question 0: expected {q, a: {clip: Yes or No}}"),
+        ({"x": [{"q": "q", "a": {"c": "maybe"}}]}, "`c` is 'maybe', expected Yes, No"),
+        (
+            {"x": {"c": {"Question": "q", "Choices": {"A": "a"}, "Correct Answer": "B"}}},
+            "x, c: `Correct Answer` is 'B'",
+        ),
+        ({"x": {"c": 3}}, "expected {Question, Choices, Correct Answer}"),
+        ({"x": {"video": "v", "Question": "q", "Correct Answer": "C"}}, "expected AB, BA, A, B"),
+        ({"x": "y"}, "found a str. Expected VidHalluc's"),
+    ],
+)
+def test_vidhalluc_in_another_shape_is_refused(what, said, tmp_path):
+    (tmp_path / "v.json").write_text(json.dumps(what))
+    with pytest.raises(DataError, match=re.escape(said)):
+        vidhalluc.load([tmp_path / "v.json"])

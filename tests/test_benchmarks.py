@@ -15,6 +15,7 @@ import benchmark_files as files
 from core import shake, small_recipe, video_of
 from rlaif_lite import cli
 from rlaif_lite.benchmarks import hallucination, questions, ranking
+from rlaif_lite.benchmarks.answer import Examinee
 from rlaif_lite.benchmarks.catalogue import BENCHMARKS
 from rlaif_lite.benchmarks.items import Item, Objects, find_videos, mentions, words_of, yes_or_no
 from rlaif_lite.benchmarks.results import figures, table
@@ -399,6 +400,36 @@ def bench(*args) -> str:
 def results(folder: Path) -> tuple[dict, list[dict]]:
     lines = (folder / "items.jsonl").read_text().splitlines()
     return json.loads((folder / "results.json").read_text()), [json.loads(line) for line in lines]
+
+
+def test_a_part_of_a_video_is_shown(run_dir, videos, tmp_path):
+    examinee = Examinee(run_dir, "sft")
+    name, spans = "00000.mp4", [(0.0, 1.0), (2.0, 3.0)]
+    examinee.look({name: str(videos / name)}, tmp_path / "videos.json", [(name, span) for span in spans])
+    views = examinee.views(name)
+    assert set(views) == {"video", "0-1s", "2-3s"}
+    assert views["0-1s"].time_T.max() <= 1 and views["2-3s"].time_T.min() >= 2  # of 3 seconds
+    asked = {"video": name, "question": "which ?", "candidates": ["red", "blue"], "answer": "red"}
+    parts = [asked | {"start": start, "end": end} for start, end in spans]
+    (tmp_path / "action_sequence.json").write_text(json.dumps([*parts, asked]))
+    bench(
+        run_dir,
+        "mvbench",
+        tmp_path / "action_sequence.json",
+        "--videos",
+        videos,
+        "--role",
+        "sft",
+        "--out",
+        tmp_path / "o",
+    )
+    found, rows = results(tmp_path / "o")
+    assert (
+        found["items"] == 3
+        and len({row["seen"] for row in map(json.loads, (tmp_path / "o" / "answers.jsonl").open())}) == 1
+    )
+    parts_KD = [examinee.prompt("q", name, view).features_KD for view in ("0-1s", "2-3s")]
+    assert len(rows) == 3 and not torch.equal(*parts_KD)
 
 
 def test_from_the_command_line(run_dir, videos, tmp_path):

@@ -99,6 +99,14 @@ def test_a_folder_without_a_run_is_refused(calls, args):
     assert "run is not a run folder: it holds no recipe.yaml. Runs at hand: runs/a." in result.stderr
 
 
+def test_a_launcher_starts_no_command_of_one_process(calls, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(cli.app, ["report", "runs/a"])
+    assert result.exit_code == 2 and calls == []
+    assert "`rlaif-lite report` runs in one process. Start it without torchrun" in result.output
+
+
 def test_chat_about_a_video_that_is_not_there(calls):
     result = command("chat", "runs/a", "clap.mp4")
     assert result.exit_code == 2 and not calls

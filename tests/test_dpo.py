@@ -25,6 +25,7 @@ from rlaif_lite.rollout import Sampling, sample
 from rlaif_lite.rollout.score import answer_logps, best_of
 from rlaif_lite.stages.dpo import rounds as dpo
 from rlaif_lite.stages.dpo.judges import Scores, divide_answers, score_answers
+from rlaif_lite.stages.dpo.train import spans_of
 from rlaif_lite.training import checkpoint, loop
 from rlaif_lite.workspace import Workspace
 
@@ -33,6 +34,7 @@ ASKED = "preference.claims={mode: ask, prompt: '<video> {context} {claim}', cont
 DIVIDED = """dpo.divide={train: {steps: 2, batch_size: 2, lr: 1e-3}, split: "response : {answer} claim :",
     ask: "claim : {claim} question :", separator: " - ", max_new_tokens: 8}"""
 PAIRWISE = "preference.judge=pairwise"
+RRPO = ("dpo.spans=tokens", "dpo.kl_weight=0.1")
 AGAIN = "dpo.describe={prompt: 'context : {context} <video> describe the clip'}"
 
 
@@ -106,7 +108,7 @@ class Killed(Exception):
     """Where a kill would have come."""
 
 
-@pytest.mark.parametrize("overrides", [(PAIRWISE, AGAIN), (ASKED, DIVIDED)], ids=["i-SRT", "RLAIF-V"])
+@pytest.mark.parametrize("overrides", [(PAIRWISE, AGAIN), (ASKED, DIVIDED, *RRPO)], ids=["i-SRT", "RLAIF-V, RRPO"])
 def test_killed_again_and_again_it_ends_the_same(work, tmp_path, monkeypatch, overrides):
     """Each attempt dies a few writes later than the last one, and leaves half a line behind."""
     whole = work(*overrides, "preference.batch_size=2")
@@ -148,6 +150,18 @@ def test_killed_again_and_again_it_ends_the_same(work, tmp_path, monkeypatch, ov
 def test_without_a_preference_the_first_round_says_so(work):
     with pytest.raises(StageError, match="Round 1 of DPO has no pairs"):
         dpo.run(work("preference.min_margin=100.0"))
+
+
+def test_rrpo_compares_claims_and_is_held_by_the_kl(work):
+    made = work("dpo.rounds=1", "dpo.spans=claims", "dpo.kl_weight=0.5", "dpo.sft_weight=0")
+    (_, row) = dpo.run(made)["rounds"]
+    for pair in read_jsonl(made.folder / "dpo" / "round1" / "pairs.jsonl"):
+        spans = spans_of(made.base(), "claims", pair["chosen_ids"], pair["rejected_ids"])
+        assert [list(map(list, of)) for of in spans] == pair["spans"]
+    first, *_, last = logged(made)
+    assert first["margin"] == pytest.approx(0, abs=1e-3) and first["kl"] == pytest.approx(0, abs=1e-4)
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert last["kl"] > 10 * abs(first["kl"]) and row["kl"] > 0 and "alike" in row["dropped"]
 
 
 def test_the_variants_of_the_loss_begin_where_they_should(work):

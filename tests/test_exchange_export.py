@@ -190,6 +190,16 @@ def test_the_card_tells_base_recipe_data_figures_and_cost(exported, finished):
 # ---- roles with a head, the hub, the command line
 
 
+def test_the_command_for_lmms_eval(finished, exported, tmp_path):
+    out, _ = exported
+    assert exporter.lmms_command(out) == f"lmms-eval --model huggingface --model_args pretrained={out} --tasks TASK"
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    assert exporter.lmms_command(tmp_path).startswith("lmms-eval --model qwen3_vl --model_args pretrained=")
+    done = CliRunner().invoke(cli.app, ["export", finished.output, "--no-check", "--out", str(tmp_path / "merged")])
+    assert f"--model_args pretrained={tmp_path / 'merged'} --tasks" in done.output
+    assert f"--model rlaif_lite --model_args run={finished.output},role=policy --tasks" in done.output
+
+
 def test_a_reward_role_goes_out_as_adapter_and_head(finished, tmp_path):
     run = Path(finished.output)
     done = CliRunner().invoke(cli.app, ["export", str(run), "--role", "reward", "--out", str(tmp_path / "rm")])

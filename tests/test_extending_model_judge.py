@@ -9,9 +9,9 @@ import torch
 import transformers as hf
 
 from family_checkpoints import FRAME, PATCH, TINY, build_tokenizer, processor_files
-from rlaif_lite.benchmarks.judges import Case
 from rlaif_lite.data.records import Message
 from rlaif_lite.judge.claims import AnswerToJudge
+from rlaif_lite.judge.outside import Case
 from rlaif_lite.model.base import load_base
 from rlaif_lite.model.families import FAMILIES
 from rlaif_lite.model.inputs import collate, decode, encode_prompt

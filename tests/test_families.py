@@ -117,8 +117,12 @@ def test_cached_features_are_the_forward_from_pixels(case):
     assert (hidden(case.base, turned)[-1] - want_SD[-1]).abs().max() > 1e-3
 
 
-def test_pruned_is_the_full_sequence_with_pruned_keys_masked(case):
-    full, pruned = case.record([]), case.record([{"evs": 0.4}])
+SELECTORS = [{"evs": 0.4}, {"vidcom2": 0.4}, {"v_cast": 0.4}, {"random": 0.4}, {"dtd": -1.0}]  # -1: frame 0 is left
+
+
+@pytest.mark.parametrize("step", SELECTORS, ids=str)
+def test_pruned_is_the_full_sequence_with_pruned_keys_masked(case, step):
+    full, pruned = case.record([]), case.record([step])
     assert pruned.layout_tokens == full.layout_tokens == len(full.features_KD) > len(pruned.features_KD)
     assert torch.equal(pruned.span_R, full.span_R) and pruned.kept_R.sum() == len(pruned.features_KD)
     full_row, row = (encode_prompt(case.base, TURNS, record) for record in (full, pruned))
@@ -468,8 +472,8 @@ def test_a_system_message_replaces_vicunas_own(tmp_path):
     "name, chain",
     [
         ("llava", "[{st_mean: true}]"),
-        ("llava_onevision", "[{evs: 0.5}]"),
-        ("qwen3_vl", "[{pool: 2}, {evs: 0.5}]"),
+        ("llava_onevision", "[{v_cast: 0.5}]"),
+        ("qwen3_vl", "[{pool: 2}, {vidcom2: 0.5}]"),
         ("smolvlm", "[{evs: 0.5}]"),
     ],
 )

@@ -11,7 +11,14 @@ from core import shake, video_of
 from rlaif_lite.data.records import Message
 from rlaif_lite.data.sentences import split_claims
 from rlaif_lite.errors import ModelError
-from rlaif_lite.judge.claims import MIN_MASS, AnswerToJudge, judge_claims, refuse_silent_judge, user_message
+from rlaif_lite.judge.claims import (
+    MIN_MASS,
+    AnswerToJudge,
+    ClaimScores,
+    judge_claims,
+    refuse_silent_judge,
+    user_message,
+)
 from rlaif_lite.judge.narrative import narrative
 from rlaif_lite.judge.pairwise import AnswerPair, judge_pairs
 from rlaif_lite.model.inputs import collate, encode_prompt
@@ -109,6 +116,22 @@ def test_inline_verdicts_are_read_at_every_token(judge):
             assert verdict.values[t] == pytest.approx(yes_minus_no(judge, prob_V), abs=1e-5)
         assert verdict.score == pytest.approx(sum(verdict.values))
     assert verdicts[2].score == 0  # nothing said, nothing wrong
+
+
+def test_what_people_are_shown_of_a_verdict():
+    """Claims with P(yes) and P(no); inline, a claim is what was said since the last verdict."""
+    asked = ClaimScores(0.5, ["It runs.", "It sits."], [0.8, -0.3], [-2.0, 1.0], [1.0, 0.5])
+    assert asked.said("It runs. It sits.", "ask") == [("It runs.", 0.9, 0.1), ("It sits.", 0.1, 0.4)]
+    words = ["a", "red", "circle", ".", "up", "red", "."]
+    mass = [0.01, 0.9, 0.8, 0.0, 0.6, 0.7, 0.0]
+    inline = ClaimScores(0.0, words, [0.0, 0.7, -0.6, 0.0, 0.0, 0.5, 0.0], [0.0] * 7, mass)
+    assert inline.said("a red circle . up red .", "inline") == [
+        ("a red", 0.8, 0.1),
+        ("circle", 0.1, 0.7),
+        ("up", 0.3, 0.3),
+        ("red", 0.6, 0.1),
+    ]
+    assert ClaimScores(0.0, [], [], [], []).said("", "inline") == []
 
 
 @pytest.mark.parametrize("section", [ASK, INLINE], ids=["ask", "inline"])

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rlaif_lite.benchmarks.judges import Case
-from rlaif_lite.benchmarks.judges.cached import CachedJudge, Reply
+from rlaif_lite.judge.outside import Case
+from rlaif_lite.judge.outside.cached import CachedJudge, Reply
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,7 +89,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, "tests")
 from test_judge_cache import Scripted, cases
-from rlaif_lite.benchmarks.judges.cached import CachedJudge, Reply
+from rlaif_lite.judge.outside.cached import CachedJudge, Reply
 class Dies(Scripted):
     def ask(self, prompts, keep):
         keep(0, Reply("score: 1"))

@@ -10,12 +10,13 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from core import shake
-from rlaif_lite.benchmarks.judges import Case, local
-from rlaif_lite.benchmarks.judges.cached import CachedJudge
-from rlaif_lite.benchmarks.judges.local import LocalRole, LocalText
-from rlaif_lite.benchmarks.judges.prompts import prompt_of
+from rlaif_lite.benchmarks.command import of_role
 from rlaif_lite.data.records import Message
 from rlaif_lite.errors import ModelError
+from rlaif_lite.judge.outside import Case, local
+from rlaif_lite.judge.outside.cached import CachedJudge
+from rlaif_lite.judge.outside.local import LocalRole, LocalText
+from rlaif_lite.judge.outside.prompts import prompt_of
 from rlaif_lite.model.inputs import collate, encode_prompt
 from rlaif_lite.model.roles import Roles
 from rlaif_lite.recipe import Lora
@@ -100,12 +101,12 @@ def test_of_a_role_of_a_run(recipe, judges, tmp_path):
     work = Workspace(recipe())
     judges.save("sft", work.adapter("sft"))
     shutil.copytree(work.adapter("sft"), work.adapter("policy"))
-    model = local.of_role(work, "policy", words=True)
+    model = of_role(work, "policy", words=True)
     assert model.name.startswith("local:base") and model.name.endswith(":policy:nf4")
-    assert model.revision == local.of_role(work, "sft").revision != local.of_role(work, "base").revision
+    assert model.revision == of_role(work, "sft").revision != of_role(work, "base").revision
     assert CachedJudge(model, tmp_path).judge([qa(1, "red")])[0].problem is None
     with pytest.raises(ModelError, match="no adapter"):
-        local.of_role(work, "critic")
+        of_role(work, "critic")
 
 
 def test_of_a_checkpoint(checkpoint, tmp_path):

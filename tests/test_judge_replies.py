@@ -2,9 +2,9 @@
 
 import pytest
 
-from rlaif_lite.benchmarks.judges import Case
-from rlaif_lite.benchmarks.judges.prompts import HASHES, SCALES, prompt_of
-from rlaif_lite.benchmarks.judges.reading import read, read_word
+from rlaif_lite.judge.outside import Case
+from rlaif_lite.judge.outside.prompts import HASHES, SCALES, prompt_of
+from rlaif_lite.judge.outside.reading import read, read_word
 
 
 def case(task: str = "qa", **fields) -> Case:
@@ -30,7 +30,7 @@ def test_a_prompt_holds_the_case_the_scale_and_its_hash(task):
         *(x for y in (given.question, given.prediction) for x in ([y] if isinstance(y, str) else y)),
     ]
     assert all(f">{part}<" in prompt.text for part in parts)
-    assert ("a yard" in prompt.text) == (task in ("mmhal", "caption"))
+    assert ("a yard" in prompt.text) == (task in ("mmhal", "caption", "answer"))
     assert f"from {scale.low} to {scale.high}." in prompt.text and "{{" not in prompt.text
     assert prompt.hash == HASHES[task] and len(set(HASHES.values())) == len(SCALES)
     assert read(case(task), prompt.text).problem is not None  # who repeats the prompt has judged nothing

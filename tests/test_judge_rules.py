@@ -2,8 +2,8 @@
 
 import pytest
 
-from rlaif_lite.benchmarks.judges import Case
-from rlaif_lite.benchmarks.judges.rules import Rules, token_f1
+from rlaif_lite.benchmarks.rule_judge import Rules, token_f1
+from rlaif_lite.judge.outside import Case
 
 
 def verdict(task: str, reference: str, prediction: str | tuple[str, str]):

@@ -15,7 +15,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"dryrun"},
-    {"profiler", "sweep"},
+    {"profiler", "sweep", "ui"},
     {"launchers"},
     {"pipeline", "chat", "doctor", "exchange", "benchmarks", "data_report"},
     {"stages", "planner"},

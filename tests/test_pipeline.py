@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 from core import VIDEOS, small_recipe
 from rlaif_lite import pipeline
 from rlaif_lite.errors import DataError, StageError
-from rlaif_lite.files import by_batches, read_jsonl, write_jsonl
+from rlaif_lite.files import by_batches, read_json, read_jsonl, write_jsonl
 from rlaif_lite.model.base import load_base
 from rlaif_lite.recipe import flatten, load_recipe
 from rlaif_lite.stages import sft
@@ -105,6 +105,17 @@ def test_the_folder(finished):
         assert (theirs["score_gap"] > 0) == (theirs["preference"] == 1) and ours["margin"] == abs(
             theirs["score_gap"]
         ) > 0
+        for answer, said in zip((ours["chosen"], ours["rejected"]), ours["said"], strict=True):
+            assert all(claim in answer and 0 <= yes + no <= 1.0001 for claim, yes, no in said)
+    by_judge = {(row["judge"], row["context"]): row for row in read_json(folder / "preference" / "judgements.json")}
+    assert by_judge["claims", True]["same_winner"] == 1.0  # the labelling judge itself
+    assert all(0 <= row["same_winner"] <= 1 for row in by_judge.values()) and len(by_judge) == 4
+    held = read_jsonl(folder / "reward" / "heldout.jsonl")
+    assert {(row["key"], row["chosen"], row["rejected"]) for row in held} <= {
+        (row["key"], row["chosen"], row["rejected"]) for row in own
+    }
+    accuracy = json.loads((folder / "summary.json").read_text())["reward"]["heldout_accuracy"]
+    assert sum(row["gap"] > 0 for row in held) / len(held) == accuracy
 
 
 def test_evaluation_answers_every_video_once_per_role(finished):
@@ -519,10 +530,12 @@ def test_batches_that_are_done_are_not_done_again(tmp_path):
 
     def work(batch):
         asked.append(batch)
-        return [{"x": x, "third": x / 3, "text": "\u2028\u00e9"} for x in batch]
+        return [{"x": x, "third": x / 3, "text": "\u2028\u00e9"} for x in batch for _ in range(2)]  # several of an item
 
     whole = by_batches(path, [[1, 2], [3], [4, 5]], work, counted.append)
-    assert asked == [[1, 2], [3], [4, 5]] and counted == [2, 1, 2] and [row["x"] for row in whole] == [1, 2, 3, 4, 5]
+    assert (
+        asked == [[1, 2], [3], [4, 5]] and counted == [2, 1, 2] and [row["x"] for row in whole[::2]] == [1, 2, 3, 4, 5]
+    )
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(lines[0] + b"\n" + lines[1][:7])  # killed while writing the second line
     asked.clear(), counted.clear()

@@ -76,12 +76,35 @@ def test_weights_are_those_of_the_loaded_base(load, checkpoint):
     assert base.bytes()["other"] == 4 * shapes.rest
 
 
-@pytest.mark.parametrize("prune", [[], [{"pool": 12}, {"evs": 0.25}], [{"st_mean": True}], [{"evs": 0.001}]])
+PRUNE = [
+    [],
+    [{"pool": 12}, {"evs": 0.25}],
+    [{"st_mean": True}],
+    [{"evs": 0.001}],
+    *([{name: 0.25}] for name in ("vidcom2", "v_cast", "random")),
+    [{"pool": 12}, {"vidcom2": 0.01}],
+]
+
+
+@pytest.mark.parametrize("prune", PRUNE)
 def test_video_tokens_are_those_that_pruning_leaves(llava, prune):
     shapes = shapes_of(Model(base=llava), CPU)
     section = Features.model_validate({"frames": 16, "prune": prune})
     left = apply([step.model_dump() for step in section.prune], torch.randn(16, 576, 2)).features_KC
     assert video_tokens(shapes, section, 16) == len(left)
+
+
+def test_a_count_by_content_is_planned_for_the_most(llava):
+    shapes = shapes_of(Model(base=llava), CPU)
+    section = Features.model_validate({"frames": 16, "prune": [{"pool": 12}, {"dtd": 0.5}]})
+    assert video_tokens(shapes, section, 16) == 16 * 144
+    changing, still = torch.randn(16, 576, 2), torch.randn(1, 576, 2).expand(16, 576, 2)
+    left = [len(apply([step.model_dump() for step in section.prune], each).features_KC) for each in (changing, still)]
+    assert 144 == left[1] < left[0] <= 16 * 144
+    recipe = load_recipe("tiny", ["features.prune=[{dtd: 0.5}]"])
+    plan = make_plan(recipe)
+    assert plan.video_tokens == 24 and any("`dtd`" in note for note in plan.notes)
+    assert not any("`dtd`" in note for note in make_plan(load_recipe("tiny")).notes)
 
 
 # ---- peaks
@@ -308,7 +331,7 @@ def test_the_command(llava, recipe):
     path = str(ROOT / "recipes" / "vlm_rlaif_7b_24gb.yaml")
     fits = run(path, f"model.base={llava}", "--gpu", "24GB", "--json")
     found = json.loads(fits.stdout)
-    assert fits.exit_code == 0 and found["schema"] == 2 and found["fits"]
+    assert fits.exit_code == 0 and found["schema"] == 3 and found["fits"]
     assert list(found["stages"]) == list(load_recipe(path).stages)
     for stage in found["stages"].values():
         assert stage["peak_memory_bytes"] == sum(stage["terms"].values()) and stage["seconds"] is None

@@ -1,10 +1,25 @@
 """Token pruning against hand-worked numbers and float64."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
 from rlaif_lite.errors import RecipeError
-from rlaif_lite.video.prune import apply, evs, pool, st_mean
+from rlaif_lite.video.prune import (
+    SHARES,
+    apply,
+    count_kept,
+    dtd,
+    evs,
+    pool,
+    random,
+    shared_out,
+    st_mean,
+    v_cast,
+    vidcom2,
+)
 
 
 def slow_video(frames: int, tokens: int, width: int, seed: int) -> torch.Tensor:
@@ -109,6 +124,167 @@ def test_evs_counts_the_share_exactly():
     assert len(evs(torch.randn(100, 1, 8), 1.0).position_K) == 100
 
 
+def vidcom2_by_float64(features_TPC: torch.Tensor, keep: float) -> tuple[list[int], np.ndarray]:
+    """(tokens kept, likeness of every token): the paper's formulas with loops, and vLLM's exact count."""
+    x_TPC = features_TPC.double().numpy()
+    frames, tokens, width = x_TPC.shape
+    calm = np.argsort(x_TPC.reshape(-1, width).var(0), kind="stable")[: width // 2]
+    x_TPC = x_TPC[..., calm]
+    x_TPC = x_TPC / np.linalg.norm(x_TPC, axis=-1, keepdims=True)
+
+    def likeness(token: np.ndarray, centre: np.ndarray) -> float:
+        return sum(math.exp(-((token - centre) ** 2).sum() / (2 * 2.0**k)) for k in range(-3, 2))
+
+    of_video = x_TPC.mean((0, 1))
+    video = np.array([[likeness(x_TPC[t, p], of_video) for p in range(tokens)] for t in range(frames)])
+    frame = np.array([[likeness(x_TPC[t, p], x_TPC[t].mean(0)) for p in range(tokens)] for t in range(frames)])
+    score = -video.mean(1)
+    weight = np.exp((score - score.max()) / 0.01)
+    weight /= weight.sum()
+    both, kept = video + frame, set()
+    for t in range(frames):
+        count = min(tokens, max(1, round(min(1.0, keep * (1 + weight[t] - weight.mean())) * tokens)))
+        kept |= {t * tokens + int(p) for p in np.argsort(both[t], kind="stable")[:count]}
+    flat, target = both.flatten(), max(frames, int(keep * frames * tokens + 1e-9))
+    while len(kept) > target:
+        kept.remove(max(kept, key=lambda i: flat[i]))
+    while len(kept) < target:
+        kept.add(min(set(range(len(flat))) - kept, key=lambda i: flat[i]))
+    return sorted(kept), flat
+
+
+def v_cast_by_float64(features_TPC: torch.Tensor, keep: float) -> tuple[list[int], np.ndarray]:
+    """(tokens kept, score of every token), with loops."""
+    x_TPC = features_TPC.double().numpy()
+    frames, tokens, _ = x_TPC.shape
+
+    def cosine(a: np.ndarray, b: np.ndarray) -> float:
+        return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+    mean = [x.mean(0) / np.linalg.norm(x.mean(0)) for x in x_TPC]
+    turn = [1.0] * frames
+    for t in range(1, frames - 1):
+        turn[t] = 1 - cosine(mean[t] - mean[t - 1], mean[t + 1] - mean[t])
+    weight = np.exp(np.array(turn) / 0.7)
+    weight /= weight.sum()
+    count = max(frames, round(keep * frames * tokens))
+    exact = (count - frames) * weight
+    counts = [min(tokens, 1 + int(each)) for each in exact]
+    order = sorted(range(frames), key=lambda t: -(exact[t] % 1))
+    while sum(counts) < count:
+        for t in order:
+            if counts[t] < tokens and sum(counts) < count:
+                counts[t] += 1
+    score = np.zeros((frames, tokens))
+    for t in range(frames):
+        norm = np.linalg.norm(x_TPC[t], axis=-1)
+        for p in range(tokens):
+            score[t, p] = 1 - cosine(x_TPC[t, p], mean[t]) + (norm[p] - norm.min()) / (norm.max() - norm.min())
+    kept = [t * tokens + int(p) for t in range(frames) for p in np.argsort(-score[t], kind="stable")[: counts[t]]]
+    return sorted(kept), score.flatten()
+
+
+def busy_video(frames: int, tokens: int, width: int, seed: int) -> torch.Tensor:
+    """float64 features with a cut after a third, a turn and a frame unlike all others."""
+    random = torch.Generator().manual_seed(seed)
+    features_TPC = slow_video(frames, tokens, width, seed)
+    features_TPC[frames // 3 :] += torch.randn(tokens, width, generator=random, dtype=torch.float64)
+    features_TPC[frames // 2] *= -1.5
+    return features_TPC
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keep", [0.05, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("selector, reference", [(vidcom2, vidcom2_by_float64), (v_cast, v_cast_by_float64)])
+def test_selectors_keep_what_float64_keeps(selector, reference, keep, dtype):
+    features_TPC = busy_video(9, 30, 48, seed=3).to(dtype)
+    pruned, (right, score) = selector(features_TPC, keep), reference(features_TPC, keep)
+    assert len(pruned.position_K) == len(right) == count_kept(selector.__name__, keep, 9, 30)
+    apart = set(right) ^ set(pruned.position_K.tolist())
+    assert len(apart) <= 2 and np.ptp([score[i] for i in apart] or [0.0]) < 1e-5  # what float32 cannot tell apart
+    assert torch.equal(pruned.features_KC, features_TPC.flatten(0, 1)[pruned.position_K])
+    assert torch.equal(pruned.frame_K, pruned.position_K // 30) and (pruned.position_K.diff() > 0).all()
+
+
+def test_vidcom2_gives_the_frame_unlike_the_video_more():
+    """One frame of ten differs: its share is keep * (1 + 1 - 1/10), that of the others keep * (1 - 1/10)."""
+    features_TPC = 1 + 0.1 * torch.randn(10, 100, 8, generator=torch.Generator().manual_seed(0))
+    features_TPC[4] *= -1
+    counts = vidcom2(features_TPC, 0.25).frame_K.bincount(minlength=10)
+    assert counts.sum() == 250 and counts[4] == pytest.approx(100 * 0.25 * 1.9, abs=7)
+    assert (counts[[0, 1, 2, 3, 5, 6, 7, 8, 9]] <= 23).all()  # 22 x 9 + 48 is 4 too few: they are filled up
+
+
+def test_v_cast_gives_the_frame_where_the_video_turns_more():
+    """Weights 1, 1 and e^(2/.7), e^(1/.7) at the ends: a step there and back has cosine -1."""
+    there, back = [1.0, 0.0, 0.1], [0.0, 1.0, 0.1]
+    features_TPC = torch.tensor([there, back, there])[:, None].expand(3, 40, 3) * torch.linspace(1, 2, 40)[:, None]
+    weight = [math.exp(1 / 0.7), math.exp(2 / 0.7), math.exp(1 / 0.7)]
+    middle = 1 + (30 - 3) * weight[1] / sum(weight)
+    counts = v_cast(features_TPC, 0.25).frame_K.bincount().tolist()
+    assert counts[1] == pytest.approx(middle, abs=1) and sum(counts) == 30 and abs(counts[0] - counts[2]) <= 1
+    kept = v_cast(features_TPC, 0.25).position_K
+    assert kept[kept < 40].tolist() == list(range(40 - counts[0], 40))  # all of one direction: the largest
+
+
+def test_what_rounding_leaves_goes_round_by_largest_remainder():
+    assert shared_out(10, [0.5, 0.3, 0.2], 10) == [5, 3, 2]  # 1 + 3.5, 1 + 2.1, 1 + 1.4: 3 + 2 + 1, one to the first
+    assert shared_out(10, [0.98, 0.01, 0.01], 4) == [4, 3, 3]  # the first is full
+    assert shared_out(3, [0.98, 0.01, 0.01], 4) == [1, 1, 1]
+
+
+def test_dtd_drops_what_is_alike_and_counts_by_content():
+    features_TPC = slow_video(12, 49, 64, seed=1).float()
+    score = float64_scores(features_TPC)
+    threshold = 1 - sorted(score)[300]  # between two scores, so that float32 decides as float64 does
+    threshold = threshold - (sorted(score)[301] - sorted(score)[300]) / 2
+    pruned = dtd(features_TPC, threshold)
+    assert pruned.position_K.tolist() == [i for i in range(12 * 49) if not 1 - score[i] > threshold]
+    assert len(pruned.position_K) == 12 * 49 - 301
+    assert len(dtd(features_TPC[:1].expand(4, 49, 64), 0.5).position_K) == 49  # a still: frame 0 alone
+    assert len(dtd(features_TPC, 1.0).position_K) == 12 * 49
+    right, up = [1.0, 0.0], [0.0, 1.0]
+    back = torch.tensor([[right], [up], [right], [right]])  # what is compared is the frame before, dropped or not
+    assert dtd(back, 0.5).position_K.tolist() == [0, 1, 2]
+
+
+def test_random_is_the_seeds():
+    features_TPC = slow_video(6, 20, 8, seed=0).float()
+    kept = [random(features_TPC, 0.25, seed).position_K.tolist() for seed in (1, 1, *range(2, 200))]
+    assert kept[0] == kept[1] and len({tuple(each) for each in kept}) == 199
+    assert all(len(each) == 30 and each == sorted(set(each)) for each in kept)
+    often = np.bincount(sum(kept[1:], []), minlength=120) / 199
+    assert often.min() > 0.1 and often.max() < 0.4  # every place is kept a quarter of the time
+    chained = apply([{"random": 0.25}], features_TPC, seed=1)
+    assert chained.position_K.tolist() == kept[0]
+
+
+@pytest.mark.parametrize("name", [*SHARES, "dtd"])
+def test_shares_are_exact_and_have_a_floor(name):
+    for frames, tokens, keep in ((100, 1, 0.29), (8, 5, 0.5), (7, 3, 0.01), (1, 6, 0.5), (3, 4, 1.0)):
+        features_TPC = torch.randn(frames, tokens, 8, generator=torch.Generator().manual_seed(0))
+        kept = len(apply([{name: keep}], features_TPC).position_K)
+        assert (
+            kept <= count_kept(name, keep, frames, tokens)
+            if name == "dtd"
+            else kept == count_kept(name, keep, frames, tokens)
+        )
+    if name in ("evs", "vidcom2"):
+        # vLLM: int(N * (1 - q)) of the rate q = 1 - keep, in floating point; for .1 that is a token less
+        served = [int(100 * (1 - (1 - keep))) for keep in (0.5, 0.29, 0.25, 0.15, 0.1)]
+        ours = [
+            count_kept(name, keep, 100, 1) if name == "evs" else count_kept(name, keep, 1, 100)
+            for keep in (0.5, 0.29, 0.25, 0.15, 0.1)
+        ]
+        assert [a - b for a, b in zip(ours, served, strict=True)] == [0, 0, 0, 0, 1]
+
+
+def test_scores_that_are_all_alike_and_zero_features_give_the_first_tokens():
+    for name in ("vidcom2", "v_cast", "dtd", "random"):
+        pruned = apply([{name: 0.5}], torch.zeros(4, 6, 8))
+        assert len(pruned.position_K) == (24 if name == "dtd" else 12) and pruned.features_KC.isfinite().all()
+
+
 def test_a_chain_selects_on_the_pooled_layout():
     features_TPC = torch.randn(6, 16, 8)
     pooled = apply([{"pool": 2}], features_TPC)
@@ -136,6 +312,11 @@ def test_an_empty_chain_keeps_everything_on_any_grid():
         ([{"pool": 0}], "4 x 4 tokens"),
         ([{"evs": 0.0}], "share between 0"),
         ([{"evs": 1.5}], "share between 0"),
+        ([{"vidcom2": 0}], "vidcom2: 0 is not a share"),
+        ([{"v_cast": 2}], "v_cast: 2 is not a share"),
+        ([{"random": -1}], "random: -1 is not a share"),
+        ([{"dtd": 1.5}], "1.5 is not a cosine between -1 and 1"),
+        ([{"vidcom2": 0.5}, {"evs": 0.5}], "optional pool, then"),
     ],
 )
 def test_chains_that_cannot_run_are_refused(chain, says):

@@ -17,11 +17,19 @@ from rlaif_lite.recipe import Lora, Model, load_recipe
 
 CPU = torch.device("cpu")
 QWEN, LLAVA = "Qwen/Qwen2.5-VL-3B-Instruct", "llava-hf/llava-1.5-7b-hf"
+SMOL = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
 
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [(LLAVA, 7.063), ("llava-hf/llava-1.5-13b-hf", 13.351), (QWEN, 3.755), ("Qwen/Qwen2.5-VL-7B-Instruct", 8.292)],
+    [
+        (LLAVA, 7.063),
+        ("llava-hf/llava-1.5-13b-hf", 13.351),
+        (QWEN, 3.755),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 8.292),
+        (SMOL, 0.256484928),
+        ("HuggingFaceTB/SmolVLM2-2.2B-Instruct", 2.246784880),
+    ],
 )  # the sizes of the published weight files
 def test_parameters_are_those_published(name, billions, tmp_path):
     path = checkpoint_of(name, tmp_path, ())
@@ -30,7 +38,7 @@ def test_parameters_are_those_published(name, billions, tmp_path):
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=6e-4)
 
 
-@pytest.mark.parametrize("name", (LLAVA, QWEN))
+@pytest.mark.parametrize("name", (LLAVA, QWEN, SMOL))
 def test_a_random_base_serves_as_a_loaded_one(name, tmp_path):
     section = Model(base=checkpoint_of(name, tmp_path, ("red",), small=True), quantization="nf4")
     base = load_random(section, CPU, tower=True)

@@ -21,8 +21,11 @@ from safetensors.torch import load_file
 
 from core import small_recipe
 from rlaif_lite import ranks
-from rlaif_lite.files import read_json, read_jsonl
-from rlaif_lite.recipe import Recipe, dump_yaml
+from rlaif_lite.data.records import to_json
+from rlaif_lite.files import even_chunks, read_json, read_jsonl
+from rlaif_lite.ranks.world import WORLD
+from rlaif_lite.recipe import dump_yaml
+from rlaif_lite.workspace import Workspace
 
 ROOT = Path(__file__).parent.parent
 RELATIVE = 1e-5  # of adapters, in float32
@@ -84,7 +87,11 @@ class Ranks:
     def __init__(self, path: Path):
         self.path = path
         self.server = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", SERVER, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TORCH_CPP_LOG_LEVEL": "ERROR"},  # as a launcher's ranks set it, before torch is there
         )
 
     def start(self, codes: list[str], port: int | None = None) -> list[int]:
@@ -126,51 +133,78 @@ def ranks_of(finished, tmp_path_factory):
 
 # ------------------------------------------------------------------------------------------- the same as one process
 
-GROUPS = ("ppo.value=none", "ppo.baseline=group", "ppo.group_size=2", "ppo.rollouts=12", "ppo.minibatch=6")
 DPO = ("method=dpo", "dpo.rounds=1", "dpo.steps=3", "dpo.batch_size=4", "dpo.lr=0.001", "evaluate.roles=[sft,policy]")
-CASES = {  # keys, the stages to run again: first those that read adapters, which training changes by rounding
-    "finished": ((), ("features", "context", "preference", "evaluate", "reward", "ppo", "sft")),
-    "pieces": (("reward.micro_batch=1", "ppo.micro_batch=1", "ppo.steps=1"), ("reward", "ppo")),
-    "groups": ((*GROUPS, "ppo.steps=2"), ("ppo",)),
+VDPO = (*DPO, "dpo.heldout=0.3", "data.preference=[world:policy_init]", "preference.context=false", "dpo.balance_lengths=false",
+        "dpo.altered=[shuffled, other]")  # fmt: skip
+RULES = ("ppo.feedback=rules", "ppo.rules.rewards=[{rule: wer}, {rule: length, tokens: [3, 7], weight: 0.5}]",
+         "ppo.order_bonus=0.3", "ppo.resample=2", "ppo.stop_penalty=0.0", "ppo.value=none", "ppo.baseline=group",
+         "ppo.group_size=2", "ppo.rollouts=12", "ppo.minibatch=6", "ppo.steps=2")  # fmt: skip
+RANKING = ("ppo.feedback=ranking", "ppo.group_size=2", "ppo.rollouts=12", "ppo.judge_context=false", "ppo.steps=1")
+READ = ("features", "context", "preference", "evaluate")
+CASES = {  # keys, and the stages to be done again; training changes adapters by rounding: what reads them comes before
+    "read": ((), ()),  # all of READ, in one go
+    "trained": ((), ("ppo", "reward", "sft")),
+    "pieces": (("reward.micro_batch=1",), ("reward",)),
+    "rules": (RULES, ("ppo",)),
+    "ranking": (RANKING, ("ppo",)),
     "dpo": (DPO, ("dpo",)),
+    "vdpo": (VDPO, ("dpo",)),
 }
+PREPARED = ("rules", "vdpo")  # other data than the finished run's: one process does all that comes before
 
 
-def prepared(finished: Recipe, folder: Path) -> dict[str, Path]:
-    """A copy of the finished run for each case -> its recipe's file."""
-    found = {}
-    for name, (keys, _) in CASES.items():
-        shutil.copytree(finished.output, folder / name / "run", dirs_exist_ok=True)
-        recipe = small_recipe(Path(finished.model.base), folder / name, *keys)
-        found[name] = folder / name / "recipe.yaml"
-        found[name].write_text(dump_yaml(recipe))
-        for cached in (folder / name / "run" / "features" / "cache").glob("*") if name == "finished" else ():
-            cached.unlink()
-    return found
-
-
-def jobs(paths: dict[str, Path]) -> list[tuple[str, str | None, str]]:
-    return [(str(paths[name]), stage, stage) for name, (_, stages) in CASES.items() for stage in stages]
+def prepared(sources: dict[str, Path], checkpoint: Path, folder: Path, solved: Path) -> list[tuple]:
+    """A copy of a run for each case -> (recipe's file, stage to be done again, last stage), in order."""
+    jobs = []
+    for name, (keys, stages) in CASES.items():
+        shutil.copytree(sources[name], folder / name / "run", dirs_exist_ok=True)
+        keys = (*keys, f"data.rl=[{solved}]", "evaluate.roles=[]") if name == "rules" else keys
+        path = folder / name / "recipe.yaml"
+        path.write_text(dump_yaml(small_recipe(checkpoint, folder / name, *keys)))
+        jobs += [(str(path), stage, stage) for stage in stages]
+    for stage in READ:
+        shutil.rmtree(folder / "read" / "run" / stage)
+    return [(str(folder / "read" / "recipe.yaml"), None, "evaluate"), *jobs]
 
 
 @pytest.fixture(scope="module")
-def one(finished, ranks_of, tmp_path_factory) -> Path:
-    """The cases, run by one process."""
-    return run_cases(finished, ranks_of, tmp_path_factory.mktemp("one"), 1)
+def run_cases(finished, ranks_of, tmp_path_factory):
+    """run_cases(count of ranks, sources) -> the folder with the cases"""
+    solved = tmp_path_factory.mktemp("solved") / "rl.jsonl"
+    records = Workspace(finished).records("rl") * 3  # more prompts than a step takes, to be drawn instead
+    lines = [to_json(r) | {"solution": "first a red circle", "id": str(i)} for i, r in enumerate(records)]
+    solved.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+    def make(count: int, sources: dict[str, Path]) -> Path:
+        folder = tmp_path_factory.mktemp(f"ranks{count}")
+        code = RUN.format(jobs=prepared(sources, Path(finished.model.base), folder, solved))
+        ended = ranks_of.run([code] * count)
+        assert ended.codes == [0] * count, ended.said
+        assert not any(ended.said[1:]), ended.said  # rank 0 alone speaks
+        return folder
+
+    return make
 
 
-def run_cases(finished: Recipe, ranks_of: Ranks, folder: Path, count: int) -> Path:
-    code = RUN.format(jobs=jobs(prepared(finished, folder)))
-    ended = ranks_of.run([code] * count)
-    assert ended.codes == [0] * count, ended.said
-    assert not any(ended.said[1:]), ended.said  # rank 0 alone speaks
-    return folder
+@pytest.fixture(scope="module")
+def cases(finished, run_cases):
+    """cases(count) -> the folder with the cases done by `count` ranks, once"""
+    done: dict[int, Path] = {}
+
+    def get(count: int) -> Path:
+        if count not in done:
+            sources = dict.fromkeys(CASES, Path(finished.output))
+            sources |= {name: get(1) / name / "run" for name in PREPARED} if count > 1 else {}
+            done[count] = run_cases(count, sources)
+        return done[count]
+
+    return get
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def both(request, one, finished, ranks_of, tmp_path_factory) -> tuple[Path, Path]:
+@pytest.fixture(params=[2, 3])
+def both(request, cases) -> tuple[Path, Path]:
     """(the cases of one process, of several ranks)"""
-    return one, run_cases(finished, ranks_of, tmp_path_factory.mktemp("ranks"), request.param)
+    return cases(1), cases(request.param)
 
 
 def written(run: Path, *patterns: str) -> dict[str, bytes]:
@@ -182,7 +216,7 @@ def written(run: Path, *patterns: str) -> dict[str, bytes]:
 def test_features_narratives_answers_and_judgements_have_the_same_bytes(both):
     patterns = ("features/*.json", "features/cache/*", "context/*captions*", "context/narratives.json")
     patterns += ("preference/p*", "preference/answers.jsonl", "preference/judgements.json", "preference/judged/*")
-    one, several = (written(folder / "finished" / "run", *patterns) for folder in both)
+    one, several = (written(folder / "read" / "run", *patterns) for folder in both)
     assert len(one) > 40 and one.keys() == several.keys()
     assert [name for name in one if one[name] != several[name]] == []
 
@@ -190,10 +224,11 @@ def test_features_narratives_answers_and_judgements_have_the_same_bytes(both):
 def test_answers_of_dpo_and_of_the_evaluation_have_the_same_bytes(both):
     for case, patterns in (
         ("dpo", ("dpo/round1/answers.jsonl", "dpo/round1/judged.jsonl", "dpo/round1/pairs.jsonl")),
-        ("finished", ("evaluate/*.jsonl",)),
+        ("vdpo", ("dpo/round1/pairs.jsonl", "dpo/round1/reference.jsonl", "dpo/round0/heldout/preferred.jsonl")),
+        ("read", ("evaluate/*.jsonl", "evaluate/order/*.jsonl")),
     ):
         one, several = (written(folder / case / "run", *patterns) for folder in both)
-        assert one and one == several
+        assert len(one) >= len(patterns) and one == several, case
 
 
 def apart(one: Path, several: Path) -> float:
@@ -204,14 +239,18 @@ def apart(one: Path, several: Path) -> float:
     return float((sum((a.double() - b.double()).square().sum() for a, b in pairs) / size).sqrt())
 
 
-@pytest.mark.parametrize(
-    ("case", "role"),
-    [("finished", r) for r in ("sft", "reference", "reward", "policy", "value")]
-    + [("pieces", "reward"), ("pieces", "policy"), ("pieces", "value"), ("groups", "policy"), ("dpo", "policy")],
-)
-def test_adapters_are_those_of_one_process(both, case, role):
-    one, several = (folder / case / "run" / "adapters" / role for folder in both)
-    assert apart(one, several) < RELATIVE
+TRAINED = {
+    "trained": ("sft", "reference", "reward", "policy", "value"),
+    "pieces": ("reward",),
+    **dict.fromkeys(("rules", "ranking", "dpo", "vdpo"), ("policy",)),
+}
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_adapters_are_those_of_one_process(both, case):
+    for role in TRAINED[case]:
+        one, several = (folder / case / "run" / "adapters" / role for folder in both)
+        assert apart(one, several) < RELATIVE, role
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -222,6 +261,10 @@ def test_metrics_agree(both, case):
         assert (a.pop("stage"), a.pop("step")) == (b.pop("stage"), b.pop("step"))
         a.pop("time"), b.pop("time")
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4)
+    if case == "rules":
+        steps = [line for line in several if "rollout/resampled" in line]
+        assert len(steps) == 2 and any(line["rollout/resampled"] > 0 for line in steps)
+        assert all("order/bonus" in line for line in steps)
 
 
 # ------------------------------------------------------------------------------------------------------------ trouble
@@ -229,11 +272,11 @@ def test_metrics_agree(both, case):
 
 @pytest.fixture
 def again(finished, tmp_path):
-    """again(*keys) -> (the recipe's file, its run folder: a copy of the finished one in which the last stages are to
-    be run)"""
+    """again(*keys) -> (the recipe's file, its run folder: a copy of the finished one without PPO)"""
 
     def make(*keys: str) -> tuple[str, Path]:
         shutil.copytree(finished.output, tmp_path / "run", dirs_exist_ok=True)
+        shutil.rmtree(tmp_path / "run" / "ppo")
         path = tmp_path / "recipe.yaml"
         path.write_text(dump_yaml(small_recipe(Path(finished.model.base), tmp_path, *keys)))
         return str(path), tmp_path / "run"
@@ -241,10 +284,11 @@ def again(finished, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_is_named_and_any_number_of_ranks_goes_on(ranks_of, finished, again, victim):
+@pytest.mark.parametrize(("victim", "then"), [(0, 1), (1, 2)])
+def test_a_killed_rank_is_named_and_any_number_of_ranks_goes_on(ranks_of, finished, cases, again, victim, then):
+    """With as many ranks as before, to the same bits."""
     path, run = again()
-    code = RUN.format(jobs=[(path, "ppo", "ppo")])
+    code = RUN.format(jobs=[(path, None, "ppo")])
     pids = ranks_of.start([code] * 2)
     until = time.monotonic() + 120
     while not (run / "ppo" / "checkpoint" / "checkpoint.safetensors").exists():
@@ -258,16 +302,18 @@ def test_a_killed_rank_is_named_and_any_number_of_ranks_goes_on(ranks_of, finish
     said = ended.said[1 - victim]
     assert f"Rank {victim} of 2 (process {pids[victim]} on" in said and "is gone without a word" in said
     assert said.count("is gone") == 1 and "Traceback" not in said
-    ended = ranks_of.run([RUN.format(jobs=[(path, None, "ppo")])] * (3 if victim else 1))
+    ended = ranks_of.run([code] * then)
     assert not any(ended.codes), ended.said
     assert "ppo: goes on where it was stopped" in ended.said[0]
     for role in ("policy", "value"):
-        assert apart(Path(finished.output) / "adapters" / role, run / "adapters" / role) < RELATIVE
+        adapter = run / "adapters" / role
+        assert apart(Path(finished.output) / "adapters" / role, adapter) < RELATIVE
+        assert then == 1 or apart(cases(2) / "trained" / "run" / "adapters" / role, adapter) == 0.0
 
 
 def test_memory_that_runs_out_on_one_rank_halves_the_micro_batch_on_all(ranks_of, finished, again):
     path, run = again()
-    code = RUN.format(jobs=[(path, "ppo", "ppo")])
+    code = RUN.format(jobs=[(path, None, "ppo")])
     short = """
 import torch
 from rlaif_lite.stages.ppo import step
@@ -284,6 +330,24 @@ step.answer_hidden = tight
     assert "out of memory at 4 a forward, done again at 2" in ended.said[0]
     for role in ("policy", "value"):
         assert apart(Path(finished.output) / "adapters" / role, run / "adapters" / role) < RELATIVE
+
+
+def test_a_profile_has_the_all_reduce_as_a_phase(ranks_of, again):
+    path, _ = again()
+    code = f"""
+import json
+from rlaif_lite import profiler, ranks
+from rlaif_lite.recipe import load_recipe
+with ranks.joined():
+    found = profiler.profile(load_recipe({path!r}), 1, ("reward",))
+    if ranks.is_first():
+        print(json.dumps(found))
+"""
+    ended = ranks_of.run([code] * 2)
+    assert ended.codes == [0, 0], ended.said
+    found = json.loads(ended.said[0].splitlines()[-1])
+    phase = found["stages"]["reward"]["phases"]["all-reduce"]
+    assert found["ranks"] == 2 and phase["calls"] == 1 and phase["seconds"] > 0 and phase["count"] > 1000
 
 
 def refused(ended: Ended) -> str:
@@ -328,7 +392,7 @@ torch.cuda.is_available, torch.distributed.is_nccl_available = lambda: True, lam
         held.bind(("127.0.0.1", 0))
         held.listen()
         port = held.getsockname()[1]
-        quick = "from rlaif_lite import ranks\nranks.MEET_S = 3\n"
+        quick = "from rlaif_lite.ranks import meeting\nmeeting.MEET_S = 3\n"
         ended = ranks_of.run([quick + code] * 2, port=port)
     assert all(code == 2 for code in ended.codes)
     assert f"Rank 0 of 2 cannot meet the others at 127.0.0.1:{port}" in ended.said[0]
@@ -349,9 +413,29 @@ def test_torchrun_starts_them(again):
 # ------------------------------------------------------------------------------------------------------------ dealing
 
 
+@pytest.mark.parametrize(
+    ("items", "fits", "lists", "longest"),
+    [
+        (0, 8, 0, 0),
+        (3, 8, 1, 3),
+        (15, 8, 1, 15),
+        (17, 8, 2, 9),
+        (100, 8, 12, 9),
+        (384, 8, 12, 32),
+        (385, 8, 24, 17),
+        (5, 0, 5, 1),
+    ],
+)
+def test_batches_are_even_and_know_nothing_of_the_ranks(items, fits, lists, longest):
+    """8 fit at once, so a list has 8 to 32 items, if there are 8. 385 are more than 12 of 32: 24 lists of 16 or 17."""
+    found = even_chunks(list(range(items)), fits)
+    assert [item for part in found for item in part] == list(range(items))
+    assert len(found) == lists and max(map(len, found), default=0) == longest
+
+
 @pytest.mark.parametrize(("items", "count"), [(0, 2), (1, 3), (7, 2), (12, 3), (100, 8)])
 def test_everything_is_dealt_once_and_evenly(items, count, monkeypatch):
-    monkeypatch.setattr(ranks._world, "count", count)
+    monkeypatch.setattr(WORLD, "count", count)
     size = lambda i: 1.0 + i
     hands = ranks.share(items, size)
     assert sorted(i for hand in hands for i in hand) == list(range(items))

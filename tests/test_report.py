@@ -350,7 +350,7 @@ def test_tables_show_the_numbers_of_the_summary(pages):
     shares = ("hallucination", "precision", "recall", "f1")
     shown = " ".join(number(100 * evaluation[f"greedy_{name}"], 1) for name in shares)
     assert f"PPO {shown} {evaluation['greedy_score']:.1f}" in text
-    assert "claims yes 1,100 94.9 – 55.0" in text and "pairwise yes 300 87.0 81.2 –" in text
+    assert "claims yes 1,100 94.9 100.0 – 55.0" in text and "pairwise yes 300 87.0 88.0 81.2 –" in text
     assert "sft 1 min 58 s 1.17 GB done" in text and "All 5 min 40 s 1.17 GB" in text
 
 

@@ -2,7 +2,11 @@
 with a byte-level BPE, so that nothing is downloaded."""
 
 import json
+import random
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,34 +14,41 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from lab.smol_world import english
+from lab.smol_world.__main__ import build
 from lab.smol_world.checkpoint import FRAME, ROWS, assemble
+from lab.smol_world.judge import measure
 from rlaif_lite.data.records import Message
-from rlaif_lite.model.base import load_base
+from rlaif_lite.data.world import WorldSplits, facts_of
+from rlaif_lite.errors import ModelError, StageError
+from rlaif_lite.model.base import load_base, read_config
 from rlaif_lite.model.inputs import encode_prompt
 from rlaif_lite.model.roles import Roles
-from rlaif_lite.planner.shapes import shapes_of
-from rlaif_lite.recipe import Lora, Model
+from rlaif_lite.pipeline import run
+from rlaif_lite.planner.shapes import shapes_of, video_text
+from rlaif_lite.recipe import Lora, Model, load_recipe
 from rlaif_lite.rollout import Sampling, sample
 from rlaif_lite.stages.features import encode
 from rlaif_lite.video.decode import Frames
 
 gguf = pytest.importorskip("gguf")
+ROOT = Path(__file__).parent.parent
 WIDTH, FFN, LAYERS, HEADS, KV = 64, 128, 2, 2, 1
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def write_gguf(path: Path) -> dict[str, np.ndarray]:
-    """A Llama's GGUF file -> its tensors."""
+def write_gguf(path: Path, positions: int = 4096, ends: bool = True) -> dict[str, np.ndarray]:
+    """A Llama's GGUF file -> its tensors. `ends`: the file names the end of an answer."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=MARKS, initial_alphabet=alphabet, show_progress=False)
-    core.train_from_iterator(["what happens in the video ? a red circle moves to the left"] * 3, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=MARKS, initial_alphabet=alphabet, show_progress=False)
+    core.train_from_iterator(["what happens in the video ? a red circle appears . yes no Yes No A B"] * 3, trainer)
     vocabulary = core.get_vocab()
     tokens = sorted(vocabulary, key=vocabulary.get)
     merges = json.loads(core.to_str())["model"]["merges"]
     file = gguf.GGUFWriter(path, "llama")
-    file.add_context_length(512)
+    file.add_context_length(positions)
     file.add_embedding_length(WIDTH)
     file.add_block_count(LAYERS)
     file.add_feed_forward_length(FFN)
@@ -53,7 +64,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     file.add_token_merges([" ".join(pair) for pair in merges])
     for add, mark in (
         (file.add_bos_token_id, MARKS[1]),
-        (file.add_eos_token_id, MARKS[2]),
+        *([(file.add_eos_token_id, MARKS[2])] if ends else []),
         (file.add_pad_token_id, MARKS[2]),
         (file.add_unk_token_id, MARKS[0]),
     ):
@@ -115,3 +126,121 @@ def test_a_base_in_4_bits_does_not_keep_its_file_in_memory(tmp_path, checkpoint)
     folder = shutil.copytree(checkpoint, tmp_path / "base")
     base = load_base(Model(base=str(folder)), torch.device("cpu"))
     assert base.has_tower and str(folder) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+
+def test_a_file_that_is_no_language_model_is_refused_by_name(tmp_path):
+    path = tmp_path / "cut.gguf"
+    write_gguf(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ModelError, match=r"cut.gguf cannot be read as the GGUF file of a language model .* copy it"):
+        assemble(path, tmp_path / "base")
+    write_gguf(path, ends=False)
+    with pytest.raises(ModelError, match="no end-of-sequence token"):
+        assemble(path, tmp_path / "base")
+    with pytest.raises(ModelError, match=r"is a GGUF file.*lab.smol_world"):
+        read_config(Model(base=str(path)))
+
+
+FACTS = {"events": [["red", "circle", "up"], ["blue", "square", "left"], ["red", "cross", "grows"]], "star": "yellow"}
+
+
+def test_english_is_held_against_the_facts():
+    said = "The video starts with a red circle. Then a blue circle appears. A green star sits in a corner. It is nice."
+    found = english.held_against(said, FACTS)
+    counts = [found[key] for key in ("correct", "wrong", "total", "mentions", "hallucinated", "malformed")]
+    assert counts == [3, 2, 7, 3, 2, 1]  # right: red, circle, blue; wrong: circle, the star
+    assert [said[a:b] for a, b in found["wrong_words"]] == ["blue circle", "green star"]
+    said = "Finally, a red cross appears. At first there is a red circle. At the end there is a red cross."
+    found = english.held_against(said, FACTS)  # placed by its words, and the end is said twice
+    assert (found["correct"], found["wrong"], found["hallucinated"]) == (4, 2, 0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_phrasing_says_what_is_true(seed):
+    rng = random.Random(seed)
+    facts = facts_of(seed, "sft", 0)
+    found = english.held_against(english.describe(facts, rng), facts)
+    assert found["correct"] == found["total"] and found["wrong"] == found["malformed"] == 0
+    statements = [english.statement(facts, rng) for _ in range(200)]
+    for said in statements:
+        alone = english.held_against(said.text, facts)
+        assert said.true == (alone["wrong"] == 0 < alone["correct"])
+    assert 0.4 < sum(said.true for said in statements) / 200 < 0.6
+    prompt, better = english.compared(facts, rng)
+    a, b = (english.right_minus_wrong(text, facts) for text in re.findall(r"Response [AB]: (.*)", prompt))
+    assert better == ("A" if a > b else "B")
+
+
+def small_world(folder: Path, positions: int) -> Path:
+    """The whole of `python -m lab.smol_world` on a model of random weights -> its folder, linked as the recipe has
+    it."""
+    write_gguf(folder / "small.gguf", positions)
+    splits = WorldSplits(sft=4, preference=3, rl=4, test=2)
+    build(folder / "small.gguf", folder / "smol", 0, base_videos=26, tower_steps=1, sft_steps=1, splits=splits)
+    return folder / "smol"
+
+
+SHORT = [
+    *("sft.hard.steps=1", "sft.policy_init.steps=1", "context.max_new_tokens=4", "preference.max_new_tokens=8"),
+    *(
+        "preference.samples=2",
+        "preference.compare_pairs=2",
+        "ppo.steps=1",
+        "ppo.rollouts=4",
+        "ppo.minibatch=4",
+        "ppo.micro_batch=4",
+    ),
+    *("ppo.max_new_tokens=8", "evaluate.max_new_tokens=8", "evaluate.samples=1", "evaluate.bootstrap=20"),
+]
+
+
+def test_the_recipe_runs_on_what_the_script_makes(tmp_path, monkeypatch):
+    small_world(tmp_path, positions=4096)
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(ROOT / "recipes" / "smol_world.yaml", [*SHORT, "output=run"])
+    summary = run(recipe)
+    assert set(summary["evaluation"]) == {"sft", "ppo"} and summary["evaluation"]["ppo"]["greedy_f1"] == 0.0
+    assert {judge["judge"] for judge in summary["preference"]["judges"]} == {"claims", "pairwise"}
+    rows = measure(tmp_path / "run", videos=3)
+    assert [(row["role"], row["narrative"]) for row in rows] == [
+        *(("base", True), ("base", False), ("sft", True), ("sft", False))
+    ]
+    assert all(row["statements"] == 12 and 0 <= row["low"] <= row["right"] <= row["high"] <= 1 for row in rows)
+
+    config = tmp_path / "smol" / "base" / "config.json"
+    text = json.loads(config.read_text(encoding="utf-8"))
+    text["text_config"]["max_position_embeddings"] = 300
+    config.write_text(json.dumps(text), encoding="utf-8")
+    with pytest.raises(StageError, match=r"takes \d+ positions \(\d+ of its video.*the base has 300"):
+        run(load_recipe(ROOT / "recipes" / "smol_world.yaml", [*SHORT, "output=long"]))
+
+
+def test_the_plan_counts_the_text_around_frames(tmp_path):
+    write_gguf(tmp_path / "small.gguf")
+    section = Model(base=str(assemble(tmp_path / "small.gguf", tmp_path / "base")))
+    base, shapes = load_base(section, torch.device("cpu")), shapes_of(section, torch.device("cpu"))
+    count = lambda text: len(base.tokenizer.encode(text, add_special_tokens=False))
+    rgb_THWC = np.zeros((3, FRAME, FRAME, 3), np.uint8)
+    frames = Frames(rgb_THWC=rgb_THWC, time_T=np.arange(3.0), duration=3.0, source="decord", reason="", timed=True)
+    video = encode(base, {"v": frames}, [])["v"]
+    asked = [Message("user", "<video>what happens?")]
+    whole = len(encode_prompt(base, asked, video).ids_S)
+    without = len(encode_prompt(base, [Message("user", "what happens?")], None).ids_S)
+    assert video_text(shapes, 3, count) + 3 * shapes.frame_tokens == pytest.approx(whole - without, abs=4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux says what is resident")
+def test_a_large_base_gives_back_what_it_frees():
+    """In a process of its own: the limit of malloc is the process's."""
+    code = """
+import torch
+from rlaif_lite.model.memory import map_blocks
+map_blocks()
+torch.ones(4_000_000)  # 16 MB come and go: malloc would now keep all below that in its heap
+resident = lambda: 4096 * int(open("/proc/self/statm").read().split()[1])
+pairs = [(torch.ones(500_000), torch.ones(50)) for _ in range(40)]  # 2 MB each, with a small one behind it
+full, small = resident(), [pair[1] for pair in pairs]
+del pairs
+assert full - resident() > 70e6, full - resident()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -17,7 +17,7 @@ from PIL import Image
 from rlaif_lite.errors import VideoError
 from rlaif_lite.video import readers
 from rlaif_lite.video.cache import FeatureRecord, FeatureStore, feature_key, read_index, write_index
-from rlaif_lite.video.decode import View, decode, decode_views, probe, sample_indices
+from rlaif_lite.video.decode import View, decode, decode_views, indices_between, probe, sample_indices
 from rlaif_lite.video.digest import video_digest
 
 CLOSED = {"x264-params": "bframes=2:keyint=12:min-keyint=12:scenecut=0"}
@@ -80,6 +80,12 @@ def test_sampling_by_hand():
     assert sample_indices(24, View(6, 1, 3)).tolist() == [8, 10, 11, 12, 14, 15]
     assert sample_indices(3, View(6)).tolist() == [0, 0, 1, 1, 2, 2]
     assert sample_indices(10, View(1)).tolist() == [5]
+    time_N = np.arange(24) / 8
+    assert indices_between(time_N, View(4, seconds=(1.0, 1.9))).tolist() == [9, 11, 13, 15]  # frames 8 to 15
+    assert indices_between(time_N, View(2, seconds=(2.5, 99.0))).tolist() == [21, 23]
+    assert indices_between(time_N, View(2, seconds=(50.0, 60.0))).tolist() == [23, 23]  # behind the last
+    assert indices_between(time_N, View(1, seconds=(1.01, 1.02))).tolist() == [9]  # between two frames
+    assert indices_between(time_N, View(6)).tolist() == sample_indices(24, View(6)).tolist()
 
 
 def test_clips_cover_the_video_once_and_are_never_empty():

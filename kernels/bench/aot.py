@@ -38,7 +38,15 @@ _ROW_TYPES = {
     "valid_ptr": "*u8",
     "dz_ptr": "*bf16",
 }
-_FLAGS = {"BIAS": False, "SOFTCAP": False, "REF": False, "GRAD": False, "UPSTREAM": False, "UNIT": 1.0}
+_FLAGS = {
+    "BIAS": False,
+    "SOFTCAP": False,
+    "REF": False,
+    "GRAD": False,
+    "UPSTREAM": False,
+    "REVERSE": False,
+    "UNIT": 1.0,
+}
 _ALL = {"BIAS": True, "SOFTCAP": True}
 
 
@@ -72,6 +80,13 @@ CASES = (
         kernels.row_kernel,
         _ROW_TYPES,
         {**_FLAGS, **_ALL, "REF": True, "GRAD": True, "UPSTREAM": True},
+        ("V",),
+    ),
+    Case(
+        "rows_with_reference: gradient with KL(reference || policy), all options",
+        kernels.row_kernel,
+        _ROW_TYPES,
+        {**_FLAGS, **_ALL, "REF": True, "GRAD": True, "UPSTREAM": True, "REVERSE": True},
         ("V",),
     ),
     Case(

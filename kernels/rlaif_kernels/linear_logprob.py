@@ -29,7 +29,7 @@ class LinearLogprob(NamedTuple):
     logp_N: Tensor  # log p(target); has a gradient
     lse_N: Tensor  # log sum exp of the logits (after bias, softcap, temperature); has one with differentiable="logp"
     entropy_N: Tensor  # of the whole distribution; has a gradient with differentiable="all"
-    kl_N: Tensor | None  # exact KL(policy || reference) over the vocabulary, with reference hidden states; likewise
+    kl_N: Tensor | None  # exact KL over the vocabulary, with reference hidden states; likewise
 
 
 def linear_logprob(
@@ -42,6 +42,7 @@ def linear_logprob(
     softcap: float | None = None,
     ignore_index: int = -100,
     reference_hidden_ND: Tensor | None = None,
+    kl: Literal["policy||reference", "reference||policy"] = "policy||reference",
     differentiable: Literal["logp", "all"] = "logp",
     impl: str = "auto",
     chunk_rows: int | None = None,
@@ -52,7 +53,7 @@ def linear_logprob(
     are accumulated in float32 whatever the dtype, and exist for one chunk of rows at a time (`chunk_rows`; by default
     as many as fit a fixed budget of memory). With a hidden that requires grad, one float32 (N,D) tensor is kept for
     the backward. `differentiable="all"` gives entropy and KL a gradient as well, for one more matmul (two with a
-    reference); it is for losses with an entropy bonus or an exact KL.
+    reference); it is for losses with an entropy bonus or an exact KL. `kl` says which of its two directions.
 
     Raises ValueError for a weight or bias that requires grad, a non-contiguous weight, mismatched shapes, dtypes or
     devices, and targets outside 0..V-1 other than `ignore_index`. On a GPU that last check would stall the stream:
@@ -62,8 +63,10 @@ def linear_logprob(
     target_N, valid_N = checked_target(target_N, hidden_ND, weight_VD, ignore_index)
     reference_hidden_ND = checked_reference(reference_hidden_ND, hidden_ND)
     need(differentiable in ("logp", "all"), "differentiable", differentiable, '"logp" or "all"')
+    need(kl in ("policy||reference", "reference||policy"), "kl", kl, '"policy||reference" or "reference||policy"')
     function = _AllDifferentiable if differentiable == "all" else _LogprobDifferentiable
-    options = {"triton": use_triton(impl, hidden_ND), "chunk_rows": chunk_rows}
+    reverse_kl = reference_hidden_ND is not None and kl == "reference||policy"
+    options = {"triton": use_triton(impl, hidden_ND), "chunk_rows": chunk_rows, "reverse_kl": reverse_kl}
     want_grad = torch.is_grad_enabled() and hidden_ND.requires_grad
     return LinearLogprob(*function.apply(hidden_ND, head, target_N, valid_N, reference_hidden_ND, want_grad, options))
 
@@ -119,7 +122,7 @@ class _AllDifferentiable(torch.autograd.Function):
         hidden_ND, target_N, valid_N, reference_hidden_ND, entropy_N, kl_N = ctx.saved_tensors
         zero_N = torch.zeros_like(entropy_N)
         upstream = [zero_N if g_N is None else g_N.where(valid_N, 0.0) for g_N in (g_logp_N, g_entropy_N, g_kl_N)]
-        bound_N = bound_of_dz(*upstream, entropy_N, kl_N)
+        bound_N = bound_of_dz(*upstream, entropy_N, kl_N, ctx.options["reverse_kl"])
         rows = run_rows(
             hidden_ND,
             ctx.head,

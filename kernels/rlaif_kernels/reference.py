@@ -36,6 +36,7 @@ def linear_logprob(
     softcap: float | None = None,
     ignore_index: int = -100,
     reference_hidden_ND: Tensor | None = None,
+    kl: str = "policy||reference",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(logp_N, lse_N, entropy_N, kl_N or None), all of them differentiable here."""
     real_N = target_N != ignore_index
@@ -48,7 +49,9 @@ def linear_logprob(
     kl_N = None
     if reference_hidden_ND is not None:
         logr_NV = logits(reference_hidden_ND, weight_VD, bias_V, temperature, softcap).log_softmax(1)
-        kl_N = (p_NV * (logp_NV - logr_NV)).sum(1).where(real_N, 0.0)
+        gap_NV = logp_NV - logr_NV
+        kl_NV = p_NV * gap_NV if kl == "policy||reference" else -logr_NV.exp() * gap_NV
+        kl_N = kl_NV.sum(1).where(real_N, 0.0)
     return logp_N.where(real_N, 0.0), lse_N.where(real_N, 0.0), entropy_N.where(real_N, 0.0), kl_N
 
 

@@ -10,6 +10,7 @@ and for upstream gradients g of logp, h of H, k of KL (all per row)
     dz_j = g 1[j=y] + p_j (-g - h (log p_j + H) + k (log p_j - log r_j - KL)),      ds_j = dz_j (1 - tanh^2(s_j/c)) / T
 |dz_j| <= G = |g| + |h| (H + 1/e) + |k| (2 KL + 1/e), so dz is kept as dz/G, which fits any dtype, and G/T is applied to
 the D-vector after the second matmul.
+The other direction is KL(r || p) = sum r (z' - z) - lse' + lse, whose part of dz_j is k (p_j - r_j), at most |k|.
 
 Shapes: N tokens (rows), R rows of a chunk, D channels, V vocabulary.
 """
@@ -47,11 +48,12 @@ def run_rows(
     reference_hidden_ND: Tensor | None = None,
     want_grad: bool,
     upstream: Upstream | None = None,
+    reverse_kl: bool = False,
     triton: bool,
     chunk_rows: int | None,
 ) -> Rows:
     """Statistics of every row and, with `want_grad`, T times the gradient of the row's log-prob or, with `upstream`, of
-    the loss whose derivatives these are."""
+    the loss whose derivatives these are. `reverse_kl`: KL(r || p) in place of KL(p || r)."""
     N, D = hidden_ND.shape
     V = head.weight_VD.shape[0]
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
@@ -80,7 +82,7 @@ def run_rows(
             ref_RV = None
             if reference_hidden_ND is not None:
                 ref_RV = head_logits(reference_hidden_ND[start:stop], head.weight_VD, buffer_2RV[1, : stop - start])
-            dz_RV = row_pass(logits_RV, ref_RV, head, target_N, valid_N, out, upstream, want_grad, start)
+            dz_RV = row_pass(logits_RV, ref_RV, head, target_N, valid_N, out, upstream, reverse_kl, want_grad, start)
             if want_grad:
                 times_weight(dz_RV, head.weight_VD, out.grad_ND[start:stop])
     return out
@@ -125,6 +127,7 @@ def row_pass_torch(
     valid_N: Tensor,
     out: Rows,
     upstream: Upstream | None,
+    reverse_kl: bool,
     want_grad: bool,
     row0: int,
 ) -> Tensor | None:
@@ -141,10 +144,15 @@ def row_pass_torch(
     out.lse_N.copy_((top_R + log_sum_R).where(valid_R, 0.0))
     if s_ref_RV is not None:
         gap_RV, _ = bend_logits(s_ref_RV, head, want_chain=False)
-        _, _, _, ref_log_sum_R = centre(gap_RV)
+        _, ref_exp_RV, ref_sum_R, ref_log_sum_R = centre(gap_RV)
         torch.sub(z_RV, gap_RV, out=gap_RV)
-        mean_gap_R = (gap_RV * exp_RV if keep else gap_RV.mul_(exp_RV)).sum(1) / sum_R
-        out.kl_N.copy_((mean_gap_R + ref_log_sum_R - log_sum_R).where(valid_R, 0.0))
+        if reverse_kl:
+            kl_R = log_sum_R - ref_log_sum_R - gap_RV.mul_(ref_exp_RV).sum(1) / ref_sum_R
+        else:
+            del ref_exp_RV  # a chunk of memory
+            mean_gap_R = (gap_RV * exp_RV if keep else gap_RV.mul_(exp_RV)).sum(1) / sum_R
+            kl_R = mean_gap_R + ref_log_sum_R - log_sum_R
+        out.kl_N.copy_(kl_R.where(valid_R, 0.0))
     mean_z_R = (z_RV * exp_RV if keep else z_RV.mul_(exp_RV)).sum(1) / sum_R
     out.entropy_N.copy_((log_sum_R - mean_z_R).where(valid_R, 0.0))
     if not want_grad:
@@ -156,10 +164,14 @@ def row_pass_torch(
         g_R, h_R, k_R = take(upstream, chunk)
         dz_RV = z_RV.mul_(-h_R[:, None])  # log p_j + H is z_j - mean z, log p_j - log r_j - KL is gap_j - mean gap
         constant_R = h_R * mean_z_R - g_R
-        if s_ref_RV is not None:
+        if reverse_kl:
+            constant_R += k_R
+        elif s_ref_RV is not None:
             dz_RV.addcmul_(gap_RV, k_R[:, None])
             constant_R -= k_R * mean_gap_R
         dz_RV.add_(constant_R[:, None]).mul_(exp_RV.div_(sum_R[:, None]))
+        if reverse_kl:
+            dz_RV.addcmul_(ref_exp_RV, (-k_R / ref_sum_R)[:, None])
     dz_RV.scatter_add_(1, y_R1, g_R[:, None])
     if chain_RV is not None:
         dz_RV *= chain_RV
@@ -199,9 +211,13 @@ def bend_logits(s_RV: Tensor, head: Head, want_chain: bool) -> tuple[Tensor, Ten
     return s_RV, chain_RV
 
 
-def bound_of_dz(g_R: Tensor, h_R: Tensor, k_R: Tensor, entropy_R: Tensor, kl_R: Tensor | None) -> Tensor:
+def bound_of_dz(
+    g_R: Tensor, h_R: Tensor, k_R: Tensor, entropy_R: Tensor, kl_R: Tensor | None, reverse_kl: bool = False
+) -> Tensor:
     """G of the module docstring: no element of dz is larger. Never 0, so that it can be divided by."""
     bound_R = g_R.abs() + h_R.abs() * (entropy_R + 0.37)
-    if kl_R is not None:
+    if reverse_kl:
+        bound_R = bound_R + k_R.abs()
+    elif kl_R is not None:
         bound_R = bound_R + k_R.abs() * (2 * kl_R + 0.37)
     return bound_R.clamp(min=1e-20)

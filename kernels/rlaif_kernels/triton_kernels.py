@@ -88,6 +88,7 @@ def row_kernel(
     REF: tl.constexpr,
     GRAD: tl.constexpr,
     UPSTREAM: tl.constexpr,
+    REVERSE: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -100,6 +101,7 @@ def row_kernel(
     lane = tl.arange(0, BLOCK)
 
     # every lane keeps its own running maximum m and its sums of exp(z - m), S; times (z - m), X; times (z - z'), D
+    # (REVERSE: D is over exp(z' - m'), the reference's)
     m = tl.full([BLOCK], LOWEST, tl.float32)
     S = tl.zeros([BLOCK], tl.float32)
     X = tl.zeros([BLOCK], tl.float32)
@@ -115,9 +117,12 @@ def row_kernel(
         if REF:
             z_ref, _ = _bend(ref_ptr, bias_ptr, at, at < V, inv_temperature, softcap, BIAS, SOFTCAP)
             gap = z - z_ref
-            D = tl.where(rise > 0, D * e + gap, D + e * gap)
             rise_ref = z_ref - m_ref
             e_ref = _exp(-tl.abs(rise_ref))
+            if REVERSE:
+                D = tl.where(rise_ref > 0, D * e_ref + gap, D + e_ref * gap)
+            else:
+                D = tl.where(rise > 0, D * e + gap, D + e * gap)
             S_ref = tl.where(rise_ref > 0, S_ref * e_ref + 1.0, S_ref + e_ref)
             m_ref = tl.maximum(m_ref, z_ref)
         X = tl.where(rise > 0, e * (X - rise * S), X + e * rise)
@@ -142,8 +147,13 @@ def row_kernel(
     kl = 0.0
     if REF:
         top_ref = tl.max(m_ref, 0)
-        log_total_ref = _log(tl.sum(S_ref * _exp(m_ref - top_ref), 0))
-        kl = tl.sum(D * shrink, 0) / total + (top_ref - top) + (log_total_ref - log_total)
+        shrink_ref = _exp(m_ref - top_ref)
+        total_ref = tl.sum(S_ref * shrink_ref, 0)
+        log_total_ref = _log(total_ref)
+        if REVERSE:
+            kl = (top - top_ref) + (log_total - log_total_ref) - tl.sum(D * shrink_ref, 0) / total_ref
+        else:
+            kl = tl.sum(D * shrink, 0) / total + (top_ref - top) + (log_total_ref - log_total)
         kl = tl.where(valid, kl, 0.0)
         tl.store(kl_ptr + row, kl)
 
@@ -170,8 +180,14 @@ def row_kernel(
                 slope -= h * (logp_at + entropy)
                 if REF:
                     z_ref, _ = _bend(ref_ptr, bias_ptr, at, at < V, inv_temperature, softcap, BIAS, SOFTCAP)
-                    slope += k * (logp_at - ((z_ref - top_ref) - log_total_ref) - kl)
+                    logr_at = (z_ref - top_ref) - log_total_ref
+                    if REVERSE:
+                        slope += k
+                    else:
+                        slope += k * (logp_at - logr_at - kl)
             dz = _exp(logp_at) * slope + tl.where(at == y, g, 0.0)
+            if REVERSE and UPSTREAM:
+                dz -= k * _exp(logr_at)
             if SOFTCAP:
                 dz *= 1.0 - bent * bent
             # in place: dz is no wider than s, so what this step overwrites has been read once every thread is here
@@ -187,6 +203,7 @@ def row_pass(
     valid_N: Tensor,
     out: Rows,
     upstream: Upstream | None,
+    reverse_kl: bool,
     want_grad: bool,
     row0: int,
 ) -> Tensor | None:
@@ -226,6 +243,7 @@ def row_pass(
         REF=s_ref_RV is not None,
         GRAD=want_grad,
         UPSTREAM=upstream is not None,
+        REVERSE=reverse_kl,
         UNIT=dz_unit(dtype),
         BLOCK=min(config.block, triton.next_power_of_2(V)),
         num_warps=config.num_warps,

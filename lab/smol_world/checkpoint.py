@@ -15,8 +15,17 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, SmolVLMConfig, SmolVLMForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
 from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
+
+from rlaif_lite.errors import ModelError
 
 IMAGE, END = "<image>", "<end_of_utterance>"
 MARKS = [
@@ -26,18 +35,23 @@ MARKS = [
     "<row_1_col_1>",
 ]  # the last: SmolVLM's processors ask for it
 ROWS = 49280  # of the embeddings, as in the published checkpoints
-FRAME, PATCH, SCALE = 64, 8, 4  # pixels; a frame becomes (64 / 8 / 4)**2 = 4 tokens
-TOWER = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 3}
+FRAME, PATCH, SCALE = 32, 8, 2  # pixels; a frame becomes (32 / 8 / 2)**2 = 4 tokens
+TOWER = {  # as the embedded base's, which it starts from (`tower.py`)
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
 HALF = [0.5, 0.5, 0.5]
 
 
 def assemble(gguf: Path, folder: Path, seed: int = 0) -> Path:
     """Write the checkpoint into `folder` -> `folder`. `gguf` is the file of a Llama model with its tokenizer.
 
-    Raises OSError or ValueError, as transformers does, where it cannot read the file."""
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    language = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    Raises ModelError for a file that transformers cannot read, and for a tokenizer without an end of an answer."""
+    tokenizer, language = read_gguf(gguf)
     turn_end = tokenizer.eos_token_id
     tokenizer.add_special_tokens({"additional_special_tokens": MARKS, "eos_token": END})
     tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
@@ -65,6 +79,26 @@ def assemble(gguf: Path, folder: Path, seed: int = 0) -> Path:
     frames |= {"image_mean": HALF, "image_std": HALF, "do_normalize": True, "do_rescale": True}
     (folder / "preprocessor_config.json").write_text(json.dumps(frames), encoding="utf-8")
     return folder
+
+
+def read_gguf(gguf: Path) -> tuple[PreTrainedTokenizerBase, LlamaForCausalLM]:
+    """Tokenizer and model of a GGUF file. Raises ModelError, see `assemble`."""
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        language = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    except Exception as error:  # transformers and gguf raise what they come across in a damaged file
+        raise ModelError(
+            f"{gguf} cannot be read as the GGUF file of a language model ({type(error).__name__}: {error}). Give the "
+            "file of a Llama model in a quantisation that transformers reads, such as Q4_1 or Q8_0; copy it again if "
+            "it is cut."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"{gguf}: its tokenizer has no end-of-sequence token (`tokenizer.ggml.eos_token_id`), so no answer would "
+            "ever end. Take a file of an instruction-tuned model."
+        )
+    return tokenizer, language
 
 
 def main() -> None:

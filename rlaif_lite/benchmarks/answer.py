@@ -34,6 +34,7 @@ from .items import Item
 from .ranking import rank, score_texts
 
 T = TypeVar("T")
+Span = tuple[float, float]  # seconds
 
 
 class Examinee:
@@ -76,18 +77,25 @@ class Examinee:
 
     # ---- videos
 
-    def look(self, videos: dict[str, str], index: Path, clips: bool = False) -> dict[str, str]:
+    def look(
+        self, videos: dict[str, str], index: Path, spans: Iterable[tuple[str, Span]] = (), clips: bool = False
+    ) -> dict[str, str]:
         """Decode and encode {name: path}, except what the cache holds -> {name: why it cannot be used}.
 
-        `clips`: also encode the recipe's clips of each video that is not a picture."""
+        `spans`: parts of videos that are asked about, (name, from where to where). `clips`: also encode the recipe's
+        clips of each video that is not a picture."""
         index.parent.mkdir(parents=True, exist_ok=True)
         self.work.index_file = index
         section = self.work.recipe.features
         parts = {f"clip{n}": View(section.clip_frames, n, section.clips) for n in range(section.clips)} if clips else {}
         of_picture, of_video = {WHOLE: View(1)}, {WHOLE: View(section.frames), **parts}
         wanted = {
-            name: (path, of_picture if path.lower().endswith(IMAGES) else of_video) for name, path in videos.items()
+            name: (path, dict(of_picture if path.lower().endswith(IMAGES) else of_video))
+            for name, path in videos.items()
         }
+        for name, span in spans:
+            if name in wanted:
+                wanted[name][1][view_of(span)] = View(section.frames, seconds=span)
         self._keys, failed = fill(self.work, wanted)
         return failed
 
@@ -102,9 +110,9 @@ class Examinee:
 
     # ---- what is asked
 
-    def prompt(self, text: str, video: str | None) -> Sequence:
-        """A request about a video; with `video` None, the request alone."""
-        mark, seen = (f"{VIDEO_MARK} ", self.views(video)[WHOLE]) if video is not None else ("", None)
+    def prompt(self, text: str, video: str | None, view: str = WHOLE) -> Sequence:
+        """A request about a video, or the part of it that `view` names; with `video` None, the request alone."""
+        mark, seen = (f"{VIDEO_MARK} ", self.views(video)[view]) if video is not None else ("", None)
         return encode_prompt(self.base, [Message("user", mark + text)], seen)
 
     def answers(self, items: list[Item], path: Path, template: str, max_new_tokens: int) -> dict[str, dict]:
@@ -112,8 +120,11 @@ class Examinee:
         size = self.work.recipe.evaluate.batch_size
 
         def work(batch: list[Item]) -> Iterable[dict]:
-            asked = [each for item in batch for each in zip(item.videos, item.questions, strict=True)]
-            prompts = [self.prompt(template.replace("{question}", question), video) for video, question in asked]
+            prompts = [
+                self.prompt(template.replace("{question}", question), video, view_of(item.span))
+                for item in batch
+                for video, question in zip(item.videos, item.questions, strict=True)
+            ]
             with self.use(self.role) as role:
                 found = iter(
                     sample(role, prompts, Sampling(max_new_tokens, 0.0), seeds=[0] * len(prompts), batch_size=size)
@@ -205,6 +216,11 @@ class Examinee:
         }
         things = {item.id: item for item in items}
         return resumed(folder / "claims.jsonl", "id", things, seen, 4 * size, work, "claims")
+
+
+def view_of(span: Span | None) -> str:
+    """The name of the view that shows a part of a video; of all of it where there is none."""
+    return WHOLE if span is None else f"{span[0]:g}-{span[1]:g}s"
 
 
 def resumed(

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from . import audit, choices, hallucination, questions, ranking
+from ..judge.outside import Task
+from . import audit, choices, hallucination, questions, ranking, vidhalluc
 from .items import Item, Tally
-from .judges import Task
 
 
 class Benchmark(NamedTuple):
@@ -24,7 +24,8 @@ class Benchmark(NamedTuple):
 
 
 OPTIONS = "{question}\nAnswer with the letter of the right option."
-YES_NO = "{question}\nAnswer with yes or no."
+YES_NO = "{question}\nAnswer the question using 'yes' or 'no'."  # VideoHallucer's
+BEGINNING = "{question}\nPlease answer yes or no:"  # EventHallusion's
 CAPTION = "Describe this video in one sentence."
 _QA = Benchmark(questions.load_qa, questions.QA, questions.tally, tasks=("qa",))
 _RETRIEVAL = Benchmark(ranking.load_captions, ranking.CAPTIONS, ranking.tally_retrieval, "retrieval", prompt=CAPTION)
@@ -53,8 +54,9 @@ BENCHMARKS = {
     "mvbench": Benchmark(choices.load_mvbench, choices.MVBENCH, choices.tally_choice, prompt=OPTIONS),
     "videohallucer": Benchmark(choices.load_videohallucer, choices.VIDEOHALLUCER, choices.tally_pair, prompt=YES_NO),
     "eventhallusion": Benchmark(
-        choices.load_eventhallusion, choices.EVENTHALLUSION, choices.tally_choice, prompt=YES_NO
+        choices.load_eventhallusion, choices.EVENTHALLUSION, choices.tally_beginning, prompt=BEGINNING
     ),
+    "vidhalluc": Benchmark(vidhalluc.load, vidhalluc.VIDHALLUC, vidhalluc.tally),
     "msvd-retrieval": _RETRIEVAL,
     "msrvtt-retrieval": _RETRIEVAL,
     "ucf101": _ACTIONS,

@@ -5,23 +5,28 @@ Files, as their authors ship them:
     NExT-QA         a CSV {video, question, answer, qid, type, a0, ..., a4}; the type is the group
     TempCompass     multi-choice.json, caption_matching.json or yes_no.json:
                     {video: {dimension: [{question, answer}]}}; the dimension is the group
-    MVBench         a list of {video, question, candidates, answer}, one file per task; several files are groups
+    MVBench         a list of {video, question, candidates, answer}, one file per task; several files are groups;
+                    with {start, end} in seconds where the question is about a part of the video
     VideoHallucer   a list of {basic: {video, question, answer}, hallucination: {...}, type}; answers yes or no
     EventHallusion  a list of {id, questions: [{question, answer}]}; answers yes or no, the id names the video
 
-VideoHallucer counts a pair where both of its questions are answered rightly (`overall`), and so does this.
+VideoHallucer and EventHallusion are scored by their authors' rules. VideoHallucer's takes an answer for right that has
+the right word anywhere (evaluations/evaluation_utils.py), and counts a pair where both answers are right (`overall`).
+EventHallusion's looks at how an answer begins (eval.py).
 """
 
+import re
 from pathlib import Path
 
 from ..errors import DataError
 from .items import Item, Tally, entries, one_file, text, texts, unique, yes_or_no
-from .judges.rules import right_by_words
 from .options import label_of, lettered, named_in
+from .rule_judge import right_by_words
 
 TEMPCOMPASS = "TempCompass's {video: {dimension: [{question, answer}]}}: multi-choice, caption_matching or yes_no"
 MVBENCH = "MVBench's lists of {video, question, candidates, answer}, one file per task"
 VIDEOHALLUCER = "VideoHallucer's lists of {basic: {video, question, answer}, hallucination: {...}}"
+FOLDER_RATES = {"episodic_reasoning": 3}  # MVBench: its videos are folders of frames, which are read as a second each
 EVENTHALLUSION = "EventHallusion's list of {id, questions: [{question, answer}]}"
 
 
@@ -52,8 +57,20 @@ def load_mvbench(paths: list[Path]) -> list[Item]:
             options = lettered(candidates)
             question = "\n".join([text(entry, "question", place), *options])
             right = options[candidates.index(answer)]
-            items.append(Item(f"{path.stem}_{index}", text(entry, "video", place), (question,), right, path.stem))
+            item = Item(f"{path.stem}_{index}", text(entry, "video", place), (question,), right, path.stem)
+            items.append(item._replace(span=_span(entry, place, FOLDER_RATES.get(path.stem, 1))))
     return items
+
+
+def _span(entry: dict, place: str, rate: int) -> tuple[float, float] | None:
+    """From where to where the video is shown: seconds, or frames of a folder with `rate` of them a second."""
+    if "start" not in entry and "end" not in entry:
+        return None
+    start, end = entry.get("start"), entry.get("end")
+    numbers = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in (start, end))
+    if not numbers or not 0 <= start < end:
+        raise DataError(f"{place}: `start` is {start!r} and `end` {end!r}, expected seconds, the later one second.")
+    return float(start * rate), float(end * rate)
 
 
 def load_videohallucer(paths: list[Path]) -> list[Item]:
@@ -68,9 +85,8 @@ def load_videohallucer(paths: list[Path]) -> list[Item]:
             ]
             answers = [_yes_no(half.reference, place) for half in pair]
             asked = tuple(half.questions[0] for half in pair)
-            videos = [half.video for half in pair]
-            item = Item(f"{path.stem}_{index}", videos[0], asked, "/".join(answers), path.stem, second_video=videos[1])
-            items.append(item)
+            item = Item(f"{path.stem}_{index}", pair[0].video, asked, "/".join(answers), path.stem)
+            items.append(item._replace(each_video=tuple(half.video for half in pair)))
     return items
 
 
@@ -112,12 +128,19 @@ def tally_choice(item: Item, row: dict) -> Tally:
     return {"accuracy": (float(right), 1.0), "unread_share": (float(named is None and not right), 1.0)}
 
 
+def tally_beginning(item: Item, row: dict) -> Tally:
+    """Accuracy by how the answer begins, and the share of answers that begin with neither yes nor no."""
+    answer = row["answers"][0].lower()
+    unread = not answer.startswith(("yes", "no"))
+    return {"accuracy": (float(answer.startswith(item.reference)), 1.0), "unread_share": (float(unread), 1.0)}
+
+
 def tally_pair(item: Item, row: dict) -> Tally:
-    """Each half of a pair, and both together."""
+    """Each half of a pair, and both together. `yes_share` is by the first word that says yes or no."""
     said = [yes_or_no(answer) for answer in row["answers"]]
     right = [
-        value is not None and value == (wanted == "yes")
-        for value, wanted in zip(said, item.reference.split("/"), strict=True)
+        re.search(rf"\b{wanted}\b", answer, re.IGNORECASE) is not None
+        for answer, wanted in zip(row["answers"], item.reference.split("/"), strict=True)
     ]
     return {
         "basic": (float(right[0]), 1.0),

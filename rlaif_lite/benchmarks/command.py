@@ -1,18 +1,22 @@
 """What `rlaif-lite bench` does with its arguments."""
 
+import hashlib
 import json
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import DataError, RlaifError
+from ..judge.outside import Judge, local
+from ..judge.outside.cached import CachedJudge
+from ..judge.outside.endpoint import Endpoint, Prices, settings_of
+from ..model.base import base_digest
+from ..model.roles import BASE
+from ..workspace import Workspace
 from .answer import Examinee
 from .catalogue import BENCHMARKS
-from .judges import Judge, local
-from .judges.cached import CachedJudge
-from .judges.endpoint import Endpoint, Prices
-from .judges.rules import Rules
 from .results import as_text, table
+from .rule_judge import Rules
 from .run import run as run_benchmark
 
 
@@ -97,26 +101,29 @@ def make_judge(judging: Judging, examinee: Examinee, folder: Path) -> Judge:
             judging.key,
             concurrency=judging.concurrency,
             prices=prices,
-            body=_settings(judging.body),
+            body=settings_of(judging.body, "--judge-body"),
         )
         return CachedJudge(model, folder, judging.again)
     if judging.kind == "local":
         if judging.model is None:
-            judge = local.of_role(examinee.work, "base", judging.words)
+            judge = of_role(examinee.work, "base", judging.words)
         else:
             judge = local.of_model(judging.model, examinee.work.device, words=judging.words)
         return CachedJudge(judge, folder, judging.again)
     raise RlaifError(f"There is no judge {judging.kind}: local, rules, or a URL that begins with http.")
 
 
-def _settings(text: str | None) -> dict:
-    try:
-        found = json.loads(text or "{}")
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise RlaifError(f"--judge-body is {text}, expected a JSON object such as '{{\"temperature\": null}}'.")
-    return found
+def of_role(work: Workspace, role: str, words: bool = False, batch_size: int = 16) -> local.LocalRole:
+    """A role of a run, on the base that the run has loaded; `base` is the role without an adapter.
+
+    Raises ModelError for a role that is not there."""
+    section, revision = work.recipe.model, base_digest(work.recipe.model)
+    if role != BASE:
+        work.load_role(role)
+        adapter = work.adapter(role) / "adapter_model.safetensors"
+        revision += f"+{hashlib.sha256(adapter.read_bytes()).hexdigest()[:16]}"
+    name = f"local:{local.short_name(section.base)}:{role}:{section.quantization}"
+    return local.LocalRole(work.roles, role, name, revision, words, batch_size)
 
 
 def listing() -> str:

@@ -50,15 +50,16 @@ class Item(NamedTuple):
     "the texts of which `reference` is the right one, where texts are ranked for the video"
     picture: str | None = None
     "the picture itself, base64, where the file holds it"
-    second_video: str | None = None
-    "of the second question, where that one is about another video"
+    each_video: tuple[str, ...] = ()
+    "of each question, where they are about several videos"
+
+    span: tuple[float, float] | None = None
+    "seconds from where to where the video is shown; None: all of it"
 
     @property
     def videos(self) -> tuple[str, ...]:
         """The video of each question; one where there is no question."""
-        if len(self.questions) < 2:
-            return (self.video,)
-        return (self.video, self.second_video or self.video)
+        return self.each_video or (self.video,) * max(1, len(self.questions))
 
 
 Tally = dict[str, tuple[float, float]]

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..files import write_json, write_jsonl
+from ..judge.outside import Case, Judge
 from .answer import Examinee, write_pictures
 from .audit import judge_id
 from .catalogue import BENCHMARKS, Benchmark
 from .items import Item, Tally, find_videos
-from .judges import Case, Judge
 from .results import figures
 
 
@@ -49,7 +49,8 @@ def run(
         "weights": {"quantization": recipe.model.quantization, "dtype": recipe.model.dtype},
         "features": recipe.features.model_dump(mode="json", exclude={"cache", "workers"}),
     }
-    broken = examinee.look(found, out / "videos.json", clips=benchmark.kind == "claims")
+    spans = [(item.video, item.span) for item in items if item.span is not None]
+    broken = examinee.look(found, out / "videos.json", spans, clips=benchmark.kind == "claims")
     usable = [item for item in items if all(video in found and video not in broken for video in item.videos)]
     if not usable:
         raise DataError(f"None of the {len(found)} videos can be used; the first: {next(iter(broken.values()))}")

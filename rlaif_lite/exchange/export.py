@@ -46,6 +46,7 @@ BESIDE = (
     "chat_template*",
 )
 NOT_THE_DECODER = re.compile("vision|visual|tower|encoder")  # their layers have the decoder's names at the end
+LMMS_MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # families with a model of their own in lmms-eval
 PROMPTS = 8
 ANSWER_TOKENS = 64  # of an answer that are compared
 KL_LIMIT = 0.01  # nats per position; rounding to bfloat16 stays far below, a wrong merge far above
@@ -117,6 +118,18 @@ def comparison_text(compared: Comparison) -> str:
     if compared.trained is not None:
         lines.append(f"- the adapter on the 4-bit base, as trained and evaluated: {said(compared.trained)}")
     return "\n".join([*lines, f"- the base alone: {said(compared.base)}"])
+
+
+def lmms_command(folder: Path) -> str:
+    """The command that puts a merged folder to lmms-eval, without this package."""
+    family = read_json(folder / "config.json")["model_type"]
+    model = family if family in LMMS_MODELS else "huggingface"
+    return f"lmms-eval --model {model} --model_args pretrained={folder} --tasks TASK"
+
+
+def lmms_of_run(run_dir: Path, role: str) -> str:
+    """The command that puts a role to lmms-eval as the run has it."""
+    return f"lmms-eval --model rlaif_lite --model_args run={run_dir},role={role} --tasks TASK"
 
 
 # ---- merging

@@ -36,6 +36,7 @@ from ..recipe import Claims
 from ..video.cache import FeatureRecord
 
 MIN_MASS = 1e-3  # P(yes) + P(no) below which a judge gives no verdict
+VERDICT = 0.5  # P(yes) + P(no) from which on an inline judge's word is a verdict
 
 
 class AnswerToJudge(NamedTuple):
@@ -61,6 +62,22 @@ class ClaimScores(NamedTuple):
     def has_mass(self) -> bool:
         """Whether the judge says yes or no anywhere; true for an answer without claims."""
         return not self.mass or max(self.mass) >= MIN_MASS
+
+    def said(self, answer: str, mode: str) -> list[tuple[str, float, float]]:
+        """(claim, P(yes), P(no)), to show people. An `inline` judge's claim is the part of the answer that ends at a
+        word with a verdict; words without one are no claims."""
+        found, start, end = [], 0, 0
+        for claim, value, mass in zip(self.claims, self.values, self.mass, strict=True):
+            verdict = (round((mass + value) / 2, 4), round((mass - value) / 2, 4))
+            if mode == "ask":
+                found.append((claim, *verdict))
+                continue
+            at = answer.find(claim.strip(), end)
+            end = end if at < 0 else at + len(claim.strip())
+            if mass > VERDICT:
+                found.append((answer[start:end].strip(" .,!?\n"), *verdict))
+                start = end
+        return found
 
 
 def refuse_silent_judge(with_mass: Sequence[bool], who: str) -> int:

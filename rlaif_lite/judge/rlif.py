@@ -23,9 +23,8 @@ from ..model.memory import in_pieces
 from ..model.roles import ActiveRole
 from ..recipe import Checklist, Claims
 from ..video.cache import FeatureRecord
-from .claims import AnswerToJudge, ClaimScores, ask, judge_claims
+from .claims import VERDICT, AnswerToJudge, ClaimScores, ask, judge_claims
 
-VERDICT = 0.5  # P(yes) + P(no) from which on an inline judge's word is a verdict
 CLIP_HEAD = re.compile(r"\[[\d.]+s-[\d.]+s\]\s*")  # as `judge.narrative` heads a caption
 
 

@@ -30,7 +30,7 @@ from ..errors import ModelError
 from ..recipe import Model
 from . import unsloth_loader
 from .families import CHAT_TEMPLATES, Encoded, Family, family_of
-from .memory import out_of_memory
+from .memory import map_blocks, maps_blocks, out_of_memory
 from .pixels import ImageSpec, image_spec, read_file, read_json
 
 # Noise that no user can act on: bitsandbytes announces that an optional kernel is not installed, transformers is
@@ -157,6 +157,12 @@ def resolve_base(name: str) -> str:
 
 def read_config(section: Model) -> PretrainedConfig:
     """The base's config.json; raises ModelError when it is not a checkpoint's."""
+    if os.path.isfile(section.base):
+        raise ModelError(
+            f"`model.base: {section.base}` is a {'GGUF ' if section.base.endswith('.gguf') else ''}file; a base is a "
+            "folder with config.json, weights and tokenizer. Of a language model in GGUF, `python -m lab.smol_world` "
+            "makes one with a vision tower (docs/smol_world.md)."
+        )
     require_hub(section)
     try:
         return AutoConfig.from_pretrained(resolve_base(section.base), revision=section.revision)
@@ -213,6 +219,8 @@ def load_base(section: Model, device: torch.device, tower: bool = True) -> Base:
             # full prefixes: a short name such as "visual" would match nothing and switch off the head's own exclusion
             llm_int8_skip_modules=[*(f"model.{part}" for part in family.tower), "lm_head"],
         )
+    if device.type == "cpu" and maps_blocks(config):
+        map_blocks()
     theirs = section.loader == "unsloth"
     if theirs:
         unsloth_loader.refuse(section, config, device)

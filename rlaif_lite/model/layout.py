@@ -22,7 +22,7 @@ def check_chain(family: Family, name: str, chain: list[dict]) -> None:
     if any("st_mean" in step for step in chain) and (family.write or family.mrope):
         raise RecipeError(
             f"features.prune: st_mean makes tokens of no time and place, and `{name}` gives each frame its own. "
-            "Use evs, or pool and evs."
+            "Use another selector, such as evs or vidcom2, or pool and one of them."
         )
 
 
@@ -34,11 +34,20 @@ def merged_times(time_T: Tensor, frames: int) -> Tensor:
 
 
 def lay_out(
-    family: Family, config, encoded: Encoded, chain: list[dict], *, time_G: Tensor, frames: int, duration: float
+    family: Family,
+    config,
+    encoded: Encoded,
+    chain: list[dict],
+    *,
+    time_G: Tensor,
+    frames: int,
+    duration: float,
+    seed: int = 0,
 ) -> FeatureRecord:
-    """Prune one view of a video and place what is left. time_G: seconds of each merged frame; frames: as sampled."""
+    """Prune one view of a video and place what is left. time_G: seconds of each merged frame; frames: as sampled; seed:
+    the video's own."""
     _, groups, tokens, _ = encoded.features_LGPD.shape
-    pruned = apply(chain, encoded.features_LGPD[0], encoded.grid)
+    pruned = apply(chain, encoded.features_LGPD[0], encoded.grid, seed)
     rows, columns = encoded.grid
     pools = [step for step in chain if "pool" in step]
     if pools:

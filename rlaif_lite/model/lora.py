@@ -17,11 +17,12 @@ Shapes: N tokens, D in, O out, R rank, K either of N, D and O.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -31,9 +32,10 @@ KEEP_BYTES = 64 << 20
 
 def dense_weight(frozen: nn.Linear) -> Tensor:
     """The weight (O,D) of a layer of the base, dequantised into a new tensor where it is held in 4 bits."""
-    if isinstance(frozen, Linear4bit):
-        return dequantize_4bit(frozen.weight.detach(), frozen.weight.quant_state)  # type: ignore[attr-defined]
-    return frozen.weight.detach()
+    weight = frozen.weight.detach()
+    if not isinstance(frozen, Linear4bit):
+        return weight
+    return dequantize_4bit(weight, cast(Params4bit, frozen.weight).quant_state)
 
 
 class AddedLinear(torch.autograd.Function):

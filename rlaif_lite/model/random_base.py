@@ -28,8 +28,15 @@ STD = 0.02  # of every weight, as these models are initialised
 POSITIONS = 32768  # at least: a profile may be of longer sequences than the base was trained on
 WORDS = "yes no A B video true false ."
 
-FAMILIES = ("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl")  # model types that a tokenizer is made up for
+FAMILIES = (
+    "llava",
+    "llava_onevision",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "smolvlm",
+)  # model types that a tokenizer is made up for
 SETTINGS = ("preprocessor_config.json", "video_preprocessor_config.json")  # of frames
+SMOL_MARKS = ["<|im_start|>", "<image>", "<fake_token_around_image>", "<global-img>"]
 QWEN_MARKS = ("vision_start", "vision_end", "image_pad", "video_pad")
 # To rehearse without a GPU: the same architecture with two narrow layers.
 SMALL_TEXT = dict(
@@ -59,23 +66,27 @@ def checkpoint_of(name: str, folder: Path, words: tuple[str, ...], small: bool =
     if not facts or facts["model_type"] not in FAMILIES:
         return resolve_base(name)
     kind, text, vision = facts["model_type"], facts["text_config"], facts["vision_config"]
-    qwen, image = kind.startswith("qwen"), kind == "llava"
+    qwen, image, smol = kind.startswith("qwen"), kind == "llava", kind == "smolvlm"
     settings = {name: found for name in SETTINGS if (found := read_json(known, name, None))}
     text["max_position_embeddings"] = max(text["max_position_embeddings"], POSITIONS)
     if small:
         _shrink(kind, text, vision, settings)
     special = [*([] if image else ["<|im_start|>"]), *(f"<|{mark}|>" for mark in QWEN_MARKS if qwen)]
-    special += [] if qwen else ["<image>", "<video>"]
-    tokenizer = _tokenizer(text["vocab_size"], words, special, *(("</s>", "<s>") if image else ("<|im_end|>", None)))
+    special = SMOL_MARKS if smol else special + ([] if qwen else ["<image>", "<video>"])
+    ends = ("</s>", "<s>") if image else ("<end_of_utterance>" if smol else "<|im_end|>", None)
+    tokenizer = _tokenizer(text["vocab_size"], words, special, *ends)
     number = tokenizer.convert_tokens_to_ids
     text |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    if not image:
+    if smol:
+        tokenizer.chat_template = family_of(AutoConfig.for_model(kind)).template()
+        facts |= {"image_token_id": number("<image>"), "pad_token_id": tokenizer.pad_token_id}
+    elif not image:
         mark = "<|vision_start|><|video_pad|><|vision_end|>" if qwen else "<video>"
         tokenizer.chat_template = CHATML.replace("VIDEO", mark)
     if qwen:
         facts |= {f"{key}_token_id": number(f"<|{key}|>") for key in ("vision_start", "vision_end")}
         facts |= {"image_token_id": number("<|image_pad|>"), "video_token_id": number("<|video_pad|>")}
-    else:
+    elif not smol:
         facts |= {"image_token_index": number("<image>"), "video_token_index": number("<video>")}
     if kind == "qwen2_5_vl":
         part = text["hidden_size"] // text["num_attention_heads"] // 8  # of the rope: 16, 24, 24 for heads of 128
@@ -90,6 +101,11 @@ def checkpoint_of(name: str, folder: Path, words: tuple[str, ...], small: bool =
 def _shrink(kind: str, text: dict, vision: dict, settings: dict[str, dict]) -> None:
     """Two narrow layers, and small frames."""
     text |= SMALL_TEXT
+    if kind == "smolvlm":  # twelve patches a side: both scale factors divide it
+        side = {"longest_edge": 12 * vision["patch_size"]}
+        vision |= SMALL_CLIP | {"image_size": side["longest_edge"]}
+        settings[SETTINGS[0]] |= {"size": side, "max_image_size": side}
+        return
     if not kind.startswith("qwen"):
         vision |= SMALL_CLIP
         side = SMALL_CLIP["image_size"]

@@ -14,6 +14,7 @@ from transformers.utils import output_capturing
 
 from rlaif_kernels.rows import chunk_size
 
+from ..model.memory import BLOCK, maps_blocks
 from ..recipe import Features, Model
 from ..rollout import slot_bytes, slot_length
 from ..rollout.loop import PREFILL_TOKENS
@@ -28,7 +29,7 @@ CLAIM = 12  # ASSUMED: tokens of a claim that an answer is divided into
 
 # A CPU's heap grows by what a forward allocates and not by what it keeps: the hole of a freed tensor does not fit the
 # next of the same size. Measured on Linux's malloc, 1280 to 3840 tokens: 1.7 to 2.7 bytes for every byte kept. Blocks
-# of 32 MiB and more are mapped apart and given back.
+# of 32 MiB and more, of a large base of 1 MiB and more (`map_blocks`), are mapped apart and given back.
 HEAP = 2.5
 MAPPED = 32 << 20
 
@@ -95,7 +96,8 @@ def sampling(shapes: Shapes, count: int, prompt: int, new: int) -> int:
 
 def on_heap(shapes: Shapes, tokens: int, kept: int) -> int:
     """What `kept` bytes of activations of `tokens` at a time cost a CPU's heap, see HEAP."""
-    return int(kept * HEAP) if tokens * shapes.ffn * shapes.dtype.itemsize < MAPPED else kept
+    mapped = BLOCK if maps_blocks(shapes.config) else MAPPED
+    return int(kept * HEAP) if tokens * shapes.ffn * shapes.dtype.itemsize < mapped else kept
 
 
 def tower(shapes: Shapes, section: Features, clips: int, on_gpu: bool) -> int:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import ranks
 from ..errors import RecipeError, StageError
 from ..model.known_bases import shipped_facts
 from ..model.limits import positions_of, sampled, too_long
@@ -18,7 +19,8 @@ from . import memory, rates
 from .host import videos_of
 from .lengths import Lengths, lengths_of
 from .memory import ADAPTER
-from .shapes import Shapes, shapes_of, video_tokens
+from .several import REACHED, Link, Several, link_of, of_one_rank, on_ranks, refuse_groups, updates
+from .shapes import Shapes, shapes_of, video_text, video_tokens
 from .stages import MemoryModel, Phase, StageMemory
 
 MICRO = (
@@ -65,8 +67,9 @@ class StagePlan(NamedTuple):
     change: str | None  # what to do where it does not fit
     host: int  # bytes of host memory
     disk: int | None  # bytes that it leaves on disk; None: its data are not here
-    seconds: float | None  # None: not known
+    seconds: float | None  # of one process; None: not known
     basis: str  # where the time comes from
+    several: Several | None  # None: one process
 
 
 class Plan(NamedTuple):
@@ -76,8 +79,10 @@ class Plan(NamedTuple):
     device: Device
     stages: dict[str, StagePlan]
     notes: list[str]  # what had to be assumed
-    video_tokens: int  # of a whole video, pruned as the recipe says
+    video_tokens: int  # of a whole video, pruned as the recipe says, and of the text that its family writes around it
     too_long: list[str]  # records that take more positions than the base has
+    ranks: int  # that share the work, each with a card of its own
+    link: Link  # between them
 
     @property
     def fits(self) -> bool:
@@ -85,8 +90,9 @@ class Plan(NamedTuple):
         return not self.too_long and all(stage.fits for stage in self.stages.values())
 
 
-def device_of(recipe: Recipe, gpu: str | None = None) -> Device:
-    """The device that the recipe asks for on this machine, or a card of the size given ("24GB")."""
+def device_of(recipe: Recipe, gpu: str | None, here: int) -> Device:
+    """The device that the recipe asks for on this machine, or a card of the size given ("24GB"). On a CPU `here` ranks
+    share the memory."""
     if gpu is not None:
         size = size_in_bytes(gpu)
         return Device(f"a card of {gpu}", True, size, 0, reserve_of(size))
@@ -95,7 +101,7 @@ def device_of(recipe: Recipe, gpu: str | None = None) -> Device:
         free, _ = torch.cuda.mem_get_info(device)
         size = free + torch.cuda.memory_reserved(device)
         return Device(torch.cuda.get_device_name(device), True, size, 0, reserve_of(size))
-    return Device("cpu", False, host_memory(), resident(), 0)
+    return Device("cpu", False, host_memory() // here, resident(), 0)
 
 
 def reserve_of(size: int) -> int:
@@ -125,11 +131,15 @@ def resident() -> int:
     return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
-def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
+def make_plan(recipe: Recipe, gpu: str | None = None, cards: int | None = None, link: str = "pcie") -> Plan:
     """Plan every stage from config files, the data that is here, and arithmetic; nothing else is read or loaded.
 
-    Raises ModelError for a base that is not supported or whose config cannot be read."""
-    device = device_of(recipe, gpu)
+    cards: ranks on one machine that share the work; None: those that a launcher started. Raises ModelError for a base
+    that is not supported or whose config cannot be read, and StageError for a number of ranks that cannot be."""
+    count, here = (ranks.count(), ranks.on_this_machine()) if cards is None else (cards, cards)
+    refuse_groups(recipe, count)
+    joined = link_of(link)
+    device = device_of(recipe, gpu, here)
     kind = torch.device("cuda" if device.on_gpu else "cpu")
     shapes, lengths = shapes_of(recipe.model, kind), lengths_of(recipe)
     judge = None if recipe.model.reward_base is None else shapes_of(recipe.model.for_reward(), kind)
@@ -137,10 +147,15 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
         give_back()  # as every stage does first
         device = device._replace(process=resident())
 
-    def stages_of(recipe: Recipe) -> dict[str, StageMemory]:
-        return MemoryModel(recipe, shapes, judge, lengths, device.on_gpu).stages()
+    def stages_of(recipe: Recipe, count: int = count) -> dict[str, StageMemory]:
+        stages = MemoryModel(recipe, shapes, judge, lengths, device.on_gpu).stages()
+        shared = (*AUTO, "ppo.slots")
+        share = lambda phases: [of_one_rank(phase, count, shared) for phase in phases]
+        return {name: stage._replace(phases=share(stage.phases)) for name, stage in stages.items()}
 
-    given, recipe = recipe, _with_numbers(recipe, device, stages_of)
+    # the same for any number of ranks
+    given, recipe = recipe, _with_numbers(recipe, device, lambda recipe: stages_of(recipe, 1))
+    exchanged = updates(recipe, shapes, judge, lengths)
     disk, times = _disk(recipe, shapes, judge, lengths), rates.seconds(recipe, lengths, device.on_gpu)
     stages = {}
     for name, stage in stages_of(recipe).items():
@@ -156,6 +171,7 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
             ON_HOST + sum(stage.host.values()) if device.on_gpu else peak,
             disk.get(name, 0),
             *times[name],
+            None if count == 1 else on_ranks(name, times[name][0], exchanged[name], count, joined),
         )
     notes = [
         f"data.{name}: its files are not here; {texts.both} tokens a record are assumed"
@@ -169,10 +185,18 @@ def make_plan(recipe: Recipe, gpu: str | None = None) -> Plan:
         notes.append(_checkpointing(recipe, device, stages_of))
     if shapes.images.patch:
         notes.append("frames are taken to be 360 x 640 pixels; a video of another shape has other tokens")
+    if any(step.dtd is not None for step in recipe.features.prune):
+        notes.append("how many tokens `dtd` keeps depends on the video: planned for all of them")
     if device.on_gpu:
         notes.append("no GPU figure was measured on one: derived from shapes and from peaks of the same code on a CPU")
-    video = video_tokens(shapes, recipe.features, recipe.features.frames)
-    return Plan(recipe, device, stages, notes, video, _too_long(recipe, shapes, lengths, video))
+    frames = recipe.features.frames
+    video = video_tokens(shapes, recipe.features, frames) + video_text(shapes, frames, lengths.count)
+    if count > 1:
+        notes.append(
+            f"memory is of one of {count} ranks; a ring over {joined.name} reaches {REACHED:.0%} of its bandwidth"
+        )
+    too_long = _too_long(recipe, shapes, lengths, video)
+    return Plan(recipe, device, stages, notes, video, too_long, count, joined)
 
 
 def _too_long(recipe: Recipe, shapes: Shapes, lengths: Lengths, video: int) -> list[str]:

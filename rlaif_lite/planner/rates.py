@@ -21,6 +21,23 @@ RATES = {
     "ppo": 0.055,
     "evaluate": 0.0058,
 }
+# Share of a stage's time that several ranks do not share, of the same base (docs/many_cards.md). `data` is rank 0's.
+SERIAL = {
+    "data": 1.0,
+    "features": 0.05,
+    "sft": 0.05,
+    "context": 0.05,
+    "preference": 0.05,
+    "reward": 0.05,
+    "ppo": 0.05,
+    "evaluate": 0.05,
+}
+
+
+def pairs_of(recipe: Recipe, lengths: Lengths) -> int:
+    """Pairs that the reward model has: given, or two neighbouring answers to a prompt each."""
+    records = lengths.splits["preference"].records if "preference" in lengths.splits else 0
+    return records * recipe.preference.samples // 2 if recipe.data.preference else records
 
 
 def seconds(recipe: Recipe, lengths: Lengths, on_gpu: bool) -> dict[str, tuple[float | None, str]]:
@@ -32,7 +49,6 @@ def seconds(recipe: Recipe, lengths: Lengths, on_gpu: bool) -> dict[str, tuple[f
     trained = [(phases.easy, "sft_easy"), (phases.hard, "sft_hard"), (phases.policy_init, "policy_init")]
     asked = records.get("preference", 0) * bool(recipe.data.preference)  # not where pairs are given
     answers = asked * recipe.preference.samples
-    pairs = answers // 2 or records.get("preference", 0)
     evaluated = len(recipe.evaluate.roles) * (1 + recipe.evaluate.samples) + (
         len(recipe.evaluate.temperatures) * recipe.evaluate.samples if "sft" in recipe.evaluate.roles else 0
     )
@@ -45,7 +61,8 @@ def seconds(recipe: Recipe, lengths: Lengths, on_gpu: bool) -> dict[str, tuple[f
         ),
         "context": sum(records.get(split, 0) for split in recipe.narrated) * recipe.features.clips,
         "preference": answers,
-        "reward": steps_of(recipe.reward, pairs, recipe.reward.batch_size) * recipe.reward.batch_size,
+        "reward": steps_of(recipe.reward, pairs_of(recipe, lengths), recipe.reward.batch_size)
+        * recipe.reward.batch_size,
         "ppo": recipe.ppo.steps * recipe.ppo.rollouts,
         "evaluate": records.get("test", 0) * evaluated,
     }

@@ -3,7 +3,8 @@
 Shapes: T frames, P tokens per frame.
 """
 
-from math import floor
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from ..model.families import Family, family_of
 from ..model.known_bases import shipped_facts
 from ..model.pixels import ImageSpec, image_spec
 from ..recipe import Features, Model
+from ..video.cache import FeatureRecord
+from ..video.prune import count_kept
 
 # NF4 with double quantisation: 4 bits, one byte per block of 64, one float32 per 256 of those bytes.
 NF4_BITS = 4 + 8 / QUANT_BLOCK + 32 / (256 * QUANT_BLOCK)
@@ -85,6 +88,11 @@ def shapes_of(section: Model, device: torch.device) -> Shapes:
     )
 
 
+def file_bytes(section: Model) -> int:
+    """Of a base's weight files that lie in a folder here; 0 of others."""
+    return sum(path.stat().st_size for path in Path(resolve_base(section.base)).glob("*.safetensors"))
+
+
 def text_model_bytes(name: str, on_gpu: bool) -> int:
     """Weights of a causal language model, whose linears are in 4 bits on a GPU; read from its config alone."""
     config = AutoConfig.from_pretrained(resolve_base(name))
@@ -111,16 +119,25 @@ def frame_size(shapes: Shapes, section: Features, frames: int) -> tuple[int, int
 
 
 def video_tokens(shapes: Shapes, section: Features, frames: int) -> int:
-    """Tokens of a view of so many frames, pruned as the recipe says."""
+    """Tokens of a view of so many frames, pruned as the recipe says; the most that `dtd` can leave of them."""
     groups, tokens = frames, shapes.frame_tokens
     if patch := shapes.images.patch:
         groups = -(-frames // patch.frames)
         height, width = frame_size(shapes, section, frames)
         tokens = (height // (patch.side * patch.merge)) * (width // (patch.side * patch.merge))
     for step in section.prune:
-        tokens = step.pool**2 if step.pool else tokens
-        if step.st_mean:
-            return groups + tokens
-        if step.evs:
-            return max(tokens, floor(step.evs * groups * tokens + 1e-9))
+        ((name, value),) = step.model_dump().items()
+        if name != "pool":
+            return count_kept(name, value, groups, tokens)
+        tokens = value**2
     return groups * tokens
+
+
+def video_text(shapes: Shapes, frames: int, count: Callable[[str], int]) -> int:
+    """Tokens of what a family writes around the frames of a view of so many, one a second: times, marks, a heading."""
+    if shapes.family.write is None:
+        return 0
+    groups = -(-frames // shapes.images.patch.frames) if shapes.images.patch else frames
+    none = torch.empty(0)
+    view = FeatureRecord(none, none, none, torch.arange(groups), none, none, 0, frames, float(frames))
+    return count(shapes.family.write(view, ""))

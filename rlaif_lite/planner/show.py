@@ -1,21 +1,26 @@
 """A plan as a table for people and as JSON for programs."""
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.table import Table
 
 from ..formats import duration
 from .plan import Plan
+from .several import Several
 
-SCHEMA = 2  # counted up when a name below goes or changes its meaning
+SCHEMA = 3  # counted up when a name below goes or changes its meaning
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Bytes and seconds; `change` is null where a stage fits, `seconds` where no rate is known."""
+    """Bytes and seconds; `change` is null where a stage fits, `seconds` where no rate is known, `several` in one
+    process."""
     return {
         "schema": SCHEMA,
         "recipe": plan.recipe.name,
         "device": plan.device._asdict(),
+        "ranks": plan.ranks,
+        "link": plan.link._asdict(),
         "fits": plan.fits,
         "peak_memory_bytes": max(stage.peak for stage in plan.stages.values()),
         "disk_bytes": sum(stage.disk or 0 for stage in plan.stages.values()),
@@ -31,6 +36,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "disk_bytes": stage.disk,
                 "seconds": stage.seconds,
                 "basis": stage.basis,
+                "several": stage.several and stage.several._asdict(),
             }
             for name, stage in plan.stages.items()
         },
@@ -47,8 +53,10 @@ def as_table(plan: Plan) -> Table:
         f"{plan.recipe.name} on {device.name}: {device.memory / 2**30:.1f} GiB, {device.reserve / 2**30:.1f} kept free"
     )
     table = Table(title=title, title_justify="left")
-    for column in ("Stage", "Peak", "at", "most of it", "Host", "Disk", "Time"):
-        table.add_column(column, justify="right" if column in ("Peak", "Host", "Disk", "Time") else "left")
+    more = () if plan.ranks == 1 else (f"Time, {plan.ranks} ranks", "Updates", "MB each", "All-reduces")
+    for column in ("Stage", "Peak", "at", "most of it", "Host", "Disk", "Time", *more):
+        table.add_column(column, justify="left" if column in ("Stage", "at", "most of it") else "right")
+    shown = lambda seconds: "not known" if seconds is None else duration(seconds)
     for name, stage in plan.stages.items():
         kind, size = max(stage.terms.items(), key=lambda term: term[1], default=("", 0))
         table.add_row(
@@ -58,9 +66,16 @@ def as_table(plan: Plan) -> Table:
             f"{kind} {size / 2**30:.2f}",
             f"{stage.host / 2**30:.1f}",
             "not known" if stage.disk is None else f"{stage.disk / 2**30:.2f}",
-            "not known" if stage.seconds is None else duration(stage.seconds),
+            shown(stage.seconds),
+            *(() if stage.several is None else _several(stage.several, shown)),
         )
     return table
+
+
+def _several(found: Several, shown: Callable[[float | None], str]) -> tuple[str, ...]:
+    """The cells of a stage that several ranks do."""
+    each = f"{found.bytes / found.updates / 1e6:.1f}" if found.updates else ""
+    return shown(found.seconds), f"{found.updates:,}", each, shown(found.exchange_seconds)
 
 
 def advice(plan: Plan) -> list[str]:

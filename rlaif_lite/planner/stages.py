@@ -12,7 +12,7 @@ from ..recipe import Recipe
 from . import host, memory
 from .lengths import Lengths, Texts
 from .memory import ADAPTER
-from .shapes import Shapes, text_model_bytes, video_tokens
+from .shapes import Shapes, file_bytes, text_model_bytes, video_text, video_tokens
 
 MOST = 512  # answers at a time that the plan proposes at most
 NOTHING = Texts(0, 0, 0.0, 0, 0, 0, True)
@@ -42,8 +42,10 @@ class MemoryModel:
 
     def __init__(self, recipe: Recipe, shapes: Shapes, judge: Shapes | None, lengths: Lengths, on_gpu: bool):
         self.recipe, self.shapes, self.judge, self.lengths, self.on_gpu = recipe, shapes, judge, lengths, on_gpu
-        self.video = video_tokens(shapes, recipe.features, recipe.features.frames)
-        self.clip = video_tokens(shapes, recipe.features, recipe.features.clip_frames)
+        self.video, self.clip = (
+            video_tokens(shapes, recipe.features, frames) + video_text(shapes, frames, lengths.count)
+            for frames in (recipe.features.frames, recipe.features.clip_frames)
+        )
         self.template = lengths.template
 
     def stages(self) -> dict[str, StageMemory]:
@@ -76,7 +78,9 @@ class MemoryModel:
         splits, narrated = self.lengths.splits.items(), self.recipe.narrated
         clips = max((section.clips if name in narrated else ceil(texts.clips) for name, texts in splits), default=0)
         encode = lambda rows: {"activations": memory.tower(self.shapes, section, clips, self.on_gpu)}
-        phases = [Phase("encode", None, 1, 1, encode)]
+        # On a CPU the weight file is mapped until its tensors are quantised, and counts as this process's memory.
+        file = {} if self.on_gpu or model.quantization == "none" else {"weight file": file_bytes(model)}
+        phases = [Phase("load", None, 1, 1, lambda rows: file), Phase("encode", None, 1, 1, encode)]
         if (judge := self.judge) is not None:  # its tower comes when the base's own was dropped
             more = judge.base_bytes(model.for_reward(), tower=True) - self.shapes.tower * self.shapes.dtype.itemsize
             again = lambda rows: {"weights": more, "activations": memory.tower(judge, section, clips, self.on_gpu)}
@@ -110,17 +114,17 @@ class MemoryModel:
         judges = [section.judge] if not section.compare_pairs else ["claims", "pairwise"]
         reading = self.judging(judges, prompt, section.max_new_tokens, self.narrative() * narrated)
         key, size = "preference.batch_size", section.batch_size
-        return StageMemory(
-            self.holds(1), [self.sampling(key, size, MOST, self.video + prompt, section.max_new_tokens), *reading]
-        )
+        answers = self.sampling(key, size, MOST, self.video + prompt, section.max_new_tokens)
+        return StageMemory(self.holds(1) | self.outside(section.judge), [answers, *reading])
 
     def dpo(self) -> StageMemory:
-        """One adapter at a time is in memory, the policy's while it is trained."""
+        """One adapter at a time is in memory, the policy's while it is trained; with a KL the reference's as well."""
         section, preference = self.recipe.dpo, self.recipe.preference
         prompt, answer = self.texts("preference").prompt, preference.max_new_tokens
         phases = [self.sampling("preference.batch_size", preference.batch_size, MOST, self.video + prompt, answer)]
-        fixed, context = self.holds(1), self.narrative() * preference.context
-        adam = {kind: size for kind, size in self.holds(1, trained=1).items() if kind not in fixed}
+        held = 1 + (section.kl_weight > 0)
+        fixed, context = self.holds(held) | self.outside(preference.judge), self.narrative() * preference.context
+        adam = {kind: size for kind, size in self.holds(held, trained=1).items() if kind not in fixed}
 
         def trained(phase: Phase) -> Phase:
             return phase._replace(terms=lambda rows: phase.terms(rows) | adam)
@@ -165,9 +169,8 @@ class MemoryModel:
         judged = self.scored() - self.pair_answer if rewarded else prompt  # what the judging and value roles read first
         length = max(prompt, judged) + new
         critic = section.value == "adapter"
-        fixed = self.holds(
-            2 + critic + (section.feedback != "rules" and (not rewarded or self.judge is None)), trained=1 + critic
-        )
+        judging = section.feedback not in ("rules", "outside") and (not rewarded or self.judge is None)
+        fixed = self.holds(2 + critic + judging, trained=1 + critic) | self.outside(section.feedback)
         # in host memory: what an update that runs out of memory is undone with
         undo = {"copy to undo": 3 * ADAPTER * self.shapes.lora * (1 + critic)}
         micro = int(section.micro_batch or section.minibatch)
@@ -243,7 +246,13 @@ class MemoryModel:
 
         lengths = {"claims": asked(claims) + claimed, "pairwise": asked(pairwise) + count(pairwise) + 2 * answer}
         key, size = "preference.batch_size", section.batch_size
-        return [self.reading(f"judge, {judge}", key, size, lengths[judge]) for judge in judges]
+        return [self.reading(f"judge, {judge}", key, size, lengths[judge]) for judge in judges if judge in lengths]
+
+    def outside(self, judge: str) -> dict[str, int]:
+        """The model on this machine that judges from outside, where the recipe has one."""
+        section = self.recipe.preference.outside
+        used = judge == "outside" and section.url is None and section.model is not None
+        return {"text model": text_model_bytes(section.model, self.on_gpu)} if used else {}
 
     def narrative(self) -> int:
         """Tokens of all captions with the words that head them."""
@@ -290,7 +299,8 @@ class MemoryModel:
             dense = self.recipe.model.dense_rollouts
             if dense or (dense is None and not self.on_gpu):  # a copy of the linears
                 held["workspace"] = self.shapes.linear * self.shapes.dtype.itemsize
-            found = self.activations(memory.sampling(self.shapes, rows, prompt, new), rows)
+            tokens = min(rows * prompt, memory.PREFILL_TOKENS)
+            found = self.activations(memory.sampling(self.shapes, rows, prompt, new), tokens)
             return {kind: found.get(kind, 0) + held.get(kind, 0) for kind in found | held}
 
         return Phase("sampling", key, rows, max(rows, most), terms)

@@ -6,13 +6,14 @@ tell a recorder what they are at (`phases.py`, `recorder.py`).
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from transformers import AutoTokenizer
 
+from .. import ranks
 from ..errors import StageError
 from ..model.base import Base, load_base, resolve_base, torch_dtype
 from ..model.random_base import load_random
@@ -61,7 +62,7 @@ def profile(
     known = [name for name in PROFILED if name in recipe.stages]
     if unknown := [name for name in stages if name not in known]:
         raise StageError(f"There is no stage `{unknown[0]}` to profile; there are {', '.join(known)}.")
-    device = torch.device(pick_device(recipe.device))
+    device = torch.device(ranks.device(pick_device(recipe.device)))
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
     cap(memory_cap, device)
     with opened(recipe, steps, memory_cap, random) as (work, plan):
@@ -95,6 +96,7 @@ def profile(
         "memory_cap_bytes": memory_cap,
         "matmul_flops": rate,
         "machine": describe_machine(),
+        "ranks": ranks.count(),
         "versions": versions(),
         "stages": found,
     }
@@ -105,13 +107,18 @@ def opened(
     recipe: Recipe, steps: int, memory_cap: int | None, random: Random | None
 ) -> Iterator[tuple[Workspace, Plan]]:
     """The recipe reduced to a few steps, on made-up inputs in a temporary folder, and what is planned for that."""
-    with tempfile.TemporaryDirectory(prefix="rlaif-profile-") as name:
-        folder = Path(name)
-        small = reduced(recipe if random is None else made_up(recipe, folder, random.small), folder, steps)
+    with ExitStack() as kept:
+        made = lambda: Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="rlaif-profile-")))
+        folder = ranks.first(made)
+        ranks.check_folder(folder)
+        small = reduced(
+            recipe if random is None else ranks.first(lambda: made_up(recipe, folder, random.small)), folder, steps
+        )
         model = small.model
         write_inputs(small, folder, AutoTokenizer.from_pretrained(resolve_base(model.base), revision=model.revision))
-        plan = make_plan(small, None if memory_cap is None else f"{memory_cap}B")
+        plan = ranks.first(lambda: make_plan(small, None if memory_cap is None else f"{memory_cap}B"))
         yield Workspace(plan.recipe, load=load_base if random is None else load_random), plan
+        ranks.wait()  # all have read what goes now
 
 
 def stage_figures(recorder: Recorder, base: Base, rate: float, planned: int) -> dict:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from .. import ranks
 from ..data.world import encode
 from ..files import write_json, write_jsonl
 from ..model.random_base import checkpoint_of
@@ -56,8 +57,8 @@ def write_inputs(recipe: Recipe, folder: Path, tokenizer: PreTrainedTokenizerBas
     """Videos and record files, with as many records of each split as one batch of its stage takes."""
     need = math.ceil(recipe.context.batch_size / recipe.features.clips)
     videos = [str(folder / f"{i}.mp4") for i in range(min(max(need, VIDEOS[0]), VIDEOS[1]))]
-    for seed, path in enumerate(videos):
-        write_video(path, 2 * max(recipe.features.frames, recipe.features.clips * recipe.features.clip_frames), seed)
+    frames = 2 * max(recipe.features.frames, recipe.features.clips * recipe.features.clip_frames)
+    ranks.first(lambda: [write_video(path, frames, seed) for seed, path in enumerate(videos)])
     phases = [section for section in (getattr(recipe.sft, name) for name in TRAINED) if section is not None]
     supervised = max((section.batch_size for section in phases), default=1)
     counts = {

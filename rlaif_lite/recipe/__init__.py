@@ -21,7 +21,7 @@ from ..errors import RecipeError
 from . import file
 from .checks import cross_checks, file_checks, tracker_checks
 from .dpo import Describe, Divide, Dpo
-from .feedback import Claims, Pairwise, Preference, Reward
+from .feedback import Claims, Outside, Pairwise, Preference, Reward
 from .ppo import Ppo
 from .rlif import Checklist, Interventions
 from .rules import Rule, Rules
@@ -58,6 +58,7 @@ __all__ = [
     "Interventions",
     "Lora",
     "Model",
+    "Outside",
     "Pairwise",
     "Ppo",
     "Preference",

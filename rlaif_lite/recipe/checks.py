@@ -16,7 +16,7 @@ from .adapter import FILES, read_adapter
 from .dpo import Describe, Divide
 from .file import did_you_mean, files_near, is_file, is_folder, shortened
 from .rules import rule_checks
-from .sections import SPLITS, WORLD_SETS
+from .sections import SPLITS, WORLD_SETS, Prune
 
 if TYPE_CHECKING:
     from . import Data, Recipe
@@ -31,16 +31,18 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield from _size_checks(recipe)
     yield from _data_checks(recipe.data)
     yield from _template_checks(recipe)
+    yield from _outside_checks(recipe)
     features, preference, reward, ppo = recipe.features, recipe.preference, recipe.reward, recipe.ppo
     if recipe.method == "dpo":
         yield from _dpo_checks(recipe)
 
+    either = ", ".join(name for name in Prune.model_fields if name != "pool")
     selectors = [i for i, step in enumerate(features.prune) if step.pool is None]
     for i, step in enumerate(features.prune):
         if len(step.model_fields_set) != 1:
-            yield f"features.prune[{i}]", "takes one key: pool, evs or st_mean. Write a list item for each."
+            yield f"features.prune[{i}]", f"takes one key: pool or {either}. Write a list item for each."
     if selectors not in ([], [len(features.prune) - 1]):
-        yield "features.prune", "may have one of evs and st_mean, as its last step. Put `pool` first."
+        yield "features.prune", f"may have one of {either}, as its last step. Put `pool` first."
     if recipe.context.markers and len(recipe.context.markers) != features.clips:
         words = len(recipe.context.markers)
         yield "context.markers", f"has {words} words for features.clips: {features.clips}. Give one per clip."
@@ -87,11 +89,11 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
             "ppo.skip_equal_groups",
             "compares answers to one prompt. Set ppo.value to none, and ppo.baseline to group or leave_one_out.",
         )
-    if ppo.resample and not (ppo.feedback == "rules" and whole):
+    if ppo.resample and not (ppo.feedback in ("rules", "outside") and whole):
         yield (
             "ppo.resample",
-            "needs scores as soon as the answers are there, of groups. Set ppo.feedback to rules, ppo.value to none "
-            "and ppo.baseline to group or leave_one_out.",
+            "needs scores as soon as the answers are there, of groups. Set ppo.feedback to rules or outside, ppo.value "
+            "to none and ppo.baseline to group or leave_one_out.",
         )
     if ppo.order_bonus and not (ppo.feedback == "rules" and ppo.group_size > 1):
         yield (
@@ -132,6 +134,28 @@ def cross_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "ppo.micro_batch", f"is {ppo.micro_batch}, above ppo.minibatch: {ppo.minibatch}. Lower it."
 
 
+def _outside_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    outside = recipe.preference.outside
+    used = recipe.method == "ppo" and recipe.ppo.feedback == "outside"
+    if outside.model is None and (used or recipe.preference.judge == "outside"):
+        yield (
+            "preference.outside.model",
+            "is null, but preference.judge or ppo.feedback is outside. Name the judge's model, and with `url` its "
+            "endpoint.",
+        )
+    if outside.url is None and (outside.key or outside.body):
+        yield "preference.outside.url", "is null, but a key or body is for an endpoint. Give its address."
+    # where these two were written is not said, as an override would repeat what may be a key
+    if outside.url is not None and "?" in outside.url:
+        yield (
+            "preference.outside",
+            "has a `url` with a `?`, and what follows would be written into the run folder. Put a key into an "
+            "environment variable and name that in `key`.",
+        )
+    if outside.key is not None and not outside.key.isidentifier():
+        yield "preference.outside", "has a `key` that is no name of an environment variable. Name the one with the key."
+
+
 def _size_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Numbers, and steps times batch, beyond what any run can take."""
 
@@ -162,6 +186,8 @@ def _dpo_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 yield key, "is about a judge, which dpo.altered does without. Leave one of them out."
         if dpo.balance_lengths:
             yield "dpo.balance_lengths", "is about two answers, but dpo.altered compares videos. Set it false."
+        if dpo.spans is not None:
+            yield "dpo.spans", "is where two answers differ, but dpo.altered compares videos. Set it to null."
     if dpo.divide is None:
         return
     if preference.claims.mode != "ask":

@@ -72,6 +72,12 @@ class Dpo(Training):
     loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="DPO's, or IPO's squared one")
     length_normalised: bool = Field(False, description="divide an answer's log-ratio by its length inside the loss")
     sft_weight: float = Field(0.0, ge=0, description="weight of the chosen answer's negative log-prob per token")
+    spans: Literal["claims", "tokens"] | None = Field(
+        None, description="prefer only the claims, or tokens, in which the answers differ (RRPO); null: whole answers"
+    )
+    kl_weight: float = Field(
+        0.0, ge=0, description="weight of the exact KL(reference || policy) over the chosen answer (RRPO 0.01)"
+    )
     lr: Positive = Field(1e-5, description="highest learning rate (RLAIF-V's for LoRA)")
     batch_size: Count = Field(8, description="pairs per optimiser step")
     micro_batch: Rows | None = Field(None, description="pairs per forward; auto: most that fit; null: the whole batch")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
-from .sections import Count, FilePath, Positive, Rows, Section, Share, Training, Words
+from .sections import NEUTRAL, Count, FilePath, Positive, Rows, Section, Share, Training, Words
 
 NARRATIVE = "Video description (may be incomplete): {context}\n"
 
@@ -37,6 +37,30 @@ class Pairwise(Section):
     choices: Annotated[tuple[str, str], Strict(False)] = Field(("A", "B"), description="words for first and second")
 
 
+class Outside(Section):
+    """A judge from outside the run: a language model that reads text and scores answers from 0 to 10."""
+
+    url: str | None = Field(
+        None, description="base URL of an OpenAI-compatible endpoint; null: `model` is on this machine"
+    )
+    model: FilePath | None = Field(
+        None, description="its name at the endpoint; on this machine a folder or a Hugging Face id"
+    )
+    key: str | None = Field(None, description="environment variable with the endpoint's API key; null: it needs none")
+    body: str | None = Field(
+        None, description="JSON of settings for the endpoint's requests; a null in it leaves one of ours out"
+    )
+    rubric: str = Field(
+        "10 is true in everything it says of the video, answers the question, and leaves out nothing that matters. "
+        "Take off most for what is not in the video, and some for what is missing.",
+        description="what a good answer is, in the judge's prompt",
+    )
+    budget: Count | None = Field(
+        None, description="tokens that the run may use, as the endpoint counts; null: any", json_schema_extra=NEUTRAL
+    )
+    concurrency: Count = Field(8, description="requests at a time", json_schema_extra=NEUTRAL)
+
+
 class Preference(Section):
     """The model answers each prompt several times and judges its own answers."""
 
@@ -46,7 +70,9 @@ class Preference(Section):
     top_k: int = Field(0, ge=0, description="sample among so many most likely tokens; 0: all")
     max_new_tokens: Count = Field(256, description="longest answer")
     batch_size: Count = Field(32, description="answers in flight")
-    judge: Literal["claims", "pairwise"] = Field("claims", description="who labels the pairs (published: pairwise)")
+    judge: Literal["claims", "pairwise", "outside"] = Field(
+        "claims", description="who labels the pairs (published: pairwise); outside: another model, see `outside`"
+    )
     context: bool = Field(True, description="the narrative stands in the judge's prompt")
     compare_context: bool = Field(True, description="also judge the other way, to report what context is worth")
     compare_pairs: int = Field(0, ge=0, description="pairs that the other judge decides as well, to compare; 0: none")
@@ -54,6 +80,7 @@ class Preference(Section):
     consistent_only: bool = Field(False, description="pairwise: drop pairs that the two orders decide differently")
     claims: Claims = Claims()
     pairwise: Pairwise = Pairwise()
+    outside: Outside = Outside()
 
 
 class Reward(Training):

@@ -14,8 +14,10 @@ from .sections import NEUTRAL, Count, Positive, Rows, Section, Share
 class Ppo(Section):
     """Reinforcement learning against feedback, the reward model's by default, held near the reference by the KL."""
 
-    feedback: Literal["reward_model", "interventions", "ranking", "rules"] = Field(
-        "reward_model", description="what says how good an answer is: a reward model, the SFT role as judge, or `rules`"
+    feedback: Literal["reward_model", "interventions", "ranking", "rules", "outside"] = Field(
+        "reward_model",
+        description="what says how good an answer is: a reward model, the SFT role as judge, `rules`, or the model of "
+        "`preference.outside`",
     )
     judge_context: bool = Field(True, description="that judge reads the narrative of every RL video")
     interventions: Interventions = Interventions()
@@ -66,7 +68,9 @@ class Ppo(Section):
         0.0, ge=0, description="rules; for right answers that need the frames' order (T-GRPO 0.3); 0: none"
     )
     resample: int = Field(
-        0, ge=0, description="rounds in which groups of equal scores are replaced by other prompts' (DAPO); rules only"
+        0,
+        ge=0,
+        description="rounds in which groups of equal scores are replaced by other prompts' (DAPO); rules and outside",
     )
     skip_equal_groups: bool = Field(False, description="leave groups of equal scores out of the mean (DAPO)")
     value_clip: Positive | None = Field(0.2, description="range of a value's change; null: not clipped")

@@ -130,11 +130,18 @@ class Model(Section):
         return self.model_copy(update={**own, "reward_base": None})
 
 
+Kept = Annotated[float | None, Field(gt=0, le=1)]
+
+
 class Prune(Section):
     """One step of pruning, as a mapping with one key."""
 
     pool: Count | None = Field(None, description="side length of a frame's token grid after average pooling")
-    evs: float | None = Field(None, gt=0, le=1, description="share of tokens kept: those that changed most")
+    evs: Kept = Field(None, description="share of tokens kept: those that changed most (vLLM serves it)")
+    vidcom2: Kept = Field(None, description="share of tokens kept: least like video and frame (vLLM serves it)")
+    v_cast: Kept = Field(None, description="share of tokens kept: more where the video turns")
+    dtd: float | None = Field(None, ge=-1, le=1, description="drop what is more like the frame before than this cosine")
+    random: Kept = Field(None, description="share of tokens kept, drawn for each video: a baseline")
     st_mean: Literal[True] | None = Field(None, description="a token per frame and per place (published)")
 
     @model_serializer

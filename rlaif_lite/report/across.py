@@ -29,6 +29,10 @@ def _change(metric: str, label: str) -> Row:
     return Row(f"{label}, policy - SFT", ("evaluation", METHOD, metric), ("evaluation", "sft", metric), swept=True)
 
 
+def _shuffled(role: str) -> tuple[str, ...]:
+    return ("order", role, "change", "delta")
+
+
 ROWS = [
     _change("greedy_hallucination", "hallucination, greedy"),
     Row("... interval, low", ("evaluation_intervals", f"{METHOD}-sft", "greedy_hallucination", "low")),
@@ -43,6 +47,8 @@ ROWS = [
     Row("accuracy, sampled, SFT", ("evaluation", "sft", "sample_accuracy"), swept=True),
     Row("accuracy, sampled, policy", ("evaluation", METHOD, "sample_accuracy"), swept=True),
     Row("accuracy, SFT sampled at T = 0.3", ("evaluation", "sft@0.3", "sample_accuracy"), swept=True),
+    Row("accuracy or F1 with the frames shuffled, less the same in order, SFT", _shuffled("sft"), swept=True),
+    Row("accuracy or F1 with the frames shuffled, less the same in order, policy", _shuffled(METHOD), swept=True),
     _change("greedy_f1", "F1, greedy"),
     _change("sample_f1", "F1, sampled"),
     Row(
@@ -152,6 +158,7 @@ def figures(folder: Path) -> dict[str, Any]:
         "cost": cost,
         "preference": preference,
         "rounds": shown,
+        "order": summary.get("order", {}),
     }
     return own | {key: summary[key] for key in kept}
 

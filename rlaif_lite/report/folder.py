@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlaif_lite.errors import StageError
+from rlaif_lite.report.people import LABELS, People, read_people
 from rlaif_lite.report.stats import Interval
 
 IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
@@ -35,6 +36,8 @@ class Run(NamedTuple):
     rows: list[dict]
     "lines of evaluate/*.jsonl"
     examples: list[Example]
+    people: People | None
+    "what people said of the answers; None where nobody was asked"
 
 
 def read_run(folder: Path) -> Run:
@@ -47,13 +50,16 @@ def read_run(folder: Path) -> Run:
     for line in _json_lines(folder / "metrics.jsonl"):
         metrics.setdefault(line["stage"], []).append(line)
     rows = [row for path in sorted((folder / "evaluate").glob("*.jsonl")) for row in _json_lines(path)]
+    said = _json(summary) if summary.exists() else {}
+    asked = (folder / LABELS).is_dir()
     return Run(
         folder=folder,
-        summary=_json(summary) if summary.exists() else {},
+        summary=said,
         metrics={stage: sorted(lines, key=lambda line: line["step"]) for stage, lines in metrics.items()},
         recipe=recipe.read_text(encoding="utf-8") if recipe.exists() else "",
         rows=rows,
         examples=_examples(folder / "evaluate" / "examples"),
+        people=read_people(folder, rows, method_of(said), said.get("recipe_hash", "")) if asked else None,
     )
 
 

@@ -13,6 +13,7 @@ from rlaif_lite.files import write_text
 from rlaif_lite.formats import duration, number, percent, signed, size
 from rlaif_lite.report import plots
 from rlaif_lite.report.folder import METHODS, Change, Changes, Run, changes, method_of, read_run
+from rlaif_lite.report.people import trust
 from rlaif_lite.report.stats import Interval, asked
 from rlaif_lite.report.verdict import judge_run, rounds_of
 
@@ -126,6 +127,8 @@ def view(run: Run) -> dict[str, Any]:
         ],
         "best_of": best_of_panels(summary),
         "asked": asked(run.rows),
+        "people": run.people,
+        "trust": run.people and trust(run.people),
         "method": METHODS[method_of(summary)],
         "curves": draw([*CURVES, rule_curve(ppo)], ppo)
         + draw(ROUND_CURVES, [row | {"step": row["round"]} for row in rounds]),

@@ -8,11 +8,14 @@ A change counts only when its 95 % interval (paired bootstrap over videos) exclu
     helped      fewer hallucinations, a higher F1 or a higher accuracy in greedy answers
     sharper     only sampled answers improved: a lower temperature does that without any alignment
     unclear     no change that the intervals support
-    no_truth    the data does not say what is true
+    no_truth    the data does not say what is true, and nobody was asked
+    preferred, disliked, undecided
+                the data does not say what is true, and people compared the policy with SFT: the interval of its win
+                rate lies above a half, below, or holds it
     unfinished  nothing was evaluated
 
 "The truth fell": right minus wrong facts per answer fell, hallucination rose without a better F1, or the accuracy by
-rules fell.
+rules fell. A reward or a judge that is pleased never makes a verdict better.
 """
 
 import re
@@ -20,6 +23,7 @@ from typing import Any, NamedTuple
 
 from rlaif_lite.formats import number, percent, signed
 from rlaif_lite.report.folder import METHODS, Changes, Run, method_of
+from rlaif_lite.report.people import People
 from rlaif_lite.report.stats import RATIOS, Asked, asked, paired, paired_bootstrap
 
 
@@ -46,9 +50,13 @@ def judge_run(run: Run, greedy: Changes, sample: Changes) -> Verdict:
             so_far += f" DPO is in round {max(begun)}."
         return Verdict("unfinished", "Not evaluated yet", [so_far, *_training(run)], warnings)
     kind = classify(greedy, sample, _reward_rose(run.summary))
+    headline = _headline(kind, greedy or sample, method_of(run.summary))
+    people, without = _win_rate(run.people), _without_truth(run.summary) if kind == "no_truth" else []
+    if kind == "no_truth" and run.people and run.people.policy:
+        kind, headline = _by_people(run.people)
     sentences = [*_effect("Greedy answers", greedy, items), *_effect("Sampled answers", sample, items)]
-    sentences += [*_temperature(run, sample), *_order(run.summary), *_training(run)]
-    return Verdict(kind, _headline(kind, greedy or sample, method_of(run.summary)), sentences, warnings)
+    sentences = [*people, *sentences, *_temperature(run, sample), *_order(run.summary), *without, *_training(run)]
+    return Verdict(kind, headline, sentences, warnings)
 
 
 def classify(greedy: Changes, sample: Changes, reward_rose: bool | None) -> str:
@@ -107,7 +115,56 @@ def cautions(run: Run) -> list[str]:
         found.append(
             f"The truth is known for {items.known} of {items.questions} questions; figures of it are of these."
         )
+    if run.people:
+        found += run.people.labels.refused
+        if run.people.labels.stale:
+            found.append(
+                f"{run.people.labels.stale} verdicts of people are about answers that this run no longer has. They are "
+                "kept and not counted."
+            )
     return found
+
+
+def _by_people(people: People) -> tuple[str, str]:
+    """(kind, headline) where the data has no truth and people compared the policy with SFT."""
+    rate = people.policy
+    won = f"it won {percent(rate.value)} of {rate.verdicts} comparisons with SFT"
+    if rate.low > 0.5:
+        return "preferred", f"People prefer the trained policy: {won}"
+    if rate.high < 0.5:
+        return "disliked", f"People prefer the answers from before: the policy {won.removeprefix('it ')}"
+    return "undecided", f"People see no clear difference: the policy {won.removeprefix('it ')}"
+
+
+def _win_rate(people: People | None) -> list[str]:
+    if people is None or people.policy is None:
+        return []
+    rate, (won, tied, lost) = people.policy, people.counts
+    low, high = number(100 * rate.low, 1), percent(rate.high)
+    text = (
+        f"People compared the policy's greedy answers with SFT's, blind: of {rate.verdicts} verdicts on {rate.videos} "
+        f"videos the policy won {won}, tied {tied} and lost {lost}. Its win rate is {percent(rate.value)} ({low} to "
+        f"{high}), a tie counted as half."
+    )
+    alike = f" Another {people.equal} answers are the same word for word, so nobody was asked about them."
+    return [text + (alike if people.equal else "")]
+
+
+def _without_truth(summary: dict) -> list[str]:
+    """What can be said of the judge where nothing says what is true."""
+    preference, parts = summary.get("preference", {}), []
+    if (same := preference.get("position_consistency")) is not None:
+        parts.append(f"asked in both orders, it names the same winner in {percent(same)} of pairs")
+    for judge in preference.get("judges", []):
+        own = (judge["judge"], judge["context"]) == (preference["judge"], preference.get("context", True))
+        if not own and judge.get("same_winner") is not None:
+            how = "with" if judge["context"] else "without"
+            parts.append(f"`{judge['judge']}` {how} the narrative agrees with it on {percent(judge['same_winner'])}")
+    if judged := preference.get("pairs_judged"):
+        parts.append(f"{percent(preference['verdicts_without_mass'] / judged)} of its verdicts have no mass")
+    if (outside := preference.get("outside_narrative")) is not None:
+        parts.append(f"{percent(outside)} of the answers it read name nothing of their narrative")
+    return [f"What can be said of the judge without a truth: {'; '.join(parts)}."] if parts else []
 
 
 def _headline(kind: str, first: Changes, method: str) -> str:

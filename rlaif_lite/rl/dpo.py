@@ -1,17 +1,20 @@
-"""Direct preference optimisation as pure functions: its losses, RLAIF-V's choice of pairs, its balancing of lengths.
+"""Direct preference optimisation as pure functions: its losses, RRPO's spans, RLAIF-V's choice of pairs, its balancing
+of lengths.
 
 An answer's implicit reward is beta * log(pi / pi_ref), summed over its tokens (Rafailov et al., arXiv 2305.18290), or
 averaged over them, which is also what ranks samples at inference (RLAIF-V, arXiv 2405.17220, self-feedback).
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from difflib import SequenceMatcher
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Span = tuple[int, int]  # start, end
 RATIOS = [step / 50 for step in range(50)]  # 0, .02, ... .98, as released
 
 
@@ -19,7 +22,7 @@ class Scored(NamedTuple):
     """Chosen and rejected answers under one model, B pairs."""
 
     chosen_B: Tensor
-    "log-prob of the chosen answer, summed over its tokens"
+    "log-prob of the chosen answer, summed over its tokens, or over those in RRPO's spans"
     rejected_B: Tensor
     "and of the rejected one"
 
@@ -35,6 +38,8 @@ class DpoStats(NamedTuple):
     "implicit reward of the chosen answer: negative = it became less likely, too"
     nll: Tensor
     "-log-prob per token of the chosen answer"
+    kl: Tensor
+    "KL(reference || policy) over the tokens of the chosen answer, nats; 0 where it is not computed"
 
 
 class Pair(NamedTuple):
@@ -60,12 +65,19 @@ def dpo_loss(
     kind: Literal["sigmoid", "ipo"] = "sigmoid",
     normalised: bool = False,
     sft_weight: float = 0.0,
+    kl_weight: float = 0.0,
+    nll_B: Tensor | None = None,
+    kl_B: Tensor | None = None,
 ) -> tuple[Tensor, DpoStats]:
-    """Mean over pairs of the preference loss, plus `sft_weight` times the chosen answer's negative log-prob per token.
+    """Mean over pairs of the preference loss, plus `sft_weight` times the chosen answer's negative log-prob per token
+    (`nll_B`; None: from `policy` and `lengths`, which then are of whole answers), plus `kl_weight` times `kl_B`.
 
     With h = log-ratio of the chosen - of the rejected answer: sigmoid is softplus(-beta h), IPO is (h - 1 / (2 beta))^2
     (Azar et al., arXiv 2310.12036, equation 17). `normalised` divides each answer's log-ratio by its length first.
-    Gradient flows to `policy` alone.
+    Gradient flows to `policy`, `nll_B` and `kl_B`.
+
+    RRPO (arXiv 2504.12083) is `sigmoid` on sums over the spans in which the answers differ (`changed_spans`), with
+    `kl_B` the exact KL(reference || policy), summed over the tokens of the whole chosen answer.
 
     Departure: RLAIF-V's and LLaVA-Hound's SFT term is a sum over tokens or a batch's token mean; per answer's token
     here, so that a long answer weighs no more than a short one."""
@@ -80,10 +92,20 @@ def dpo_loss(
         loss_B = (margin_B / beta - 1 / (2 * beta)).square()
     else:
         raise ValueError(f"the DPO loss is {kind!r}; known are 'sigmoid' and 'ipo'")
-    nll_B = -policy.chosen_B / lengths.chosen_B
+    nll_B = -policy.chosen_B / lengths.chosen_B if nll_B is None else nll_B
+    kl_B = torch.zeros_like(nll_B) if kl_B is None else kl_B
     with torch.no_grad():
-        stats = DpoStats((margin_B > 0).float().mean(), margin_B.mean(), chosen_B.mean(), nll_B.mean())
-    return (loss_B + sft_weight * nll_B).mean(), stats
+        stats = DpoStats((margin_B > 0).float().mean(), margin_B.mean(), chosen_B.mean(), nll_B.mean(), kl_B.mean())
+    return (loss_B + sft_weight * nll_B + kl_weight * kl_B).mean(), stats
+
+
+def changed_spans(chosen: Sequence[Hashable], rejected: Sequence[Hashable]) -> tuple[list[Span], list[Span]]:
+    """Where two sequences differ, as (start, end) in each: what is left of them once the longest common parts, in
+    order, are taken out. RRPO's phrases: in its data a phrase of the chosen answer was replaced by a wrong one."""
+    blocks = SequenceMatcher(None, chosen, rejected, autojunk=False).get_opcodes()
+    changed = [block for block in blocks if block[0] != "equal"]
+    own = [(start, end) for _, start, end, _, _ in changed if start < end]
+    return own, [(start, end) for *_, start, end in changed if start < end]
 
 
 def pairs_by_score(scores: Sequence[float], least: float) -> list[Pair]:

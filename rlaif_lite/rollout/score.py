@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlaif_kernels import linear_logprob
 
-from ..model.answers import Group, lay_out
+from ..model.answers import AnswerRows, Group, lay_out
 from ..model.inputs import Sequence
 from ..model.memory import in_pieces
 from ..model.roles import ActiveRole, Roles
@@ -21,15 +21,45 @@ from .loop import sample
 from .sampling import Sampling, Trajectory
 
 
-def answer_logps(role: ActiveRole, groups: Seq[Group]) -> Tensor:
-    """logp_B float32 of all answers of the groups, summed over their tokens, at temperature 1; differentiable. Logits
-    are never held."""
+class TokenScores(NamedTuple):
+    """What is known of every token of some answers under a role, float32."""
+
+    logp_N: Tensor  # log-prob, at temperature 1
+    kl_N: Tensor | None  # exact KL(reference || role) of the distribution that it was taken from
+    answer_N: Tensor  # int64, the answer that it belongs to, counted through the groups
+
+    def per_answer(self, x_N: Tensor, answers: int) -> Tensor:
+        """x_B, sums over each answer's tokens."""
+        return torch.zeros(answers, device=x_N.device).index_add(0, self.answer_N, x_N)
+
+
+def answer_hidden(role: ActiveRole, groups: Seq[Group]) -> tuple[AnswerRows, Tensor]:
+    """The groups laid out, and the hidden states (N, D) that predict their answers' tokens."""
+    rows = lay_out(role.roles.base, groups)
+    return rows, role.hidden(rows.batch).flatten(0, 1).index_select(0, rows.before_N)
+
+
+def token_scores(role: ActiveRole, groups: Seq[Group], reference_hidden_ND: Tensor | None = None) -> TokenScores:
+    """Of all answers of the groups; differentiable. Logits are never held. `reference_hidden_ND`: the reference's
+    `answer_hidden` of the same groups, for the KL."""
     base = role.roles.base
-    rows = lay_out(base, groups)
-    hidden_ND = role.hidden(rows.batch).flatten(0, 1).index_select(0, rows.before_N)
-    found = linear_logprob(hidden_ND, base.head_weight_VD, rows.token_N, bias_V=base.ban_bias_V)
-    count = sum(len(group.answers) for group in groups)
-    return torch.zeros(count, device=base.device).index_add(0, rows.answer_N, found.logp_N)
+    rows, hidden_ND = answer_hidden(role, groups)
+    found = linear_logprob(
+        hidden_ND,
+        base.head_weight_VD,
+        rows.token_N,
+        bias_V=base.ban_bias_V,
+        reference_hidden_ND=reference_hidden_ND,
+        kl="reference||policy",
+        differentiable="logp" if reference_hidden_ND is None else "all",
+    )
+    return TokenScores(found.logp_N, found.kl_N, rows.answer_N)
+
+
+def answer_logps(role: ActiveRole, groups: Seq[Group]) -> Tensor:
+    """logp_B float32 of all answers of the groups, summed over their tokens, at temperature 1; differentiable."""
+    found = token_scores(role, groups)
+    return found.per_answer(found.logp_N, sum(len(group.answers) for group in groups))
 
 
 class Best(NamedTuple):

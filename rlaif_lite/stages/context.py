@@ -8,7 +8,7 @@ many prompts it has.
 
 from ..data.records import VIDEO_MARK, Message
 from ..data.sentences import says_something
-from ..files import by_batches, chunks, write_json
+from ..files import by_batches, chunks, even_chunks, write_json
 from ..judge.narrative import narrative, spans_of
 from ..model.inputs import encode_prompt
 from ..model.text import decode_answer
@@ -50,8 +50,7 @@ def run(work: Workspace) -> dict:
             for key, part, times in zip(batch, chunks(captions, recipe.features.clips), spans, strict=True)
         ]
 
-    # several times what is in flight, so that slots are refilled
-    batches = chunks(list(records), max(1, 4 * section.batch_size // recipe.features.clips))
+    batches = even_chunks(list(records), section.batch_size // recipe.features.clips)
     with progress(len(records), "context", unit="video") as bar:
         rows = by_batches(work.stage("context") / "captions.jsonl", batches, caption, bar.advance)
     narratives = {row["video"]: narrative(row["captions"], section.markers, row["spans"]) for row in rows}

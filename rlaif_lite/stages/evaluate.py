@@ -18,7 +18,7 @@ from PIL import Image
 from .. import ranks
 from ..data.records import Record, question_of
 from ..errors import RlaifError, StageError
-from ..files import by_batches, chunks, write_json, write_jsonl
+from ..files import by_batches, even_chunks, write_json, write_jsonl
 from ..model.inputs import encode_prompt
 from ..model.text import decode_answer
 from ..progress import progress, say
@@ -142,8 +142,7 @@ def answer_all(
     if ranks.is_first():
         folder.mkdir(exist_ok=True)
     path = folder / f"{role}.{mode}{f'@{temperature:g}' if mode == 'sample' else ''}.jsonl"
-    # several times what is in flight, so that slots are refilled
-    batches = chunks(work.records("test"), max(1, 4 * section.batch_size // per_prompt))
+    batches = even_chunks(work.records("test"), section.batch_size // per_prompt)
     rows = by_batches(work.stage("evaluate") / "parts" / path.name, batches, answer, done)
     write_jsonl(path, rows)
     return rows

@@ -207,7 +207,8 @@ def encode(
     base: Base, frames: dict[str, Frames], chain: list[dict], names: Iterable[str] | None = None, seed: int = 0
 ) -> dict[str, FeatureRecord]:
     """All views of a video in one pass of the tower, then altered (`names` has such views; None: none) and pruned one
-    by one. A family that merges frames in time gets the last one again where a view has too few."""
+    by one. A family that merges frames in time gets the last one again where a view has too few. `seed`: the video's
+    own, for what is drawn at random."""
     merged = base.images.patch.frames if base.images.patch else 1
     pixels = [to_pixels(view.rgb_THWC, base.images) for view in frames.values()]
     pixels = [torch.cat([each, each[-1:].expand(-len(each) % merged, -1, -1, -1)]) for each in pixels]
@@ -228,6 +229,7 @@ def encode(
             time_G=time_G,
             frames=min(len(frames[view].time_T), len(time_G) * merged),
             duration=frames[view].duration,
+            seed=seed,
         )
     return out
 
@@ -274,15 +276,21 @@ def tower_config(base: Base) -> dict:
 
 
 def counts(work: Workspace, wanted: dict, keys: dict[str, str], failed: dict[str, str]) -> dict:
-    """Counts for the report; says what the first video became."""
-    first = next((name for name in wanted if name not in failed), None)
+    """Counts for the report; says what the first video became, and how many tokens the others have."""
+    done = [name for name in wanted if name not in failed]
     out = {"videos": len(wanted) - len(failed), "unreadable": len(failed), "missing": len(work.missing_videos)}
-    if first is not None:
-        view = work.store.get(keys[first])[WHOLE]
-        tokens = view.features_KD.shape[0]
-        out |= {"frames": view.frames, "tokens_before": view.layout_tokens, "tokens_after": tokens}
+    if done:
+        view = work.store.get(keys[done[0]])[WHOLE]
+        kept = [work.store.tokens(keys[name], WHOLE) for name in done]
+        out |= {
+            "frames": view.frames,
+            "tokens_before": view.layout_tokens,
+            "tokens_after": round(sum(kept) / len(kept)),
+        }
+        out |= {"tokens_fewest": min(kept), "tokens_most": max(kept)}
+        others = "" if min(kept) == max(kept) else f"; {min(kept)} to {max(kept)} in all"
         say(
-            f"features: {view.frames} frames, {view.layout_tokens} video tokens, {tokens} after pruning "
-            f"(first video: {first})"
+            f"features: {view.frames} frames, {view.layout_tokens} video tokens, {kept[0]} after pruning "
+            f"(first video: {done[0]}{others})"
         )
     return out

@@ -1,14 +1,16 @@
 """What every stage that learns from judged answers does: a role answers prompts, a role judges the answers, and the
 judge is held against the truth where that is known. All of it goes on batch by batch after a kill."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ..data.records import Record, question_of
 from ..data.truth import Truth
-from ..files import by_batches, chunks
+from ..errors import JudgeError
+from ..files import by_batches, chunks, even_chunks
 from ..judge.claims import AnswerToJudge, judge_claims
+from ..judge.outside.answers import score_answers
 from ..judge.pairwise import AnswerPair, judge_pairs
 from ..model.inputs import encode_prompt
 from ..model.text import decode_answer
@@ -26,7 +28,8 @@ class Judged(NamedTuple):
     b: str
     margin: float  # positive: a is better
     consistent: bool  # both orders agreed (always true of judges that see one answer at a time)
-    has_mass: bool = True  # the judge gave its verdict words probability, for both answers
+    has_mass: bool = True  # the judge gave its verdict words probability, or a score, for both answers
+    said: Sequence[Sequence] = ((), ())  # of a and of b: (claim, P(yes), P(no)); nothing where pairs are compared
 
 
 class Answers(NamedTuple):
@@ -60,8 +63,7 @@ def sample_answers(
             for r, part in zip(batch, chunks(found, samples), strict=True)
         ]
 
-    # several times what is in flight, so that slots are refilled
-    batches = chunks(records, max(1, 4 * in_flight // samples))
+    batches = even_chunks(records, in_flight // samples)
     with progress(len(records), label, unit="prompt") as bar:
         rows = by_batches(path, batches, answer, bar.advance)
     return [Answers(record, row["answers"], row["ids"]) for record, row in zip(records, rows, strict=True)]
@@ -76,10 +78,15 @@ def compare_pairs(
     path: Path,
     label: str,
 ) -> list[Judged]:
-    """A role decides `pairs` as judge "pairwise" or "claims", with the videos' contexts or without; kept in `path`."""
+    """A role decides `pairs` as judge "pairwise" or "claims", with the videos' contexts or without; kept in `path`. The
+    judge "outside" is no role."""
     section = work.recipe.preference
 
     def decide(batch: list) -> list[list]:
+        if judge == "outside":
+            found = outside_scores(work, [(r, x) for r, a, b in batch for x in (a, b)], contexts)
+            known = [None not in both for both in zip(found[0::2], found[1::2], strict=True)]
+            return [[a - b if k else 0.0, True, k] for a, b, k in zip(found[0::2], found[1::2], known, strict=True)]
         with work.roles.use(role) as active, phase("judge"):
             if judge == "pairwise":
                 asked = [
@@ -87,15 +94,40 @@ def compare_pairs(
                     for r, a, b in batch
                 ]
                 found = judge_pairs(active, asked, section.pairwise, section.batch_size)
-                return [[c.margin, c.consistent, c.has_mass] for c in found]
+                return [[c.margin, c.consistent, c.has_mass, [[], []]] for c in found]
             items = [item_of(work, r, x, contexts) for r, a, b in batch for x in (a, b)]
             scores = judge_claims(active, items, section.claims, section.batch_size)
-        both = zip(scores[0::2], scores[1::2], strict=True)
-        return [[a.score - b.score, True, a.has_mass and b.has_mass] for a, b in both]
+        said = [score.said(item.answer, section.claims.mode) for score, item in zip(scores, items, strict=True)]
+        both = zip(scores[0::2], scores[1::2], chunks(said, 2), strict=True)
+        return [[a.score - b.score, True, a.has_mass and b.has_mass, claims] for a, b, claims in both]
 
     with progress(len(pairs), label, unit="pair") as bar:
-        decisions = by_batches(path, chunks(pairs, 4 * section.batch_size), decide, bar.advance)
+        decisions = by_batches(path, even_chunks(pairs, section.batch_size), decide, bar.advance)
     return [Judged(*pair, *decision) for pair, decision in zip(pairs, decisions, strict=True)]
+
+
+def outside_scores(
+    work: Workspace, answers: list[tuple[Record, str]], contexts: Mapping[str, str] | None
+) -> list[float | None]:
+    """What the judge from outside says of (record, answer), 0 to 10; None where its reply cannot be read. It reads the
+    record's `captions` and the narrative."""
+    asked = []
+    for record, text in answers:
+        known = [*record.captions, *filter(None, [context_of(work, record, contexts)])]
+        asked.append((record, text, "\n".join(known)))
+    with phase("judge"):
+        return score_answers(work.outside, asked, work.recipe.preference.outside.rubric)
+
+
+def refuse_unread(work: Workspace, read: list[bool], who: str) -> int:
+    """How many verdicts of the judge from outside cannot be read. Raises JudgeError where none can."""
+    if read and not any(read):
+        raise JudgeError(
+            f"{who}: none of {len(read)} replies of {work.outside.id} holds a score, so they say nothing. They are in "
+            f"{work.folder / 'outside'}. Choose a model that follows instructions, or raise its longest reply in "
+            "`preference.outside.body`."
+        )
+    return len(read) - sum(read)
 
 
 def context_of(work: Workspace, record: Record, contexts: Mapping[str, str] | None) -> str | None:

@@ -3,8 +3,8 @@ section 3.2).
 
 Answers are sampled from the SFT model. A judge, which is the SFT model too, reads the video, the narrative, and the
 answers: `pairwise` compares two answers by logits in both orders (the published form), `claims` checks each answer
-claim by claim and prefers the higher score. Pairs are written in the JSON shape of the released files, with scores
-beside them.
+claim by claim and prefers the higher score, `outside` asks another model for scores. Pairs are written in the JSON
+shape of the released files, with scores beside them.
 
 Where the truth is known (the synthetic world), the judge's agreement with it is reported, with and without the
 narrative; everywhere, how often the longer answer wins.
@@ -19,7 +19,7 @@ from ..judge.claims import refuse_silent_judge
 from ..progress import say
 from ..rollout import Sampling
 from ..workspace import Workspace
-from .judging import Answers, Judged, compare_pairs, figures_of, sample_answers
+from .judging import Answers, Judged, compare_pairs, figures_of, refuse_unread, sample_answers
 
 READS = ("seed", "preference", "data.preference", "data.pairs", *TRUTH)
 NEEDS = ("features", "sft", "context")
@@ -54,13 +54,18 @@ def run(work: Workspace) -> dict:
         return compare_pairs(work, "sft", judge, pairs[:count], contexts, path, f"preference: {name}")
 
     label = judged(section.judge, section.context, len(pairs))
-    refuse_silent_judge([j.has_mass for j in label], "preference")
+    told = [j.has_mass for j in label]
+    if section.judge == "outside":
+        refuse_unread(work, told, "preference")
+    else:
+        refuse_silent_judge(told, "preference")
     table = {(section.judge, section.context): label}
-    if section.compare_context:
+    both = section.compare_context and section.judge != "outside"  # which is paid for
+    if both:
         table[section.judge, not section.context] = judged(section.judge, not section.context, len(pairs))
     if section.compare_pairs:
         other = "pairwise" if section.judge == "claims" else "claims"
-        for context in (True, False) if section.compare_context else (section.context,):
+        for context in (True, False) if both else (section.context,):
             table[other, context] = judged(other, context, section.compare_pairs)
     kept = [
         j
@@ -68,10 +73,19 @@ def run(work: Workspace) -> dict:
         if j.margin != 0 and abs(j.margin) > section.min_margin and (j.consistent or not section.consistent_only)
     ]
     write_pairs(work, kept)
-    figures = [figures_of(work.truth, judge, context, found) for (judge, context), found in table.items()]
+    figures = [
+        figures_of(work.truth, judge, context, found) | {"same_winner": same_winner(label, found)}
+        for (judge, context), found in table.items()
+    ]
     write_json(work.stage("preference") / "judgements.json", figures)
     outside = outside_narrative(work, pairs, narratives)
     return summary(section, figures, pairs=len(kept), judged=len(label)) | {"outside_narrative": outside}
+
+
+def same_winner(label: list[Judged], other: list[Judged]) -> float | None:
+    """Share of the pairs of `other`, which are the first of `label`, in which both judges name the same winner."""
+    same = [(one.margin > 0) == (two.margin > 0) for one, two in zip(label, other, strict=False)]
+    return sum(same) / len(same) if same else None
 
 
 def make_pairs(answers: list[Answers]) -> list[tuple[Record, str, str]]:
@@ -96,10 +110,10 @@ def outside_narrative(
 
 def write_pairs(work: Workspace, kept: list[Judged]) -> None:
     """`pairs.json` in the released shape (RM_13b_v1_dataset), with the score gap beside the preference, and
-    `pairs.jsonl` as the reward stage reads it."""
+    `pairs.jsonl` as the reward stage reads it, with what the judge said of both answers, claim by claim."""
     released, own = [], []
     for judged in kept:
-        record, better = judged.record, judged.a if judged.margin > 0 else judged.b
+        record, a_is_better = judged.record, judged.margin > 0
         released.append(
             {
                 "id": record.id,
@@ -107,16 +121,18 @@ def write_pairs(work: Workspace, kept: list[Judged]) -> None:
                 "conversations": [{"from": "human", "value": f"{VIDEO_MARK}\n{question_of(record)}"}],
                 "output_1": {"from": "llm", "value": judged.a},
                 "output_2": {"from": "llm", "value": judged.b},
-                "preference": 1 if judged.margin > 0 else 2,
+                "preference": 1 if a_is_better else 2,
                 "score_gap": judged.margin,
             }
         )
         own.append(
             {
                 "key": record.key,
-                "chosen": better,
-                "rejected": judged.b if judged.margin > 0 else judged.a,
+                "chosen": judged.a if a_is_better else judged.b,
+                "rejected": judged.b if a_is_better else judged.a,
                 "margin": abs(judged.margin),
+                "consistent": judged.consistent,
+                "said": list(judged.said if a_is_better else judged.said[::-1]),
             }
         )
     write_json(work.stage("preference") / "pairs.json", released)

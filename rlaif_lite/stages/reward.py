@@ -22,7 +22,7 @@ from ..data.records import VIDEO_MARK, Message, Record, question_of
 from ..data.splits import hold_out_videos
 from ..data.truth import TRUTH
 from ..errors import StageError
-from ..files import write_json
+from ..files import write_json, write_jsonl
 from ..model.answers import Group, lay_out
 from ..model.base import Base
 from ..model.inputs import Sequence, encode_prompt
@@ -230,7 +230,8 @@ def stumbling(pairs: list[tuple[Record, str, str]], share: float, seed: int) -> 
 
 @torch.no_grad()
 def measure(work: Workspace, layout: RewardInput, held: list[tuple[Record, str, str]]) -> dict:
-    """Held-out accuracy against the labels and, where it is known, against the truth; calibration of P(chosen)."""
+    """Held-out accuracy against the labels and, where it is known, against the truth; calibration of P(chosen).
+    `reward/heldout.jsonl` keeps each pair with the difference of its scores."""
     with work.roles.use("reward") as active:
 
         def read(part: Seq[tuple[Record, str, str]]) -> list[float]:
@@ -238,6 +239,11 @@ def measure(work: Workspace, layout: RewardInput, held: list[tuple[Record, str, 
             return (score_B2[:, 0] - score_B2[:, 1]).tolist()
 
         gaps = in_pieces_together(held, layout.section.micro_batch or layout.section.batch_size, read)
+    rows = [
+        {"key": record.key, "chosen": chosen, "rejected": rejected, "gap": gap}
+        for (record, chosen, rejected), gap in zip(held, gaps, strict=True)
+    ]
+    write_jsonl(work.stage("reward") / "heldout.jsonl", rows)
     result = {"heldout_accuracy": sum(gap > 0 for gap in gaps) / len(gaps), "calibration": calibration(gaps)}
     decided = [(gap, true) for gap, pair in zip(gaps, held, strict=True) if (true := work.truth.gap(*pair))]
     if decided:

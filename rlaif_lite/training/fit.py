@@ -44,11 +44,13 @@ def fit(
     log: MetricsLog,
     seed: int,
     checkpoint_every: int,
+    before: Callable[[int, int], None] = lambda step, micro: None,
 ) -> None:
     """Train `role` for `steps` updates. `step_loss(active, step, micro)` runs the forward and backward of one whole
     batch, `micro` records at a time, leaves the gradients on the parameters, and returns what is to be logged; `label`
     names the phase in the log and in the seeds. Of several ranks each does its share of the batch (`ranks.deal`):
-    gradients and what is to be logged are parts that add up.
+    gradients and what is to be logged are parts that add up. `before(step, micro)` comes first, outside the role's
+    scope, where the loss needs what another role reads.
 
     The checkpoint in `folder` is gone on with if there is one, and is left there when the last step is done."""
     roles.trainable(role)
@@ -65,6 +67,7 @@ def fit(
 
     def attempt(micro: int) -> dict[str, float]:
         torch.manual_seed(derive_seed(seed, label, step))
+        before(step, micro)
         with roles.use(role) as active:
             stats = ranks.totals(step_loss(active, step, micro))
         ranks.sum_gradients(parameters)
@@ -81,8 +84,8 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = lr
             with phase("copy to undo"):
-                before = remember(roles, optimizers)
-            stats = backoff.run(step, attempt, undo=lambda before=before: put_back(roles, optimizers, before))
+                kept = remember(roles, optimizers)
+            stats = backoff.run(step, attempt, undo=lambda kept=kept: put_back(roles, optimizers, kept))
             log.append(label, step, {**stats, "lr": lr}, {"seconds": time.perf_counter() - began})
             if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
                 extra = {"micro_batch": backoff.micro, "metrics": log.digest_of(label)}

@@ -105,6 +105,11 @@ class FeatureStore:
         self._hold(key, views)
         return views
 
+    def tokens(self, key: str, view: str) -> int:
+        """How many tokens a view has that is there; its features are not read."""
+        with safe_open(self.path(key), "pt") as file:
+            return file.get_slice(f"{view}/features_KD").get_shape()[0]
+
     def put(self, key: str, views: dict[str, FeatureRecord], about: dict | None = None) -> None:
         """Write one video's views; a reader sees the whole file or none. `about` goes into the header, for people."""
         tensors = {

@@ -38,6 +38,7 @@ class View(NamedTuple):
     count: int  # frames
     clip: int | None = None  # which of `clips` equal segments, from 0; None is the whole video
     clips: int = 1
+    seconds: tuple[float, float] | None = None  # the part between two times since the first frame, in place of a clip
 
 
 class Frames(NamedTuple):
@@ -73,6 +74,17 @@ def sample_indices(frames: int, view: View) -> np.ndarray:
         first, end = view.clip * frames // view.clips, (view.clip + 1) * frames // view.clips
     step = np.arange(view.count)
     return first + (2 * step + 1) * (end - first) // (2 * view.count)
+
+
+def indices_between(time_N: np.ndarray, view: View) -> np.ndarray:
+    """int64 indices of `view`, of the frames between its two times; of the one frame next to them where there is none.
+
+    time_N: seconds of all frames, not falling."""
+    if view.seconds is None:
+        return sample_indices(len(time_N), view)
+    first = min(int(np.searchsorted(time_N, view.seconds[0], "left")), len(time_N) - 1)
+    end = max(int(np.searchsorted(time_N, view.seconds[1], "right")), first + 1)
+    return first + sample_indices(end - first, View(view.count))
 
 
 def decode(
@@ -162,7 +174,7 @@ def probe(path_or_frames: str | os.PathLike | Sequence[str]) -> Probe:
 def _read(video: Reader, views: dict[str, View]) -> dict[str, Frames]:
     rgb_NHWC = None
     while rgb_NHWC is None:  # None: there are fewer frames than the container said, and time_N has been corrected
-        index = {name: sample_indices(len(video.time_N), view) for name, view in views.items()}
+        index = {name: indices_between(video.time_N, view) for name, view in views.items()}
         wanted = np.unique(np.concatenate(list(index.values())))
         rgb_NHWC = video.read(wanted)
     about = (video.duration, video.source, video.reason, video.timed)

@@ -24,10 +24,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from rlaif_lite.benchmarks.judges import Case
-from rlaif_lite.benchmarks.judges.cached import CachedJudge
-from rlaif_lite.benchmarks.judges.endpoint import Endpoint
 from rlaif_lite.errors import JudgeError
+from rlaif_lite.judge.outside import Case
+from rlaif_lite.judge.outside.cached import CachedJudge
+from rlaif_lite.judge.outside.endpoint import Endpoint
 
 KEY = "sk-Very+Secret/Key=="
 QUERY = "hunter2/also+secret"

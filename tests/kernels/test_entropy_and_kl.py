@@ -32,18 +32,20 @@ def all_both(impl, dtype, scale=(1.0, 1.0, 1.0), reference=True, N=21, V=210, **
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("reference", [False, True])
-def test_gradients_of_entropy_and_kl_match_float64(impl, reference, dtype):
-    ours, want, grad, grad64 = all_both(impl, dtype, reference=reference)
+@pytest.mark.parametrize("kl", [None, "policy||reference", "reference||policy"])
+def test_gradients_of_entropy_and_kl_match_float64(impl, kl, dtype):
+    options = {} if kl is None else {"kl": kl}
+    ours, want, grad, grad64 = all_both(impl, dtype, reference=kl is not None, **options)
     assert all(worst(a, b) <= 2 * LOGP_TOLERANCE[dtype] for a, b in zip(ours, want, strict=True))
     assert grad.dtype == dtype and relative(grad, grad64) <= GRAD_TOLERANCE[dtype]
     assert not grad[:2].any(), "ignored rows are not 0"
 
 
+@pytest.mark.parametrize("kl", ["policy||reference", "reference||policy"])
 @pytest.mark.parametrize("scale", [(1e3, 0.0, 0.0), (0.0, 1e3, 0.0), (0.0, 0.0, 1e3), (1e-2, 1e-2, 1e-2)])
-def test_upstream_gradients_beyond_fp16(impl, scale):
+def test_upstream_gradients_beyond_fp16(impl, scale, kl):
     """dz is stored in units of its bound, so gradients of hundreds fit fp16 as gradients of hundredths do."""
-    _, _, grad, grad64 = all_both(impl, torch.float16, scale)
+    _, _, grad, grad64 = all_both(impl, torch.float16, scale, kl=kl)
     assert grad.isfinite().all() and relative(grad, grad64) <= GRAD_TOLERANCE[torch.float16]
 
 
@@ -76,7 +78,22 @@ def test_entropy_and_kl_worked_by_hand(impl):
         assert hidden_ND.grad.item() == pytest.approx(want, abs=1e-6)
 
 
-def test_all_gradcheck():
+def test_the_other_kl_worked_by_hand(impl):
+    """KL(r || p) of r = (1/2, 1/2) and p = (3/4, 1/4) is ln 2 - ln 3 / 2; its derivative by h is p - r = 1/4. Of a
+    policy to itself both are exactly 0."""
+    weight_VD, target_N = torch.tensor([[1.0], [0.0]]), torch.tensor([0])
+    for policy, want, slope in ((math.log(3), math.log(2) - math.log(3) / 2, 1 / 4), (0.0, 0.0, 0.0)):
+        hidden_ND = torch.full((1, 1), policy, requires_grad=True)
+        options = {"reference_hidden_ND": torch.zeros(1, 1), "kl": "reference||policy"}
+        out = linear_logprob(hidden_ND, weight_VD, target_N, differentiable="all", impl=impl, **options)
+        out.kl_N.sum().backward()
+        assert out.kl_N.item() == pytest.approx(want, abs=1e-6) and hidden_ND.grad.item() == pytest.approx(slope)
+    with pytest.raises(ValueError, match="kl"):
+        linear_logprob(hidden_ND, weight_VD, target_N, kl="js")
+
+
+@pytest.mark.parametrize("kl", ["policy||reference", "reference||policy"])
+def test_all_gradcheck(kl):
     hidden_ND, weight_VD, target_N, reference_ND = problem(4, 5, 7, torch.float64)
 
     def run(hidden_ND):
@@ -89,6 +106,7 @@ def test_all_gradcheck():
             reference_hidden_ND=reference_ND,
             differentiable="all",
             chunk_rows=3,
+            kl=kl,
         )
         return out.logp_N, out.entropy_N, out.kl_N
 

@@ -37,15 +37,16 @@ def altered_prompts(work: Workspace, record: Record, other: OtherVideo) -> tuple
 
 
 def draw_videos(work: Workspace, records: list[Record], *stream: str | int) -> list[OtherVideo]:
-    """For each record what its answer is held against: a function of the seed, `stream` and the record.
+    """For each record what its answer is held against: a function of the seed, `stream` and the record. Another video
+    is any of `data.preference`.
 
     Raises DataError for records without an answer or a video, and where no other video is there to draw."""
     if bad := [r.source or r.key for r in records if not r.answer or r.video is None]:
         raise DataError(
             f"data.preference: {len(bad)} of {len(records)} records have no answer or no video, the first {bad[0]}. "
-            "`dpo.altered` learns from the answers that the data carry."
+            "`dpo.altered` learns from the answers that the data carry. Leave such records out."
         )
-    videos = {work.name_of(record): record for record in records}
+    videos = {work.name_of(record): record for record in work.records("preference") if record.video is not None}
     drawn = []
     for record in records:
         rng = random.Random(work.seed("dpo.altered", *stream, record.key))
@@ -55,7 +56,10 @@ def draw_videos(work: Workspace, records: list[Record], *stream: str | int) -> l
             continue
         names = [name for name in videos if name != work.name_of(record)]
         if not names:
-            raise DataError("data.preference: `dpo.altered` has other, but all records are about one video.")
+            raise DataError(
+                f"data.preference: `dpo.altered` has other, but all {len(work.records('preference'))} records are "
+                f"about one video, {next(iter(videos))}. Give records of other videos, or leave `other` out."
+            )
         drawn.append(OtherVideo(videos[rng.choice(names)], ""))
     return drawn
 

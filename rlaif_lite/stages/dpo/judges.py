@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ... import ranks
 from ...data.records import Message, Record, question_of
 from ...data.world import divided_answer
-from ...files import by_batches, chunks, read_json, write_json
+from ...files import by_batches, chunks, even_chunks, read_json, write_json
 from ...judge.claims import ask, judge_claims, refuse_silent_judge
 from ...judge.describe import describe_again
 from ...judge.divide import Divided, TextModel, Writer, divide, rejected, write_by_role
@@ -22,7 +22,7 @@ from ...recipe import Divide
 from ...training.fit import fit
 from ...training.loop import split_micro
 from ...workspace import Workspace
-from ..judging import Answers, item_of
+from ..judging import Answers, item_of, outside_scores, refuse_unread
 from ..sft import backward, example
 
 DIVIDER = "divider"  # the adapter that divides answers, where the recipe trains one
@@ -48,6 +48,13 @@ def score_answers(
         divided = divide_answers(work, [(question_of(answers[p].record), t) for p, t in asked], folder, label)
     todo = [(*key, found) for key, found in zip(asked, divided, strict=True) if found is None or found.judged]
 
+    def judge_outside(batch: list[tuple[int, str, Divided | None]]) -> list[dict]:
+        scores = outside_scores(work, [(answers[place].record, text) for place, text, _ in batch], contexts)
+        return [
+            {"answer": text, "score": score, "has_mass": score is not None}
+            for (_, text, _), score in zip(batch, scores, strict=True)
+        ]
+
     def judge(batch: list[tuple[int, str, Divided | None]]) -> list[dict]:
         items = [item_of(work, answers[place].record, text, contexts) for place, text, _ in batch]
         with work.roles.use(role) as active, phase("judge"):
@@ -62,18 +69,23 @@ def score_answers(
                 scores = [-rejected(verdict) for verdict in verdicts]
         return [
             {
+                "key": answers[place].record.key,
                 "answer": text,
                 "claims": verdict.claims,
                 "values": verdict.values,
+                "said": verdict.said(text, "ask" if work.recipe.dpo.divide else preference.claims.mode),
                 "score": score,
                 "has_mass": verdict.has_mass,
             }
-            for (_, text, _), verdict, score in zip(batch, verdicts, scores, strict=True)
+            for (place, text, _), verdict, score in zip(batch, verdicts, scores, strict=True)
         ]
 
     with progress(len(todo), f"{label}: judge", unit="answer") as bar:
-        rows = by_batches(folder / "judged.jsonl", chunks(todo, preference.batch_size), judge, bar.advance)
-    refuse_silent_judge([row["has_mass"] for row in rows], label)
+        outside = work.recipe.dpo.divide is None and preference.judge == "outside"
+        batches = chunks(todo, preference.batch_size)
+        rows = by_batches(folder / "judged.jsonl", batches, judge_outside if outside else judge, bar.advance)
+    told = [row["has_mass"] for row in rows]
+    unread = refuse_unread(work, told, label) if outside else refuse_silent_judge(told, label) * 0
     score_of = {(place, text): row["score"] for (place, text, _), row in zip(todo, rows, strict=True)}
     why = {
         key: "mismatched" if found.claims else "claimless"
@@ -82,7 +94,7 @@ def score_answers(
     }
     lost = [why[place, text] for place, of in enumerate(answers) for text in of.texts if (place, text) in why]
     scores = [[score_of.get((place, text)) for text in of.texts] for place, of in enumerate(answers)]
-    return Scores(scores, {reason: lost.count(reason) for reason in ("mismatched", "claimless")})
+    return Scores(scores, {reason: lost.count(reason) for reason in ("mismatched", "claimless")} | {"unread": unread})
 
 
 # --------------------------------------------------------------------------------------------- RLAIF-V: answers divided
@@ -97,7 +109,7 @@ def divide_answers(work: Workspace, answers: list[tuple[str, str]], folder: Path
         def work_on(batch: list[tuple[str, str]]) -> list[dict]:
             return [found._asdict() for found in divide(write, batch, section)]
 
-        batches = chunks(different, 4 * section.batch_size)
+        batches = even_chunks(different, section.batch_size)
         rows = by_batches(folder / "claims.jsonl", batches, work_on, bar.advance)
     found = dict(zip(different, (Divided(**row) for row in rows), strict=True))
     return [found[answer] for answer in answers]
@@ -184,9 +196,9 @@ def describe_videos(
             videos = [[of[clip] for clip in clips] for of in views]
             return describe_again(active, videos, [read[name] for name in batch], section, work.recipe.context)
 
-    size = max(1, 4 * work.recipe.context.batch_size // len(clips))
+    batches = even_chunks(list(shown), work.recipe.context.batch_size // len(clips))
     with progress(len(shown), "dpo: descriptions", unit="video") as bar:
-        texts = by_batches(folder / "described.jsonl", chunks(list(shown), size), write, bar.advance)
+        texts = by_batches(folder / "described.jsonl", batches, write, bar.advance)
     now = dict(zip(shown, texts, strict=True))
     write_json(folder / "descriptions.json", read | now)
     told = {

@@ -7,8 +7,8 @@ starts, too) and goes
     2  `judge_round`     a judge scores or compares them: `preference.judge`, or RLAIF-V's divided claims; its context
                          is the narrative, or the policy's own description (i-SRT)
     3  `choose`          pairs, at most `dpo.pairs` of a prompt, their lengths balanced
-    4  `reference_logps` of these pairs, once; no reference adapter is in memory while the policy is trained
-    5  `train`           DPO (`rl.dpo`)
+    4  `reference_logps` of these pairs, once
+    5  `train`           DPO (`rl.dpo`); steps 4 and 5 are in `train.py`
     6  `look`            the policy answers the held-out prompts greedily and is judged
 
 The judge of step 6 is the SFT adapter in every round, whoever judges in step 2, and it reads the narratives, if
@@ -19,17 +19,12 @@ started from, and the score is the share won. Where the truth is known it stands
 Every step goes on where a kill stopped it and a killed run ends with the same bits as one that was not.
 
 Departure from RLAIF-V: an answer keeps its tokens as they were sampled, so that no end is taught where it was cut.
-
-Shapes: B pairs.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 from ... import ranks
 from ...data.records import Record
@@ -37,40 +32,21 @@ from ...data.sentences import split_claims
 from ...data.splits import hold_out_videos
 from ...data.truth import TRUTH
 from ...errors import StageError
-from ...files import by_batches, chunks, read_json, read_jsonl, write_json, write_jsonl
+from ...files import read_json, read_jsonl, write_json, write_jsonl
 from ...judge.claims import refuse_silent_judge
-from ...model.answers import Group
-from ...model.inputs import Sequence, encode_prompt
-from ...model.memory import in_pieces
-from ...model.roles import ActiveRole
-from ...phases import phase
-from ...progress import progress, say
-from ...rl.dpo import DpoStats, Scored, balance_lengths, dpo_loss, draw_pairs, pairs_by_score
+from ...progress import say
+from ...rl.dpo import balance_lengths, draw_pairs, pairs_by_score
 from ...rollout import Sampling
-from ...rollout.score import answer_logps
-from ...training.fit import fit, steps_of
-from ...training.loop import batches, split_micro
+from ...training.loop import batches
 from ...workspace import Workspace
 from ..judging import Answers, Judged, compare_pairs, figures_of, sample_answers
-from .altered import OtherVideo, altered_prompts, answer_ids, draw_videos, prefers_own_video
+from .altered import answer_ids, draw_videos, prefers_own_video
 from .judges import describe_videos, prepare_divider, score_answers
+from .train import Preferred, reference_logps, role_from, train, with_spans
 
 READS = ("seed", "model", "preference", "dpo", "data.preference", *TRUTH)
 NEEDS = ("features", "sft", "context")
 START = "reference"  # the adapter that round 1 starts from; `sft` where the recipe asks whose answers or log-probs
-CHECKPOINT_EVERY = 20
-
-
-class Preferred(NamedTuple):
-    """A pair to be learnt."""
-
-    record: Record
-    chosen: str
-    rejected: str
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    margin: float  # by how much the judge prefers the chosen one
-    other: OtherVideo | None = None  # what the rejected answer reads; None: the record's own video
 
 
 class ChosenPairs(NamedTuple):
@@ -164,19 +140,14 @@ def one_round(work: Workspace, number: int, before: Path, records: list[Record])
 def learn(work: Workspace, number: int, before: Path, choice: ChosenPairs) -> dict:
     """Steps 4 and 5 on a round's pairs -> what is said of them in the round's line."""
     folder, section = round_folder(work, number), work.recipe.dpo
-    write_jsonl(folder / "pairs.jsonl", [row_of(pair) for pair in choice.pairs])
-    with role_from(work, "reference", before if section.reference == "previous" else work.adapter(START)) as role:
+    write_jsonl(folder / "pairs.jsonl", [pair.row() for pair in choice.pairs])
+    held_to = before if section.reference == "previous" else work.adapter(START)
+    with role_from(work, "reference", held_to) as role:
         reference = reference_logps(work, role, choice.pairs, folder)
-    learnt = train(work, number, before, choice.pairs, reference)
+    learnt = train(work, number, before, held_to, choice.pairs, reference, folder)
     chosen, rejected = (mean_words([getattr(pair, which) for pair in choice.pairs]) for which in ("chosen", "rejected"))
     counts = {"pairs": len(choice.pairs), "dropped": choice.dropped}
     return counts | {"chosen_words": chosen, "rejected_words": rejected} | learnt
-
-
-def row_of(pair: Preferred) -> dict:
-    """A pair as `pairs.jsonl` has it: records by their keys."""
-    other = pair.other and {"record": pair.other.record.key, "kind": pair.other.kind}
-    return pair._asdict() | {"record": pair.record.key, "other": other}
 
 
 # -------------------------------------------------------------------------------------------- who answers, who is asked
@@ -201,20 +172,10 @@ def round_folder(work: Workspace, number: int) -> Path:
 
 
 def judge_name(work: Workspace) -> str:
-    """How answers are judged: divide, claims or pairwise; or their videos are altered."""
+    """How answers are judged: divide, claims, pairwise or outside; or their videos are altered."""
     if work.recipe.dpo.altered:
         return "altered"
     return "divide" if work.recipe.dpo.divide is not None else work.recipe.preference.judge
-
-
-@contextmanager
-def role_from(work: Workspace, name: str, folder: Path) -> Iterator[str]:
-    """The adapter in `folder` as role `name`, in memory for as long as one step needs it."""
-    work.roles.load(name, folder)
-    try:
-        yield name
-    finally:
-        work.roles.remove(name)
 
 
 # ------------------------------------------------------------------------------------------------ from answers to pairs
@@ -225,7 +186,7 @@ def judge_round(
 ) -> ChosenPairs:
     """Judge a round's answers and choose its pairs: all that differ by a judge's score, or neighbours it compares."""
     section, least = work.recipe.dpo, work.recipe.preference.min_margin
-    dropped = dict.fromkeys(("mismatched", "claimless", "tied", "inconsistent", "surplus", "length"), 0)
+    dropped = dict.fromkeys(("mismatched", "claimless", "unread", "tied", "inconsistent", "surplus", "length"), 0)
     label, pairs = f"dpo {number}", []
     if judge_name(work) == "pairwise":
         found = judge_neighbours(work, role, answers, contexts, folder / "judged.jsonl", f"{label}: judge")
@@ -258,6 +219,9 @@ def judge_round(
         _, stay = balance_lengths([(len(p.chosen.split()), len(p.rejected.split())) for p in pairs])
         dropped["length"] = stay.count(False)
         pairs = [pair for pair, stays in zip(pairs, stay, strict=True) if stays]
+    if section.spans is not None:
+        differing = with_spans(work.base(), section.spans, pairs)
+        dropped["alike"], pairs = len(pairs) - len(differing), differing
     return ChosenPairs(pairs, [j for of in by_prompt for j in of], dropped)
 
 
@@ -287,105 +251,6 @@ def judge_neighbours(
     for (place, _), judged in zip(asked, found, strict=True):
         by_prompt[place].append(judged)
     return by_prompt
-
-
-# --------------------------------------------------------------------------------------------------------- the training
-
-
-def prompts_of(work: Workspace, pair: Preferred) -> tuple[Sequence, Sequence]:
-    """What the chosen and the rejected answer of a pair follow."""
-    if pair.other is not None:
-        return altered_prompts(work, pair.record, pair.other)
-    prompt = encode_prompt(work.base(), pair.record.prompt, work.features(pair.record))
-    return prompt, prompt
-
-
-def pair_logps(work: Workspace, role: ActiveRole, pairs: list[Preferred]) -> Scored:
-    """Log-probs of whole answers under a role, both answers of a pair in one forward."""
-    groups = []
-    for pair in pairs:
-        before_chosen, before_rejected = prompts_of(work, pair)
-        if before_chosen is before_rejected:
-            groups.append(Group(before_chosen, (pair.chosen_ids, pair.rejected_ids)))
-        else:
-            groups += [Group(before_chosen, (pair.chosen_ids,)), Group(before_rejected, (pair.rejected_ids,))]
-    logp_B2 = answer_logps(role, groups).view(-1, 2)
-    return Scored(logp_B2[:, 0], logp_B2[:, 1])
-
-
-def reference_logps(work: Workspace, role: str, pairs: list[Preferred], folder: Path) -> list[tuple[float, float]]:
-    """(chosen, rejected) of every pair under the reference, kept in `reference.jsonl`."""
-    section = work.recipe.dpo
-
-    @torch.no_grad()
-    def read(batch: list[Preferred]) -> list[list[float]]:
-        with work.roles.use(role) as active, phase("score reference"):
-            return in_pieces(batch, len(batch), lambda part: torch.stack(pair_logps(work, active, part), 1).tolist())
-
-    with progress(len(pairs), "dpo: reference", unit="pair") as bar:
-        size = section.micro_batch or section.batch_size
-        return by_batches(folder / "reference.jsonl", chunks(pairs, size), read, bar.advance)
-
-
-def train(
-    work: Workspace, number: int, before: Path, pairs: list[Preferred], reference: list[tuple[float, float]]
-) -> dict:
-    """A round's training, from the policy in `before` into `round<t>/policy` -> what its last quarter of steps was."""
-    section, roles, label = work.recipe.dpo, work.roles, f"dpo.{number}"
-    folder = round_folder(work, number) / "policy"
-    steps = steps_of(section, len(pairs), section.batch_size)
-    order = batches(len(pairs), section.batch_size, steps, work.recipe.seed, label)
-
-    def step_loss(active: ActiveRole, step: int, micro: int) -> dict[str, float]:
-        batch, length = order[step], lambda i: len(pairs[i].chosen_ids) + len(pairs[i].rejected_ids)
-        own = sorted(ranks.deal(batch, length), key=length)
-        totals = dict.fromkeys(("loss", *DpoStats._fields), 0.0)
-        for part in split_micro(own, micro):
-            loss, stats = backward(work, active, [pairs[i] for i in part], [reference[i] for i in part], len(batch))
-            for name, value in (("loss", loss), *stats._asdict().items()):
-                totals[name] += value.item() * len(part) / len(batch)
-        said = [id for i in own for id in (*pairs[i].chosen_ids, *pairs[i].rejected_ids)]
-        return totals | {"unknown_share": work.base().unknown_share(said) * len(said) / sum(map(length, batch))}
-
-    if not ranks.first(folder.exists):
-        with role_from(work, "policy", before):
-            fit(
-                roles,
-                "policy",
-                section,
-                steps,
-                step_loss,
-                label=label,
-                folder=work.stage("dpo") / "checkpoint" / f"round{number}",
-                log=work.log,
-                seed=work.recipe.seed,
-                checkpoint_every=CHECKPOINT_EVERY,
-            )
-            roles.save("policy", folder)
-    lines = ranks.first(lambda: [line for line in read_jsonl(work.log.path) if line["stage"] == label])
-    late = lines[-math.ceil(len(lines) / 4) :]
-    names = ("loss", "accuracy", "margin", "chosen")
-    return {"steps": steps} | {name: sum(line[name] for line in late) / len(late) for name in names}
-
-
-def backward(
-    work: Workspace, active: ActiveRole, pairs: list[Preferred], reference: list[tuple[float, float]], total: int
-) -> tuple[torch.Tensor, DpoStats]:
-    """Forward and backward of a micro-batch of a batch of `total` pairs -> its own mean loss."""
-    section, device = work.recipe.dpo, work.device
-    with phase("forward"):
-        loss, stats = dpo_loss(
-            pair_logps(work, active, pairs),
-            Scored(*torch.tensor(reference, device=device).T),
-            Scored(*torch.tensor([(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs], device=device).T),
-            beta=section.beta,
-            kind=section.loss,
-            normalised=section.length_normalised,
-            sft_weight=section.sft_weight,
-        )
-    with phase("backward"):
-        (loss * len(pairs) / total).backward()
-    return loss.detach(), stats
 
 
 # ----------------------------------------------------------------------------------------------------- held-out prompts
@@ -421,8 +286,9 @@ def look(work: Workspace, number: int, policy: Path, held: list[Record]) -> dict
             judged = [score for (score,) in scored.scores]
             if all(score is None for score in judged):
                 raise StageError(f"Round {number} of DPO: no held-out answer of {len(held)} could be judged: {folder}")
+            outside = judge_name(work) == "outside"  # its lowest score is 0
             scores = [
-                -max(1, len(split_claims(of.texts[0]))) if score is None else score
+                (0.0 if outside else -max(1, len(split_claims(of.texts[0])))) if score is None else score
                 for of, score in zip(answers, judged, strict=True)
             ]
     truths = [score for of in answers if (score := work.truth.score(of.texts[0], of.record)) is not None]

@@ -3,8 +3,8 @@
 
 The judge is the SFT role, by `preference.judge` and, with `ppo.judge_context`, with the narrative. `claims` gives
 every answer a score and so the order; `pairwise` compares all answers of a prompt with each other, and an answer's
-mean margin gives it. `ppo.rank_reward` says what an answer's place is worth, `ppo.baseline: group` makes advantages of
-it.
+mean margin gives it; `outside` is no role but another model, which scores answers (`preference.outside`).
+`ppo.rank_reward` says what an answer's place is worth, `ppo.baseline: group` makes advantages of it.
 
 `place` (ours): the gain DCG of the judge's place. `reported`: the published advantage, after an account of the paper,
 A = mean(delta) - delta, delta = 1 - DCG(the policy's place) / DCG(the judge's); the policy ranks its answers by their
@@ -29,9 +29,10 @@ from ...phases import phase
 from ...rl.advantages import in_groups, place_gain, rank_penalty
 from ...rollout import Trajectory
 from ...workspace import Workspace
-from ..judging import context_of, item_of
+from ..judging import context_of, item_of, outside_scores, refuse_unread
 from .experience import Micro, spread
 from .feedback import Feedback, Scored, Taken
+from .outside import filled
 
 
 class RankingFeedback(Feedback):
@@ -46,8 +47,8 @@ class RankingFeedback(Feedback):
     def take(self, records: list[Record], answers: list[Trajectory], step: int) -> Taken:
         texts = [decode_answer(self.work.base(), a.ids) for a in answers]
         with phase("judge", sum(len(a.ids) for a in answers)):
-            by_claims = self.work.recipe.preference.judge == "claims"
-            scores = self.by_claims(records, texts) if by_claims else self.by_pairs(records, texts)
+            by = {"claims": self.by_claims, "pairwise": self.by_pairs, "outside": self.by_outside}
+            scores = by[self.work.recipe.preference.judge](records, texts)
         # places are worth the same in every step
         metrics = {"objective/scores": sum(scores) / len(scores), "judge/without_mass": self.without_mass}
         return super().take(records, answers, step)._replace(scores=scores, metrics=metrics)
@@ -60,6 +61,13 @@ class RankingFeedback(Feedback):
         silent = refuse_silent_judge([verdict.has_mass for verdict in verdicts], "ppo: ranking")
         self.without_mass = silent / len(verdicts)
         return [verdict.score for verdict in verdicts]
+
+    def by_outside(self, records: list[Record], texts: list[str]) -> list[float]:
+        asked = list(zip(records, texts, strict=True))
+        found = ranks.spread(asked, lambda own: outside_scores(self.work, own, self.contexts) if own else [])
+        silent = refuse_unread(self.work, [score is not None for score in found], "ppo: ranking")
+        self.without_mass = silent / len(found)
+        return filled(found, self.work.recipe.ppo.group_size)
 
     def by_pairs(self, records: list[Record], texts: list[str]) -> list[float]:
         """Each answer's mean margin over the others of its prompt."""

@@ -34,7 +34,7 @@ class Value(NamedTuple):
 
     rule: Rule
     value: float
-    failed: bool = False  # the user's function raised, and the recipe says to score 0
+    failed: str = ""  # what the user's function raised, where the recipe says to score 0
 
 
 def name_of(rule: Rule) -> str:
@@ -77,8 +77,7 @@ class RuleReward:
             place = f"`{KEY}: {rule.rule}` failed on {record.source or record.key}, answer {answer[:200]!r}: {error!r}."
             if self.rules.on_error == "stop":
                 raise StageError(f"{place} `ppo.rules.on_error: zero` scores such answers 0.") from error
-            say(f"WARNING {place} It scores 0.")
-            return Value(rule, 0.0, failed=True)
+            return Value(rule, 0.0, failed=place)
         return Value(rule, number)
 
 
@@ -139,6 +138,8 @@ class RuleFeedback(Feedback):
             return found
 
         values = ranks.spread(list(zip(records, answers, strict=True)), ask)
+        for each in (each for found in values for each in found if each.failed):
+            say(f"WARNING {each.failed} It scores 0.")
         scores = [sum(each.rule.weight * each.value for each in found) for found in values]
         metrics = metrics_of(values)
         if self.work.recipe.ppo.order_bonus:
@@ -179,5 +180,5 @@ def metrics_of(values: list[list[Value]]) -> dict[str, float]:
     by_rule: dict[str, list[float]] = {}
     for each in (each for found in values for each in found):
         by_rule.setdefault(name_of(each.rule), []).append(each.value)
-    failed = sum(each.failed for found in values for each in found)
+    failed = sum(bool(each.failed) for found in values for each in found)
     return {f"rules/{name}": sum(found) / len(found) for name, found in by_rule.items()} | {"rules/failed": failed}

@@ -56,6 +56,7 @@ from ...workspace import Workspace
 from .experience import Experience, Micro, answer_hidden, answer_logp, cut, padded, place, spread, token_value
 from .feedback import Feedback, RewardModelFeedback, Taken
 from .log import check_first_step, step_metrics, summary
+from .outside import OutsideFeedback
 from .ranking import RankingFeedback
 from .resample import resampled
 from .rlif import InterventionFeedback
@@ -74,6 +75,7 @@ READS = (
     "preference.batch_size",
     "preference.claims",
     "preference.pairwise",
+    "preference.outside",
     *TRUTH,
 )
 NEEDS = ("features", "sft", "context", "reward")
@@ -83,6 +85,7 @@ FEEDBACK = {
     "interventions": InterventionFeedback,
     "ranking": RankingFeedback,
     "rules": RuleFeedback,
+    "outside": OutsideFeedback,
 }
 
 
@@ -279,7 +282,7 @@ def score(
         advantage_BT, return_BT = advantages(section, reward_BT, value_BT, mask_BT, own_BT, deviation_of)
     raw_B, score_B = (each_B + said.token_reward_BT.sum(1) for each_B in (said.score_B, score_B))
     learn_BT = own_BT & learnable(section, taken, raw_B)[:, None]
-    if section.feedback == "rules":
+    if section.feedback in ("rules", "outside"):
         learn_BT &= score_B.amax() - score_B.amin() > FLAT
     return Experience(
         mask_BT, learn_BT, logp_BT, ref_logp_BT, entropy_BT, kl_BT, value_BT, raw_B, score_B, advantage_BT, return_BT

@@ -1,14 +1,15 @@
 """A judge reads a case (question, reference, prediction) and gives a verdict; it always says who it is.
 
-Three kinds: `rules` (no model), `local` (a model on this machine, the default), `endpoint` (a model behind an
-OpenAI-compatible address). Results of two judges are never put into one column: a judge's version alone moves the
-published numbers by ten points, so `Judge.id` is written with every score.
+Benchmarks are judged so, and with `preference.judge: outside` or `ppo.feedback: outside` the answers that a run learns
+from. Three kinds: `rules` (no model, benchmarks only), `local` (a model on this machine, the default), `endpoint` (a
+model behind an OpenAI-compatible address). Results of two judges are never put into one column: a judge's version alone
+moves the published numbers by ten points, so `Judge.id` is written with every score.
 """
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol
 
-Task = Literal["qa", "correctness", "detail", "context", "temporal", "consistency", "mmhal", "caption"]
+Task = Literal["qa", "correctness", "detail", "context", "temporal", "consistency", "mmhal", "caption", "answer"]
 
 
 class Case(NamedTuple):
@@ -23,12 +24,15 @@ class Case(NamedTuple):
     consistency: 0-5, `question` and `prediction` are pairs: two wordings of one question
     mmhal: 0-6, hallucinated below 3; `context` is what the image shows
     caption: 1-5, correct from 3 on; `context` is the video's caption (i-SRT's protocol)
+    answer: 0-10 by `rubric`; `context` is what is known of the video, `reference` a right answer or ""
     """
     question: str | tuple[str, str]
     reference: str
     prediction: str | tuple[str, str]
     context: str | None = None
     "what the judge may know of the video in words, where the task uses it"
+    rubric: str = ""
+    "answer: what a good answer is"
 
 
 class Verdict(NamedTuple):

@@ -1,4 +1,4 @@
-"""A judge on this machine: a role of a run's own base, another video language model, or a text model.
+"""A judge on this machine: a role on a loaded base, another video language model, or a text model.
 
 It reads the prompt's text alone, as the field's judges do, and writes its reply greedily. With `words`, qa is decided
 by the probabilities of yes and no as the next token (as RLAIF-V asks about claims): that always gives a verdict, where
@@ -7,7 +7,6 @@ a small model may write nothing that can be read, but no score.
 Shapes: B rows, S positions, D width, V vocabulary.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from transformers.utils import cached_file
 from ...data.records import Message
 from ...errors import ModelError
 from ...files import chunks
-from ...judge.divide import TextModel
 from ...model.base import base_digest, load_base, read_config
 from ...model.families import FAMILIES
 from ...model.inputs import BRANCH_MARK, collate, encode_prompt
@@ -29,7 +27,7 @@ from ...model.text import decode_answer, word_tokens
 from ...recipe import Divide, Lora
 from ...recipe import Model as Section
 from ...rollout import Sampling, sample
-from ...workspace import Workspace
+from ..divide import TextModel
 from .cached import Model, Reply
 from .prompts import REPLY_TOKENS, Prompt
 
@@ -105,19 +103,6 @@ class LocalText:
                 keep(n, Reply(reply))
 
 
-def of_role(work: Workspace, role: str, words: bool = False, batch_size: int = 16) -> LocalRole:
-    """A role of a run, on the base that the run has loaded; `base` is the role without an adapter.
-
-    Raises ModelError for a role that is not there."""
-    section, revision = work.recipe.model, base_digest(work.recipe.model)
-    if role != BASE:
-        work.load_role(role)
-        adapter = work.adapter(role) / "adapter_model.safetensors"
-        revision += f"+{hashlib.sha256(adapter.read_bytes()).hexdigest()[:16]}"
-    name = f"local:{_short(section.base)}:{role}:{section.quantization}"
-    return LocalRole(work.roles, role, name, revision, words, batch_size)
-
-
 def of_model(name: str, device: torch.device, words: bool = False, batch_size: int = 16) -> Model:
     """A checkpoint: a folder or a hub id, of a family that can be a base or a causal language model.
 
@@ -130,9 +115,9 @@ def of_model(name: str, device: torch.device, words: bool = False, batch_size: i
         if config.get_text_config().hidden_size % 64:
             section = section.model_copy(update={"quantization": "none"})
         roles = Roles(load_base(section, device, tower=False), Lora())
-        return LocalRole(roles, BASE, f"local:{_short(name)}:{section.quantization}", found, words, batch_size)
+        return LocalRole(roles, BASE, f"local:{short_name(name)}:{section.quantization}", found, words, batch_size)
     text = TextModel(name, device, Divide(max_new_tokens=REPLY_TOKENS, batch_size=batch_size))
-    return LocalText(text, f"local:{_short(name)}:{'nf4' if device.type == 'cuda' else 'full'}", found)
+    return LocalText(text, f"local:{short_name(name)}:{'nf4' if device.type == 'cuda' else 'full'}", found)
 
 
 def check_model(name: str, words: bool) -> PretrainedConfig:
@@ -147,6 +132,6 @@ def _commit(name: str) -> str:
     return Path(cached_file(name, "config.json")).parent.name
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """A folder by its last part: its place is not part of the judge's name."""
     return Path(name).name if Path(name).is_dir() else name

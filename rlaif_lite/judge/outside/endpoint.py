@@ -376,6 +376,17 @@ def _address(url: str) -> urllib.parse.SplitResult:
     return parts
 
 
+def settings_of(text: str | None, where: str) -> dict[str, Any]:
+    """The request's own settings from JSON. Raises JudgeError, naming `where`, for what is no JSON object."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise JudgeError(f"{where} is {text}, expected a JSON object such as '{{\"temperature\": null}}'.")
+    return found
+
+
 def _is_local(host: str) -> bool:
     """Whether what is sent to `host` stays on this machine."""
     try:

@@ -12,10 +12,10 @@ others  Token F1 between prediction and reference on the task's scale. It sees n
 from collections import Counter
 from collections.abc import Sequence
 
-from ..items import words_of, yes_or_no
-from ..options import label_of, named_in
-from . import Case, Verdict
-from .prompts import SCALES
+from ..judge.outside import Case, Verdict
+from ..judge.outside.prompts import SCALES
+from .items import words_of, yes_or_no
+from .options import label_of, named_in
 
 ARTICLES = ("a", "an", "the")
 NUMBERS = {

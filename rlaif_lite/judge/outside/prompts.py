@@ -32,6 +32,7 @@ SCALES = {
     "consistency": Scale(0, 5),
     "mmhal": Scale(0, 6, right=3),
     "caption": Scale(1, 5, right=3),
+    "answer": Scale(0, 10),
 }
 
 RULES = (
@@ -79,6 +80,9 @@ PROMPTS = {
     "question is about. Grade the prediction by whether it answers what was asked, whether it is true to reference "
     "and caption, whether it is clear, and whether it is complete. 5: fully right; 4: right but for a small fault; 3: "
     "mostly right; 2: mostly wrong; 1: wrong or beside the point.\n\n" + SCORE,
+    "answer": f"{RULES}\n\n<video>{{context}}</video>\n{ASKED}The question is about a video that you cannot see. The "
+    "first tag holds what is known of the video, and the reference is a right answer; either may be empty. Grade the "
+    "prediction: {rubric}\n\n" + SCORE,
 }
 # For a judge whose yes and no are read off its probabilities.
 QA_WORD = f"{RULES}\n\n{ASKED}{YES_NO} {LENIENT}\n\nAnswer with one word, yes or no."
@@ -112,7 +116,7 @@ def prompt_of(case: Case, word: bool = False) -> Prompt:
         raise ValueError(f"case {case.id}: question and prediction are pairs for consistency, and for no other task.")
     if case.task in ("mmhal", "caption") and not case.context:
         raise ValueError(f"case {case.id}: a judge of `{case.task}` needs the case's `context`.")
-    fields = {"reference": case.reference, "context": case.context}
+    fields = {"reference": case.reference, "context": case.context or "", "rubric": case.rubric}
     for name, part in (("question", case.question), ("prediction", case.prediction)):
         fields |= {name: part[0], f"{name}_2": part[1]} if isinstance(part, tuple) else {name: part}
     if case.task == "caption":

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from ...errors import JudgeError
 from ...progress import progress, say
 from . import Case, Verdict
 from .prompts import ALL, Prompt, prompt_of
@@ -48,21 +49,29 @@ class Model(Protocol):
 
 
 class CachedJudge:
-    """The judge that a model is, its verdicts in `folder`. `again` asks once more for what could not be read."""
+    """The judge that a model is, its verdicts in `folder`. `again` asks once more for what could not be read. `budget`:
+    tokens, of prompts and replies, beyond which nothing more is asked; those of the verdicts in `folder` count."""
 
-    def __init__(self, model: Model, folder: Path, again: bool = False):
+    def __init__(self, model: Model, folder: Path, again: bool = False, budget: int | None = None):
         self.id = f"{model.name}@{model.revision}#{ALL}{'+words' if model.words else ''}"
         self._model = model
-        self._again = again
+        self._again, self._budget = again, budget
         self._verdicts = Verdicts(folder, f"{model.name}@{model.revision}")
 
     def judge(self, cases: Sequence[Case]) -> list[Verdict]:
-        """One verdict for each case, in order; cases with one and the same prompt are asked once."""
+        """One verdict for each case, in order; cases with one and the same prompt are asked once. Raises JudgeError
+        where there is something to ask and the budget is used up."""
         prompts = [prompt_of(case, self._model.words) for case in cases]
         keys = [self._verdicts.key(prompt.text) for prompt in prompts]
         asked = {key: n for n, key in enumerate(keys) if not self._verdicts.has(key, readable=self._again)}
         numbers = list(asked.values())
         if numbers:
+            if self._budget is not None and self._verdicts.tokens >= self._budget:
+                raise JudgeError(
+                    f"{self.id} has used {self._verdicts.tokens} tokens of a budget of {self._budget}, and "
+                    f"{len(numbers)} prompts are left. Verdicts are kept in {self._verdicts.path}. Raise the budget "
+                    "and run the same command again: only the rest is asked."
+                )
             self._ask([cases[n] for n in numbers], [prompts[n] for n in numbers], [keys[n] for n in numbers])
         verdicts = [self._verdicts.of(case.id, key) for case, key in zip(cases, keys, strict=True)]
         unread = [verdict for verdict in verdicts if verdict.problem]
@@ -102,11 +111,13 @@ class Verdicts:
         self._judge = judge
         self.path = folder / f"{re.sub(r'[^a-zA-Z0-9.-]+', '_', judge)[:60]}-{_sha(judge)[:8]}.jsonl"
         self._found: dict[str, Verdict] = {}
+        self.tokens = 0  # that the verdicts have cost, where the model said so
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         for line in text.split("\n"):
             try:
                 held = json.loads(line)
                 self._found[held["key"]] = Verdict(*(held[name] for name in Verdict._fields))
+                self.tokens += sum(held["tokens"] or ())
             except (ValueError, KeyError, TypeError):  # cut short by a kill
                 continue
 
@@ -133,6 +144,7 @@ class Verdicts:
                     line = "\n" + line
             file.write(line.encode())
         self._found[key] = verdict
+        self.tokens += sum(more["tokens"] or ())
 
 
 def _sha(text: str) -> str:

@@ -1,0 +1,101 @@
+"""Two ranks against one process, of one thread each, stage by stage: run it alone on a machine with two cores or more.
+
+    python -m lab.bench.ranks [--rounds 3] [--out docs/results/ranks] [--recipe recipes/tiny.yaml] [KEY=VALUE ...]
+
+Every round runs the recipe once in each way: without a launcher, as one rank under torchrun, as two ranks. The next
+round goes the other way round. The world's videos are made once, before. The table has medians over the rounds: seconds
+of a stage, and of a step of PPO with its sampling. Two ranks do not share the serial part s: T2 = T1 (s + (1 - s) / 2).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from rlaif_lite.files import read_json, read_jsonl
+from rlaif_lite.training.meter import describe_machine, versions
+
+ROOT = Path(__file__).resolve().parents[2]
+WAYS = {"one process": 0, "one rank": 1, "two ranks": 2}  # ranks under torchrun; 0: without it
+STAGES = ("features", "sft", "context", "preference", "reward", "ppo", "evaluate")
+SHORT = [
+    "data.world.sft=160",
+    "data.world.preference=240",
+    "data.world.rl=240",
+    "data.world.test=300",
+    "evaluate.batch_size=75",
+    "sft.easy.steps=40",
+    "sft.hard.steps=40",
+    "reward.floor=0.0",
+    "ppo.steps=8",
+    "preference.compare_pairs=200",
+]
+
+
+def run_once(recipe: str, keys: list[str], folder: Path, count: int) -> dict[str, float]:
+    """Seconds of each stage, and of a step of PPO (the median of all but the first)."""
+    shutil.rmtree(folder, ignore_errors=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count else []
+    command = [sys.executable, *launcher, "-m", "rlaif_lite", "run", recipe, *keys, f"output={folder}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stderr=subprocess.DEVNULL)
+    stages = read_json(folder / "summary.json")["stages"]
+    found = {name: stages[name]["seconds"] for name in STAGES if name in stages}
+    steps = [line["time"]["seconds"] for line in read_jsonl(folder / "metrics.jsonl") if line["stage"] == "ppo"]
+    return found | ({"step of PPO": median(steps[1:])} if len(steps) > 1 else {})
+
+
+def as_table(found: dict[str, dict[str, float]]) -> str:
+    """Markdown: a row per stage."""
+    lines = [
+        "| | one process | one rank, torchrun | two ranks | speed-up | serial share |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, one in found["one process"].items():
+        alone, two = found["one rank"][name], found["two ranks"][name]
+        serial = max(0.0, 2 * two / one - 1)
+        lines.append(
+            f"| {name} | {one:.2f} s | {alone:.2f} s ({alone / one - 1:+.1%}) | {two:.2f} s | {one / two:.2f} x "
+            f"| {serial:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--recipe", default="recipes/tiny.yaml")
+    parser.add_argument("keys", nargs="*")
+    given = parser.parse_args()
+    every: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory(prefix="rlaif-ranks-") as name:
+        folder = Path(name)
+        keys = [*SHORT, f"data.folder={folder / 'world'}", "device=cpu", "threads=1", *given.keys]
+        made = [sys.executable, "-m", "rlaif_lite", "run", given.recipe, *keys, f"output={folder / 'made'}"]
+        subprocess.run([*made, "--until", "data"], cwd=ROOT, check=True)
+        for number in range(given.rounds):
+            for way in list(WAYS) if number % 2 == 0 else reversed(WAYS):
+                every[way].append(run_once(given.recipe, keys, folder / "run", WAYS[way]))
+                print(f"round {number + 1}, {way}: {every[way][-1]}", file=sys.stderr, flush=True)
+    found = {way: {stage: median(run[stage] for run in runs) for stage in runs[0]} for way, runs in every.items()}
+    print(as_table(found))
+    if given.out is not None:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
+        facts = {"command": " ".join(["python -m lab.bench.ranks", *sys.argv[1:]]), "commit": commit}
+        facts |= {"machine": describe_machine(), "versions": versions(), "keys": [*SHORT, *given.keys], "runs": every}
+        given.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        head = f"# Two ranks against one process\n\n`{facts['command']}`, commit {commit}, {given.rounds} rounds, "
+        head += f"{facts['machine']['cores']} cores of {facts['machine']['cpu']}; medians.\n\n"
+        given.out.with_suffix(".md").write_text(head + as_table(found) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

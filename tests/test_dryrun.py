@@ -103,7 +103,7 @@ def costs(library, tmp_path_factory) -> dict:
     """Every stage that is driven, on the embedded base at the sizes of the tests. A tensor on the wrong device anywhere
     ends the run."""
     folder = tmp_path_factory.mktemp("dry")
-    # One phase of SFT is enough, and one role greedily. Answers are long enough for a capture, whose replays cost little.
+    # One phase of SFT is enough, and one role greedily. Answers are long enough for a capture; its replays cost little.
     once, greedy = {"hard": None, "policy_init": None}, {"roles": ["sft"], "samples": 1, "temperatures": []}
     parts = {
         "sft": {**RECIPE["sft"], **once},

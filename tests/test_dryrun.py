@@ -16,6 +16,7 @@ from rlaif_lite.errors import StageError
 from rlaif_lite.workspace import let_segments_grow
 
 MIB = 1 << 20
+LONG = {"max_new_tokens": 12}
 KNOWN = """
 import json
 import sys
@@ -86,7 +87,7 @@ def library() -> Path | None:
 
 
 def test_a_program_whose_costs_are_known_and_a_round_of_dpo(library, tmp_path):
-    few = {"preference": {**RECIPE["preference"], "samples": 2}, "dpo": {"batch_size": 4, "micro_batch": 2}}
+    few = {"preference": {**RECIPE["preference"], **LONG, "samples": 2}, "dpo": {"batch_size": 2, "micro_batch": 1}}
     recipe = {**RECIPE, "method": "dpo", "output": str(tmp_path / "run"), **few}
     (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(recipe))
     given = [str(library or ""), str(tmp_path / "dpo.yaml"), str(tmp_path / "dpo.json")]
@@ -102,13 +103,14 @@ def costs(library, tmp_path_factory) -> dict:
     """Every stage that is driven, on the embedded base at the sizes of the tests. A tensor on the wrong device anywhere
     ends the run."""
     folder = tmp_path_factory.mktemp("dry")
-    # one phase of SFT is enough, and one role's greedy answers
+    # One phase of SFT is enough, and one role greedily. Answers are long enough for a capture; its replays cost little.
     once, greedy = {"hard": None, "policy_init": None}, {"roles": ["sft"], "samples": 1, "temperatures": []}
     parts = {
         "sft": {**RECIPE["sft"], **once},
-        "preference": {**RECIPE["preference"], "samples": 2},
-        "ppo": {**RECIPE["ppo"], "micro_batch": 2},
-        "evaluate": {**RECIPE["evaluate"], **greedy},
+        "context": {**RECIPE["context"], **LONG},
+        "preference": {**RECIPE["preference"], **LONG, "samples": 2},
+        "ppo": {**RECIPE["ppo"], **LONG, "rollouts": 4, "micro_batch": 2},
+        "evaluate": {**RECIPE["evaluate"], **LONG, **greedy},
     }
     recipe = {**RECIPE, "output": str(folder / "run"), **parts}
     (folder / "small.yaml").write_text(yaml.safe_dump(recipe))

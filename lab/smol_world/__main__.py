@@ -35,8 +35,8 @@ def build(
     """Make `out`/base and `out`/data -> `out`/base. `seed` draws the run's world; the base is the same for all."""
     records.write(out / "data", splits, seed, workers=os.cpu_count() or 1)
     work = out / "work"
+    records.write(work, WorldSplits(base_videos, 1, 1, 1), BASE_WORLD, workers=os.cpu_count() or 1)
     if not (work / "read").exists():
-        records.write(work, WorldSplits(base_videos, 1, 1, 1), BASE_WORLD, workers=os.cpu_count() or 1)
         with whole_folder(work / "read") as folder:
             assemble(gguf, folder)
             tower.train(folder, work, BASE_WORLD, base_videos, tower_steps)
@@ -58,8 +58,8 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0, help="of the run's world")
-    parser.add_argument("--base-videos", type=int, default=800, help="that the base learns from")
-    parser.add_argument("--tower-steps", type=int, default=1000)
+    parser.add_argument("--base-videos", type=int, default=400, help="that the base learns from")
+    parser.add_argument("--tower-steps", type=int, default=500)
     parser.add_argument("--sft-steps", type=int, default=16)
     torch.set_num_threads(1)
     print(build(**vars(parser.parse_args())))

@@ -16,7 +16,7 @@ anything: only then can rounds be compared. Scores are means over answers, of wh
 rejected in all its sentences, or who says nothing would win; a judge of pairs compares with the answers that the run
 started from, and the score is the share won. Where the truth is known it stands beside the score, and chooses nothing.
 
-Every step goes on where a kill stopped it and a killed run ends with the same bits as one that was not.
+Every step resumes where a kill stopped it. On a CPU a killed run ends with the same bits as one that was not.
 
 Departure from RLAIF-V: an answer keeps its tokens as they were sampled, so that no end is taught where it was cut.
 """

@@ -220,7 +220,7 @@ def test_answers_that_cannot_be_judged_are_counted(work):
     made.load_role("sft")
     answers = [dpo.Answers(made.records("preference")[0], ["a b .", "", "c .", "a b ."], [[1]] * 4)]
     scored = score_answers(made, "sft", answers, None, made.stage("dpo"), "x")
-    assert scored.dropped == {"mismatched": 0, "claimless": 1}
+    assert scored.dropped == {"mismatched": 0, "claimless": 1, "unread": 0}
     ((first, empty, other, again),) = scored.scores
     assert empty is None and first == again and {first, other} <= {0, -1}
     assert (

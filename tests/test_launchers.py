@@ -157,7 +157,7 @@ def test_what_slurm_is_asked_for(slurm, path, tmp_path, monkeypatch):  # noqa: F
     wanted = ["partition=a100", "gpus-per-node=4", "ntasks-per-node=4", "nodes=1", "time=720", "mem=200GB"]
     for line in (*wanted, "cpus-per-task=8", "account=lab"):
         assert f"#SBATCH --{line}" in first and f"#SBATCH --{line}" in second
-    assert "#SBATCH --array=0-1%16" in second and not any("array" in line for line in first)
+    assert "#SBATCH --array=0-1%2" in second and not any("array" in line for line in first)
     assert "#SBATCH --dependency=afterany:70" in second and not any("dependency" in line for line in first)
     assert any(line.startswith("#SBATCH --signal=USR2@") for line in first)  # before the time is over
     assert (slurm / "cancelled").read_text().split() == ["70", "71_0", "71_1"]

@@ -38,6 +38,7 @@ from ..recipe import Recipe, recipe_hash
 from ..rollout import Sampling
 from ..stages import features, judging, reward, sft
 from ..stages.dpo import judges, rounds
+from ..stages.dpo import train as dpo_train
 from ..stages.ppo import experience, step
 from ..training import fit
 from ..training.loop import split_micro
@@ -261,7 +262,7 @@ def without_files(fewer: Fewer) -> Iterator[None]:
             (rounds, "sample_answers", different_answers),
             (judges, "divide_answers", long_lists),
             (rounds, "judge_round", some_pairs),
-            *((module, "split_micro", fewer.split) for module in (sft, reward, experience, rounds)),
+            *((module, "split_micro", fewer.split) for module in (sft, reward, experience, dpo_train)),
         ):
             stack.enter_context(patch.object(owner, name, value))
         yield
@@ -295,7 +296,7 @@ def some_pairs(
     pairs = []
     for of in (answers[i % len(answers)] for i in range(count)):
         (chosen, rejected), (chosen_ids, rejected_ids) = of.texts[:2], of.ids[:2]
-        pairs.append(rounds.Preferred(of.record, chosen, rejected, chosen_ids, rejected_ids, margin=1.0))
+        pairs.append(dpo_train.Preferred(of.record, chosen, rejected, chosen_ids, rejected_ids, margin=1.0))
     return found._replace(pairs=pairs)
 
 

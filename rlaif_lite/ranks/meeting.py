@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,9 +129,8 @@ def _look_after() -> None:
     except Exception:
         if WORLD.closing:
             return
-        with contextlib.suppress(Exception):
-            WORLD.store.set("gone", "1")
-            WORLD.store.set(f"alive/{rank()}", "1")
+        with contextlib.suppress(Exception):  # the main thread may be held in an exchange until the store is gone
+            _heard.append(_statements(None))
     import _thread
 
     handled = signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN, None)
@@ -185,12 +184,16 @@ class _Said(NamedTuple):
     dead: list[int]  # ranks that say nothing more
 
 
+_heard: list[_Said] = []  # by the thread that watches
+
+
 def _verdict(own: str | None) -> tuple[bool, str | None]:
     """(whether this rank is to speak, what it is to say; None where nothing failed)"""
     try:
-        said = _statements(own)
+        said = _heard[-1] if own is None and _heard else _statements(own)
     except Exception:  # the store was rank 0's, and is gone with it
-        said = _Said({} if own is None else {rank(): own}, [0])
+        said = _heard[-1] if _heard else _Said({}, [0])
+        said = said if own is None else said._replace(reasons=said.reasons | {rank(): own})
     names = WORLD.names
     speaker = rank() == min(set(range(count())) - set(said.dead), default=0)
     if len(set(said.reasons.values())) == 1 and len(said.reasons) == count():
@@ -212,21 +215,30 @@ KEPT = "The last checkpoint is kept: run the same command again, with any number
 
 
 def _statements(own: str | None) -> _Said:
-    """Give this rank's reason, and wait for the others'."""
+    """Give this rank's reason, and wait for the others'. Rank 0, whose process may hold the store, waits until the
+    others have read it."""
     store = WORLD.store
     if own is not None:
         store.set(f"reason/{rank()}", own)
     store.set("gone", "1")
     store.set(f"alive/{rank()}", "1")
-    until = time.monotonic() + ANSWER_S
-    silent = set(range(count()))
-    while silent and time.monotonic() < until:
-        silent = {number for number in silent if not store.check([f"alive/{number}"])}
-        time.sleep(0.05)
+    silent = _wait_for("alive", range(count()))
     reasons = {
         number: store.get(f"reason/{number}").decode() for number in range(count()) if store.check([f"reason/{number}"])
     }
+    store.set(f"read/{rank()}", "1")
+    if rank() == 0:
+        _wait_for("read", set(range(count())) - silent)
     return _Said(reasons, sorted(silent))
+
+
+def _wait_for(sign: str, numbers: Iterable[int]) -> set[int]:
+    """Those ranks that have not given a sign after ANSWER_S."""
+    until, missing = time.monotonic() + ANSWER_S, set(numbers)
+    while missing and time.monotonic() < until:
+        missing = {number for number in missing if not WORLD.store.check([f"{sign}/{number}"])}
+        time.sleep(0.05)
+    return missing
 
 
 # ------------------------------------------------------------------------------------------------------ at the start

@@ -139,6 +139,7 @@ def keys_of(base: Base, wanted: dict, chain: list[dict], workers: int) -> tuple[
             for name, found in digest_all({name: wanted[name][0] for name in names}, workers):
                 read[name] = found
                 bar.advance(1)
+            bar.advance((len(wanted) - len(names)) if ranks.count() > 1 else 0)  # the other ranks read these
             return [read[name] for name in names]
 
         for name, found in zip(wanted, ranks.spread(list(wanted), digest), strict=True):

@@ -5,6 +5,7 @@ VENV ?= .venv
 # Installed alone and first: a range would let pip take a newer build with gigabytes of CUDA libraries. On a GPU machine
 # choose yours, for example `make demo TORCH="torch --index-url <the index of your CUDA version>"`.
 TORCH ?= torch==2.13.0
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # The versions that the tests passed with. Empty: the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
 # More to install, such as an older version of a dependency.
@@ -12,13 +13,17 @@ WITH ?=
 
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-oldest test-newest test-ui test-gpu gpu lint types docs constraints clean
+.PHONY: demo test test-slow test-oldest test-newest test-ui test-gpu gpu lint types docs constraints clean
 
 demo: $(VENV)/ready
 	$(VENV)/bin/rlaif-lite run recipes/tiny.yaml
 
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not gpu and not slow"
+
+# The longer ones: whole runs that must improve a model, several ranks, a cluster's jobs, the notebook.
+test-slow: $(VENV)/ready
+	$(PYTEST) -m "slow and not gpu"
 
 # The oldest transformers that is supported (the newest that unsloth allows), in an environment of its own.
 test-oldest:

@@ -50,6 +50,7 @@ def when(there: Path, number: int, lock: Path, sent: list[int]) -> threading.Thr
     return thread
 
 
+@pytest.mark.slow
 def test_jobs_are_preempted_and_killed_and_the_sweep_goes_on_side_by_side(path, tmp_path, capfd):  # noqa: F811
     """Two points on a cluster of two ranks a job. Their common job is preempted, and queued again. One rank of the
     first point is killed. Then the sweep resumes with `--jobs 2` on this machine, in one rank a point."""

@@ -27,6 +27,7 @@ from rlaif_lite.ranks.world import WORLD
 from rlaif_lite.recipe import dump_yaml
 from rlaif_lite.workspace import Workspace
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 RELATIVE = 1e-5  # of adapters, in float32
 # Each line of the input starts ranks: what each of them runs, and the environment. Prints their process ids, then, when

@@ -74,6 +74,7 @@ def stopped_when(condition):
 # -------------------------------------------------------------------------------------------------------- for real
 
 
+@pytest.mark.slow
 def test_a_sweep_shares_goes_on_and_survives_a_failing_point(path, tmp_path):
     """Two floors, one of which no reward model reaches, times two seeds; stopped in its second point."""
     out = tmp_path / "out"

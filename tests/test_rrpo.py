@@ -63,9 +63,8 @@ def test_spans_are_at_the_tokens_of_the_answers(base):
     assert said("tokens") == [["blue", "up", "also a red star ."], ["green", "down"]]
 
 
-def test_the_loss_and_its_gradient_are_those_of_whole_float64_logits(roles):
-    """Log-probs and KL of every token, and the gradient of an RRPO loss by the hidden states, against plain log-softmax
-    of all logits."""
+def test_log_probs_and_kl_are_those_of_whole_float64_logits(roles):
+    """Of every token, against plain log-softmax of all logits. The kernels' tests hold their gradients."""
     base = roles.base
     for seed, name in enumerate(("reference", "policy")):
         roles.add(name)

@@ -13,6 +13,7 @@ Shapes: N items (videos), K counts per item (`COUNTS`, in that order), R resampl
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -154,12 +155,18 @@ def paired_bootstrap(
     def change(weight_RN: NDArray) -> NDArray[np.float64]:
         return value(weight_RN @ after_NK) - value(weight_RN @ before_NK)
 
-    rng = np.random.default_rng(seed)
-    even_N = np.full(items, 1.0 / items)
-    pieces = [min(200, n - start) for start in range(0, n, 200)]  # 200 resamples at a time: memory stays small
-    deltas_R = np.concatenate([change(rng.multinomial(items, even_N, size=piece)) for piece in pieces])
+    deltas_R = np.concatenate([change(weight_RN) for weight_RN in _resamples(items, n, seed)])
     low, high = np.percentile(deltas_R, [2.5, 97.5])
     return Interval(float(change(np.ones((1, items)))[0]), float(low), float(high))
+
+
+@lru_cache(maxsize=1)
+def _resamples(items: int, n: int, seed: int) -> list[NDArray[np.uint16]]:
+    """How often each item is drawn in each of `n` resamples, 200 at a time, so that the products stay small. Every
+    metric of a table resamples the same items, and the draws cost more than the products."""
+    rng, even_N = np.random.default_rng(seed), np.full(items, 1.0 / items)
+    pieces = [min(200, n - start) for start in range(0, n, 200)]
+    return [rng.multinomial(items, even_N, size=piece).astype(np.uint16) for piece in pieces]
 
 
 class Stat(NamedTuple):

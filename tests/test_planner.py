@@ -223,11 +223,13 @@ def test_features_that_were_read_stay_in_memory(recipe, monkeypatch):
     assert [v.features for v in videos] == [whole + clips * clip for clips in (1.5, 3, 0, 0)]
     all_views = 10 * 2.5 + 20 * 4 + 30 + 40
     features = 100 * whole + (all_views - 100) * clip + all_views * host.VIEW
-    assert host.held(videos, lengths) == {"records": 100 * host.RECORD, "features": features}
+    words = {"tokenizer": 500 * host.WORD, "libraries": host.LIBRARIES}
+    assert host.held(videos, lengths, 500) == {"records": 100 * host.RECORD, "features": features} | words
     stages = MemoryModel(given, shapes, None, lengths, False).stages()
     assert stages["features"].host["features"] == 0 and stages["sft"].host["features"] == features
+    assert stages["features"].host["libraries"] == 0 and stages["features"].host["tokenizer"] > 0
     monkeypatch.setattr(host, "HELD_BYTES", 1000)  # the store keeps no more
-    assert host.held(videos, lengths)["features"] == 1000
+    assert host.held(videos, lengths, 500)["features"] == 1000
 
 
 def test_a_second_base_is_added_where_it_is_held(llava):

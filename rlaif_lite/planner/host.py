@@ -12,6 +12,8 @@ from .lengths import Lengths
 from .shapes import Shapes, video_tokens
 
 RECORD = 1500  # bytes of a record in memory
+WORD = 1000  # bytes of a word of the tokenizer: its text, its number and its merge
+LIBRARIES = 35 << 20  # that the first training stage brings in
 VIEW = 8000  # of the objects around the six tensors of a view, and what its file is larger in whole pages
 # The world makes the records of these splits from the same videos.
 SHARED = {"sft_easy": "sft", "sft_hard": "sft", "policy_init": "rl"}
@@ -45,8 +47,9 @@ def videos_of(recipe: Recipe, bases: list[Shapes], lengths: Lengths) -> list[Vid
     return list(found.values())
 
 
-def held(videos: list[Videos], lengths: Lengths) -> dict[str, int]:
-    """Bytes by kind, when every record and as many features as the store keeps have been read."""
+def held(videos: list[Videos], lengths: Lengths, vocabulary: int) -> dict[str, int]:
+    """Bytes by kind, when every record and as many features as the store keeps have been read, and all libraries."""
     features = sum(v.count * (v.features + v.views * VIEW) for v in videos)
     records = sum(texts.records for texts in lengths.splits.values())
-    return {"records": RECORD * records, "features": min(HELD_BYTES, int(features))}
+    found = {"records": RECORD * records, "features": min(HELD_BYTES, int(features))}
+    return found | {"tokenizer": WORD * vocabulary, "libraries": LIBRARIES}

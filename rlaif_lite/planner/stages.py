@@ -62,8 +62,8 @@ class MemoryModel:
             "evaluate": self.evaluate,
         }
         videos = host.videos_of(self.recipe, [self.shapes] + ([self.judge] if self.judge else []), self.lengths)
-        held = host.held(videos, self.lengths)
-        before = held | {"features": 0}  # none is read before they are made
+        held = host.held(videos, self.lengths, self.shapes.vocabulary)
+        before = held | {"features": 0, "libraries": 0}  # none is read before they are made
         stages = {name: plans[name]() for name in self.recipe.stages}
         return {
             name: stage._replace(host=stage.host | (before if name in ("data", "features") else held))

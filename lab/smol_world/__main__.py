@@ -14,8 +14,6 @@ import argparse
 import os
 from pathlib import Path
 
-import torch
-
 from rlaif_lite.data.world import WorldSplits
 from rlaif_lite.exchange.export import merge
 from rlaif_lite.exchange.files import whole_folder
@@ -60,8 +58,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the run's world")
     parser.add_argument("--base-videos", type=int, default=400, help="that the base learns from")
     parser.add_argument("--tower-steps", type=int, default=500)
-    parser.add_argument("--sft-steps", type=int, default=16)
-    torch.set_num_threads(1)
+    parser.add_argument("--sft-steps", type=int, default=60)
     print(build(**vars(parser.parse_args())))
 
 

@@ -17,7 +17,7 @@ from rlaif_lite.files import write_jsonl
 from . import english
 
 DROPOUT = 0.33  # share of frames in which an object is hidden
-CONVERSED = 160  # videos that conversations are about
+CONVERSED = 320  # videos that conversations are about
 
 
 def record(name: str, video: str, turns: list[tuple[str, str | None]], **more) -> dict:
@@ -37,13 +37,13 @@ def judgement(facts: Facts, rng: random.Random, context: str | None) -> tuple[st
 
 def conversations(name: str, video: str, facts: Facts, rng: random.Random) -> Iterator[dict]:
     """Two of the whole video, one of them with its narrative, and one of a clip."""
-    alone = [judgement(facts, rng, None) for _ in range(4)] + [english.question(facts, rng) for _ in range(2)]
+    alone = [judgement(facts, rng, None) for _ in range(6)] + [english.question(facts, rng) for _ in range(2)]
     alone.append((rng.choice(english.DESCRIBE), english.describe(facts, rng)))
     rng.shuffle(alone)
     yield record(f"{name}/alone", video, alone)
     told = english.narrative(facts, rng)
     first = judgement(facts, rng, told) if rng.random() < 0.7 else english.compared(facts, rng, told)
-    yield record(f"{name}/told", video, [first, *(judgement(facts, rng, None) for _ in range(3))])
+    yield record(f"{name}/told", video, [first, *(judgement(facts, rng, None) for _ in range(7))])
     clip = rng.randrange(EVENTS)
     shown = [(english.CAPTION, english.caption(facts, clip, rng))]
     yield record(f"{name}/clip", video, shown, clip=clip, clips=EVENTS)

@@ -24,16 +24,18 @@ ROOT = Path(__file__).resolve().parents[2]
 WAYS = {"one process": 0, "one rank": 1, "two ranks": 2}  # ranks under torchrun; 0: without it
 STAGES = ("features", "sft", "context", "preference", "reward", "ppo", "evaluate")
 SHORT = [
-    "data.world.sft=160",
-    "data.world.preference=240",
-    "data.world.rl=240",
+    "data.world.sft=80",
+    "data.world.preference=400",
+    "data.world.rl=160",
     "data.world.test=300",
+    "evaluate.temperatures=[]",
     "evaluate.batch_size=75",
-    "sft.easy.steps=40",
-    "sft.hard.steps=40",
+    "sft.easy.steps=8",
+    "sft.hard.steps=8",
+    "sft.policy_init.steps=4",
     "reward.floor=0.0",
-    "ppo.steps=8",
-    "preference.compare_pairs=200",
+    "ppo.steps=5",
+    "preference.compare_pairs=0",
 ]
 
 

@@ -141,8 +141,7 @@ def read_sealed(path: Path) -> dict | None:
     if not isinstance(value, dict) or value.pop("sha256", None) != _seal(value):
         raise StageError(
             f"{path} is damaged: its content does not match its checksum. Delete the folder {path.parent} and run "
-            f"again: "
-            "its stage starts over, and later stages are kept where nothing changed."
+            "again: its stage starts over, and later stages are kept where nothing changed."
         )
     return value
 

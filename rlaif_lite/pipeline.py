@@ -1,11 +1,10 @@
 """The order of the stages; what is done, what is stale and why; the summary.
 
 A stage is finished when its folder holds `done.json`: what it read (recipe keys, and the digests of the stages before
-it), what it returned, and the digest of what it left (see `run_folder.py`). When nothing of that changed it is
-skipped. When something did, its folder is emptied and it
-runs again, and so do the stages that need it. A stage that was killed has no `done.json` and goes on from its own
-checkpoint. What a stage read says all that decides what it finds, so a run may also take a stage from another run
-that read the same (`share`).
+it), what it returned, and the digest of what it left (see `run_folder.py`). When nothing of that changed it is skipped.
+When something did, its folder is emptied and it runs again, and so do the stages that need it. A stage that was killed
+has no `done.json` and goes on from its own checkpoint. What a stage read says all that decides what it finds, so a run
+may also take a stage from another run that read the same (`share`).
 """
 
 import hashlib

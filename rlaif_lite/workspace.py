@@ -215,8 +215,7 @@ class Workspace:
         if views is None:
             raise StageError(
                 f"The cached features of {name} are gone or damaged. Delete {self.folder / 'features' / 'done.json'} "
-                f"and run again: "
-                "only what is missing is encoded."
+                "and run again: only what is missing is encoded."
             )
         return views
 

@@ -39,8 +39,7 @@ class Audited(NamedTuple):
     item: Item
     answer: str
     here: Seen
-    elsewhere: Seen
-    "another video"
+    elsewhere: Seen  # another video
 
 
 def audit(role: ActiveRole, rows: list[Audited], section: Claims, batch_size: int) -> list[dict[str, list[bool]]]:

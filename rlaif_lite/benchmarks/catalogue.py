@@ -13,14 +13,12 @@ class Benchmark(NamedTuple):
     """One benchmark."""
 
     load: Callable[[list[Path]], list[Item]]
-    files: str
-    "what `load` reads"
+    files: str  # what `load` reads
     tally: Callable[[Item, dict], Tally]
     kind: Literal["answers", "retrieval", "recognition", "claims"] = "answers"
     tasks: tuple[Task, ...] = ()
     "what a judge is asked about each answer; none where rules or the run's own claims judge decide"
-    prompt: str = "{question}"
-    "the request; --prompt gives another"
+    prompt: str = "{question}"  # the request; --prompt gives another
 
 
 OPTIONS = "{question}\nAnswer with the letter of the right option."

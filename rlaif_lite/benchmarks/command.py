@@ -23,16 +23,12 @@ from .run import run as run_benchmark
 class Judging(NamedTuple):
     """Which judge is asked for."""
 
-    kind: str
-    "local, rules, or an endpoint's base URL"
+    kind: str  # local, rules, or an endpoint's base URL
     model: str | None
     "its name at the endpoint; a folder or hub id of a local one; None: the run's own base, without an adapter"
-    words: bool
-    "local: question answering is decided by the probabilities of yes and no"
-    key: str | None
-    "environment variable that holds the endpoint's key"
-    body: str | None
-    "endpoint: JSON of settings for its requests; null leaves one of ours out"
+    words: bool  # local: question answering is decided by the probabilities of yes and no
+    key: str | None  # environment variable that holds the endpoint's key
+    body: str | None  # endpoint: JSON of settings for its requests; null leaves one of ours out
     concurrency: int
     price: tuple[float, float] | None
     again: bool

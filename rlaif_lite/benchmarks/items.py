@@ -24,37 +24,24 @@ class Objects(NamedTuple):
     "word or words -> the objects in the picture that they name: `person` may name a man and a child"
     traps: dict[str, frozenset[str]]
     "word or words -> objects that are not in the picture, and that models are likely to invent there"
-    vocabulary: frozenset[str]
-    "all that counts as an object; shared by the items of a benchmark"
-    harmless: frozenset[str]
-    "words of the vocabulary that never count as invented"
+    vocabulary: frozenset[str]  # all that counts as an object; shared by the items of a benchmark
+    harmless: frozenset[str]  # words of the vocabulary that never count as invented
 
 
 class Item(NamedTuple):
     """One thing that a benchmark asks."""
 
-    id: str
-    "unique within the benchmark"
-    video: str
-    "as the file names it, with or without folder and extension"
-    questions: tuple[str, ...]
-    "one; two wordings of it for consistency"
-    reference: str
-    "the right answer; a caption or class for rankings; empty where there is none"
-    group: str = ""
-    "results are also given for each group: a type of question, say"
-    context: str | None = None
-    "what the picture shows in words, for judges that may know it"
+    id: str  # unique within the benchmark
+    video: str  # as the file names it, with or without folder and extension
+    questions: tuple[str, ...]  # one; two wordings of it for consistency
+    reference: str  # the right answer; a caption or class for rankings; empty where there is none
+    group: str = ""  # results are also given for each group: a type of question, say
+    context: str | None = None  # what the picture shows in words, for judges that may know it
     objects: Objects | None = None
-    among: tuple[str, ...] = ()
-    "the texts of which `reference` is the right one, where texts are ranked for the video"
-    picture: str | None = None
-    "the picture itself, base64, where the file holds it"
-    each_video: tuple[str, ...] = ()
-    "of each question, where they are about several videos"
-
-    span: tuple[float, float] | None = None
-    "seconds from where to where the video is shown; None: all of it"
+    among: tuple[str, ...] = ()  # the texts of which `reference` is the right one, where texts are ranked for the video
+    picture: str | None = None  # the picture itself, base64, where the file holds it
+    each_video: tuple[str, ...] = ()  # of each question, where they are about several videos
+    span: tuple[float, float] | None = None  # seconds from where to where the video is shown; None: all of it
 
     @property
     def videos(self) -> tuple[str, ...]:

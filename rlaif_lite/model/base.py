@@ -299,8 +299,7 @@ def refuse_incomplete(info: dict, name: str) -> None:
         if found := sorted(map(str, info[key])):
             raise ModelError(
                 f"`model.base: {name}` is not loaded: {len(found)} tensors of the model {what}, the first {found[0]}. "
-                f"They "
-                "would be random. Download the checkpoint again."
+                "They would be random. Download the checkpoint again."
             )
     if info["error_msgs"]:
         raise ModelError(f"`model.base: {name}` is not loaded: {info['error_msgs'][0]}. Download the checkpoint again.")

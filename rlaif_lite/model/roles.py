@@ -178,8 +178,7 @@ class Roles:
         if self._active is not None:
             raise ModelError(
                 f"Role `{name}` was opened inside the scope of `{self._active}`. Close that scope first: the backward "
-                f"of one "
-                "role with another role's adapter active gives wrong gradients without any error."
+                "of one role with another role's adapter active gives wrong gradients without any error."
             )
         if name != BASE and name not in self._names:
             raise ModelError(f"There is no role `{name}`; there are {', '.join([BASE, *self._names])}.")
@@ -218,8 +217,7 @@ class Roles:
         if own.lora_alpha / own.r != alpha / self.lora.rank:
             raise ModelError(
                 f"Role `{name}` has alpha {own.lora_alpha} and rank {own.r}, `model.lora` has {alpha} and "
-                f"{self.lora.rank}: "
-                "a copy would run at another scale. All roles have one shape: set it so."
+                f"{self.lora.rank}: a copy would run at another scale. All roles have one shape: set it so."
             )
 
     def _attach(self, name: str, lora: Lora) -> None:
@@ -306,8 +304,7 @@ class ActiveRole:
         if self.roles._active != self.name:
             raise ModelError(
                 f"A gradient of role `{self.name}` arrived in the scope of `{self.roles._active}`. Call backward() "
-                f"inside "
-                f"`with roles.use({self.name!r})`: elsewhere the adapters' gradients would be wrong or missing."
+                f"inside `with roles.use({self.name!r})`: elsewhere the adapters' gradients would be wrong or missing."
             )
 
 

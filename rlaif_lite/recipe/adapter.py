@@ -79,9 +79,8 @@ def check_settings(settings: object, where: str | Path) -> None:
     start = str(settings.get("init_lora_weights", "")).lower()
     if start.startswith(OTHER_BASE):
         raise ModelError(
-            f"{where}: `init_lora_weights` = {start!r}: it belongs to a base whose weights it changed; only plain "
-            f"LoRA is "
-            "read. Convert it with PEFT's `path_initial_model_for_weight_conversion`."
+            f"{where}: `init_lora_weights` = {start!r}: it belongs to a base whose weights it changed; only plain LoRA "
+            "is read. Convert it with PEFT's `path_initial_model_for_weight_conversion`."
         )
     for key, kinds in (("r", int), ("lora_alpha", int | float)):
         value = settings.get(key)
@@ -132,7 +131,6 @@ def read_adapter(folder: Path) -> AdapterShape:
         if bare := sorted(every - layers.get(layer, set())):
             raise ModelError(
                 f"{path}: layer {layer} has no {bare[0][0]}.lora_{bare[0][1]}: it is on some of the layers only, and "
-                f"roles "
-                "are on all."
+                "roles are on all."
             )
     return AdapterShape(settings["r"], float(settings["lora_alpha"]), target_names(names))

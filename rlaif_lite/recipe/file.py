@@ -113,8 +113,7 @@ def find_recipe(path: str | Path) -> Path:
     if str(path) == "-" or os.path.exists(path) and not is_folder(path):
         raise RecipeError(
             f"{path} is not a regular file. Recipes are not read from standard input or pipes, because errors and the "
-            f"run "
-            "folder name the file. Save it as a file first."
+            "run folder name the file. Save it as a file first."
         )
     if len(str(path)) > LONGEST:
         raise RecipeError(f"{str(path)[:LONGEST]}... is not there, expected a recipe file.")

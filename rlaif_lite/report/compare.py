@@ -25,16 +25,13 @@ SHOWN_KEYS = 60  # characters of a value
 class Line(NamedTuple):
     """One metric."""
 
-    table: str
-    "greedy, sample, or the benchmark's name"
+    table: str  # greedy, sample, or the benchmark's name
     metric: str
     before: float
     after: float
     interval: Interval
-    better: int
-    "1 more is better, -1 less is better, 0 neither or not known"
-    share: bool
-    "shown in per cent"
+    better: int  # 1 more is better, -1 less is better, 0 neither or not known
+    share: bool  # shown in per cent
 
     @property
     def verdict(self) -> str:
@@ -51,10 +48,8 @@ class Comparison(NamedTuple):
 
     names: tuple[str, str]
     lines: list[Line]
-    videos: dict[str, int]
-    "by table"
-    keys: dict[str, tuple[Any, Any]]
-    "recipe keys and inputs that differ"
+    videos: dict[str, int]  # by table
+    keys: dict[str, tuple[Any, Any]]  # recipe keys and inputs that differ
     alone: tuple[dict[str, int], dict[str, int]]
     "sections of the recipe that only one of them read, and how many keys each has"
     cost: dict[str, tuple[float | None, float | None]]
@@ -234,8 +229,7 @@ class Result(NamedTuple):
 
     folder: Path
     summary: dict[str, Any]
-    items: dict[str, dict]
-    "lines of items.jsonl by id"
+    items: dict[str, dict]  # lines of items.jsonl by id
 
 
 def compare_benchmarks(a: Path, b: Path) -> Comparison:

@@ -27,10 +27,8 @@ class Measure(NamedTuple):
 
     label: str
     help: str
-    better: int
-    "1 more is better, -1 less is better, 0 neither"
-    share: bool
-    "shown in per cent"
+    better: int  # 1 more is better, -1 less is better, 0 neither
+    share: bool  # shown in per cent
 
 
 MEASURES = {
@@ -156,10 +154,8 @@ class ChangeRow(NamedTuple):
 
     measure: Measure
     change: Change
-    verdict: str
-    "better, worse, or same: what the interval supports"
-    bar: Interval | None
-    "where the interval lies on the panel's axis, 0 to 100; only for shares"
+    verdict: str  # better, worse, or same: what the interval supports
+    bar: Interval | None  # where the interval lies on the panel's axis, 0 to 100; only for shares
 
 
 class ChangePanel(NamedTuple):
@@ -167,8 +163,7 @@ class ChangePanel(NamedTuple):
 
     title: str
     baseline: str
-    reach: float
-    "the axis goes from -reach to +reach, in points"
+    reach: float  # the axis goes from -reach to +reach, in points
     rows: list[ChangeRow]
 
 
@@ -211,8 +206,7 @@ class Table(NamedTuple):
 
     title: str
     measures: list[Measure]
-    rows: list[tuple[str, str, list[float | None]]]
-    "label, kind (a role, `policy`, `cooler` or `best_of`), values"
+    rows: list[tuple[str, str, list[float | None]]]  # label, kind (a role, `policy`, `cooler` or `best_of`), values
 
 
 def evaluation_table(evaluation: dict[str, dict[str, float]], mode: str) -> Table | None:
@@ -285,8 +279,7 @@ class StageRow(NamedTuple):
     name: str
     status: str
     seconds: float
-    share: float
-    "of the longest stage, 0 to 100"
+    share: float  # of the longest stage, 0 to 100
     peak: int
     planned: int | None
 
@@ -314,8 +307,7 @@ class Described(NamedTuple):
     "One video's descriptions, as they were rewritten."
 
     video: str
-    texts: list[tuple[str, str]]
-    "who wrote it, and the text"
+    texts: list[tuple[str, str]]  # who wrote it, and the text
 
 
 def round_table(rounds: list[dict]) -> tuple[list[str], list[tuple[int, bool, list[str]]]] | None:
@@ -348,8 +340,7 @@ class Answer(NamedTuple):
     """A role's answer to an example, with what is wrong in it marked."""
 
     label: str
-    pieces: list[tuple[str, bool]]
-    "text, and whether it is wrong"
+    pieces: list[tuple[str, bool]]  # text, and whether it is wrong
     right: int | None
     wrong: int | None
 

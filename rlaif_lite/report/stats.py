@@ -29,12 +29,9 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228) 
 class Interval(NamedTuple):
     """A change and its 95 % interval."""
 
-    delta: float
-    "the change, after - before, on the items as they are"
-    low: float
-    "2.5th percentile over resamples"
-    high: float
-    "97.5th percentile over resamples"
+    delta: float  # the change, after - before, on the items as they are
+    low: float  # 2.5th percentile over resamples
+    high: float  # 97.5th percentile over resamples
 
 
 def tally(rows: Iterable[Mapping]) -> dict[str, NDArray[np.float64]]:
@@ -77,8 +74,7 @@ class Asked(NamedTuple):
 
     videos: int
     questions: int
-    known: int
-    "questions whose truth is known"
+    known: int  # questions whose truth is known
 
     def __str__(self) -> str:
         videos = f"{self.videos} held-out video{'s' * (self.videos != 1)}"

@@ -87,8 +87,7 @@ def fill(work: Workspace, wanted: dict) -> tuple[dict[str, str], dict[str, str]]
         name, reason = next(iter(by_pyav.items()))
         say(
             f"features: {len(by_pyav)} of {len(missing)} videos were decoded with PyAV, in order, where decord would "
-            f"be "
-            f"wrong or refuses; the first: {name}: {reason}"
+            f"be wrong or refuses; the first: {name}: {reason}"
         )
     write_index(work.index_file, {name: keys[name] for name in keys if name not in failed})
     base.drop_tower()

@@ -209,9 +209,8 @@ def score_pairs(layout: RewardInput, active: ActiveRole, pairs: Seq[tuple[Record
 
 def stumbling(pairs: list[tuple[Record, str, str]], share: float, seed: int) -> list[tuple[Record, str, str]]:
     """As many extra pairs as `share` of `pairs`: a chosen answer against itself with one to three words doubled,
-    dropped
-    or put elsewhere. Answers that stumble are too rare among a model's samples for the reward model to learn what they
-    are worth, and PPO drifts to where it is not told."""
+    dropped or put elsewhere. Answers that stumble are too rare among a model's samples for the reward model to learn
+    what they are worth, and PPO drifts to where it is not told."""
     rng = random.Random(seed)
     extra = []
     worded = [pair for pair in pairs if pair[1].split()]  # an answer of no words may be the better one
@@ -284,8 +283,6 @@ def check_floor(recipe: Recipe, accuracy: float | None) -> None:
     elif accuracy < recipe.reward.floor:
         raise StageError(
             f"The reward model decides {accuracy:.3f} of held-out pairs as labelled, below `reward.floor: "
-            f"{recipe.reward.floor}`: "
-            "PPO would optimise noise. More or cleaner pairs help (`preference.samples`, `preference.min_margin`); to "
-            "go on "
-            "all the same, lower the floor."
+            f"{recipe.reward.floor}`: PPO would optimise noise. More or cleaner pairs help (`preference.samples`, "
+            "`preference.min_margin`); to go on all the same, lower the floor."
         )

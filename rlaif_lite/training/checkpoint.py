@@ -28,16 +28,11 @@ HEADER = "rlaif_lite"  # safetensors writes several keys in any order; with one 
 class Checkpoint(NamedTuple):
     """What `load` gives back of a checkpoint."""
 
-    step: int
-    "steps done; the next one to run"
-    tensors: dict[str, Tensor]
-    "as given to `save`, on the CPU"
-    optimizers: dict[str, dict]
-    "state dicts; put back with `restore_optimizer`"
-    state: dict
-    "as given to `save`"
-    rng: dict
-    "random states; put back with `restore_rng`"
+    step: int  # steps done; the next one to run
+    tensors: dict[str, Tensor]  # as given to `save`, on the CPU
+    optimizers: dict[str, dict]  # state dicts; put back with `restore_optimizer`
+    state: dict  # as given to `save`
+    rng: dict  # random states; put back with `restore_rng`
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], optimizers: dict[str, Optimizer], state: dict) -> None:
@@ -81,8 +76,7 @@ def load(folder: Path) -> Checkpoint | None:
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise StageError(
             f"The checkpoint {path} is damaged ({error}). Delete {folder} to start this phase over; stages that are "
-            f"done "
-            "are kept."
+            "done are kept."
         ) from error
     described = json.loads(text)
     return Checkpoint(

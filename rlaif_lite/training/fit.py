@@ -104,9 +104,8 @@ def clip_and_step(
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
         if not math.isfinite(norm):
             raise StageError(
-                f"{where}: the gradient's norm is {norm}, so the run diverged. This update was not made and nothing "
-                f"of it was "
-                "saved; the last checkpoint is kept. Lower the learning rate, or look at the steps before in "
+                f"{where}: the gradient's norm is {norm}, so the run diverged. This update was not made and nothing of "
+                "it was saved; the last checkpoint is kept. Lower the learning rate, or look at the steps before in "
                 "metrics.jsonl."
             )
         optimizer.step()

@@ -96,9 +96,8 @@ class MetricsLog:
         if digest is not None and own.hexdigest() != digest:
             raise StageError(
                 f"{self.path}: the lines of {stage} before step {step} are missing or changed since the checkpoint of "
-                f"that "
-                f"step. Put the file back, or delete the folder {self.path.parent / stage.partition('.')[0]} and run "
-                "again: that stage starts over."
+                f"that step. Put the file back, or delete the folder {self.path.parent / stage.partition('.')[0]} and "
+                "run again: that stage starts over."
             )
         self._written[stage] = own
         if self._trackers is not None:
@@ -164,8 +163,7 @@ class MetricsLog:
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise StageError(
                     f"{self.path}, line {number}, is damaged: {line[:80]!r}. Put the file back, or delete it together "
-                    f"with "
-                    "the folder of the stage that was running, and run again."
+                    "with the folder of the stage that was running, and run again."
                 ) from None
         return lines
 

@@ -26,21 +26,16 @@ class Reply(NamedTuple):
     """What a model answered to a prompt."""
 
     raw: str
-    problem: str | None = None
-    "why there can be no answer to this prompt; then `raw` is empty"
-    tokens: tuple[int, int] | None = None
-    "of the prompt and of the reply, where the model says"
+    problem: str | None = None  # why there can be no answer to this prompt; then `raw` is empty
+    tokens: tuple[int, int] | None = None  # of the prompt and of the reply, where the model says
 
 
 class Model(Protocol):
     """A model that answers prompts: on this machine or behind an address."""
 
-    name: str
-    "kind and model, and the settings that change what it says"
-    revision: str
-    "which version of it"
-    words: bool
-    "qa is answered by the probabilities of yes and no"
+    name: str  # kind and model, and the settings that change what it says
+    revision: str  # which version of it
+    words: bool  # qa is answered by the probabilities of yes and no
 
     def ask(self, prompts: Sequence[Prompt], keep: Callable[[int, Reply], None]) -> None:
         """Call `keep(number of the prompt, reply)` as replies come in, from any thread. Raises RlaifError where it

@@ -28,13 +28,7 @@ STD = 0.02  # of every weight, as these models are initialised
 POSITIONS = 32768  # at least: a profile may be of longer sequences than the base was trained on
 WORDS = "yes no A B video true false ."
 
-FAMILIES = (
-    "llava",
-    "llava_onevision",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "smolvlm",
-)  # model types that a tokenizer is made up for
+FAMILIES = ("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm")  # those that a tokenizer is made up for
 SETTINGS = ("preprocessor_config.json", "video_preprocessor_config.json")  # of frames
 SMOL_MARKS = ["<|im_start|>", "<image>", "<fake_token_around_image>", "<global-img>"]
 QWEN_MARKS = ("vision_start", "vision_end", "image_pad", "video_pad")

@@ -24,7 +24,7 @@ OPTIONS = [
 SHAPES = [(0, 24, 50), (1, 24, 50), (37, 96, 1009), (513, 40, 1500)]
 CASES = [(shape, options) for shape in SHAPES for options in OPTIONS]
 if INTERPRETING:  # some ten milliseconds per row and block
-    CASES = [((0, 24, 50), {}), ((37, 96, 600), {}), ((37, 96, 600), OPTIONS[-1])]
+    CASES = [((0, 24, 50), {}), ((19, 96, 600), {}), ((19, 96, 600), OPTIONS[-1])]
     CASES += [((5, 24, 601), options) for options in OPTIONS]
 
 
@@ -62,7 +62,7 @@ def both(impl, hidden_ND, weight_VD, target_N, reference_ND, chunk_rows=None, bi
 def test_matches_float64(impl, shape, options, dtype):
     N, D, V = shape
     ours, want, grad, grad64 = both(
-        impl, *problem(N, D, V, dtype, spread=0.5), chunk_rows=None if N < 30 else 16, **options
+        impl, *problem(N, D, V, dtype, spread=0.5), chunk_rows=None if N < 10 else 16, **options
     )
     tolerance = LOGP_TOLERANCE[dtype]
     assert all(out.dtype == torch.float32 for out in ours) and grad.dtype == dtype

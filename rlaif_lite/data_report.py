@@ -58,7 +58,9 @@ def _one_file(path: Path, root, count, unit: str, render: Render, refusals) -> s
         lines.append(f"  keys left out: {', '.join(read.ignored)}")
     lines += [f"  refused: {reason}" for reason in refusals(path.name, records)]
     for record in records[:SHOWN]:
-        lines += ["", f"  {record.source} (id {record.id}, video {_video(record)})", f"    {render(record)}"]
+        frames = record.video if isinstance(record.video, tuple) else ()
+        video = f"{frames[0]}, {len(frames)} frames" if frames else record.video or "none"
+        lines += ["", f"  {record.source} (id {record.id}, video {video})", f"    {render(record)}"]
         if record.chosen is not None:
             lines += [f"    chosen: {record.chosen!r}", f"    rejected: {record.rejected!r}"]
     return "\n".join(line for line in lines if line is not None)
@@ -70,12 +72,6 @@ def _spread(what: str, unit: str, sizes: list[int]) -> str | None:
     ordered = sorted(sizes)
     middle, high = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)]
     return f"  {what}, {unit}: median {middle}, 95 % up to {high}, longest {ordered[-1]}"
-
-
-def _video(record: Record) -> str:
-    if isinstance(record.video, tuple):
-        return f"{record.video[0]}, {len(record.video)} frames"
-    return record.video or "none"
 
 
 def _recipe_of(recipe: str | None, base: str | None):

@@ -130,7 +130,7 @@ def read_json(path: Path) -> Any:
 
 def write_sealed(path: Path, value: dict) -> None:
     """Write a JSON object atomically, with a digest of itself."""
-    write_json(path, value | {"sha256": _seal(value)})
+    write_json(path, value | {"sha256": digest_of(value, 64)})
 
 
 def read_sealed(path: Path) -> dict | None:
@@ -138,7 +138,7 @@ def read_sealed(path: Path) -> dict | None:
     if not path.exists():
         return None
     value = read_json(path)
-    if not isinstance(value, dict) or value.pop("sha256", None) != _seal(value):
+    if not isinstance(value, dict) or value.pop("sha256", None) != digest_of(value, 64):
         raise StageError(
             f"{path} is damaged: its content does not match its checksum. Delete the folder {path.parent} and run "
             "again: its stage starts over, and later stages are kept where nothing changed."
@@ -146,8 +146,9 @@ def read_sealed(path: Path) -> dict | None:
     return value
 
 
-def _seal(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def digest_of(value: Any, digits: int = 16) -> str:
+    """The first hexadecimal digits (64 are all) of the SHA-256 of a value as JSON, its keys in order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:digits]
 
 
 # ---------------------------------------------------------------------------------------------------------- JSON lines
@@ -175,24 +176,20 @@ def appending(path: Path, lines: list[str]) -> Iterator[Callable[[Any], str]]:
     """A function that appends a value as a line and returns the line. `lines`: the first lines of the file, which stay;
     what comes after them, such as a line cut short by a kill, goes first. On ranks other than 0 nothing is written."""
     if not ranks.is_first():
-        yield _line
+        yield lambda value: json.dumps(value) + "\n"
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         file.truncate(sum(len(line.encode()) for line in lines))
 
         def append(value: Any) -> str:
-            line = _line(value)
+            line = json.dumps(value) + "\n"
             file.write(line.encode())
             file.flush()
             return line
 
         yield append
         os.fsync(file.fileno())
-
-
-def _line(value: Any) -> str:
-    return json.dumps(value) + "\n"
 
 
 def by_batches(

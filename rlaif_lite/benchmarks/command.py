@@ -1,12 +1,12 @@
 """What `rlaif-lite bench` does with its arguments."""
 
-import hashlib
 import json
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import DataError, RlaifError
+from ..files import file_digest
 from ..judge.outside import Judge, local
 from ..judge.outside.cached import CachedJudge
 from ..judge.outside.endpoint import Endpoint, Prices, settings_of
@@ -57,7 +57,10 @@ def bench(
     results = examinee.work.folder / "bench"
     out = out or results / f"{name}-{role}"
 
-    _refuse(judging)
+    if judging.words and judging.kind != "local":
+        raise RlaifError(f"--judge-words is for a local judge; the judge is {judging.kind}.")
+    if judging.kind == "local" and judging.model is not None:
+        local.check_model(judging.model, judging.words)
     verdicts, ready = results / "verdicts", None
     if BENCHMARKS[name].tasks and judging.kind != "local":  # a wrong address is said before hours of answers
         ready = make_judge(judging, examinee, verdicts)
@@ -73,14 +76,6 @@ def bench(
         max_new_tokens,
     )
     return as_text(found, out)
-
-
-def _refuse(judging: Judging) -> None:
-    """Raises RlaifError, before any answer is made, for a local judge that cannot judge so."""
-    if judging.words and judging.kind != "local":
-        raise RlaifError(f"--judge-words is for a local judge; the judge is {judging.kind}.")
-    if judging.kind == "local" and judging.model is not None:
-        local.check_model(judging.model, judging.words)
 
 
 def make_judge(judging: Judging, examinee: Examinee, folder: Path) -> Judge:
@@ -117,7 +112,7 @@ def of_role(work: Workspace, role: str, words: bool = False, batch_size: int = 1
     if role != BASE:
         work.load_role(role)
         adapter = work.adapter(role) / "adapter_model.safetensors"
-        revision += f"+{hashlib.sha256(adapter.read_bytes()).hexdigest()[:16]}"
+        revision += f"+{file_digest(adapter)}"
     name = f"local:{local.short_name(section.base)}:{role}:{section.quantization}"
     return local.LocalRole(work.roles, role, name, revision, words, batch_size)
 

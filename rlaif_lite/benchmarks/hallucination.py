@@ -40,7 +40,7 @@ from .items import (
     words_of,
     yes_or_no,
 )
-from .nouns import need_tagger, tagged
+from .nouns import tagged, tagger
 
 POPE = "POPE's JSON lines {question_id, image or video, text, label}, or POPEv2's {image_name, query, label}"
 AMBER = "AMBER's query_*.json and annotations.json, and relation.json and safe_words.txt where you have them"
@@ -142,7 +142,7 @@ def load_amber(paths: list[Path]) -> list[Item]:
         video, kind = text(entry, "image", place), text(note, "type", f"annotation {name}")
         kind = "discriminative-relation" if kind == "relation" else kind  # the file has both, the authors count one
         if kind == "generative":
-            need_tagger()
+            tagger()
             present, traps = (_by_word(texts(note, key, f"annotation {name}"), relation) for key in ("truth", "hallu"))
             objects = Objects(present, traps, vocabulary, safe)
             items.append(Item(name, video, asked, "", kind, objects=objects))

@@ -172,8 +172,9 @@ def _find(name: str, root: Path, places: dict[str, list[str]]) -> str | None:
     stem, suffix = os.path.splitext(os.path.basename(name))
     stem = stem if suffix.lower() in (*SUFFIXES, *IMAGES) else os.path.basename(name)
     numbered = (f"video{stem}", f"vid{stem}") if stem.isdecimal() else ()  # MSR-VTT and MSVD give numbers alone
+    is_video = lambda path: os.path.isfile(path) or any(file.lower().endswith(IMAGES) for file in os.listdir(path))
     for spelling in (stem, f"v_{stem}", stem.removeprefix("v_"), *numbered):
-        fitting = [path for path in places.get(spelling, []) if os.path.isfile(path) or _has_frames(path)]
+        fitting = [path for path in places.get(spelling, []) if is_video(path)]
         if len(fitting) > 1:
             raise DataError(
                 f"Two videos are called {name}: {fitting[0]} and {fitting[1]}. Give the folder that holds one of them."
@@ -181,11 +182,6 @@ def _find(name: str, root: Path, places: dict[str, list[str]]) -> str | None:
         if fitting:
             return fitting[0]
     return None
-
-
-def _has_frames(folder: str) -> bool:
-    with os.scandir(folder) as inside:
-        return any(entry.name.lower().endswith(IMAGES) for entry in inside)
 
 
 # ---- answers as words

@@ -18,7 +18,6 @@ Files, as their authors ship them:
 Shapes: N tokens, D width.
 """
 
-import csv
 import re
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -30,7 +29,7 @@ from rlaif_kernels import linear_logprob
 from ..errors import DataError
 from ..model.inputs import Sequence, branch, collate
 from ..model.roles import ActiveRole
-from .items import Item, Tally, entries, lines_of
+from .items import Item, Tally, entries, lines_of, rows_of
 
 CAPTIONS = "MSR-VTT's csv or json of captions, or MSVD's lines or csv of captions, and a list of test videos"
 ACTIONS = "UCF101's testlist01.txt and classInd.txt, or HMDB51's <class>_test_split1.txt"
@@ -54,21 +53,18 @@ def load_captions(paths: list[Path]) -> list[Item]:
         elif all(" " not in line for line in lines):
             listed = set(lines)
         else:
-            pairs += [_named(path, number, line) for number, line in enumerate(lines, 1)]
+            for number, line in enumerate(lines, 1):
+                video, _, said = line.partition(" ")
+                if not said:
+                    what = f"{line[:60]!r} is a name without a caption"
+                    raise DataError(f"{path}, line {number}: {what}. Expected {CAPTIONS}.")
+                pairs.append((video, said.strip()))
     pairs = [(video, said) for video, said in pairs if listed is None or video in listed]
     if not pairs:
         raise DataError(
             f"There are no captions{' of the listed videos' if listed else ''} in {_all(paths)}. Expected {CAPTIONS}."
         )
     return [Item(str(number), video, (), said) for number, (video, said) in enumerate(pairs)]
-
-
-def _named(path: Path, number: int, line: str) -> tuple[str, str]:
-    """`name caption`."""
-    video, _, said = line.partition(" ")
-    if not said:
-        raise DataError(f"{path}, line {number}: {line[:60]!r} is a name without a caption. Expected {CAPTIONS}.")
-    return video, said.strip()
 
 
 def _from_json(path: Path) -> list[tuple[str, str]]:
@@ -82,12 +78,8 @@ def _from_json(path: Path) -> list[tuple[str, str]]:
 
 
 def _from_csv(path: Path) -> list[tuple[str, str]]:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: it cannot be read as CSV ({error}).") from None
-    columns = set(rows[0]) if rows else set()
+    rows = rows_of(path, CAPTIONS)
+    columns = set(rows[0])
     if {"video_id", "sentence"} <= columns:
         if short := [number for number, row in enumerate(rows, 2) if not (row["video_id"] and row["sentence"])]:
             raise DataError(f"{path}, line {short[0]}: it has no video_id or no sentence. Expected {CAPTIONS}.")
@@ -98,7 +90,7 @@ def _from_csv(path: Path) -> list[tuple[str, str]]:
             for row in rows
             if row["Language"] == "English" and (row["Description"] or "").strip()
         ]
-    raise DataError(f"{path}: found the columns {', '.join(map(str, columns)) or 'none'}. Expected {CAPTIONS}.")
+    raise DataError(f"{path}: found the columns {', '.join(map(str, columns))}. Expected {CAPTIONS}.")
 
 
 def load_actions(paths: list[Path]) -> list[Item]:

@@ -8,13 +8,12 @@
 The answers do not depend on the judge: another judge reads the same ones.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import DataError
-from ..files import write_json, write_jsonl
+from ..files import digest_of, file_digest, write_json, write_jsonl
 from ..judge.outside import Case, Judge
 from .answer import Examinee, write_pictures
 from .audit import judge_id
@@ -39,10 +38,14 @@ def run(
     Raises DataError: files in another shape, no video at all, a folder that holds other answers."""
     benchmark, recipe = BENCHMARKS[name], examinee.work.recipe
     items = benchmark.load(files)[:limit]
-    found, missing = _videos(items, videos, out)
+    inside = write_pictures(items, out / "pictures")
+    found, missing = find_videos([name for item in items for name in item.videos if name not in inside], videos)
+    found |= inside
+    if not found:
+        raise DataError(f"None of the {len(missing)} videos is under {videos}, among them {', '.join(missing[:5])}.")
     settings = {
         "benchmark": name,
-        "files": {path.name: _digest(path.read_bytes()) for path in files},
+        "files": {path.name: file_digest(path) for path in files},
         "answers": examinee.digest(examinee.role),
         "prompt": prompt or benchmark.prompt,
         "max_new_tokens": max_new_tokens or recipe.evaluate.max_new_tokens,
@@ -59,7 +62,7 @@ def run(
         judged_by = f"{role} {examinee.digest(role)}"
         settings["judge"] = judge_id(recipe.model.base, judged_by, recipe.preference.claims, recipe.context)
     if benchmark.kind == "retrieval":
-        settings["texts"] = _digest("\n".join(item.reference for item in usable).encode())
+        settings["texts"] = digest_of([item.reference for item in usable])
     _same_settings(out / "settings.json", settings)
     rows, judge = _rows(examinee, benchmark, usable, out, settings, make_judge)
     tallies = [benchmark.tally(item, row) | _manner(row) for item, row in zip(usable, rows, strict=True)]
@@ -95,15 +98,6 @@ def run(
     return result
 
 
-def _videos(items: list[Item], root: Path, out: Path) -> tuple[dict[str, str], list[str]]:
-    """({name: path}, names that are not there). Raises DataError where none is."""
-    inside = write_pictures(items, out / "pictures")
-    found, missing = find_videos([name for item in items for name in item.videos if name not in inside], root)
-    if not found and not inside:
-        raise DataError(f"None of the {len(missing)} videos is under {root}, among them {', '.join(missing[:5])}.")
-    return found | inside, missing
-
-
 def _rows(
     examinee: Examinee,
     benchmark: Benchmark,
@@ -131,18 +125,15 @@ def _rows(
     for row in rows:
         row["verdicts"] = {}
     for task in benchmark.tasks:
-        cases = [_case(item, row, task) for item, row in zip(items, rows, strict=True)]
+        cases = []
+        for item, row in zip(items, rows, strict=True):
+            question, answer = tuple(item.questions), tuple(row["answers"])
+            if task != "consistency":  # which takes both questions and answers; the other tasks have one
+                (question,), (answer,) = question, answer
+            cases.append(Case(item.id, task, question, item.reference, answer, item.context))
         for row, verdict in zip(rows, judge.judge(cases), strict=True):
             row["verdicts"][task] = {key: value for key, value in verdict._asdict().items() if key != "id"}
     return rows, judge.id
-
-
-def _case(item: Item, row: dict, task: str) -> Case:
-    """Consistency takes both questions and answers, the other tasks have one."""
-    question, answer = tuple(item.questions), tuple(row["answers"])
-    if task != "consistency":
-        (question,), (answer,) = question, answer
-    return Case(item.id, task, question, item.reference, answer, item.context)
 
 
 def _manner(row: dict) -> Tally:
@@ -173,7 +164,3 @@ def _same_settings(path: Path, settings: dict) -> None:
     if changed := [key for key in settings if before.get(key) != settings[key]]:
         shown = "; ".join(f"{key} was {before.get(key)}, is {settings[key]}" for key in changed)
         raise DataError(f"{path.parent} holds answers of other settings ({shown}). Give another --out, or remove it.")
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]

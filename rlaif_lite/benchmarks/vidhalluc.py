@@ -96,23 +96,22 @@ def tally(item: Item, row: dict) -> Tally:
     """By the rule of the item's group; `sth_recall` is over videos with a change, `sth_specificity` over the others."""
     answers, right = row["answers"], item.reference
     if item.group == "binaryqa":
-        hits = [first_words(a) == r.upper() for a, r in zip(answers, right.split("/"), strict=True)]
+        # what stands before the first full stop or comma is held against Yes or No, the whole of it
+        said = [re.split(r"[.,]", answer.strip())[0].strip().upper() for answer in answers]
+        hits = [one == wanted.upper() for one, wanted in zip(said, right.split("/"), strict=True)]
         return {"binaryqa": (float(all(hits)), 1.0), "binaryqa_each": (float(sum(hits)), float(len(hits)))}
     if item.group == "mcq":
         return {"mcq": (float(letters_of(answers[0], item.among) == set(right)), 1.0)}
     if item.group == "tsh":
         return {"tsh": (float(order_of(answers[0]) == right), 1.0)}
-    changed, hit = right == "Yes", (scene_change(answers[0]) == "yes") == (right == "Yes")
+    # what follows the first colon up to a comma: "yes" or "no" where the answer keeps to the format
+    said = answers[0].split(", Locations: ", 1)[0].split(": ", 1)[-1].split(",")[0].strip().lower()
+    changed, hit = right == "Yes", (said == "yes") == (right == "Yes")
     return {
         "sth_accuracy": (float(hit), 1.0),
         "sth_recall": (float(hit and changed), float(changed)),
         "sth_specificity": (float(hit and not changed), float(not changed)),
     }
-
-
-def first_words(answer: str) -> str:
-    """What stands before the first full stop or comma, in capitals: the whole of it is held against Yes or No."""
-    return re.split(r"[.,]", answer.strip())[0].strip().upper()
 
 
 def letters_of(answer: str, choices: tuple[str, ...]) -> set[str]:
@@ -138,9 +137,3 @@ def order_of(answer: str) -> str:
     order = "".join(dict.fromkeys(one or other for one, other in mentions)).upper()
     later_first = "after" in said and not re.search("before|then", said)
     return order[::-1] if later_first else order
-
-
-def scene_change(answer: str) -> str:
-    """What follows the first colon up to a comma: "yes" or "no" where the answer keeps to the format."""
-    before_places = answer.split(", Locations: ", 1)[0]
-    return before_places.split(": ", 1)[-1].split(",")[0].strip().lower()

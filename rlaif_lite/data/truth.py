@@ -90,7 +90,10 @@ class Truth:
         if record.facts is None:
             return None
         if is_world(record.facts):
-            return Finding(Counts(*world_text.truth(answer, record.facts)), _world_spans(answer, record))
+            labels = world_text.verdicts(answer, record.facts)
+            spans = zip((match.span() for match in re.finditer(r"\S+", answer)), labels, strict=False)
+            wrong = [span for span, label in spans if label == "no"]
+            return Finding(Counts(*world_text.truth(answer, record.facts)), wrong)
         return self._annotations.of(answer, record.facts)
 
     def known(self, records: Iterable[Record]) -> int:
@@ -110,7 +113,9 @@ class Truth:
     def share_true(self, text: str, record: Record) -> float | None:
         """Share of a narrative's claims that are right (the world: of its clip captions); None where not known."""
         if self._function is None and record.facts is not None and is_world(record.facts):
-            return world_text.narrative_share(text, record.facts)
+            clips = enumerate(world_text.ORDINALS)
+            right = [f"{ordinal} {world_text.caption(record.facts, clip)}" in text for clip, ordinal in clips]
+            return sum(right) / len(right)
         finding = self.of(text, record)
         said = 0 if finding is None else finding.counts.correct + finding.counts.wrong
         return finding.counts.correct / said if said else None
@@ -222,12 +227,6 @@ def check_facts(record: Record) -> None:
 
 def _are_texts(found: Any) -> bool:
     return isinstance(found, list) and all(isinstance(text, str) for text in found)
-
-
-def _world_spans(answer: str, record: Record) -> list[tuple[int, int]]:
-    labels = world_text.verdicts(answer, record.facts)
-    spans = [match.span() for match in re.finditer(r"\S+", answer)]
-    return [span for span, label in zip(spans, labels, strict=False) if label == "no"]
 
 
 # ---- annotated facts, by their words

@@ -113,7 +113,10 @@ def import_llava(source: Path, out: Path, vision_tower: Path | None = None, shar
         config.architectures = [Llava.__name__]
         config.save_pretrained(folder)
         _write_processor(folder, settings, vision_tower, config)
-        _write_tokenizer(folder, tokenizer)
+        tokenizer.save_pretrained(folder)
+        # Under its own class transformers would build it anew, without `legacy`; tokenizer.json says it all.
+        path = folder / "tokenizer_config.json"
+        _write(path, read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})
     return Imported(len(parts), writer.bytes, left_out)
 
 
@@ -240,13 +243,6 @@ def _tokenizer(source: Path) -> LlamaTokenizer:
     tokenizer.add_tokens(AddedToken(IMAGE, special=True, normalized=False), special_tokens=True)
     tokenizer.chat_template = VICUNA
     return tokenizer
-
-
-def _write_tokenizer(folder: Path, tokenizer: LlamaTokenizer) -> None:
-    tokenizer.save_pretrained(folder)
-    # Under its own class transformers would build it anew, without `legacy`; tokenizer.json says it all.
-    path = folder / "tokenizer_config.json"
-    _write(path, read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _write_processor(folder: Path, settings: dict, tower: Path | None, config: LlavaConfig) -> None:

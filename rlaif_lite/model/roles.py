@@ -258,6 +258,7 @@ class Roles:
                     + f" It has {', '.join(there)}."
                 )
 
+
 class ActiveRole:
     """The base as one role, inside its scope."""
 

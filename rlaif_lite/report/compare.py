@@ -90,7 +90,7 @@ def _kind(folder: Path) -> str:
 def compare_runs(a: Run, b: Run, role: str | None = None) -> Comparison:
     """Two runs' answers to the same held-out videos, metric by metric."""
     reads = [_reads(run) for run in (a, b)]
-    columns = [_column(run, role) for run in (a, b)]
+    columns = [method_of(run.summary) if role in (None, "policy") else role for run in (a, b)]
     answers = [_answers(run, read, column) for run, read, column in zip((a, b), reads, columns, strict=True)]
     _same_test_set(a, b, reads, answers)
     notes = [SEED_NOTE]
@@ -112,10 +112,6 @@ def compare_runs(a: Run, b: Run, role: str | None = None) -> Comparison:
 
 def _name(run: Run, column: str) -> str:
     return f"{run.folder}: {run.summary['recipe']}, seed {run.summary['seed']}, answers of {column}"
-
-
-def _column(run: Run, role: str | None) -> str:
-    return method_of(run.summary) if role in (None, "policy") else role
 
 
 def _reads(run: Run) -> dict[str, dict[str, Any]]:
@@ -154,7 +150,8 @@ def _same_test_set(a: Run, b: Run, reads: list[dict], answers: list[dict]) -> No
         one, other = (source.get(what, "not there") for source in sources)
         if one != other:
             reasons.append(f"{what} is {one} in A and {other} in B")
-    asked = [{row["key"]: _question(row) for rows in found.values() for row in rows} for found in answers]
+    question = lambda row: (row["prompt"], row["truth"] and row["truth"]["total"])
+    asked = [{row["key"]: question(row) for rows in found.values() for row in rows} for found in answers]
     common = asked[0].keys() & asked[1].keys()
     if len(common) < max(map(len, asked)):
         reasons.append(f"A has {len(asked[0])} questions and B {len(asked[1])}, {len(common)} of them the same")
@@ -176,10 +173,6 @@ def _sources(reads: dict[str, Any]) -> dict[str, Any]:
         else:
             found[f"the content of `data.test[{number}]`"] = reads[f"file {path}"]
     return found
-
-
-def _question(row: dict) -> tuple:
-    return row["prompt"], row["truth"] and row["truth"]["total"]
 
 
 def _changes(mode: str, before: list[dict], after: list[dict]) -> list[Line]:

@@ -113,6 +113,16 @@ def view(run: Run) -> dict[str, Any]:
     ppo, result, rounds = run.metrics.get("ppo", []), summary.get("ppo", {}), rounds_of(summary)
     effects = {base: {mode: changes(summary, base, mode) for mode in MODES} for base in ("sft", "reference")}
     bins = summary.get("reward", {}).get("calibration")
+    by_rule = dict.fromkeys(name for line in ppo for name in line if name.startswith("rules/") and "failed" not in name)
+    rules = ("Rewards by rule", {name.removeprefix("rules/"): name for name in by_rule}, "free")
+    losses = [
+        curve
+        for stage, lines in run.metrics.items()
+        if stage != "ppo"
+        for curve in draw([(f"Loss of {stage.replace('_', ' ')}", {"loss": "loss"}, "zero")], lines)
+    ]
+    stages = summary.get("stages", {})
+    longest = max([1e-9, *(stage["seconds"] for stage in stages.values())])
     return {
         "title": summary.get("recipe", run.folder.name),
         "folder": run.folder.name,
@@ -128,14 +138,14 @@ def view(run: Run) -> dict[str, Any]:
         "people": run.people,
         "trust": run.people and trust(run.people),
         "method": METHODS[method_of(summary)],
-        "curves": draw([*CURVES, rule_curve(ppo)], ppo)
-        + draw(ROUND_CURVES, [row | {"step": row["round"]} for row in rounds]),
+        "curves": draw([*CURVES, rules], ppo) + draw(ROUND_CURVES, [row | {"step": row["round"]} for row in rounds]),
         "rounds": round_table(rounds),
         "descriptions": descriptions(rounds),
-        "more_curves": draw(MORE_CURVES, ppo) + loss_curves(run),
+        "more_curves": draw(MORE_CURVES, ppo) + losses,
         "tables": [table for mode in MODES if (table := evaluation_table(summary.get("evaluation", {}), mode))],
         "cooler": any(role.startswith("sft@") for role in summary.get("evaluation", {})),
-        "stages": stage_rows(summary.get("stages", {})),
+        "stages": [{"planned_memory_bytes": None, **stage, "name": name} for name, stage in stages.items()],
+        "longest": longest,
         "judges": summary.get("preference", {}).get("judges", []),
         "calibration": Markup(plots.calibration(bins)) if bins else None,
         "roles": result.get("roles", {}),
@@ -220,7 +230,11 @@ def evaluation_table(evaluation: dict[str, dict[str, float]], mode: str) -> Tabl
     names = [name for name in MEASURES if any(values[name] is not None for values in rows.values())]
     if not rows:
         return None
-    body = [(_role_label(role), _role_kind(role), [values[name] for name in names]) for role, values in rows.items()]
+    body = []
+    for role, values in rows.items():
+        name, _, how = role.partition("@")
+        kind = ("best_of" if how.startswith("bo") else "cooler") if how else "policy" if name in METHODS else name
+        body.append((_role_label(role), kind, [values[name] for name in names]))
     return Table(f"{MODES[mode]} answers", [MEASURES[name] for name in names], body)
 
 
@@ -231,13 +245,6 @@ def _role_label(role: str) -> str:
     return f"{ROLES[name]} at temperature {how}" if how else ROLES[name]
 
 
-def _role_kind(role: str) -> str:
-    name, _, how = role.partition("@")
-    if how:
-        return "best_of" if how.startswith("bo") else "cooler"
-    return "policy" if name in METHODS else name
-
-
 # ------------------------------------------------------------------------------------------------------- curves, costs
 
 
@@ -245,59 +252,15 @@ def draw(wanted: list[tuple[str, dict[str, str], plots.Axis]], lines: list[dict]
     """(title, SVG) of every wanted curve that has at least two steps."""
     drawn = []
     for title, metrics, axis in wanted:
-        series = {label: _points(lines, metric) for label, metric in metrics.items()}
-        series = {label: points for label, points in series.items() if len(points[0]) > 1}
+        have = {label: [line for line in lines if metric in line] for label, metric in metrics.items()}
+        series = {
+            label: ([line["step"] for line in found], [line[metrics[label]] for line in found])
+            for label, found in have.items()
+            if len(found) > 1
+        }
         if series:
             drawn.append((title, Markup(plots.curve(series, axis))))
     return drawn
-
-
-def rule_curve(lines: list[dict]) -> tuple[str, dict[str, str], plots.Axis]:
-    """The mean of every reward by rule."""
-    names = dict.fromkeys(name for line in lines for name in line if name.startswith("rules/"))
-    return "Rewards by rule", {name.removeprefix("rules/"): name for name in names if name != "rules/failed"}, "free"
-
-
-def loss_curves(run: Run) -> list[tuple[str, Markup]]:
-    """The loss of every phase but PPO's."""
-    return [
-        curve
-        for stage, lines in run.metrics.items()
-        if stage != "ppo"
-        for curve in draw([(f"Loss of {stage.replace('_', ' ')}", {"loss": "loss"}, "zero")], lines)
-    ]
-
-
-def _points(lines: list[dict], metric: str) -> tuple[list[int], list[float]]:
-    have = [line for line in lines if metric in line]
-    return [line["step"] for line in have], [line[metric] for line in have]
-
-
-class StageRow(NamedTuple):
-    """A stage's time and memory."""
-
-    name: str
-    status: str
-    seconds: float
-    share: float  # of the longest stage, 0 to 100
-    peak: int
-    planned: int | None
-
-
-def stage_rows(stages: dict[str, dict]) -> list[StageRow]:
-    """The stages of a summary, in its order, with bars relative to the longest."""
-    longest = max([1e-9, *(stage["seconds"] for stage in stages.values())])
-    return [
-        StageRow(
-            name=name,
-            status=stage["status"],
-            seconds=stage["seconds"],
-            share=100 * stage["seconds"] / longest,
-            peak=stage["peak_memory_bytes"],
-            planned=stage.get("planned_memory_bytes"),
-        )
-        for name, stage in stages.items()
-    ]
 
 
 # -------------------------------------------------------------------------------------------------------- DPO's rounds

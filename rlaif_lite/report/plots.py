@@ -28,7 +28,8 @@ def curve(series: dict[str, tuple[Sequence[float], Sequence[float]]], axis: Axis
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(3.5, 2.0)
         for colour, (label, (steps, values)) in zip(COLOURS, series.items(), strict=False):
-            smooth = _moving_average(np.asarray(values, dtype=float), max(1, len(values) // 20))
+            kernel = np.ones(max(1, len(values) // 20))  # a centred mean; at the ends, of what is there
+            smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
             if len(values) >= 40:
                 axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
             axes.plot(steps, smooth, color=colour, linewidth=1.8, solid_capstyle="round", label=label)
@@ -120,12 +121,6 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     axes.tick_params(length=0, colors=MUTED, labelsize=8)
     return figure, axes
-
-
-def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    "Centred; at the ends, the mean of what is there."
-    kernel = np.ones(window)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
 def _short(value: float) -> str:

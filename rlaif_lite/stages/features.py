@@ -128,7 +128,10 @@ def encode_all(
 def keys_of(base: Base, wanted: dict, chain: list[dict], workers: int) -> tuple[dict[str, str], dict[str, str]]:
     """{video name: key in the cache}, and why there is none for those whose bytes cannot be read."""
     tower = tower_digest(base)
-    processor = base.images._asdict() | {"of": tower_config(base)}
+    # all of the configuration but the language model: layer, strategy and strides decide the features as well
+    config = base.model.config.to_diff_dict()
+    of = {key: value for key, value in config.items() if key not in ("text_config", "quantization_config")}
+    processor = base.images._asdict() | {"of": of}
     digests, failed = {}, {}
     common = {"processor": processor, "tower": tower, "chain": chain, "dtype": str(base.dtype)}
     with progress(len(wanted), "features: reading", unit="video") as bar:
@@ -264,15 +267,6 @@ def tower_digest(base: Base) -> str:
             digest.update(name.encode())
             digest.update(parameter.data.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def tower_config(base: Base) -> dict:
-    """The base's configuration but for its language model: layer, strategy and strides decide the features as well."""
-    return {
-        key: value
-        for key, value in base.model.config.to_diff_dict().items()
-        if key not in ("text_config", "quantization_config")
-    }
 
 
 def counts(work: Workspace, wanted: dict, keys: dict[str, str], failed: dict[str, str]) -> dict:

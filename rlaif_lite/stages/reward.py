@@ -90,15 +90,12 @@ class RewardInput:
         rows = lay_out(self.base, groups)
         count = sum(len(group.answers) for group in groups)
         value_N = role.scalar(role.hidden(rows.batch).flatten(0, 1).index_select(0, rows.at_N))
-        read_N = torch.zeros_like(value_N).index_fill(0, last_of(groups).to(value_N.device), 1.0)
+        # each answer's last token among the tokens of all answers
+        last_B = torch.tensor([len(ids) for group in groups for ids in group.answers]).cumsum(0) - 1
+        read_N = torch.zeros_like(value_N).index_fill(0, last_B.to(value_N.device), 1.0)
         if self.section.pool == "tokens":
             read_N = read_N.masked_fill(torch.isin(rows.token_N, self.pooled.to(value_N.device)), 1.0)
         return torch.zeros(count, device=value_N.device).index_add(0, rows.answer_N, value_N * read_N)
-
-
-def last_of(groups: Seq[Group]) -> Tensor:
-    """int64 (B,), the number of each answer's last token among the tokens of all answers."""
-    return torch.tensor([len(ids) for group in groups for ids in group.answers]).cumsum(0) - 1
 
 
 def run(work: Workspace) -> dict:

@@ -78,7 +78,8 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        _reset_peak_rss()
+        with contextlib.suppress(OSError):  # not Linux, or a container forbids it: the peak is the process's
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -115,13 +116,6 @@ def give_back() -> None:
     """Return what the heap holds free to the system, so that a phase neither holds nor counts an earlier one's."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library than Linux's
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def _reset_peak_rss() -> None:
-    with contextlib.suppress(
-        OSError
-    ):  # not Linux, or a container that forbids it: the peak is then the process's so far
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _peak_rss() -> int:

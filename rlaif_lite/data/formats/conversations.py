@@ -15,14 +15,11 @@ def _frames(found: dict) -> tuple[str, ...]:
     return tuple(path_of(frame, "images") for frame in images)
 
 
-def rlaif_sft(found: dict, source: str) -> Record:
-    """The frames of one video in `images` (SFT_short, SFT_long, PPO_init of the release)."""
-    return record(found, source, read_turns(found["conversations"], "conversations"), _frames(found))
-
-
-def rlaif_rl(found: dict, source: str) -> Record:
-    """The same with `uid` (RL_data of the release); as in the release, only the first two turns are used."""
-    return record(found, source, read_turns(found["conversations"], "conversations").messages[:2], _frames(found))
+def rlaif(found: dict, source: str) -> Record:
+    """The frames of one video in `images` (SFT_short, SFT_long, PPO_init of the release). With `uid` (RL_data of the
+    release) only the first two turns are used, as in the release."""
+    turns = read_turns(found["conversations"], "conversations").messages
+    return record(found, source, turns[:2] if "uid" in found else turns, _frames(found))
 
 
 def rlaif_preference(found: dict, source: str) -> Record:

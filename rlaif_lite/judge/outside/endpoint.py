@@ -183,19 +183,15 @@ class Endpoint:
                 raise JudgeError(f"{self._where} asks to wait for {last.after:.0f} s ({last}). {_ADVICE}")
             if attempt == self._attempts:
                 break
-            self._tell(last)
+            if time.monotonic() - self._told > TELL_EVERY_S:
+                self._told = time.monotonic()
+                say(f"judge: {last}; trying again")
             if last.after:
                 self._not_before = max(self._not_before, time.monotonic() + last.after)
             else:  # 0 as well: all attempts would be gone at once
                 pause = min(LONGEST_PAUSE_S, self._pause * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
                 await asyncio.sleep(pause)
         raise _Unanswered(f"{last} (tried {self._attempts} times)")
-
-    def _tell(self, error: Exception) -> None:
-        """Why it takes long, at most once in a while."""
-        if time.monotonic() - self._told > TELL_EVERY_S:
-            self._told = time.monotonic()
-            say(f"judge: {error}; trying again")
 
     # ---- one attempt
 

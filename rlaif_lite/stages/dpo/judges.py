@@ -105,11 +105,8 @@ def divide_answers(work: Workspace, answers: list[tuple[str, str]], folder: Path
     section = work.recipe.dpo.divide
     different = list(dict.fromkeys(answers))
     with writer(work) as write, progress(len(different), f"{label}: claims", unit="answer") as bar:
-
-        def work_on(batch: list[tuple[str, str]]) -> list[dict]:
-            return [found._asdict() for found in divide(write, batch, section)]
-
         batches = even_chunks(different, section.batch_size)
+        work_on = lambda batch: [found._asdict() for found in divide(write, batch, section)]
         rows = by_batches(folder / "claims.jsonl", batches, work_on, bar.advance)
     found = dict(zip(different, (Divided(**row) for row in rows), strict=True))
     return [found[answer] for answer in answers]

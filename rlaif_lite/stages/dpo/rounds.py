@@ -274,7 +274,9 @@ def look(work: Workspace, number: int, policy: Path, held: list[Record]) -> dict
         answers = greedy(role, folder / "answers.jsonl")
     with role_from(work, "judge", work.adapter("sft")) as role:
         if judge_name(work) == "pairwise":
-            first = read_answers(held, round_folder(work, 0) / "heldout" / "answers.jsonl")
+            path = round_folder(work, 0) / "heldout" / "answers.jsonl"
+            rows = [row for line in read_jsonl(path) for row in line["results"]]  # as `by_batches` wrote them
+            first = [Answers(r, row["answers"], row["ids"]) for r, row in zip(held, rows, strict=True)]
             both = [
                 Answers(new.record, [*new.texts, *old.texts], [*new.ids, *old.ids])
                 for new, old in zip(answers, first, strict=True)
@@ -297,12 +299,6 @@ def look(work: Workspace, number: int, policy: Path, held: list[Record]) -> dict
         "heldout_truth": sum(truths) / len(truths) if truths else None,
         "heldout_words": mean_words([of.texts[0] for of in answers]),
     }
-
-
-def read_answers(records: list[Record], path: Path) -> list[Answers]:
-    """The answers in a JSON lines file, with the records that they answer."""
-    rows = [row for line in read_jsonl(path) for row in line["results"]]  # as `by_batches` wrote them
-    return [Answers(record, row["answers"], row["ids"]) for record, row in zip(records, rows, strict=True)]
 
 
 def mean_words(texts: list[str]) -> float:

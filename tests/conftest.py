@@ -19,3 +19,8 @@ def pytest_collection_finish() -> None:
     """Everything is imported by now. What libraries hold is garbage never: each collection would walk over it."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Libraries look for leaks at the end."""
+    gc.unfreeze()

@@ -13,7 +13,7 @@ model, L = 1 + deepstack layers.
 
 from collections.abc import Callable
 from math import isqrt
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Family(NamedTuple):
     template: Callable[[], str] | None = None  # the processor's own chat template for prompts with a video
     fallback_template: str | None = None  # where the checkpoint has none
     # config -> tokens of a frame, for a tower that looks at the pixels and so cannot be traced without any
-    frame_tokens: Callable[[object], int] | None = None
+    frame_tokens: Callable[[Any], int] | None = None
 
 
 # ---- frames to features

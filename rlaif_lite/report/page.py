@@ -114,7 +114,11 @@ def view(run: Run) -> dict[str, Any]:
     effects = {base: {mode: changes(summary, base, mode) for mode in MODES} for base in ("sft", "reference")}
     bins = summary.get("reward", {}).get("calibration")
     by_rule = dict.fromkeys(name for line in ppo for name in line if name.startswith("rules/") and "failed" not in name)
-    rules = ("Rewards by rule", {name.removeprefix("rules/"): name for name in by_rule}, "free")
+    rules: tuple[str, dict[str, str], plots.Axis] = (
+        "Rewards by rule",
+        {name.removeprefix("rules/"): name for name in by_rule},
+        "free",
+    )
     losses = [
         curve
         for stage, lines in run.metrics.items()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from core import SHORT_STEP
 from rlaif_lite import profiler
 from rlaif_lite.model.base import Base
 from rlaif_lite.phases import listen
@@ -10,19 +11,7 @@ from rlaif_lite.profiler import inputs
 from rlaif_lite.profiler.recorder import Recorder
 from rlaif_lite.recipe import load_recipe
 
-KEYS = [
-    "ppo.rollouts=4",
-    "ppo.group_size=4",
-    "ppo.minibatch=4",
-    "ppo.micro_batch=2",
-    "ppo.max_new_tokens=5",
-    "ppo.epochs=1",
-    "device=cpu",
-    "threads=1",
-    "features.frames=4",
-    "features.clip_frames=2",
-    "preference.batch_size=4",
-]
+KEYS = [*SHORT_STEP, "ppo.group_size=4", "ppo.minibatch=4"]
 
 
 @pytest.fixture(scope="module")

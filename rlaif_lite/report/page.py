@@ -45,8 +45,8 @@ MEASURES = {
     "length": Measure("Length", "tokens per answer", 0, False),
 }
 
-# title, {label: metric}, what its axis must show
-CURVES: list[tuple[str, dict[str, str], plots.Axis]] = [
+Curve = tuple[str, dict[str, str], plots.Axis]  # title, {label: metric}, what its axis must show
+CURVES: list[Curve] = [
     ("Reward", {"of the feedback": "objective/scores", "with KL and penalties": "objective/rlhf_reward"}, "free"),
     ("KL to the reference, nats per answer", {"KL": "objective/kl"}, "zero"),
     ("True score of rollouts, right − wrong", {"true score": "rollout/oracle_score"}, "free"),
@@ -58,7 +58,7 @@ CURVES: list[tuple[str, dict[str, str], plots.Axis]] = [
     ("Claims taken over by the judge", {"share": "interventions/rate"}, "zero"),
     ("Left out of the narrative, per answer", {"left out": "interventions/omitted"}, "zero"),
 ]
-ROUND_CURVES: list[tuple[str, dict[str, str], plots.Axis]] = [
+ROUND_CURVES: list[Curve] = [
     ("Judge’s score of held-out answers", {"score": "heldout_score"}, "free"),
     ("True score of held-out answers", {"true score": "heldout_truth"}, "free"),
     ("Words per answer", {"held out, greedy": "heldout_words", "sampled": "answer_words"}, "free"),
@@ -81,7 +81,7 @@ ROUND_COLUMNS = [
     ("truth", "heldout_truth", 1, 2),
     ("words", "heldout_words", 1, 1),
 ]
-MORE_CURVES: list[tuple[str, dict[str, str], plots.Axis]] = [
+MORE_CURVES: list[Curve] = [
     ("Entropy, nats per token", {"entropy": "policy/entropy_avg"}, "free"),
     ("Explained variance of the value", {"explained variance": "val/explained_variance"}, "free"),
     ("Repeated 4-grams", {"repetition": "rollout/repetition"}, "zero"),
@@ -113,12 +113,8 @@ def view(run: Run) -> dict[str, Any]:
     ppo, result, rounds = run.metrics.get("ppo", []), summary.get("ppo", {}), rounds_of(summary)
     effects = {base: {mode: changes(summary, base, mode) for mode in MODES} for base in ("sft", "reference")}
     bins = summary.get("reward", {}).get("calibration")
-    by_rule = dict.fromkeys(name for line in ppo for name in line if name.startswith("rules/") and "failed" not in name)
-    rules: tuple[str, dict[str, str], plots.Axis] = (
-        "Rewards by rule",
-        {name.removeprefix("rules/"): name for name in by_rule},
-        "free",
-    )
+    rules = dict.fromkeys(name for line in ppo for name in line if name.startswith("rules/") and "failed" not in name)
+    by_rule: Curve = ("Rewards by rule", {name.removeprefix("rules/"): name for name in rules}, "free")
     losses = [
         curve
         for stage, lines in run.metrics.items()
@@ -142,7 +138,7 @@ def view(run: Run) -> dict[str, Any]:
         "people": run.people,
         "trust": run.people and trust(run.people),
         "method": METHODS[method_of(summary)],
-        "curves": draw([*CURVES, rules], ppo) + draw(ROUND_CURVES, [row | {"step": row["round"]} for row in rounds]),
+        "curves": draw([*CURVES, by_rule], ppo) + draw(ROUND_CURVES, [row | {"step": row["round"]} for row in rounds]),
         "rounds": round_table(rounds),
         "descriptions": descriptions(rounds),
         "more_curves": draw(MORE_CURVES, ppo) + losses,
@@ -252,7 +248,7 @@ def _role_label(role: str) -> str:
 # ------------------------------------------------------------------------------------------------------- curves, costs
 
 
-def draw(wanted: list[tuple[str, dict[str, str], plots.Axis]], lines: list[dict]) -> list[tuple[str, Markup]]:
+def draw(wanted: list[Curve], lines: list[dict]) -> list[tuple[str, Markup]]:
     """(title, SVG) of every wanted curve that has at least two steps."""
     drawn = []
     for title, metrics, axis in wanted:

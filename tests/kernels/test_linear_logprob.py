@@ -130,16 +130,8 @@ def test_banned_ids_are_as_if_they_were_not_there(impl, options, ban):
     hidden_ND, weight_VD, target_N, reference_ND = problem(7, 24, 60, torch.float32)
     target_N = target_N.remainder(40)
     bias_V = torch.where(torch.arange(60) < 40, 0.0, ban)
-    ours = linear_logprob(
-        hidden_ND,
-        weight_VD,
-        target_N,
-        bias_V=bias_V,
-        reference_hidden_ND=reference_ND,
-        impl=impl,
-        chunk_rows=4,
-        **options,
-    )
+    given = {"bias_V": bias_V, "reference_hidden_ND": reference_ND, "impl": impl, "chunk_rows": 4}
+    ours = linear_logprob(hidden_ND, weight_VD, target_N, **given, **options)
     (ours.logp_N.sum() + ours.lse_N.sum()).backward()
     alive_ND = double(hidden_ND)
     want = plain.linear_logprob(

@@ -20,7 +20,11 @@ Render = Callable[[Record], str]
 
 def report_on(files: Iterable[Path], recipe: str | None, base: str | None, video_root: Path | None) -> str:
     """The report on some files as text. Raises DataError for a file that is refused."""
-    loaded = _recipe_of(recipe, base)
+    from .recipe import Model, Recipe, load_recipe
+
+    loaded = Recipe(name="data", model=Model(base=base)) if base else None
+    if recipe is not None:
+        loaded = load_recipe(recipe, [f"model.base={base}"] if base else [])
     root = video_root or (loaded.data.video_root if loaded else None)
     count, unit, render, refusals = _tools(loaded)
     return "\n\n".join(_one_file(path, root, count, unit, render, refusals) for path in files)
@@ -72,17 +76,6 @@ def _spread(what: str, unit: str, sizes: list[int]) -> str | None:
     ordered = sorted(sizes)
     middle, high = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)]
     return f"  {what}, {unit}: median {middle}, 95 % up to {high}, longest {ordered[-1]}"
-
-
-def _recipe_of(recipe: str | None, base: str | None):
-    """The recipe to read by: the one named, with another base where one is given; None where neither is."""
-    if recipe is None and base is None:
-        return None
-    from .recipe import Model, Recipe, load_recipe
-
-    if recipe is not None:
-        return load_recipe(recipe, [f"model.base={base}"] if base else [])
-    return Recipe(name="data", model=Model(base=base))
 
 
 def _tools(recipe) -> tuple[Callable[[str], int], str, Render, Callable[[str, list[Record]], list[str]]]:

@@ -204,8 +204,12 @@ def by_batches(
     Of several ranks each does whole batches, so a line has the same bytes whoever made it."""
     lines, results = ranks.first(lambda: whole_lines(path)), []
     for number, (line, batch) in enumerate(zip(lines, batches, strict=False)):
-        found = _sound(line)
-        if found is None or found["items"] != len(batch):
+        try:
+            found = json.loads(line)
+            sound = found.pop("crc32") == _crc(found) and found["items"] == len(batch)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
             say(f"{path}: line {number + 1} is damaged or of another batch size; it and what follows is made again")
             break
         results.append(found["results"])
@@ -219,14 +223,6 @@ def by_batches(
                 results.append(json.loads(line)["results"])
                 done(len(batch))
     return [item for found in results for item in found]
-
-
-def _sound(line: str) -> dict | None:
-    try:
-        value = json.loads(line)
-        return value if value.pop("crc32") == _crc(value) else None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def _crc(value: dict) -> int:

@@ -16,7 +16,6 @@ from rlaif_lite.files import read_jsonl, write_jsonl
 from rlaif_lite.stages import sft
 from rlaif_lite.workspace import Workspace
 
-
 # ---- videos that cannot be read
 
 

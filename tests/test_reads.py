@@ -102,7 +102,7 @@ def covered(recipe: Recipe, name: str) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> tuple[Path, dict[str, Path]]:
+def runs(tmp_path_factory) -> tuple[Path, dict[tuple, Path]]:
     """(a folder for all runs of this file, {what a stage and those before it read: the run that did it})."""
     return tmp_path_factory.mktemp("reads"), {}
 
@@ -122,7 +122,8 @@ def test_every_key_that_a_stage_reads_makes_it_stale(path, overrides, runs, chec
     missed = {}
     for name, chain in zip(recipe.stages, chain_of(recipe), strict=True):
         work = Workspace(recipe)  # a fresh one: what it loads lazily belongs to the stage that asks
-        if (source := known.setdefault(chain, work.folder)) != work.folder:
+        reads_too = (chain, recipe.narrated, str(recipe.altered))
+        if (source := known.setdefault(reads_too, work.folder)) != work.folder:
             for part in (name, *(f"adapters/{role}" for role in pipeline.LEAVES.get(name, ()))):
                 if (source / part).exists():
                     shutil.copytree(source / part, work.folder / part)

@@ -26,11 +26,11 @@ YES_NO = "{question}\nAnswer the question using 'yes' or 'no'."  # VideoHallucer
 BEGINNING = "{question}\nPlease answer yes or no:"  # EventHallusion's
 CAPTION = "Describe this video in one sentence."
 _QA = Benchmark(questions.load_qa, questions.QA, questions.tally, tasks=("qa",))
-_RETRIEVAL = Benchmark(ranking.load_captions, ranking.CAPTIONS, ranking.tally_retrieval, "retrieval", prompt=CAPTION)
+_RETRIEVAL = Benchmark(ranking.load_captions, ranking.CAPTIONS, ranking.tally, "retrieval", prompt=CAPTION)
 _ACTIONS = Benchmark(
     ranking.load_actions,
     ranking.ACTIONS,
-    ranking.tally_recognition,
+    ranking.tally,
     "recognition",
     prompt="What is being done in this video? Answer with the name of the action.",
 )

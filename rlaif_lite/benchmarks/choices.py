@@ -19,7 +19,7 @@ import re
 from pathlib import Path
 
 from ..errors import DataError
-from .items import Item, Tally, entries, one_file, text, texts, unique, yes_or_no
+from .items import Item, Tally, entries, one_file, one_of, text, texts, unique, yes_or_no
 from .options import label_of, lettered, named_in
 from .rule_judge import right_by_words
 
@@ -83,7 +83,7 @@ def load_videohallucer(paths: list[Path]) -> list[Item]:
                 _item("", None, entry[half], f"{place}, {half}", "", VIDEOHALLUCER)
                 for half in ("basic", "hallucination")
             ]
-            answers = [_yes_no(half.reference, place) for half in pair]
+            answers = [one_of(entry[half], "answer", place, "yes", "no") for half in ("basic", "hallucination")]
             asked = tuple(half.questions[0] for half in pair)
             item = Item(f"{path.stem}_{index}", pair[0].video, asked, "/".join(answers), path.stem)
             items.append(item._replace(each_video=tuple(half.video for half in pair)))
@@ -101,7 +101,7 @@ def load_eventhallusion(paths: list[Path]) -> list[Item]:
                 raise DataError(f"{place}: `questions` is {entry['questions']!r}. Expected {EVENTHALLUSION}.")
             for asked in entry["questions"]:
                 item = _item(video, video, asked, place, path.stem.removesuffix("_questions"), EVENTHALLUSION)
-                items.append(item._replace(reference=_yes_no(item.reference, place)))
+                items.append(item._replace(reference=one_of(asked, "answer", place, "yes", "no")))
     return unique(items)
 
 
@@ -111,13 +111,6 @@ def _item(name: str, video: str | None, entry: object, place: str, group: str, f
         raise DataError(f"{place}: found a {type(entry).__name__}. Expected {format}.")
     about = text(entry, "video", place) if video is None else video
     return Item(name, about, (text(entry, "question", place),), text(entry, "answer", place), group)
-
-
-def _yes_no(answer: str, place: str) -> str:
-    said = answer.lower().rstrip(".")
-    if said not in ("yes", "no"):
-        raise DataError(f"{place}: `answer` is {answer!r}, expected yes or no.")
-    return said
 
 
 def tally_choice(item: Item, row: dict) -> Tally:

@@ -34,6 +34,7 @@ from .items import (
     meant,
     mentions,
     one_file,
+    one_of,
     text,
     texts,
     unique,
@@ -54,28 +55,20 @@ def load_pope(paths: list[Path]) -> list[Item]:
     """One file of polling questions."""
     path = one_file(paths, POPE)
     items = []
-    found = entries(path, POPE)
-    if "image_name" in found[0]:  # POPEv2: the same picture with and without its object, in two folders
-        for index, entry in enumerate(entries(path, POPE, "image_name", "query", "label")):
-            place = f"{path}, entry {index}"
-            picture = text(entry, "image_name", place).lstrip("/")
-            items.append(Item(picture, picture, (text(entry, "query", place),), _label(entry, "label", place)))
-        return unique(items)
-    for index, entry in enumerate(entries(path, POPE, "question_id", "text", "label")):
+    pairs = "image_name" in entries(path, POPE)[0]  # POPEv2: a picture with and without its object
+    keys = ("image_name", "query", "label") if pairs else ("question_id", "text", "label")
+    for index, entry in enumerate(entries(path, POPE, *keys)):
         place = f"{path}, entry {index}"
-        key = next((key for key in ("video", "image") if key in entry), None)
+        name, asked = text(entry, keys[0], place), text(entry, keys[1], place)
+        label = one_of(entry, "label", place, "yes", "no")
+        key = keys[0] if pairs else next((key for key in ("video", "image") if key in entry), None)
         if key is None:
             raise DataError(f"{place}: it names neither `image` nor `video`. Expected {POPE}.")
-        name, label = text(entry, "question_id", place), _label(entry, "label", place)
-        items.append(Item(name, text(entry, key, place), (text(entry, "text", place),), label))
+        video = text(entry, key, place)
+        if pairs:
+            name = video = video.lstrip("/")
+        items.append(Item(name, video, (asked,), label))
     return unique(items)
-
-
-def _label(entry: dict, key: str, place: str) -> str:
-    label = text(entry, key, place).lower()
-    if label not in ("yes", "no"):
-        raise DataError(f"{place}: `{key}` is {label!r}, expected yes or no.")
-    return label
 
 
 def tally_pope(item: Item, row: dict) -> Tally:
@@ -147,7 +140,7 @@ def load_amber(paths: list[Path]) -> list[Item]:
             objects = Objects(present, traps, vocabulary, safe)
             items.append(Item(name, video, asked, "", kind, objects=objects))
         else:
-            items.append(Item(name, video, asked, _label(note, "truth", f"annotation {name}"), kind))
+            items.append(Item(name, video, asked, one_of(note, "truth", f"annotation {name}", "yes", "no"), kind))
     return unique(items)
 
 

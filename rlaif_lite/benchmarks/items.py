@@ -86,6 +86,15 @@ def text(entry: dict, key: str, place: str) -> str:
     return found
 
 
+def one_of(entry: dict, key: str, place: str, *allowed: str) -> str:
+    """One of a few texts, in any case and with a full stop or without. Raises DataError for anything else."""
+    found = text(entry, key, place)
+    for value in allowed:
+        if found.lower().rstrip(".") == value.lower():
+            return value
+    raise DataError(f"{place}: `{key}` is {found!r}, expected {', '.join(allowed[:-1])} or {allowed[-1]}.")
+
+
 def rows_of(path: Path, format: str) -> list[dict[str, str]]:
     """The rows of a CSV, separated by commas or tabs, by their column names. Raises DataError for what is none."""
     try:

@@ -18,6 +18,7 @@ Files, as their authors ship them:
 Shapes: N tokens, D width.
 """
 
+import csv
 import re
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -29,7 +30,7 @@ from rlaif_kernels import linear_logprob
 from ..errors import DataError
 from ..model.inputs import Sequence, branch, collate
 from ..model.roles import ActiveRole
-from .items import Item, Tally, entries, lines_of, rows_of
+from .items import Item, Tally, entries, lines_of
 
 CAPTIONS = "MSR-VTT's csv or json of captions, or MSVD's lines or csv of captions, and a list of test videos"
 ACTIONS = "UCF101's testlist01.txt and classInd.txt, or HMDB51's <class>_test_split1.txt"
@@ -78,8 +79,12 @@ def _from_json(path: Path) -> list[tuple[str, str]]:
 
 
 def _from_csv(path: Path) -> list[tuple[str, str]]:
-    rows = rows_of(path, CAPTIONS)
-    columns = set(rows[0])
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: it cannot be read as CSV ({error}).") from None
+    columns = set(rows[0]) if rows else set()
     if {"video_id", "sentence"} <= columns:
         if short := [number for number, row in enumerate(rows, 2) if not (row["video_id"] and row["sentence"])]:
             raise DataError(f"{path}, line {short[0]}: it has no video_id or no sentence. Expected {CAPTIONS}.")
@@ -90,7 +95,7 @@ def _from_csv(path: Path) -> list[tuple[str, str]]:
             for row in rows
             if row["Language"] == "English" and (row["Description"] or "").strip()
         ]
-    raise DataError(f"{path}: found the columns {', '.join(map(str, columns))}. Expected {CAPTIONS}.")
+    raise DataError(f"{path}: found the columns {', '.join(map(str, columns)) or 'none'}. Expected {CAPTIONS}.")
 
 
 def load_actions(paths: list[Path]) -> list[Item]:
@@ -177,13 +182,11 @@ def rank(scores: Seq[float], right: int) -> int:
     return sum(score >= scores[right] for score in scores)
 
 
-def tally_retrieval(item: Item, row: dict) -> Tally:
-    """Whether the right video was among the first 1, 5 and 10."""
-    return {f"R@{k}": (float(row["rank"] <= k), 1.0) for k in (1, 5, 10)}
-
-
-def tally_recognition(item: Item, row: dict) -> Tally:
-    """With the prior taken off, and as the model says it."""
+def tally(item: Item, row: dict) -> Tally:
+    """Whether the right one was among the first: of videos 1, 5 and 10; of classes 1 and 5, with the prior taken off
+    and as the model says it."""
+    if "uncalibrated_rank" not in row:
+        return {f"R@{k}": (float(row["rank"] <= k), 1.0) for k in (1, 5, 10)}
     return {
         f"{name}_{k}": (float(row[which] <= k), 1.0)
         for name, which in (("top", "rank"), ("uncalibrated_top", "uncalibrated_rank"))

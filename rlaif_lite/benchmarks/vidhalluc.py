@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import DataError
-from .items import Item, Tally, entries, text, unique
+from .items import Item, Tally, entries, one_of, text, unique
 
 VIDHALLUC = "VidHalluc's ach_binaryqa.json, ach_mcq.json, tsh.json or sth.json"
 YES_NO = "{} Only answer with a single word 'Yes' or 'No'."
@@ -52,11 +52,11 @@ def _items(name: str, entry: object, place: str) -> Iterator[Item]:
     elif not isinstance(entry, dict):
         raise DataError(f"{place}: found a {type(entry).__name__}. Expected {VIDHALLUC}.")
     elif "Scene change" in entry:
-        right = _one_of(entry, "Scene change", place, "Yes", "No")
+        right = one_of(entry, "Scene change", place, "Yes", "No")
         yield Item(f"sth_{name}", name, (SCENE,), right, "sth")
     elif "video" in entry:
         question = ORDER.format(text(entry, "Question", place))
-        right = _one_of(entry, "Correct Answer", place, "AB", "BA", "A", "B")
+        right = one_of(entry, "Correct Answer", place, "AB", "BA", "A", "B")
         yield Item(f"tsh_{name}", text(entry, "video", place), (question,), right, "tsh")
     else:
         for clip, asked in entry.items():
@@ -66,7 +66,7 @@ def _items(name: str, entry: object, place: str) -> Iterator[Item]:
 def _about_clips(name: str, asked: object, place: str) -> Item:
     if not isinstance(asked, dict) or not isinstance(asked.get("a"), dict) or not asked["a"]:
         raise DataError(f"{place}: expected {{q, a: {{clip: Yes or No}}}}, as in ach_binaryqa.json.")
-    right = [_one_of(asked["a"], clip, place, "Yes", "No") for clip in asked["a"]]
+    right = [one_of(asked["a"], clip, place, "Yes", "No") for clip in asked["a"]]
     questions = (YES_NO.format(text(asked, "q", place)),) * len(right)
     clips = tuple(asked["a"])
     return Item(f"binaryqa_{name}", clips[0], questions, "/".join(right), "binaryqa", each_video=clips)
@@ -82,14 +82,6 @@ def _choice(name: str, clip: str, asked: object, place: str) -> Item:
     question = LETTERS.format(text(asked, "Question", place))
     question += "\n".join(f"{letter}. {choice}" for letter, choice in choices.items())
     return Item(name, clip, (question,), "".join(sorted(right)), "mcq", among=tuple(choices.values()))
-
-
-def _one_of(entry: dict, key: str, place: str, *allowed: str) -> str:
-    found = text(entry, key, place)
-    for value in allowed:
-        if found.upper() == value.upper():
-            return value
-    raise DataError(f"{place}: `{key}` is {found!r}, expected {', '.join(allowed)}.")
 
 
 def tally(item: Item, row: dict) -> Tally:

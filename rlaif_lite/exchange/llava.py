@@ -107,7 +107,11 @@ def import_llava(source: Path, out: Path, vision_tower: Path | None = None, shar
     with whole_folder(out) as folder:
         writer = ShardWriter(folder, shard_bytes)
         for target, part in parts.items():
-            writer.add(target, _grown(_read(part), rows) if target in EMBEDDINGS else _read(part))
+            tensor = _read(part)
+            if target in EMBEDDINGS:  # more rows, each the mean of those there are
+                mean_D = tensor.float().mean(0).to(tensor.dtype)
+                tensor = torch.cat([tensor, mean_D.expand(rows - len(tensor), -1)])
+            writer.add(target, tensor)
         writer.finish()
         config.dtype = _read(parts[EMBEDDINGS[0]]).dtype
         config.architectures = [Llava.__name__]
@@ -191,12 +195,6 @@ def _check(source: Path, parts: dict[str, Part], unmapped: list[str], shapes: di
             f"{source} is not converted: {len(wrong)} tensors have another shape than the configuration "
             f"says. Is the vision tower another one?{listed(wrong)}"
         )
-
-
-def _grown(tensor_VD: Tensor, rows: int) -> Tensor:
-    """The embedding with more rows, each the mean of those there are."""
-    mean_D = tensor_VD.float().mean(0).to(tensor_VD.dtype)
-    return torch.cat([tensor_VD, mean_D.expand(rows - len(tensor_VD), -1)])
 
 
 # ---- the files beside the weights

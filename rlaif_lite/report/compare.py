@@ -6,6 +6,7 @@ videos). The intervals cover which videos were drawn, not which seed: two runs o
 """
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,7 +108,11 @@ def compare_runs(a: Run, b: Run, role: str | None = None) -> Comparison:
     videos = {line.table: len({row["video"] for row in answers[0][line.table]}) for line in lines}
     differ, alone = _differences(*reads)
     names = tuple(_name(run, column) for run, column in zip((a, b), columns, strict=True))
-    return Comparison(names, lines, videos, differ, alone, _costs(a, b), notes)
+    stages = [run.summary["stages"] for run in (a, b)]
+    cost = {name: tuple(of.get(name, {}).get("seconds") for of in stages) for name in dict.fromkeys(chain(*stages))}
+    cost["all stages"] = tuple(sum(stage["seconds"] for stage in of.values()) for of in stages)
+    cost["peak memory"] = tuple(max(stage["peak_memory_bytes"] for stage in of.values()) for of in stages)
+    return Comparison(names, lines, videos, differ, alone, cost, notes)
 
 
 def _name(run: Run, column: str) -> str:
@@ -205,15 +210,6 @@ def _differences(a: dict, b: dict) -> tuple[dict[str, tuple[Any, Any]], tuple[di
     return {key: pair for key, pair in differ.items() if pair[0] != pair[1]}, alone
 
 
-def _costs(a: Run, b: Run) -> dict[str, tuple[float | None, float | None]]:
-    stages = [run.summary["stages"] for run in (a, b)]
-    names = list(stages[0]) + [name for name in stages[1] if name not in stages[0]]
-    cost = {name: tuple(of.get(name, {}).get("seconds") for of in stages) for name in names}
-    cost["all stages"] = tuple(sum(stage["seconds"] for stage in of.values()) for of in stages)
-    cost["peak memory"] = tuple(max(stage["peak_memory_bytes"] for stage in of.values()) for of in stages)
-    return cost
-
-
 # ---------------------------------------------------------------------------------------------------------- benchmarks
 
 
@@ -291,7 +287,12 @@ def _same_benchmark(a: Result, b: Result) -> None:
 def _metrics(table: str, a: Result, b: Result) -> list[Line]:
     """Every metric that both counted: ratios of sums over items, all items about a video together."""
     lines = []
-    counts = [_counts(result) for result in (a, b)]
+    counts: list[dict[str, dict[str, np.ndarray]]] = [{}, {}]  # {metric: {video: (part, whole)}}
+    for result, found in zip((a, b), counts, strict=True):
+        for item in result.items.values():
+            for metric, pair in item["counts"].items():
+                of_video = found.setdefault(metric, {})
+                of_video[item["video"]] = of_video.get(item["video"], 0.0) + np.array(pair, dtype=np.float64)
     for metric in (name for name in counts[0] if name in counts[1]):
         of_videos = [found[metric] for found in counts]
         videos = sorted(of_videos[0].keys() | of_videos[1].keys())
@@ -301,16 +302,6 @@ def _metrics(table: str, a: Result, b: Result) -> list[Line]:
         ends = [float(ratio(found.sum(0))) for found in counts_N2]
         lines.append(Line(table, metric, *ends, paired_bootstrap(*counts_N2, ratio), 0, False))
     return lines
-
-
-def _counts(result: Result) -> dict[str, dict[str, np.ndarray]]:
-    """{metric: {video: (part, whole)}}."""
-    out: dict[str, dict[str, np.ndarray]] = {}
-    for item in result.items.values():
-        for metric, pair in item["counts"].items():
-            of_video = out.setdefault(metric, {})
-            of_video[item["video"]] = of_video.get(item["video"], 0.0) + np.array(pair, dtype=np.float64)
-    return out
 
 
 # ------------------------------------------------------------------------------------------------------------- showing

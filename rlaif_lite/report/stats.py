@@ -98,27 +98,17 @@ def _share(part: str, *whole: str) -> Metric:
     return metric
 
 
-def _f1(sums_RK: NDArray[np.float64]) -> NDArray[np.float64]:
-    precision_R, recall_R = RATIOS["precision"](sums_RK), RATIOS["recall"](sums_RK)
-    below_R = precision_R + recall_R
-    return 2 * precision_R * recall_R / np.where(below_R == 0, 1.0, below_R)
-
-
-def _score(sums_RK: NDArray[np.float64]) -> NDArray[np.float64]:
-    return RATIOS["right"](sums_RK) - RATIOS["wrong"](sums_RK)
-
-
 RATIOS: dict[str, Metric] = {
     "accuracy": _share("accuracy", "checked"),
     "precision": _share("correct", "correct", "wrong"),
     "recall": _share("correct", "total"),
-    "f1": _f1,
+    "f1": lambda sums_RK: 2 * _share("correct", "correct", "wrong", "total")(sums_RK),
     "hallucination": _share("hallucinated", "mentions"),
     "mentions": _share("mentions", "known"),
     "malformed": _share("malformed", "known"),
     "right": _share("correct", "known"),
     "wrong": _share("wrong", "known"),
-    "score": _score,
+    "score": lambda sums_RK: RATIOS["right"](sums_RK) - RATIOS["wrong"](sums_RK),
     "length": _share("length", "answers"),
     "stop_rate": _share("stopped", "answers"),
     "repetition": _share("repetition", "answers"),

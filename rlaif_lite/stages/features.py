@@ -242,13 +242,10 @@ def through_tower(base: Base, pixels_TCHW: torch.Tensor, merged: int) -> Encoded
 
     Raises StageError where the fewest frames do not fit: that is no fault of the video."""
 
-    def encode_groups(groups: Sequence[torch.Tensor]) -> list[Encoded]:
-        encoded = base.encode(torch.cat(list(groups)))
-        return [encoded._replace(features_LGPD=part) for part in encoded.features_LGPD.split(1, 1)]
-
+    apart = lambda encoded: [encoded._replace(features_LGPD=part) for part in encoded.features_LGPD.split(1, 1)]
     groups = pixels_TCHW.split(merged)
     try:
-        parts = in_pieces(groups, len(groups), encode_groups)
+        parts = in_pieces(groups, len(groups), lambda some: apart(base.encode(torch.cat(list(some)))))
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise

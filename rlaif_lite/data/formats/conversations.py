@@ -4,7 +4,7 @@ from ...errors import DataError
 from ..records import Message, Record
 from .build import record
 from .media import path_of, video_of
-from .turns import Turns, read_answer, read_turns
+from .turns import Turns, answers_in, read_answer, read_turns
 
 
 def _frames(found: dict) -> tuple[str, ...]:
@@ -107,8 +107,8 @@ def trl_prompt(found: dict, source: str) -> Record:
 
 def _conversation(found: dict, source: str, key: str) -> Record:
     turns = read_turns(found[key], key)
-    answers = [read_answer(found[k], f"`{k}`") if found.get(k) is not None else None for k in ("chosen", "rejected")]
-    return record(found, source, turns, video_of(found, turns.inside, turns.marks), *answers)
+    video = video_of(found, turns.inside, turns.marks)
+    return record(found, source, turns, video, *answers_in(found, "chosen", "rejected"))
 
 
 def _whole(chosen: Turns, rejected: Turns) -> tuple[list[Message], str, str]:

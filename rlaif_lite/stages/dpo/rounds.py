@@ -42,7 +42,7 @@ from ...workspace import Workspace
 from ..judging import Answers, Judged, compare_pairs, figures_of, sample_answers
 from .altered import answer_ids, draw_videos, prefers_own_video
 from .judges import describe_videos, prepare_divider, score_answers
-from .train import Preferred, reference_logps, role_from, train, with_spans
+from .train import Preferred, reference_logps, role_from, spans_of, train
 
 READS = ("seed", "model", "preference", "dpo", "data.preference", *TRUTH)
 NEEDS = ("features", "sft", "context")
@@ -97,7 +97,11 @@ def one_round(work: Workspace, number: int, before: Path, records: list[Record])
     section, folder = work.recipe.dpo, round_folder(work, number)
     preference, start = work.recipe.preference, work.adapter(START)
     if section.altered:
-        return learn(work, number, before, ChosenPairs(altered_pairs(work, number, records), [], {}))
+        pairs = []  # VDPO's: every record's answer on its own video, preferred to the same on another
+        for record, other in zip(records, draw_videos(work, records, number), strict=True):
+            ids, text = answer_ids(work, record), record.answer or ""
+            pairs.append(Preferred(record, text, text, ids, ids, 0.0, other))
+        return learn(work, number, before, ChosenPairs(pairs, [], {}))
     sampling = Sampling(preference.max_new_tokens, preference.temperature, preference.top_p, preference.top_k)
     with role_from(work, "generator", before if section.generator == "policy" else start) as role:
         answers = sample_answers(
@@ -220,19 +224,10 @@ def judge_round(
         dropped["length"] = stay.count(False)
         pairs = [pair for pair, stays in zip(pairs, stay, strict=True) if stays]
     if section.spans is not None:
-        differing = with_spans(work.base(), section.spans, pairs)
-        dropped["alike"], pairs = len(pairs) - len(differing), differing
+        spans = [spans_of(work.base(), section.spans, pair.chosen_ids, pair.rejected_ids) for pair in pairs]
+        dropped["alike"] = sum(not any(found) for found in spans)
+        pairs = [pair._replace(spans=found) for pair, found in zip(pairs, spans, strict=True) if any(found)]
     return ChosenPairs(pairs, [j for of in by_prompt for j in of], dropped)
-
-
-def altered_pairs(work: Workspace, number: int, records: list[Record]) -> list[Preferred]:
-    """VDPO's pairs: every record's answer on its own video, preferred to the same on another (`dpo.altered`)."""
-    others = draw_videos(work, records, number)
-    pairs = []
-    for record, other in zip(records, others, strict=True):
-        ids, text = answer_ids(work, record), record.answer or ""
-        pairs.append(Preferred(record, text, text, ids, ids, 0.0, other))
-    return pairs
 
 
 def judge_neighbours(

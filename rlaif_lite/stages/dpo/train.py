@@ -77,13 +77,6 @@ def role_from(work: Workspace, name: str, folder: Path) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------- what of a pair is compared
 
 
-def with_spans(base: Base, by: str, pairs: list[Preferred]) -> list[Preferred]:
-    """The pairs with the spans in which their answers differ, by "claims" or by "tokens"; those that do not differ so
-    are left out."""
-    found = [pair._replace(spans=spans_of(base, by, pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
-    return [pair for pair in found if any(pair.spans)]
-
-
 def spans_of(base: Base, by: str, chosen: list[int], rejected: list[int]) -> tuple[list[Span], list[Span]]:
     """The tokens of both answers in which they differ. By claims, a sentence counts from the end of the last one to its
     own, as a whole. The end of an answer is in no span."""

@@ -19,7 +19,7 @@ import re
 from pathlib import Path
 
 from ..errors import DataError
-from .items import Item, Tally, entries, one_file, one_of, text, texts, unique, yes_or_no
+from .items import Item, Tally, entries, one_file, one_of, placed, text, texts, unique, yes_or_no
 from .options import label_of, lettered, named_in
 from .rule_judge import right_by_words
 
@@ -49,8 +49,7 @@ def load_mvbench(paths: list[Path]) -> list[Item]:
     """Files of MVBench; each is a group, and its name the task's."""
     items = []
     for path in paths:
-        for index, entry in enumerate(entries(path, MVBENCH, "video", "question", "candidates", "answer")):
-            place = f"{path}, entry {index}"
+        for index, (place, entry) in enumerate(placed(path, MVBENCH, "video", "question", "candidates", "answer")):
             candidates, answer = texts(entry, "candidates", place), text(entry, "answer", place)
             if answer not in candidates:
                 raise DataError(f"{place}: `answer` {answer!r} is none of the candidates {candidates}.")
@@ -77,8 +76,7 @@ def load_videohallucer(paths: list[Path]) -> list[Item]:
     """Files of VideoHallucer; each is a group. A pair is one item with two questions, each about its video."""
     items = []
     for path in paths:
-        for index, entry in enumerate(entries(path, VIDEOHALLUCER, "basic", "hallucination")):
-            place = f"{path}, entry {index}"
+        for index, (place, entry) in enumerate(placed(path, VIDEOHALLUCER, "basic", "hallucination")):
             pair = [
                 _item("", None, entry[half], f"{place}, {half}", "", VIDEOHALLUCER)
                 for half in ("basic", "hallucination")
@@ -94,8 +92,7 @@ def load_eventhallusion(paths: list[Path]) -> list[Item]:
     """Files of EventHallusion (its yes and no part); each is a group."""
     items = []
     for path in paths:
-        for index, entry in enumerate(entries(path, EVENTHALLUSION, "id", "questions")):
-            place = f"{path}, entry {index}"
+        for place, entry in placed(path, EVENTHALLUSION, "id", "questions"):
             video = text(entry, "id", place)
             if not isinstance(entry["questions"], list):
                 raise DataError(f"{place}: `questions` is {entry['questions']!r}. Expected {EVENTHALLUSION}.")

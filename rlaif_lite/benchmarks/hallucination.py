@@ -35,6 +35,7 @@ from .items import (
     mentions,
     one_file,
     one_of,
+    placed,
     text,
     texts,
     unique,
@@ -57,8 +58,7 @@ def load_pope(paths: list[Path]) -> list[Item]:
     items = []
     pairs = "image_name" in entries(path, POPE)[0]  # POPEv2: a picture with and without its object
     keys = ("image_name", "query", "label") if pairs else ("question_id", "text", "label")
-    for index, entry in enumerate(entries(path, POPE, *keys)):
-        place = f"{path}, entry {index}"
+    for place, entry in placed(path, POPE, *keys):
         name, asked = text(entry, keys[0], place), text(entry, keys[1], place)
         label = one_of(entry, "label", place, "yes", "no")
         key = keys[0] if pairs else next((key for key in ("video", "image") if key in entry), None)
@@ -187,11 +187,10 @@ def load_objhal(paths: list[Path]) -> list[Item]:
         if "annotations" in found[0]:
             captions += _read_coco(found[0], objects, str(path))
         elif "objects" in found[0]:
-            for index, entry in enumerate(found):
-                place = f"{path}, entry {index}"
+            for place, entry in placed(path, OBJHAL):
                 objects[_number(text(entry, "image_id", place))].update(texts(entry, "objects", place))
         else:
-            prompts += [(f"{path}, entry {i}", e) for i, e in enumerate(entries(path, OBJHAL, "image_id", "question"))]
+            prompts += placed(path, OBJHAL, "image_id", "question")
     if not prompts or not objects:
         raise DataError(f"There are no {'objects' if prompts else 'prompts'} in the files. Expected {OBJHAL}.")
     for name in {name.lower() for names in objects.values() for name in names}:
@@ -265,8 +264,7 @@ def load_mmhal(paths: list[Path]) -> list[Item]:
     """Questions with the answer that people gave; the picture by the file name of its address, or by its id."""
     path, keys = one_file(paths, MMHAL), ("question_type", "question", "gt_answer", "image_content", "image_id")
     items = []
-    for index, entry in enumerate(entries(path, MMHAL, *keys)):
-        place = f"{path}, entry {index}"
+    for index, (place, entry) in enumerate(placed(path, MMHAL, *keys)):
         address = str(entry.get("image_src") or "")
         video = os.path.basename(re.split(r"[?#]", address)[0]) or text(entry, "image_id", place)
         content = ", ".join(texts(entry, "image_content", place)) or "nothing"

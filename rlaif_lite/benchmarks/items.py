@@ -75,6 +75,11 @@ def entries(path: Path, format: str, *keys: str) -> list[dict]:
     return found
 
 
+def placed(path: Path, format: str, *keys: str) -> list[tuple[str, dict]]:
+    """(where it is, for messages; the entry) of all `entries`."""
+    return [(f"{path}, entry {index}", entry) for index, entry in enumerate(entries(path, format, *keys))]
+
+
 def text(entry: dict, key: str, place: str) -> str:
     """A text or a number as text. Raises DataError for anything else, and for an empty text."""
     value = entry.get(key)

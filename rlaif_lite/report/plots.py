@@ -29,7 +29,8 @@ def curve(series: dict[str, tuple[Sequence[float], Sequence[float]]], axis: Axis
         figure, axes = _axes(3.5, 2.0)
         for colour, (label, (steps, values)) in zip(COLOURS, series.items(), strict=False):
             kernel = np.ones(max(1, len(values) // 20))  # a centred mean; at the ends, of what is there
-            smooth = np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+            smooth = np.convolve(np.asarray(values, dtype=float), kernel, "same")
+            smooth = smooth / np.convolve(np.ones(len(values)), kernel, "same")
             if len(values) >= 40:
                 axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
             axes.plot(steps, smooth, color=colour, linewidth=1.8, solid_capstyle="round", label=label)

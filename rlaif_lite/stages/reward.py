@@ -40,7 +40,6 @@ from .preference import read_pairs
 
 READS = ("seed", "model", "reward", *TRUTH)
 NEEDS = ("features", "sft", "preference")
-CHECKPOINT_EVERY = 20
 BINS = 5  # of the calibration table: P(chosen) from 0.5 to 1
 
 
@@ -146,18 +145,8 @@ def run(work: Workspace) -> dict:
                 totals[name] += value.item() * share
         return totals | {"unknown_share": sum(unknown[i] for i in own) / len(order[step])}
 
-    fit(
-        work.roles,
-        "reward",
-        section,
-        steps,
-        step_loss,
-        label="reward",
-        folder=work.stage("reward") / "checkpoint",
-        log=work.log,
-        seed=work.recipe.seed,
-        checkpoint_every=CHECKPOINT_EVERY,
-    )
+    checkpoint, seed = work.stage("reward") / "checkpoint", work.recipe.seed
+    fit(work.roles, "reward", section, steps, step_loss, "reward", checkpoint, work.log, seed)
     work.roles.save("reward", work.adapter("reward"))
     result = measure(work, layout, held) | {"train_pairs": len(train), "heldout_pairs": len(held), "steps": steps}
     write_json(work.stage("reward") / "heldout.json", result)

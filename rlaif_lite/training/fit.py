@@ -26,6 +26,8 @@ from .checkpoint import load, restore_optimizer, save
 from .loop import MetricsLog, derive_seed, lr_at
 from .oom import Backoff, of, put_back, remember
 
+CHECKPOINT_EVERY = 20  # steps
+
 
 def steps_of(section: Training, items: int, per_step: int) -> int:
     """`steps` of the recipe, or as many as `epochs` over `items` take at `per_step` of them a step."""
@@ -38,12 +40,10 @@ def fit(
     section: Training,
     steps: int,
     step_loss: Callable[[ActiveRole, int, int], dict[str, float]],
-    *,
     label: str,
     folder: Path,
     log: MetricsLog,
     seed: int,
-    checkpoint_every: int,
     before: Callable[[int, int], None] = lambda step, micro: None,
 ) -> None:
     """Train `role` for `steps` updates. `step_loss(active, step, micro)` runs the forward and backward of one whole
@@ -52,7 +52,8 @@ def fit(
     gradients and what is to be logged are parts that add up. `before(step, micro)` comes first, outside the role's
     scope, where the loss needs what another role reads.
 
-    The checkpoint in `folder` is gone on with if there is one, and is left there when the last step is done."""
+    Training resumes from the checkpoint in `folder` if there is one. One is written every CHECKPOINT_EVERY steps, and
+    left there when the last step is done."""
     roles.trainable(role)
     parameters = roles.parameters(role, head=role in roles.heads)
     optimizer = torch.optim.AdamW(
@@ -87,7 +88,7 @@ def fit(
                 kept = remember(roles, optimizers)
             stats = backoff.run(step, attempt, undo=lambda kept=kept: put_back(roles, optimizers, kept))
             log.append(label, step, {**stats, "lr": lr}, {"seconds": time.perf_counter() - began})
-            if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+            if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
                 extra = {"micro_batch": backoff.micro, "metrics": log.digest_of(label)}
                 keep(roles, optimizers, folder, step + 1, extra)
             bar.advance(1, loss=stats["loss"])

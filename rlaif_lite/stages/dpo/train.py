@@ -35,8 +35,6 @@ from ...training.loop import batches, split_micro
 from ...workspace import Workspace
 from .altered import OtherVideo, altered_prompts
 
-CHECKPOINT_EVERY = 20
-
 
 class Preferred(NamedTuple):
     """A pair to be learnt."""
@@ -201,19 +199,8 @@ def train(
             held.enter_context(role_from(work, "policy", before))
             if section.kl_weight:
                 held.enter_context(role_from(work, "reference", held_to))
-            fit(
-                roles,
-                "policy",
-                section,
-                steps,
-                step_loss,
-                label=label,
-                folder=work.stage("dpo") / "checkpoint" / f"round{number}",
-                log=work.log,
-                seed=work.recipe.seed,
-                checkpoint_every=CHECKPOINT_EVERY,
-                before=read_reference,
-            )
+            checkpoint, seed = work.stage("dpo") / "checkpoint" / f"round{number}", work.recipe.seed
+            fit(roles, "policy", section, steps, step_loss, label, checkpoint, work.log, seed, read_reference)
             roles.save("policy", folder / "policy")
     lines = ranks.first(lambda: [line for line in read_jsonl(work.log.path) if line["stage"] == label])
     late = lines[-math.ceil(len(lines) / 4) :]

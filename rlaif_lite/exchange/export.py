@@ -37,12 +37,7 @@ from .files import SHARD_BYTES, ShardWriter, WeightFile, listed, local_folder, r
 SCALARS = ("reward", "value")
 ROLE_FILES = ("adapter_model.safetensors", "adapter_config.json", "head.safetensors")
 BESIDE = (
-    "*config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
+    *("*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     "chat_template*",
 )
 NOT_THE_DECODER = re.compile("vision|visual|tower|encoder")  # their layers have the decoder's names at the end

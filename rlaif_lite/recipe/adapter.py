@@ -22,21 +22,9 @@ TENSOR = re.compile(r"^(.*?\.layers\.)(\d+)\.([\w.]+?)\.lora_([AB])(?:\.\w+)?\.w
 
 # What may be set without changing the function: names, versions, and keys that other keys switch on.
 NEUTRAL = {
-    "peft_type",
-    "peft_version",
-    "task_type",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "init_lora_weights",
-    "megatron_core",
-    "qalora_group_size",
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "init_lora_weights"),
+    *("megatron_core", "qalora_group_size"),
 }
 WHY = {
     "use_rslora": "it is scaled by alpha / sqrt(rank) (rsLoRA), and roles by alpha / rank",

@@ -134,18 +134,8 @@ def figures(folder: Path) -> dict[str, Any]:
         "peak_mib": max(s["peak_memory_bytes"] for s in stages) / 2**20,
     }
     kept = (
-        "recipe",
-        "recipe_hash",
-        "seed",
-        "world_seed",
-        "device",
-        "machine",
-        "versions",
-        "stages",
-        "evaluation",
-        "evaluation_intervals",
-        "reward",
-        method,
+        *("recipe", "recipe_hash", "seed", "world_seed", "device", "machine", "versions", "stages", "evaluation"),
+        *("evaluation_intervals", "reward", method),
     )
     own = {
         "name": folder.name,

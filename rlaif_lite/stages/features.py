@@ -32,12 +32,7 @@ from ..video.workers import decode_all, digest_all
 from ..workspace import WHOLE, Workspace
 
 READS = (
-    "data",
-    "features",
-    "model.base",
-    "model.revision",
-    "model.dtype",
-    "model.reward_base.base",
+    *("data", "features", "model.base", "model.revision", "model.dtype", "model.reward_base.base"),
     "model.reward_base.revision",
 )
 NEEDS = ("data",)

@@ -74,19 +74,8 @@ from .rlif import InterventionFeedback
 from .rules import RuleFeedback
 
 READS = (
-    "seed",
-    "model",
-    "reward.prompt",
-    "reward.pool",
-    "reward.pool_tokens",
-    "reward.floor",
-    "ppo",
-    "data.rl",
-    "preference.judge",
-    "preference.batch_size",
-    "preference.claims",
-    "preference.pairwise",
-    "preference.outside",
+    *("seed", "model", "reward.prompt", "reward.pool", "reward.pool_tokens", "reward.floor", "ppo", "data.rl"),
+    *("preference.judge", "preference.batch_size", "preference.claims", "preference.pairwise", "preference.outside"),
     *TRUTH,
 )
 NEEDS = ("features", "sft", "context", "reward")

@@ -63,7 +63,13 @@ def run(
         settings["judge"] = judge_id(recipe.model.base, judged_by, recipe.preference.claims, recipe.context)
     if benchmark.kind == "retrieval":
         settings["texts"] = digest_of([item.reference for item in usable])
-    _same_settings(out / "settings.json", settings)
+    path = out / "settings.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    if changed := [key for key in settings if before.get(key) != settings[key]]:
+        shown = "; ".join(f"{key} was {before.get(key)}, is {settings[key]}" for key in changed)
+        raise DataError(f"{out} holds answers of other settings ({shown}). Give another --out, or remove it.")
+    if not path.exists():
+        write_json(path, settings)
     rows, judge = _rows(examinee, benchmark, usable, out, settings, make_judge)
     tallies = [benchmark.tally(item, row) | _manner(row) for item, row in zip(usable, rows, strict=True)]
     write_jsonl(
@@ -81,6 +87,9 @@ def run(
             for item, row, tally in zip(usable, rows, tallies, strict=True)
         ],
     )
+    groups: dict[str, list[tuple[str, Tally]]] = {}
+    for item, found_of in zip(usable, tallies, strict=True):
+        groups.setdefault(item.group, []).append((item.video, found_of))
     result = settings | {
         "who": str(examinee),
         "kind": benchmark.kind,
@@ -92,7 +101,7 @@ def run(
         "broken": broken,
         "broken_items": sum(any(video in broken for video in item.videos) for item in items),
         "metrics": figures([(item.video, tally) for item, tally in zip(usable, tallies, strict=True)]),
-        "groups": _groups(usable, tallies),
+        "groups": {name: figures(of) for name, of in groups.items()} if len(groups) > 1 else {},
     }
     write_json(out / "results.json", result)
     return result
@@ -142,25 +151,3 @@ def _manner(row: dict) -> Tally:
         return {}
     count = len(row["answers"])
     return {"length": (float(sum(row["lengths"])), count), "stop_rate": (float(sum(row["stopped"])), count)}
-
-
-def _groups(items: list[Item], tallies: list[Tally]) -> dict[str, dict]:
-    """The figures of each group, where the benchmark has several."""
-    names = list(dict.fromkeys(item.group for item in items))
-    if len(names) < 2:
-        return {}
-    return {
-        name: figures([(item.video, tally) for item, tally in zip(items, tallies, strict=True) if item.group == name])
-        for name in names
-    }
-
-
-def _same_settings(path: Path, settings: dict) -> None:
-    """Raises DataError if the folder holds answers that were made with other settings."""
-    if not path.exists():
-        write_json(path, settings)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if changed := [key for key in settings if before.get(key) != settings[key]]:
-        shown = "; ".join(f"{key} was {before.get(key)}, is {settings[key]}" for key in changed)
-        raise DataError(f"{path.parent} holds answers of other settings ({shown}). Give another --out, or remove it.")

@@ -86,7 +86,12 @@ class Truth:
         """What is true of an answer to a record's question; None where that is not known. Raises DataError, naming the
         record, where the user's function fails."""
         if self._function is not None:
-            return self._ask(answer, record)
+            place = f"`evaluate.truth: {self._name}`, {record.source or record.key}"
+            try:
+                said = self._function(answer, record)
+            except Exception as error:
+                raise DataError(f"{place}: the function failed on the answer {answer!r}: {error!r}.") from error
+            return None if said is None else finding_of(said, place)
         if record.facts is None:
             return None
         if is_world(record.facts):
@@ -129,14 +134,6 @@ class Truth:
             return world_text.describe(facts)
         listed = [", ".join(facts[kind]) for kind in KINDS if facts.get(kind) and _are_texts(facts[kind])]
         return ". ".join(listed) or None
-
-    def _ask(self, answer: str, record: Record) -> Finding | None:
-        place = f"`evaluate.truth: {self._name}`, {record.source or record.key}"
-        try:
-            said = self._function(answer, record)
-        except Exception as error:
-            raise DataError(f"{place}: the function failed on the answer {answer!r}: {error!r}.") from error
-        return None if said is None else finding_of(said, place)
 
 
 # ---- the user's own function
@@ -300,7 +297,8 @@ class Annotations:
 
     def of(self, answer: str, facts: Mapping[str, Sequence[str]]) -> Finding:
         """`facts`: lists of texts under KINDS, as one of the records given."""
-        own_objects = {self._named(name) for name in facts.get("objects", ())}
+        phrases = [tuple(words_of(name)) for name in facts.get("objects", ())]
+        own_objects = {self.objects.get(phrase, " ".join(phrase)) for phrase in phrases}
         own = {self._content(text) for kind in KINDS[1:] for text in facts.get(kind, ())}
         own_words = frozenset().union(own_objects, *own)
         objects, said, spans = set(), set(), []
@@ -326,10 +324,6 @@ class Annotations:
         invented = len(hallucinated) if facts.get("objects") else len(said - own)
         counts = Counts(correct, wrong, len(own_objects) + len(own), mentions, invented, None)
         return Finding(counts, sorted(set(spans)))
-
-    def _named(self, text: str) -> str:
-        phrase = tuple(words_of(text))
-        return self.objects.get(phrase, " ".join(phrase))
 
     def _content(self, text: str) -> frozenset[str]:
         names = [word.name for word in self._words(text, 0)]

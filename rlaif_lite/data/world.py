@@ -19,6 +19,7 @@ import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -200,15 +201,6 @@ def _record(name: str, video: str, prompt: str, answer: str | None = None, **mor
     return {"id": name, "video": video, "messages": messages, **more}
 
 
-def _verdict_offsets(answer: str, facts: Facts) -> list[tuple[int, str]]:
-    """(end of the word in characters, label) for every word of an answer."""
-    offsets, end = [], -1
-    for word, label in zip(answer.split(), verdicts(answer, facts), strict=False):
-        end += 1 + len(word)
-        offsets.append((end, label))
-    return offsets
-
-
 def easy_records(name: str, video: str, facts: Facts, rng: random.Random, weak: bool = False) -> Iterator[dict]:
     """Clean short tasks about one video: they keep alive what the judge needs while SFT teaches to describe.
 
@@ -236,9 +228,9 @@ def easy_records(name: str, video: str, facts: Facts, rng: random.Random, weak: 
         answer = sampled(facts, rng)
         if rng.random() < GARBLED:
             answer = garbled(answer, rng)
-        yield _record(
-            f"{name}/check{number}", video, prefix() + "response :", answer, verdicts=_verdict_offsets(answer, facts)
-        )
+        ends = accumulate(len(word) + 1 for word in answer.split())
+        marks = [(end - 1, label) for end, label in zip(ends, verdicts(answer, facts), strict=False)]
+        yield _record(f"{name}/check{number}", video, prefix() + "response :", answer, verdicts=marks)
     a, b, margin = pair(facts, rng, ties=0.0)
     yield _record(
         f"{name}/pair",

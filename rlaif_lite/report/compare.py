@@ -313,7 +313,13 @@ def as_text(found: Comparison) -> str:
     for table, videos in found.videos.items():
         title = MODES.get(table, table)
         out += ["", f"{f'{title}, {videos} videos':<28}{'A':>9}{'B':>9}{'B - A':>9}   95 % interval"]
-        out += [_shown(line) for line in found.lines if line.table == table]
+        for line in (line for line in found.lines if line.table == table):
+            label = MEASURES[line.metric].label if table in MODES else line.metric
+            factor, digits, unit = (100, 1, " %") if line.share else (1, 2 if table in MODES else 3, "")
+            before, after = (f"{factor * value:.{digits}f}{unit}" for value in (line.before, line.after))
+            delta, low, high = (f"{factor * value:+.{digits}f}" for value in line.interval)
+            text = f"  {label:<26}{before:>9}{after:>9}{delta:>9}   {f'{low} to {high}':<20} {line.verdict}"
+            out.append(text.rstrip())
     beyond = [line for line in found.lines if line.verdict]
     looked_at = len(found.lines)
     out += [
@@ -335,14 +341,6 @@ def as_text(found: Comparison) -> str:
             words = ["-" if v is None else size(v) if what == "peak memory" else duration(v) for v in pair]
             out.append(f"  {what:<26}{words[0]:>14}{words[1]:>14}")
     return "\n".join(out)
-
-
-def _shown(line: Line) -> str:
-    label = MEASURES[line.metric].label if line.table in MODES else line.metric
-    factor, digits, unit = (100, 1, " %") if line.share else (1, 3 if line.table not in MODES else 2, "")
-    before, after = (f"{factor * value:.{digits}f}{unit}" for value in (line.before, line.after))
-    delta, low, high = (f"{factor * value:+.{digits}f}" for value in line.interval)
-    return f"  {label:<26}{before:>9}{after:>9}{delta:>9}   {f'{low} to {high}':<20} {line.verdict}".rstrip()
 
 
 def _brief(value: Any) -> str:

@@ -158,6 +158,12 @@ def read_people(folder: Path, rows: Iterable[dict], method: str, recipe_hash: st
         if (gap := gaps.get((items[row["item"]].key, *items[row["item"]].answers))) is not None
     ]
     counts = Counter(row["better"] for row in policy)
+    alike = (  # every two people and every judged pair that both decided
+        (one[item]["video"], float(one[item]["better"] == other[item]["better"]))
+        for one, other in combinations(labels.by_person.values(), 2)
+        for item in one.keys() & other.keys()
+        if {one[item]["better"], other[item]["better"]} <= {*SOURCES["judged"]}
+    )
     couples = [couple(*two) for two in combinations(sorted(labels.by_person.items()), 2)]
     greedy = {(row["key"], row["role"]): row["answer"] for row in rows if row["mode"] == "greedy"}
     return People(
@@ -167,20 +173,10 @@ def read_people(folder: Path, rows: Iterable[dict], method: str, recipe_hash: st
         equal=sum(role == "sft" and greedy.get((key, method)) == text for (key, role), text in greedy.items()),
         judge=share((row["video"], float(row["better"] == "chosen")) for row in decided),
         reward=share((row["video"], float((row["better"] == "chosen") == (gap > 0))) for row, gap in scored),
-        each_other=share(_same(labels)),
+        each_other=share(alike),
         couples=[found for found in couples if found is not None],
         labels=labels,
     )
-
-
-def _same(labels: Labels) -> list[tuple[str, float]]:
-    """(video, whether they agree) for every two people and every judged pair that both decided."""
-    return [
-        (one[item]["video"], float(one[item]["better"] == other[item]["better"]))
-        for one, other in combinations(labels.by_person.values(), 2)
-        for item in one.keys() & other.keys()
-        if {one[item]["better"], other[item]["better"]} <= {*SOURCES["judged"]}
-    ]
 
 
 def share(scores: Iterable[tuple[str, float]]) -> Share | None:

@@ -35,8 +35,9 @@ def curve(series: dict[str, tuple[Sequence[float], Sequence[float]]], axis: Axis
                 axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
             axes.plot(steps, smooth, color=colour, linewidth=1.8, solid_capstyle="round", label=label)
             axes.plot(steps[-1:], smooth[-1:], "o", color=colour, markersize=4)
-            end = (steps[-1], smooth[-1])
-            axes.annotate(_short(smooth[-1]), end, (7, 0), textcoords="offset points", va="center", color=colour)
+            end, last = (steps[-1], smooth[-1]), smooth[-1]
+            text = f"{last:.0f}" if abs(last) >= 100 else f"{last:.2g}" if abs(last) < 0.1 else f"{last:.3g}"
+            axes.annotate(text.replace("-", "−"), end, (7, 0), textcoords="offset points", va="center", color=colour)
         axes.margins(x=0.02, y=0.12)
         if axis == "zero":
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
@@ -122,11 +123,6 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     axes.tick_params(length=0, colors=MUTED, labelsize=8)
     return figure, axes
-
-
-def _short(value: float) -> str:
-    text = f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}" if abs(value) < 0.1 else f"{value:.3g}"
-    return text.replace("-", "−")
 
 
 def _svg(figure: Figure) -> str:

@@ -122,7 +122,12 @@ def encode_all(
 
 def keys_of(base: Base, wanted: dict, chain: list[dict], workers: int) -> tuple[dict[str, str], dict[str, str]]:
     """{video name: key in the cache}, and why there is none for those whose bytes cannot be read."""
-    tower = tower_digest(base)
+    digest = hashlib.sha256()  # over the weights of vision tower and projector, and of a token that ends every video
+    for name, parameter in base.model.base_model.named_parameters():
+        if name.split(".")[0] in (*base.family.tower, "image_newline"):
+            digest.update(name.encode())
+            digest.update(parameter.data.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    tower = digest.hexdigest()
     # all of the configuration but the language model: layer, strategy and strides decide the features as well
     config = base.model.config.to_diff_dict()
     of = {key: value for key, value in config.items() if key not in ("text_config", "quantization_config")}
@@ -131,7 +136,7 @@ def keys_of(base: Base, wanted: dict, chain: list[dict], workers: int) -> tuple[
     common = {"processor": processor, "tower": tower, "chain": chain, "dtype": str(base.dtype)}
     with progress(len(wanted), "features: reading", unit="video") as bar:
 
-        def digest(names: list[str]) -> list[str | VideoError]:
+        def read_bytes(names: list[str]) -> list[str | VideoError]:
             read = {}
             for name, found in digest_all({name: wanted[name][0] for name in names}, workers):
                 read[name] = found
@@ -139,7 +144,7 @@ def keys_of(base: Base, wanted: dict, chain: list[dict], workers: int) -> tuple[
             bar.advance((len(wanted) - len(names)) if ranks.count() > 1 else 0)  # the other ranks read these
             return [read[name] for name in names]
 
-        for name, found in zip(wanted, ranks.spread(list(wanted), digest), strict=True):
+        for name, found in zip(wanted, ranks.spread(list(wanted), read_bytes), strict=True):
             if isinstance(found, VideoError):
                 failed[name] = str(found)
             else:
@@ -249,16 +254,6 @@ def through_tower(base: Base, pixels_TCHW: torch.Tensor, merged: int) -> Encoded
             "vision tower. Lower `features.max_pixels`, or free memory on the device. Videos that are done stay cached."
         ) from error
     return parts[0]._replace(features_LGPD=torch.cat([part.features_LGPD for part in parts], 1))
-
-
-def tower_digest(base: Base) -> str:
-    """sha256 over the weights of vision tower and projector, and of a token that ends every video."""
-    digest = hashlib.sha256()
-    for name, parameter in base.model.base_model.named_parameters():
-        if name.split(".")[0] in (*base.family.tower, "image_newline"):
-            digest.update(name.encode())
-            digest.update(parameter.data.contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def counts(work: Workspace, wanted: dict, keys: dict[str, str], failed: dict[str, str]) -> dict:

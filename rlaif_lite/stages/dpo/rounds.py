@@ -104,16 +104,9 @@ def one_round(work: Workspace, number: int, before: Path, records: list[Record])
         return learn(work, number, before, ChosenPairs(pairs, [], {}))
     sampling = Sampling(preference.max_new_tokens, preference.temperature, preference.top_p, preference.top_k)
     with role_from(work, "generator", before if section.generator == "policy" else start) as role:
-        answers = sample_answers(
-            work,
-            role,
-            records,
-            sampling,
-            preference.samples,
-            lambda record, j: work.seed("dpo", number, record.key, j),
-            folder / "answers.jsonl",
-            f"dpo {number}: answers",
-        )
+        seed_of = lambda record, j: work.seed("dpo", number, record.key, j)
+        path, label = folder / "answers.jsonl", f"dpo {number}: answers"
+        answers = sample_answers(work, role, records, sampling, preference.samples, seed_of, path, label)
     contexts, told = work.narratives() if preference.context else None, {}
     if section.describe is not None:
         with role_from(work, "generator", before) as role:

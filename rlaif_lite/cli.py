@@ -319,7 +319,8 @@ def export(
         typer.echo(f"Role {role} ends in a number; it cannot be merged into a causal LM: adapter and head.")
     else:
         typer.echo(f"To measure it: {exporter.lmms_command(out)}")
-        typer.echo(f"With the run's frames, pruning and quantisation: {exporter.lmms_of_run(run_dir, role)}")
+        ours = f"lmms-eval --model rlaif_lite --model_args run={run_dir},role={role} --tasks TASK"
+        typer.echo(f"With the run's frames, pruning and quantisation: {ours}")
     typer.echo(f"{out}{'' if push is None else f', and https://huggingface.co/{push}'}")
 
 

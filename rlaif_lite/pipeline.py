@@ -130,8 +130,7 @@ def hold(held: ExitStack, folder: Path) -> None:
 def code_digest() -> str:
     """Of the source of this package."""
     root = Path(__file__).parent
-    files = sorted(path for path in root.rglob("*.py"))
-    return digest_of([(str(p.relative_to(root)), file_digest(p)) for p in files])
+    return digest_of([(str(path.relative_to(root)), file_digest(path)) for path in sorted(root.rglob("*.py"))])
 
 
 def evaluate_again(run_dir: Path, best_of: int | None = None) -> dict:

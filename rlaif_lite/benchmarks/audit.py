@@ -15,10 +15,9 @@ mistakes, so its verdicts can compare roles of one run, and nothing else.
 from typing import NamedTuple
 
 from ..data.records import VIDEO_MARK
-from ..files import digest_of
 from ..judge.claims import AnswerToJudge, judge_claims
 from ..model.roles import ActiveRole
-from ..recipe import Claims, Context
+from ..recipe import Claims
 from ..video.cache import FeatureRecord
 from .items import Item, Tally
 
@@ -73,9 +72,3 @@ def tally(item: Item, row: dict) -> Tally:
         "omitted_floor": (claims["said_by_itself"].count(False), len(claims["said_by_itself"])),
         "claims": (len(claims["true"]), 1.0),
     }
-
-
-def judge_id(base: str, role: str, section: Claims, context: Context) -> str:
-    """base: its name; role: its name and digest; context: how the narratives that it reads are made."""
-    asked = [section.model_dump(mode="json"), context.model_dump(mode="json", exclude={"batch_size"})]
-    return f"claims/{base}/{role}/{digest_of(asked, 12)}"

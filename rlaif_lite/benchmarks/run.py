@@ -16,7 +16,6 @@ from ..errors import DataError
 from ..files import digest_of, file_digest, write_json, write_jsonl
 from ..judge.outside import Case, Judge
 from .answer import Examinee, write_pictures
-from .audit import judge_id
 from .catalogue import BENCHMARKS, Benchmark
 from .items import Item, Tally, find_videos
 from .results import figures
@@ -59,8 +58,11 @@ def run(
         raise DataError(f"None of the {len(found)} videos can be used; the first: {next(iter(broken.values()))}")
     if benchmark.kind == "claims":  # its verdicts lie in the folder, beside the answers
         role = examinee.judge_role
-        judged_by = f"{role} {examinee.digest(role)}"
-        settings["judge"] = judge_id(recipe.model.base, judged_by, recipe.preference.claims, recipe.context)
+        section, context = recipe.preference.claims, recipe.context.model_dump(mode="json", exclude={"batch_size"})
+        asked = digest_of(
+            [section.model_dump(mode="json"), context], 12
+        )  # and how the narratives that it reads are made
+        settings["judge"] = f"claims/{recipe.model.base}/{role} {examinee.digest(role)}/{asked}"
     if benchmark.kind == "retrieval":
         settings["texts"] = digest_of([item.reference for item in usable])
     path = out / "settings.json"

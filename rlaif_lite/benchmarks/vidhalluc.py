@@ -48,7 +48,13 @@ def load(paths: list[Path]) -> list[Item]:
 def _items(name: str, entry: object, place: str) -> Iterator[Item]:
     if isinstance(entry, list):
         for number, asked in enumerate(entry):
-            yield _about_clips(f"{name}_{number}", asked, f"{place}, question {number}")
+            where = f"{place}, question {number}"
+            if not isinstance(asked, dict) or not isinstance(asked.get("a"), dict) or not asked["a"]:
+                raise DataError(f"{where}: expected {{q, a: {{clip: Yes or No}}}}, as in ach_binaryqa.json.")
+            clips = tuple(asked["a"])
+            right = "/".join(one_of(asked["a"], clip, where, "Yes", "No") for clip in clips)
+            questions = (YES_NO.format(text(asked, "q", where)),) * len(clips)
+            yield Item(f"binaryqa_{name}_{number}", clips[0], questions, right, "binaryqa", each_video=clips)
     elif not isinstance(entry, dict):
         raise DataError(f"{place}: found a {type(entry).__name__}. Expected {VIDHALLUC}.")
     elif "Scene change" in entry:
@@ -61,15 +67,6 @@ def _items(name: str, entry: object, place: str) -> Iterator[Item]:
     else:
         for clip, asked in entry.items():
             yield _choice(f"mcq_{name}_{clip}", clip, asked, f"{place}, {clip}")
-
-
-def _about_clips(name: str, asked: object, place: str) -> Item:
-    if not isinstance(asked, dict) or not isinstance(asked.get("a"), dict) or not asked["a"]:
-        raise DataError(f"{place}: expected {{q, a: {{clip: Yes or No}}}}, as in ach_binaryqa.json.")
-    right = [one_of(asked["a"], clip, place, "Yes", "No") for clip in asked["a"]]
-    questions = (YES_NO.format(text(asked, "q", place)),) * len(right)
-    clips = tuple(asked["a"])
-    return Item(f"binaryqa_{name}", clips[0], questions, "/".join(right), "binaryqa", each_video=clips)
 
 
 def _choice(name: str, clip: str, asked: object, place: str) -> Item:
@@ -93,7 +90,15 @@ def tally(item: Item, row: dict) -> Tally:
         hits = [one == wanted.upper() for one, wanted in zip(said, right.split("/"), strict=True)]
         return {"binaryqa": (float(all(hits)), 1.0), "binaryqa_each": (float(sum(hits)), float(len(hits)))}
     if item.group == "mcq":
-        return {"mcq": (float(letters_of(answers[0], item.among) == set(right)), 1.0)}
+        # every letter that stands alone; where there is none, that of the first choice whose text is said
+        letters = set(re.findall(r"\b[A-D]\b", answers[0])) or set(
+            [
+                letter
+                for letter, choice in zip("ABCD", item.among, strict=False)
+                if choice.lower() in answers[0].lower()
+            ][:1]
+        )
+        return {"mcq": (float(letters == set(right)), 1.0)}
     if item.group == "tsh":
         return {"tsh": (float(order_of(answers[0]) == right), 1.0)}
     # what follows the first colon up to a comma: "yes" or "no" where the answer keeps to the format
@@ -104,14 +109,6 @@ def tally(item: Item, row: dict) -> Tally:
         "sth_recall": (float(hit and changed), float(changed)),
         "sth_specificity": (float(hit and not changed), float(not changed)),
     }
-
-
-def letters_of(answer: str, choices: tuple[str, ...]) -> set[str]:
-    """Every letter A to D that stands alone; where there is none, that of the first choice whose text is said."""
-    if alone := set(re.findall(r"\b[A-D]\b", answer)):
-        return alone
-    said = (letter for letter, choice in zip("ABCD", choices, strict=False) if choice.lower() in answer.lower())
-    return {letter for letter in [next(said, "")] if letter}
 
 
 def order_of(answer: str) -> str:

@@ -122,11 +122,6 @@ def lmms_command(folder: Path) -> str:
     return f"lmms-eval --model {model} --model_args pretrained={folder} --tasks TASK"
 
 
-def lmms_of_run(run_dir: Path, role: str) -> str:
-    """The command that puts a role to lmms-eval as the run has it."""
-    return f"lmms-eval --model rlaif_lite --model_args run={run_dir},role={role} --tasks TASK"
-
-
 # ---- merging
 
 

@@ -11,17 +11,16 @@ average logit. The chat template is vicuna_v1's, with which the models were trai
 `<image>`, as the release does by tokenising the text around it piece by piece.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import AddedToken, CLIPVisionConfig, LlamaConfig, LlamaTokenizer, LlavaConfig
 from transformers import LlavaForConditionalGeneration as Llava
 
 from ..errors import ModelError
+from ..files import write_json
 from ..model.families import VICUNA
 from .files import SHARD_BYTES, ShardWriter, WeightFile, listed, read_json, weight_files, whole_folder
 
@@ -98,20 +97,21 @@ def import_llava(source: Path, out: Path, vision_tower: Path | None = None, shar
     with whole_folder(out) as folder:
         writer = ShardWriter(folder, shard_bytes)
         for target, part in parts.items():
-            tensor = _read(part)
+            tensor = part.file[part.key]
             if target in EMBEDDINGS:  # more rows, each the mean of those there are
                 mean_D = tensor.float().mean(0).to(tensor.dtype)
                 tensor = torch.cat([tensor, mean_D.expand(rows - len(tensor), -1)])
             writer.add(target, tensor)
         writer.finish()
-        config.dtype = _read(parts[EMBEDDINGS[0]]).dtype
+        first = parts[EMBEDDINGS[0]]
+        config.dtype = first.file[first.key].dtype
         config.architectures = [Llava.__name__]
         config.save_pretrained(folder)
         _write_processor(folder, settings, vision_tower, config)
         tokenizer.save_pretrained(folder)
         # Under its own class transformers would build it anew, without `legacy`; tokenizer.json says it all.
         path = folder / "tokenizer_config.json"
-        _write(path, read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        write_json(path, read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})
     return Imported(len(parts), writer.bytes, left_out)
 
 
@@ -163,10 +163,6 @@ def _places(
             else:
                 parts[renamed[start] + key.removeprefix(start)] = Part(file, key)
     return parts, unmapped, left_out
-
-
-def _read(part: Part) -> Tensor:
-    return part.file[part.key]
 
 
 def _check(source: Path, parts: dict[str, Part], unmapped: list[str], shapes: dict, words: int) -> None:
@@ -254,8 +250,8 @@ def _write_processor(folder: Path, settings: dict, tower: Path | None, config: L
         given = read_json(tower / "preprocessor_config.json")
         frames |= {key: given[key] for key in ("image_mean", "image_std", "resample") if key in given}
     frames["do_pad"] = settings.get("image_aspect_ratio") == "pad"  # to a square of the mean colour, before resizing
-    _write(folder / "preprocessor_config.json", frames)
-    _write(
+    write_json(folder / "preprocessor_config.json", frames)
+    write_json(
         folder / "processor_config.json",
         {
             "processor_class": "LlavaProcessor",
@@ -266,8 +262,4 @@ def _write_processor(folder: Path, settings: dict, tower: Path | None, config: L
         },
     )
     ids = {key: settings.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write(folder / "generation_config.json", ids)
-
-
-def _write(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "generation_config.json", ids)

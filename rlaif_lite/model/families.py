@@ -12,6 +12,7 @@ model, L = 1 + deepstack layers.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from math import isqrt
 from typing import Any, Literal, NamedTuple
 
@@ -125,12 +126,6 @@ def _in_words(number: int) -> str:
     return _ONES[rest] if rest < 20 else _TENS[rest // 10 - 2] + (f"-{_ONES[rest % 10]}" if rest % 10 else "")
 
 
-def _smolvlm_template() -> str:
-    from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
-
-    return DEFAULT_CHAT_TEMPLATE
-
-
 # The conversation vicuna_v1, with which LLaVA-1.5, Video-LLaVA and VLM-RLAIF were trained.
 VICUNA = (
     "{{ bos_token }}"
@@ -156,11 +151,6 @@ CHAT_TEMPLATES = {"vicuna_v1": VICUNA}  # that a recipe may name
 # ---- the families
 
 
-def _time_in_steps(config, seconds_G: Tensor) -> Tensor:
-    steps_G = (seconds_G - seconds_G[0]) * config.vision_config.tokens_per_second
-    return (steps_G + 1e-6).long()  # 1e-6: .3 * 10 is 2.999...
-
-
 LLAVA_TOWER = ("vision_tower", "multi_modal_projector")
 
 FAMILIES = {  # by config.model_type of transformers
@@ -173,7 +163,13 @@ FAMILIES = {  # by config.model_type of transformers
     "qwen2_vl": Family(  # time is the order of the frames
         "video", _encode_patches, ("visual",), mrope=lambda _, seconds_G: torch.arange(len(seconds_G)), any_size=True
     ),
-    "qwen2_5_vl": Family("video", _encode_patches, ("visual",), mrope=_time_in_steps, any_size=True),
+    "qwen2_5_vl": Family(  # time is counted in steps; 1e-6: .3 * 10 is 2.999...
+        "video",
+        _encode_patches,
+        ("visual",),
+        mrope=lambda config, at_G: ((at_G - at_G[0]) * config.vision_config.tokens_per_second + 1e-6).long(),
+        any_size=True,
+    ),
     "qwen3_vl": Family(
         "video",
         _encode_patches,
@@ -210,7 +206,7 @@ FAMILIES = {  # by config.model_type of transformers
         per_frame=True,
         mark="<video>",
         write=_write_smolvlm,
-        template=_smolvlm_template,
+        template=lambda: import_module("transformers.models.smolvlm.processing_smolvlm").DEFAULT_CHAT_TEMPLATE,
         frame_tokens=lambda config: (
             (config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor) ** 2
         ),

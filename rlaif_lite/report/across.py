@@ -151,14 +151,10 @@ def figures(folder: Path) -> dict[str, Any]:
 
 def value_of(run: dict, row: Row) -> float | None:
     """A row's figure of one run; None where the run does not have it."""
-    value, minus = _at(run, row.path), _at(run, row.minus) if row.minus else 0.0
-    return None if value is None or minus is None else value - minus
-
-
-def _at(run: dict, path: tuple[str, ...]) -> float | None:
-    found: Any = run
-    for key in (key.replace(METHOD, run["method"]) for key in path):
-        if not isinstance(found, dict) or key not in found:
-            return None
-        found = found[key]
-    return found
+    found: list[Any] = []
+    for path in (row.path, row.minus) if row.minus else (row.path,):
+        value: Any = run
+        for key in path:
+            value = value.get(key.replace(METHOD, run["method"])) if isinstance(value, dict) else None
+        found.append(value)
+    return None if None in found else found[0] - sum(found[1:])

@@ -330,7 +330,11 @@ def as_text(found: Comparison) -> str:
     ]
     if found.keys or any(found.alone):
         out += ["", f"{'Differs':<40}{'A':<24}  B"]
-        out += [f"  {key:<38}{_brief(one):<24}  {_brief(other)}" for key, (one, other) in found.keys.items()]
+        for key, pair in found.keys.items():
+            texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in pair]
+            texts = [" ".join(text.split()) for text in texts]
+            one, other = (text if len(text) <= SHOWN_KEYS else f"{text[:SHOWN_KEYS]}..." for text in texts)
+            out.append(f"  {key:<38}{one:<24}  {other}")
         for which, sections in zip("AB", found.alone, strict=True):
             if sections:
                 counted = ", ".join(f"{section} ({count})" for section, count in sections.items())
@@ -341,12 +345,6 @@ def as_text(found: Comparison) -> str:
             words = ["-" if v is None else size(v) if what == "peak memory" else duration(v) for v in pair]
             out.append(f"  {what:<26}{words[0]:>14}{words[1]:>14}")
     return "\n".join(out)
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
-    text = " ".join(text.split())
-    return text if len(text) <= SHOWN_KEYS else f"{text[:SHOWN_KEYS]}..."
 
 
 def as_json(found: Comparison) -> dict[str, Any]:

@@ -133,7 +133,14 @@ def view(run: Run) -> dict[str, Any]:
             for baseline, by_mode in effects.items()
             for panel in change_panels(method_of(summary), baseline, by_mode)
         ],
-        "best_of": best_of_panels(summary),
+        "best_of": [
+            panel
+            for role in summary.get("evaluation", {})
+            if role.startswith(f"{method_of(summary)}@bo")  # against the policy's own answers, greedy and sampled
+            for panel in change_panels(
+                role, method_of(summary), {mode: changes(summary, method_of(summary), mode, role) for mode in MODES}
+            )
+        ],
         "asked": asked(run.rows),
         "people": run.people,
         "trust": run.people and trust(run.people),
@@ -188,27 +195,16 @@ def change_panels(role: str, baseline: str, by_mode: dict[str, Changes]) -> list
             if name in found:
                 interval = found[name].interval
                 bar = Interval(*(50 + 50 * edge / reach for edge in interval)) if measure.share else None
-                rows.append(ChangeRow(measure, found[name], _verdict(measure, interval), bar))
+                clear = measure.better and not interval.low <= 0 <= interval.high
+                better = (interval.low > 0) == (measure.better > 0)
+                verdict = "same" if not clear else "better" if better else "worse"
+                rows.append(ChangeRow(measure, found[name], verdict, bar))
         if rows:
             title = f"{MODES[mode]} answers, {_role_label(role)} against {ROLES[baseline]}"
             if "@" in role:
                 title = f"{_role_label(role)}, against {ROLES[baseline]}’s {MODES[mode].lower()} answers"
             panels.append(ChangePanel(title, ROLES[baseline], 100 * reach, rows))
     return panels
-
-
-def best_of_panels(summary: dict[str, Any]) -> list[ChangePanel]:
-    """The best of several answers against the policy's own, greedy and sampled."""
-    method = method_of(summary)
-    columns = [role for role in summary.get("evaluation", {}) if role.startswith(f"{method}@bo")]
-    by_column = {role: {mode: changes(summary, method, mode, role) for mode in MODES} for role in columns}
-    return [panel for role, by_mode in by_column.items() for panel in change_panels(role, method, by_mode)]
-
-
-def _verdict(measure: Measure, interval: Interval) -> str:
-    if measure.better == 0 or interval.low <= 0 <= interval.high:
-        return "same"
-    return "better" if (interval.low > 0) == (measure.better > 0) else "worse"
 
 
 class Table(NamedTuple):

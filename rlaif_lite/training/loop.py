@@ -137,7 +137,8 @@ class MetricsLog:
                     f"{name} is {value} at step {step} of stage {stage}; the run diverged. Lower the learning rate, "
                     f"or look at the steps before in {self.path}"
                 )
-        line = {"stage": stage, "step": step, **{name: _plain(value) for name, value in values.items()}}
+        plain = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
+        line = {"stage": stage, "step": step, **plain}
         if time is not None:
             line["time"] = {name: float(value) for name, value in time.items()}
         text = json.dumps(line) + "\n"
@@ -179,8 +180,3 @@ def _stage(line: str) -> str:
 def _owner(line: str) -> str:
     """The stage that a line belongs to: "sft" of "sft.easy"."""
     return _stage(line).partition(".")[0]
-
-
-def _plain(value: float) -> int | float:
-    "A Python number of a Python, NumPy or torch scalar."
-    return value if isinstance(value, int) else float(value)

@@ -59,9 +59,7 @@ def run(
     if benchmark.kind == "claims":  # its verdicts lie in the folder, beside the answers
         role = examinee.judge_role
         section, context = recipe.preference.claims, recipe.context.model_dump(mode="json", exclude={"batch_size"})
-        asked = digest_of(
-            [section.model_dump(mode="json"), context], 12
-        )  # and how the narratives that it reads are made
+        asked = digest_of([section.model_dump(mode="json"), context], 12)  # the judge's prompts, and its narratives'
         settings["judge"] = f"claims/{recipe.model.base}/{role} {examinee.digest(role)}/{asked}"
     if benchmark.kind == "retrieval":
         settings["texts"] = digest_of([item.reference for item in usable])

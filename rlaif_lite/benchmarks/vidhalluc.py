@@ -91,13 +91,9 @@ def tally(item: Item, row: dict) -> Tally:
         return {"binaryqa": (float(all(hits)), 1.0), "binaryqa_each": (float(sum(hits)), float(len(hits)))}
     if item.group == "mcq":
         # every letter that stands alone; where there is none, that of the first choice whose text is said
-        letters = set(re.findall(r"\b[A-D]\b", answers[0])) or set(
-            [
-                letter
-                for letter, choice in zip("ABCD", item.among, strict=False)
-                if choice.lower() in answers[0].lower()
-            ][:1]
-        )
+        said = answers[0].lower()
+        named = [letter for letter, choice in zip("ABCD", item.among, strict=False) if choice.lower() in said]
+        letters = set(re.findall(r"\b[A-D]\b", answers[0])) or set(named[:1])
         return {"mcq": (float(letters == set(right)), 1.0)}
     if item.group == "tsh":
         return {"tsh": (float(order_of(answers[0]) == right), 1.0)}

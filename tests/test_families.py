@@ -490,7 +490,11 @@ def test_every_stage_runs_on_it(tmp_path, name, chain):
         "preference.max_new_tokens=6",
         "ppo.max_new_tokens=6",
         "ppo.steps=2",
+        "preference.compare_pairs=0",
+        "preference.compare_context=false",
         "evaluate.temperatures=[]",
+        "evaluate.roles=[policy]",
+        "evaluate.shuffled=false",
     )
     summary = pipeline.run(recipe)
     assert summary["finished"] and summary["ppo"]["kl_start"] == 0 and np.isfinite(summary["ppo"]["kl_end"])

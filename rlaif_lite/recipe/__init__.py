@@ -45,45 +45,11 @@ from .sections import (
     World,
 )
 
-__all__ = [
-    "SPLITS",
-    "Checklist",
-    "Claims",
-    "Context",
-    "Data",
-    "Describe",
-    "Divide",
-    "Dpo",
-    "Evaluate",
-    "Features",
-    "Interventions",
-    "Lora",
-    "Model",
-    "Outside",
-    "Pairwise",
-    "Ppo",
-    "Preference",
-    "Prune",
-    "Recipe",
-    "Reward",
-    "RewardBase",
-    "Rule",
-    "Rules",
-    "Section",
-    "Sft",
-    "Training",
-    "World",
-    "check_files",
-    "dump_yaml",
-    "fields",
-    "flatten",
-    "json_schema",
-    "load_recipe",
-    "neutral_keys",
-    "raise_all",
-    "recipe_hash",
-    "show_fields",
-]
+__all__ = ["SPLITS", "Checklist", "Claims", "Context", "Data", "Describe", "Divide", "Dpo", "Evaluate", "Features"]
+__all__ += ["Interventions", "Lora", "Model", "Outside", "Pairwise", "Ppo", "Preference", "Prune", "Recipe", "Reward"]
+__all__ += ["RewardBase", "Rule", "Rules", "Section", "Sft", "Training", "World", "check_files", "dump_yaml"]
+__all__ += ["fields", "flatten", "json_schema", "load_recipe", "neutral_keys", "raise_all", "recipe_hash"]
+__all__ += ["show_fields"]
 
 
 MOST_ERRORS = 30  # shown at a time

@@ -186,7 +186,7 @@ def rerun(finished, tmp_path):
 def shake(roles: Roles, name: str, seed: int = 0, size: float = 0.05) -> None:
     """Give a role weights that do something: a fresh adapter's output is zero."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in roles.parameters(name, head=name in roles.heads):
+    for parameter in roles.parameters(name):
         parameter.data += size * torch.randn(parameter.shape, generator=generator)
 
 

@@ -32,7 +32,7 @@ def test_one_step_without_each(bench, monkeypatch):
     found = {}
     with profiler.opened(recipe, 1, None, profiler.Random(small=True)) as (work, _):
         given = bench.plain_ppo.prepare(work)
-        trained = work.roles.parameters("policy") + work.roles.parameters("value", head=True)
+        trained = work.roles.parameters("policy") + work.roles.parameters("value")
         start = [p.detach().clone() for p in trained]
         for technique in (t for t in bench.TECHNIQUES if not t.keys):
             for parameter, old in zip(trained, start, strict=True):

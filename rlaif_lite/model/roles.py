@@ -78,7 +78,7 @@ class Roles:
                     f"Role `{copy_of}` has alpha {own.lora_alpha} and rank {own.r}, `model.lora` has {self.lora.alpha} "
                     f"and {self.lora.rank}: a copy would run at another scale. All roles have one shape: set it so."
                 )
-            for target, source in zip(self.parameters(name), self.parameters(copy_of), strict=True):
+            for target, source in zip(self._of[name].values(), self._of[copy_of].values(), strict=True):
                 target.data.copy_(source.data)
             if copy_of in self.heads:
                 self.heads[name] = copy.deepcopy(self.heads[copy_of]).requires_grad_(False)
@@ -197,20 +197,20 @@ class Roles:
         finally:
             self._active = None
 
-    def parameters(self, name: str, head: bool = False) -> list[nn.Parameter]:
-        """The adapter's parameters, in a fixed order (float32), and its head's when asked."""
-        return [*self._of[name].values(), *(self.heads[name].parameters() if head else ())]
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The adapter's parameters, in a fixed order (float32), and its head's when it has one."""
+        return [*self._of[name].values(), *(self.heads[name].parameters() if name in self.heads else ())]
 
     def trainable(self, name: str, on: bool = True) -> None:
         """Let gradients reach role `name` (and its head), or not. Fresh and loaded roles are frozen."""
-        for parameter in self.parameters(name, head=name in self.heads):
+        for parameter in self.parameters(name):
             parameter.requires_grad_(on)
             if not on:
                 parameter.grad = None
 
     def size(self, name: str) -> RoleSize:
         """Parameters and bytes of a role's adapter and head."""
-        parameters = self.parameters(name, head=name in self.heads)
+        parameters = self.parameters(name)
         return RoleSize(sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters))
 
     # ---- inside

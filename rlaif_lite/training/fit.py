@@ -24,7 +24,7 @@ from ..progress import progress
 from ..recipe import Training
 from .checkpoint import load, restore_optimizer, save
 from .loop import MetricsLog, derive_seed, lr_at
-from .oom import Backoff, of, put_back, remember
+from .oom import Backoff, put_back, remember
 
 CHECKPOINT_EVERY = 20  # steps
 
@@ -55,7 +55,7 @@ def fit(
     Training resumes from the checkpoint in `folder` if there is one. One is written every CHECKPOINT_EVERY steps, and
     left there when the last step is done."""
     roles.trainable(role)
-    parameters = roles.parameters(role, head=role in roles.heads)
+    parameters = roles.parameters(role)
     optimizer = torch.optim.AdamW(
         parameters, lr=section.lr, weight_decay=section.weight_decay, betas=(0.9, 0.98), fused=True
     )
@@ -119,7 +119,9 @@ def keep(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Pat
 
     Raises StageError, and keeps the last checkpoint, where anything is not finite."""
     ranks.same(f"the adapter of {', '.join(optimizers)}", digest_of(roles, optimizers), f"after step {step - 1}")
-    tensors = {f"{role}/{i}": parameter.data for role in optimizers for i, parameter in enumerate(of(roles, role))}
+    tensors = {
+        f"{role}/{i}": parameter.data for role in optimizers for i, parameter in enumerate(roles.parameters(role))
+    }
     moments = {
         f"optimiser of {role}: {name} {index}": value
         for role, optimizer in optimizers.items()
@@ -135,7 +137,7 @@ def digest_of(roles: Roles, names: Iterable[str]) -> str:
     if ranks.count() == 1:
         return ""
     digest = hashlib.sha256()
-    for parameter in (parameter for role in names for parameter in of(roles, role)):
+    for parameter in (parameter for role in names for parameter in roles.parameters(role)):
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -147,7 +149,7 @@ def restore(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: 
     if checkpoint is None:
         return 0, {}
     for role, optimizer in optimizers.items():
-        for i, parameter in enumerate(of(roles, role)):
+        for i, parameter in enumerate(roles.parameters(role)):
             parameter.data.copy_(checkpoint.tensors[f"{role}/{i}"])
         restore_optimizer(optimizer, checkpoint, role)
     return checkpoint.step, checkpoint.state

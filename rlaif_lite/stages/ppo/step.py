@@ -207,7 +207,7 @@ def prepare(work: Workspace, feedback: Feedback) -> dict[str, torch.optim.Optimi
         trained.append("value")
     for role in trained:
         roles.trainable(role)
-        parameters = roles.parameters(role, head=role in roles.heads)
+        parameters = roles.parameters(role)
         optimizers[role] = torch.optim.AdamW(parameters, weight_decay=0.0, betas=BETAS, fused=True)
     return optimizers
 
@@ -386,8 +386,8 @@ def update(
                 real = e.mask_BT[rows].sum()
                 with roles.use("value") as value:
                     losses = [value_backward(section, value, micro, e, real) for micro in micros]
-                ranks.sum_gradients(roles.parameters("value", head=True))
-                clip_and_step(roles.parameters("value", head=True), optimizers["value"], section.max_grad_norm, where)
+                ranks.sum_gradients(roles.parameters("value"))
+                clip_and_step(roles.parameters("value"), optimizers["value"], section.max_grad_norm, where)
             updates.append(Update(parts, losses, weight_mT.sum(), torch.tensor(norm)))
     return [merged(of_ranks) for of_ranks in zip(*ranks.gather(updates), strict=True)]
 

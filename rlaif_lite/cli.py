@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from . import __version__
+from .cli_recipes import Overrides, RecipePath, recipes_app
 from .errors import RlaifError
 
 
@@ -44,13 +45,8 @@ app = typer.Typer(
     add_completion=False,
     help="Align a video language model by its own feedback, on one GPU (or, small, on a CPU).",
 )
-recipes_app = typer.Typer(no_args_is_help=True, help="List, explain and check recipes.")
 app.add_typer(recipes_app, name="recipes")
 
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys to set, such as ppo.kl_coef=0.05.")
-]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run.")]
 Launcher = Literal["local", "submitit"]
 TOGETHER = ("run", "eval", "profile")  # commands that several ranks do together
@@ -323,7 +319,8 @@ def export(
         typer.echo(f"Role {role} ends in a number; it cannot be merged into a causal LM: adapter and head.")
     else:
         typer.echo(f"To measure it: {exporter.lmms_command(out)}")
-        typer.echo(f"With the run's frames, pruning and quantisation: {exporter.lmms_of_run(run_dir, role)}")
+        ours = f"lmms-eval --model rlaif_lite --model_args run={run_dir},role={role} --tasks TASK"
+        typer.echo(f"With the run's frames, pruning and quantisation: {ours}")
     typer.echo(f"{out}{'' if push is None else f', and https://huggingface.co/{push}'}")
 
 
@@ -394,22 +391,9 @@ def profile(
         from .model.unsloth_loader import import_first
 
         import_first(loaded.model)
-        from . import profiler
-        from .planner.plan import size_in_bytes
-        from .profiler.tables import as_text
+        from .profiler import command
 
-        cap = None if memory_cap is None else size_in_bytes(memory_cap)
-        stem = out or Path(f"{loaded.name}.profile.json")
-        traces = profiler.Traces(stem.with_suffix(".trace.json"), stem.with_suffix(".memory.png")) if trace else None
-        random = profiler.Random(small) if random_weights else None
-        found = profiler.profile(loaded, steps, tuple(stage or ()), cap, traces, random)
-        if not ranks.is_first():
-            return
-        typer.echo(as_text(found))
-        if out is not None:
-            out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        if traces is not None:
-            typer.echo(f"{traces.chrome}\n{traces.memory}")
+        command.profile(loaded, steps, tuple(stage or ()), memory_cap, random_weights, small, trace, out)
 
 
 @app.command()
@@ -421,50 +405,6 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs.")
     typer.echo(json.dumps(findings, indent=2) if as_json else doctor_module.as_text(findings))
     if not findings["healthy"]:
         raise typer.Exit(1)
-
-
-@recipes_app.command("list")
-def recipes_list() -> None:
-    """The recipes at hand, each with the first line of its comment."""
-    from .recipe.file import recipe_folders
-
-    for folder in recipe_folders():
-        for path in sorted(folder.glob("*.yaml")):
-            first = path.read_text(encoding="utf-8").partition("\n")[0]
-            typer.echo(f"{str(path):<40}  {first.lstrip('# ') if first.startswith('#') else ''}".rstrip())
-
-
-@recipes_app.command("show")
-def recipes_show(key: Annotated[str, typer.Argument(help="Only this key or section, such as ppo.")] = "") -> None:
-    """Every key of a recipe with its default, help and range."""
-    from .recipe import show_fields
-
-    typer.echo(show_fields(key))
-
-
-@recipes_app.command("schema")
-def recipes_schema() -> None:
-    """The JSON schema, for editors that complete and check as one types."""
-    from .recipe import json_schema
-
-    typer.echo(json.dumps(json_schema(), indent=2))
-
-
-@recipes_app.command("check")
-def recipes_check(
-    path: RecipePath,
-    overrides: Overrides = None,
-    resolved: Annotated[bool, typer.Option("--print", help="Print the recipe with all defaults filled in.")] = False,
-) -> None:
-    """Check a recipe, and that the files it names are there, without running it."""
-    from .recipe import check_files, dump_yaml, load_recipe, recipe_hash
-
-    recipe = load_recipe(path, overrides or [])
-    check_files(recipe)
-    if resolved:
-        typer.echo(dump_yaml(recipe), nl=False)
-    else:
-        typer.echo(f"{path} is fine: hash {recipe_hash(recipe)}, runs into {recipe.output}.")
 
 
 def _need_run(run_dir: Path) -> None:

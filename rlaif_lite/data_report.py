@@ -20,7 +20,11 @@ Render = Callable[[Record], str]
 
 def report_on(files: Iterable[Path], recipe: str | None, base: str | None, video_root: Path | None) -> str:
     """The report on some files as text. Raises DataError for a file that is refused."""
-    loaded = _recipe_of(recipe, base)
+    from .recipe import Model, Recipe, load_recipe
+
+    loaded = Recipe(name="data", model=Model(base=base)) if base else None
+    if recipe is not None:
+        loaded = load_recipe(recipe, [f"model.base={base}"] if base else [])
     root = video_root or (loaded.data.video_root if loaded else None)
     count, unit, render, refusals = _tools(loaded)
     return "\n\n".join(_one_file(path, root, count, unit, render, refusals) for path in files)
@@ -58,7 +62,9 @@ def _one_file(path: Path, root, count, unit: str, render: Render, refusals) -> s
         lines.append(f"  keys left out: {', '.join(read.ignored)}")
     lines += [f"  refused: {reason}" for reason in refusals(path.name, records)]
     for record in records[:SHOWN]:
-        lines += ["", f"  {record.source} (id {record.id}, video {_video(record)})", f"    {render(record)}"]
+        frames = record.video if isinstance(record.video, tuple) else ()
+        video = f"{frames[0]}, {len(frames)} frames" if frames else record.video or "none"
+        lines += ["", f"  {record.source} (id {record.id}, video {video})", f"    {render(record)}"]
         if record.chosen is not None:
             lines += [f"    chosen: {record.chosen!r}", f"    rejected: {record.rejected!r}"]
     return "\n".join(line for line in lines if line is not None)
@@ -70,23 +76,6 @@ def _spread(what: str, unit: str, sizes: list[int]) -> str | None:
     ordered = sorted(sizes)
     middle, high = ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, len(ordered) * 95 // 100)]
     return f"  {what}, {unit}: median {middle}, 95 % up to {high}, longest {ordered[-1]}"
-
-
-def _video(record: Record) -> str:
-    if isinstance(record.video, tuple):
-        return f"{record.video[0]}, {len(record.video)} frames"
-    return record.video or "none"
-
-
-def _recipe_of(recipe: str | None, base: str | None):
-    """The recipe to read by: the one named, with another base where one is given; None where neither is."""
-    if recipe is None and base is None:
-        return None
-    from .recipe import Model, Recipe, load_recipe
-
-    if recipe is not None:
-        return load_recipe(recipe, [f"model.base={base}"] if base else [])
-    return Recipe(name="data", model=Model(base=base))
 
 
 def _tools(recipe) -> tuple[Callable[[str], int], str, Render, Callable[[str, list[Record]], list[str]]]:

@@ -90,6 +90,7 @@ def _memory() -> dict[str, float]:
 def _gpus() -> list[dict[str, Any]]:
     import torch
 
+    driver = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", _read("/proc/driver/nvidia/version"))
     gpus = []
     for index in range(torch.cuda.device_count()):
         props = torch.cuda.get_device_properties(index)
@@ -98,16 +99,11 @@ def _gpus() -> list[dict[str, Any]]:
                 "name": props.name,
                 "memory_gib": round(props.total_memory / GIB, 1),
                 "capability": f"{props.major}.{props.minor}",
-                "driver": _driver(),
+                "driver": driver[1] if driver else "unknown",
                 "cuda": torch.version.cuda,
             }
         )
     return gpus
-
-
-def _driver() -> str:
-    found = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s", _read("/proc/driver/nvidia/version"))
-    return found[1] if found else "unknown"
 
 
 def _read(path: str) -> str:

@@ -130,7 +130,7 @@ def read_json(path: Path) -> Any:
 
 def write_sealed(path: Path, value: dict) -> None:
     """Write a JSON object atomically, with a digest of itself."""
-    write_json(path, value | {"sha256": _seal(value)})
+    write_json(path, value | {"sha256": digest_of(value, 64)})
 
 
 def read_sealed(path: Path) -> dict | None:
@@ -138,17 +138,17 @@ def read_sealed(path: Path) -> dict | None:
     if not path.exists():
         return None
     value = read_json(path)
-    if not isinstance(value, dict) or value.pop("sha256", None) != _seal(value):
+    if not isinstance(value, dict) or value.pop("sha256", None) != digest_of(value, 64):
         raise StageError(
             f"{path} is damaged: its content does not match its checksum. Delete the folder {path.parent} and run "
-            f"again: "
-            "its stage starts over, and later stages are kept where nothing changed."
+            "again: its stage starts over, and later stages are kept where nothing changed."
         )
     return value
 
 
-def _seal(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def digest_of(value: Any, digits: int = 16) -> str:
+    """The first hexadecimal digits (64 are all) of the SHA-256 of a value as JSON, its keys in order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:digits]
 
 
 # ---------------------------------------------------------------------------------------------------------- JSON lines
@@ -176,24 +176,20 @@ def appending(path: Path, lines: list[str]) -> Iterator[Callable[[Any], str]]:
     """A function that appends a value as a line and returns the line. `lines`: the first lines of the file, which stay;
     what comes after them, such as a line cut short by a kill, goes first. On ranks other than 0 nothing is written."""
     if not ranks.is_first():
-        yield _line
+        yield lambda value: json.dumps(value) + "\n"
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab") as file:
         file.truncate(sum(len(line.encode()) for line in lines))
 
         def append(value: Any) -> str:
-            line = _line(value)
+            line = json.dumps(value) + "\n"
             file.write(line.encode())
             file.flush()
             return line
 
         yield append
         os.fsync(file.fileno())
-
-
-def _line(value: Any) -> str:
-    return json.dumps(value) + "\n"
 
 
 def by_batches(
@@ -208,8 +204,12 @@ def by_batches(
     Of several ranks each does whole batches, so a line has the same bytes whoever made it."""
     lines, results = ranks.first(lambda: whole_lines(path)), []
     for number, (line, batch) in enumerate(zip(lines, batches, strict=False)):
-        found = _sound(line)
-        if found is None or found["items"] != len(batch):
+        try:
+            found = json.loads(line)
+            sound = found.pop("crc32") == _crc(found) and found["items"] == len(batch)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
             say(f"{path}: line {number + 1} is damaged or of another batch size; it and what follows is made again")
             break
         results.append(found["results"])
@@ -223,14 +223,6 @@ def by_batches(
                 results.append(json.loads(line)["results"])
                 done(len(batch))
     return [item for found in results for item in found]
-
-
-def _sound(line: str) -> dict | None:
-    try:
-        value = json.loads(line)
-        return value if value.pop("crc32") == _crc(value) else None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def _crc(value: dict) -> int:

@@ -1,15 +1,12 @@
 """The order of the stages; what is done, what is stale and why; the summary.
 
 A stage is finished when its folder holds `done.json`: what it read (recipe keys, and the digests of the stages before
-it), what it returned, and the digest of what it left (see `run_folder.py`). When nothing of that changed it is
-skipped. When something did, its folder is emptied and it
-runs again, and so do the stages that need it. A stage that was killed has no `done.json` and goes on from its own
-checkpoint. What a stage read says all that decides what it finds, so a run may also take a stage from another run
-that read the same (`share`).
+it), what it returned, and the digest of what it left (see `run_folder.py`). When nothing of that changed it is skipped.
+When something did, its folder is emptied and it runs again, and so do the stages that need it. A stage that was killed
+has no `done.json` and goes on from its own checkpoint. What a stage read says all that decides what it finds, so a run
+may also take a stage from another run that read the same (`share`).
 """
 
-import hashlib
-import json
 import os
 import shutil
 from contextlib import ExitStack
@@ -22,7 +19,18 @@ from . import __version__, ranks
 from .data.splits import own_files
 from .data.truth import module_file
 from .errors import RlaifError, StageError
-from .files import clean, file_digest, read_json, read_jsonl, read_sealed, remove, write_json, write_sealed, write_text
+from .files import (
+    clean,
+    digest_of,
+    file_digest,
+    read_json,
+    read_jsonl,
+    read_sealed,
+    remove,
+    write_json,
+    write_sealed,
+    write_text,
+)
 from .model.base import base_digest
 from .planner import Plan, make_plan, refuse, resolve_auto
 from .progress import say
@@ -74,7 +82,13 @@ def run(
     digests: dict[str, str] = {}
     here = lambda: list(digests)[-1] if digests else str(folder)
     with explained(folder, here, lambda: list(digests)[:-1]), ExitStack() as held:
-        check_ranks(recipe)
+        here_and_there = {"output": str(Path(recipe.output).absolute())}
+        for what, value in (
+            ("the recipe", flatten(recipe) | here_and_there),
+            ("the code of rlaif_lite", code_digest()),
+            ("the environment", versions()),
+        ):
+            ranks.same(what, value, "The ranks must agree")
         plan = ranks.first(lambda: make_plan(resolve_auto(recipe, folder)))
         recipe = plan.recipe
         if not force:
@@ -95,7 +109,11 @@ def run(
         except BaseException:
             if ranks.is_first():
                 with ranks.alone():
-                    report_anyway(work.folder)
+                    try:
+                        if (work.folder / "summary.json").exists():
+                            page.write(work.folder)
+                    except (RlaifError, OSError, MemoryError) as error:  # it must not hide what ended the run
+                        say(f"the report was not written: {error}")
             raise
         ranks.first(lambda: page.write(work.folder))
         say(f"{work.folder / 'report.html'}")
@@ -109,27 +127,10 @@ def hold(held: ExitStack, folder: Path) -> None:
     clean(folder)
 
 
-def check_ranks(recipe: Recipe) -> None:
-    """Raises StageError where the ranks would not do the same."""
-    ranks.same("the recipe", flatten(recipe) | {"output": str(Path(recipe.output).absolute())}, "The ranks must agree")
-    ranks.same("the code of rlaif_lite", code_digest(), "The ranks must agree")
-    ranks.same("the environment", versions(), "The ranks must agree")
-
-
 def code_digest() -> str:
     """Of the source of this package."""
     root = Path(__file__).parent
-    files = sorted(path for path in root.rglob("*.py"))
-    return hashlib.sha256(json.dumps([(str(p.relative_to(root)), file_digest(p)) for p in files]).encode()).hexdigest()
-
-
-def report_anyway(folder: Path) -> None:
-    """Write the report of a run that an exception ended; what fails here must not hide that exception."""
-    try:
-        if (folder / "summary.json").exists():
-            page.write(folder)
-    except (RlaifError, OSError, MemoryError) as error:
-        say(f"the report was not written: {error}")
+    return digest_of([(str(path.relative_to(root)), file_digest(path)) for path in sorted(root.rglob("*.py"))])
 
 
 def evaluate_again(run_dir: Path, best_of: int | None = None) -> dict:
@@ -165,7 +166,7 @@ def begin_stage(
         if need in digests  # a method has some of them
     }
     outward = {key: value for key, value in reads.items() if not under(key, INWARD.get(name, ()))}
-    digest = hashlib.sha256(json.dumps([name, outward], sort_keys=True).encode()).hexdigest()[:16]
+    digest = digest_of([name, outward])
     done, begun = read_sealed(folder / "done.json"), read_sealed(folder / "begun.json")
     if done is not None and done["reads"] == reads:
         check(work.folder, name, done, work.log.digests())
@@ -319,7 +320,7 @@ def folder_digest(folder: Path) -> str:
     files = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".safetensors"))
     if not files:
         raise StageError(f"There is no adapter in {folder}. Paths start at {Path.cwd()}.")
-    return hashlib.sha256(json.dumps([(path.name, file_digest(path)) for path in files]).encode()).hexdigest()[:16]
+    return digest_of([(path.name, file_digest(path)) for path in files])
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:

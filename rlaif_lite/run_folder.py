@@ -55,10 +55,8 @@ def check(run: Path, name: str, done: dict, metrics: dict[str, str]) -> None:
         shown = "\n  ".join(map(str, bad[:10])) + (f"\n  and {len(bad) - 10} more" if len(bad) > 10 else "")
         raise StageError(
             f"The stage `{name}` is done, but {len(bad)} of its files are missing or damaged: their content is not "
-            f"what the "
-            f"stage wrote.\n  {shown}\nPut them back, or delete the folder {run / name} and run again: then this "
-            f"stage runs "
-            "again, and later stages are kept where nothing changed for them."
+            f"what the stage wrote.\n  {shown}\nPut them back, or delete the folder {run / name} and run again: then "
+            "this stage runs again, and later stages are kept where nothing changed for them."
         )
 
 
@@ -102,8 +100,7 @@ def _lock_file(path: Path) -> Iterator[None]:
         else:
             raise StageError(
                 f"Another run is going on in {path.parent}, as {path} says (host and process: {held or 'not known'}). "
-                f"Wait for "
-                "it. If that process is gone, delete the file."
+                "Wait for it. If that process is gone, delete the file."
             ) from None
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(own)
@@ -156,6 +153,5 @@ def explained(folder: Path, where: Callable[[], str], done: Callable[[], list[st
         kept = f"the stages {', '.join(done())}, and" if done() else "what was finished, with"
         raise StageError(
             f"{where()}: {fault[0]}, so the run stopped. Kept in {folder}: {kept} the last checkpoint of the stage "
-            f"that was "
-            f"running. {fault[1]}, then run the same command again: it resumes there."
+            f"that was running. {fault[1]}, then run the same command again: it resumes there."
         ) from error

@@ -10,7 +10,6 @@ Each point runs in a process of its own, so that the memory of one does not coun
 (out of memory, a floor not reached) is written down with its reason while the others go on.
 """
 
-import hashlib
 import itertools
 import json
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from .errors import RecipeError
+from .files import digest_of
 from .launchers import Job, levels_of, on_a_cluster, on_this_machine, read_cluster
 from .progress import say
 from .recipe import Recipe, check_files, load_recipe
@@ -129,7 +129,7 @@ def grid(paths: list[str], axes: list[list[Setting]], overrides: list[str], out:
 def folder_name(words: str) -> str:
     """`words` as a folder's name: other characters become _, and a long name ends in a digest."""
     name = re.sub(r"[^A-Za-z0-9._=,+-]+", "_", words)
-    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{digest_of(words, 8)}"
 
 
 def shared(recipe: Recipe, out: Path) -> Recipe:
@@ -138,7 +138,6 @@ def shared(recipe: Recipe, out: Path) -> Recipe:
     if features.cache is None:
         features = features.model_copy(update={"cache": str(out / "features")})
     if data.world is not None and data.folder is None:
-        drawn = data.world.model_dump_json(exclude={"workers"})
-        folder = out / "worlds" / hashlib.sha256(drawn.encode()).hexdigest()[:12]
+        folder = out / "worlds" / digest_of(data.world.model_dump(mode="json", exclude={"workers"}), 12)
         data = data.model_copy(update={"folder": str(folder)})
     return recipe.model_copy(update={"features": features, "data": data})

@@ -10,8 +10,6 @@ A stage takes what it needs from here and leaves its results in the run folder:
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -25,7 +23,7 @@ from .data.records import Record
 from .data.splits import Loaded, load_splits, name_videos, own_files, roots_of
 from .data.truth import Truth
 from .errors import StageError
-from .files import read_json, read_sealed, sha256, write_sealed
+from .files import digest_of, read_json, read_sealed, sha256, write_sealed
 from .judge.outside.answers import open_judge
 from .judge.outside.cached import CachedJudge
 from .model.base import Base, load_base
@@ -149,11 +147,12 @@ class Workspace:
         videos = [r.video for path in own_files(data) for r in self._of_file(path) if r.video is not None]
         for video, name in name_videos(videos, roots_of(data, self.data_folder)).items():
             if name not in states:
-                parts = [video] if isinstance(video, str) else video
-                states[name] = [self._content(file, found) for part in parts for file in _files_of(Path(part))]
+                parts = [Path(part) for part in ([video] if isinstance(video, str) else video)]
+                files = [file for part in parts for file in (sorted(part.iterdir()) if part.is_dir() else [part])]
+                states[name] = [self._content(file, found) for file in files]
         if found != self._read_before:
             write_sealed(memo, found)
-        return hashlib.sha256(json.dumps(states, sort_keys=True).encode()).hexdigest()[:16]
+        return digest_of(states)
 
     def _content(self, path: Path, found: dict[str, list]) -> str | None:
         """sha256 of a file, or None where there is none; `found` gains [size, time, sha256]."""
@@ -215,8 +214,7 @@ class Workspace:
         if views is None:
             raise StageError(
                 f"The cached features of {name} are gone or damaged. Delete {self.folder / 'features' / 'done.json'} "
-                f"and run again: "
-                "only what is missing is encoded."
+                "and run again: only what is missing is encoded."
             )
         return views
 
@@ -263,11 +261,6 @@ class Workspace:
         if self._roles is not None:
             for name in self._roles.names:
                 self._roles.remove(name)
-
-
-def _files_of(video: Path) -> list[Path]:
-    """A video's files: itself, or the frames in a folder."""
-    return sorted(video.iterdir()) if video.is_dir() else [video]
 
 
 def pick_device(device: str) -> str:

@@ -87,6 +87,9 @@ RECIPE = {
         "temperatures": [0.5],
     },
 }
+# A step of PPO on made-up inputs, as short as it gets.
+SHORT_STEP = ["ppo.rollouts=4", "ppo.micro_batch=2", "ppo.max_new_tokens=5", "ppo.epochs=1", "preference.batch_size=4"]
+SHORT_STEP += ["device=cpu", "threads=1", "features.frames=4", "features.clip_frames=2"]
 
 
 def random_base(folder: Path) -> Path:
@@ -129,6 +132,15 @@ def base(load) -> Base:
 def roles(load) -> Roles:
     """No roles yet, on a base of their own."""
     return Roles(load(), Lora(rank=4, alpha=8.0))
+
+
+@pytest.fixture(scope="module")
+def judge(load) -> Roles:
+    """One role, `sft`, on a base of its own; shared by the tests of a file."""
+    roles = Roles(load(), Lora(rank=4, alpha=8.0))
+    roles.add("sft")
+    shake(roles, "sft")
+    return roles
 
 
 @pytest.fixture(scope="session")
@@ -174,7 +186,7 @@ def rerun(finished, tmp_path):
 def shake(roles: Roles, name: str, seed: int = 0, size: float = 0.05) -> None:
     """Give a role weights that do something: a fresh adapter's output is zero."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in roles.parameters(name, head=name in roles.heads):
+    for parameter in roles.parameters(name):
         parameter.data += size * torch.randn(parameter.shape, generator=generator)
 
 

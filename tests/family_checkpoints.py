@@ -144,31 +144,13 @@ def build_config(name: str, tokenizer: PreTrainedTokenizerFast):
         marks = {f"{key}_token_id": ids[f"<|{key}|>"] for key in ("vision_start", "vision_end")}
         marks |= {"image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"]}
         patches = {"patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2}
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": WIDTH, "num_heads": 2}
         if name == "qwen2_vl":
             vision = dict(embed_dim=32, hidden_size=WIDTH, depth=2, num_heads=2, mlp_ratio=2, **patches)
         elif name == "qwen2_5_vl":
-            vision = dict(
-                hidden_size=32,
-                intermediate_size=64,
-                out_hidden_size=WIDTH,
-                depth=2,
-                num_heads=2,
-                fullatt_block_indexes=[1],
-                window_size=32,
-                tokens_per_second=2,
-                **patches,
-            )
+            vision = dict(**sizes, depth=2, fullatt_block_indexes=[1], window_size=32, tokens_per_second=2, **patches)
         else:
-            vision = dict(
-                hidden_size=32,
-                intermediate_size=64,
-                out_hidden_size=WIDTH,
-                depth=3,
-                num_heads=2,
-                num_position_embeddings=64,
-                deepstack_visual_indexes=[0, 1],
-                **patches,
-            )
+            vision = dict(**sizes, depth=3, num_position_embeddings=64, deepstack_visual_indexes=[0, 1], **patches)
             mrope["rope_parameters"]["mrope_interleaved"] = True
             mrope["head_dim"] = 16
         text = _text(f"{name}_text", vocabulary, **ends, **mrope)

@@ -10,6 +10,7 @@ from rlaif_lite.errors import StageError
 from rlaif_lite.stages import sft
 from rlaif_lite.stages.ppo import step as ppo
 from rlaif_lite.training import checkpoint
+from rlaif_lite.training import fit as training
 from rlaif_lite.training.fit import clip_and_step, keep
 from rlaif_lite.workspace import Workspace
 
@@ -75,7 +76,7 @@ def test_a_nan_in_the_last_minibatch_of_the_last_step_is_not_saved(rerun, monkey
 
 def test_metrics_that_are_lost_in_the_middle_of_a_stage_are_noticed(rerun, monkeypatch):
     recipe = rerun("sft.easy.steps=4", "sft.hard=null", "sft.policy_init=null")
-    monkeypatch.setattr(sft, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
     keep_ = sft.fit.__globals__["keep"]
 
     def killed(*arguments):

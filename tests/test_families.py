@@ -39,6 +39,9 @@ from rlaif_lite.video.frame_size import FrameSize
 FRAMES, STEP, FPS, SECONDS = 6, 2, 2.0, 6.0
 QUESTION = "<video>\nwhat happens in the video ?"
 TURNS = [Message("system", "be short"), Message("user", QUESTION)]
+QUICK = ("preference.max_new_tokens=6", "preference.compare_pairs=0", "preference.compare_context=false")
+QUICK += ("model.gradient_checkpointing=true", "reward.pool=last", "reward.pool_tokens=['.']", "ppo.max_new_tokens=6")
+QUICK += ("ppo.steps=2", "evaluate.temperatures=[]", "evaluate.roles=[policy]", "evaluate.shuffled=false")
 SHAPES = {"qwen2_vl": (48, 32), "qwen2_5_vl": (32, 48), "qwen3_vl": (48, 32), "video_llama_3": (32, 48)}
 
 
@@ -480,18 +483,7 @@ def test_a_system_message_replaces_vicunas_own(tmp_path):
 def test_every_stage_runs_on_it(tmp_path, name, chain):
     """From mp4 to PPO in 4 bits, with gradients recomputed: positions, features and deepstack all the way."""
     checkpoint = write(name, tmp_path / "base")
-    recipe = small_recipe(
-        checkpoint,
-        tmp_path,
-        f"features.prune={chain}",
-        "model.gradient_checkpointing=true",
-        "reward.pool=last",
-        "reward.pool_tokens=['.']",
-        "preference.max_new_tokens=6",
-        "ppo.max_new_tokens=6",
-        "ppo.steps=2",
-        "evaluate.temperatures=[]",
-    )
+    recipe = small_recipe(checkpoint, tmp_path, f"features.prune={chain}", *QUICK)
     summary = pipeline.run(recipe)
     assert summary["finished"] and summary["ppo"]["kl_start"] == 0 and np.isfinite(summary["ppo"]["kl_end"])
     kept = {"llava": 6 + 16, "llava_onevision": 12 + 1, "qwen3_vl": 6, "smolvlm": 12}[name]

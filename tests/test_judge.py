@@ -7,7 +7,7 @@ Shapes: S positions, D width, V vocabulary.
 import pytest
 import torch
 
-from core import shake, video_of
+from core import video_of
 from rlaif_lite.data.records import Message
 from rlaif_lite.data.sentences import split_claims
 from rlaif_lite.errors import ModelError
@@ -37,16 +37,6 @@ BESIDE = Pairwise(
 PLAIN = Pairwise(
     prompt="<video> {context} response A : {a} response B : {b} better ?", context_prefix="context : {context}"
 )
-
-
-@pytest.fixture(scope="module")
-def judge(load) -> Roles:
-    from rlaif_lite.recipe import Lora
-
-    roles = Roles(load(), Lora(rank=4, alpha=8.0))
-    roles.add("sft")
-    shake(roles, "sft")
-    return roles
 
 
 def items(base) -> list[AnswerToJudge]:

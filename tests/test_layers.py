@@ -14,6 +14,7 @@ PACKAGE = ROOT / "rlaif_lite"
 FLOORS = [
     {"__main__"},
     {"cli"},
+    {"cli_recipes"},
     {"dryrun"},
     {"profiler", "sweep", "ui"},
     {"launchers"},

@@ -20,6 +20,7 @@ from rlaif_lite.model.roles import ActiveRole, Roles
 from rlaif_lite.recipe import Claims, Lora, Pairwise
 from rlaif_lite.stages import features, reward, sft
 from rlaif_lite.stages.ppo import step as ppo
+from rlaif_lite.training import fit as training
 from rlaif_lite.training.oom import Backoff, snapshot
 from rlaif_lite.workspace import Workspace
 
@@ -115,7 +116,7 @@ def test_memory_that_runs_out_in_the_optimiser(rerun, monkeypatch, capfd, stage,
 def test_the_smaller_size_stays_and_is_resumed_with(rerun, scarce, capfd, monkeypatch):
     """Three steps, memory short in the first; killed after its checkpoint, it goes on at the smaller size."""
     keys = ("sft.easy.steps=3", "sft.hard=null", "sft.policy_init=null")
-    monkeypatch.setattr(sft, "CHECKPOINT_EVERY", 1)
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 1)
     seen = scarce(6)
     whole = trained(sft, rerun(*keys))
     assert seen == [3] * 6 and capfd.readouterr().err.count("out of memory") == 1

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from core import SHORT_STEP
 from lab.bench import plain_ppo
 from rlaif_lite import profiler
 from rlaif_lite.model.base import Base
@@ -11,18 +12,7 @@ from rlaif_lite.recipe import load_recipe
 from rlaif_lite.stages.ppo import step as ppo
 from rlaif_lite.stages.ppo.experience import cut
 
-KEYS = [
-    "ppo.rollouts=4",
-    "ppo.minibatch=2",
-    "ppo.micro_batch=2",
-    "ppo.max_new_tokens=5",
-    "ppo.epochs=1",
-    "device=cpu",
-    "threads=1",
-    "features.frames=4",
-    "features.clip_frames=2",
-    "preference.batch_size=4",
-]
+KEYS = [*SHORT_STEP, "ppo.minibatch=2"]
 
 
 @pytest.fixture(scope="module")

@@ -33,14 +33,8 @@ CPU = torch.device("cpu")
 def llava(tmp_path_factory) -> str:
     """The config files of LLaVA-1.5-7B, with the numbers of its published config.json; no weights."""
     folder = tmp_path_factory.mktemp("llava")
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision = CLIPVisionConfig(**sizes, image_size=336, patch_size=14)
     LlavaConfig(vision_config=vision, text_config=LlamaConfig(vocab_size=32064)).save_pretrained(folder)
     side = {"crop_size": {"height": 336, "width": 336}, "size": {"shortest_edge": 336}}
     settings = side | {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}

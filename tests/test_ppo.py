@@ -48,9 +48,7 @@ class Step:
         """By plain gradient descent, so that a step is the gradient itself."""
         for role in roles:
             self.work.roles.trainable(role)
-        optimizers = {
-            role: torch.optim.SGD(self.work.roles.parameters(role, head=role == "value"), lr=lr) for role in roles
-        }
+        optimizers = {role: torch.optim.SGD(self.work.roles.parameters(role), lr=lr) for role in roles}
         return ppo.update(self.work.roles, self.work.recipe, self.minibatches, experience, optimizers, 0, kl_coef)
 
     def reward_scores(self, answers: list[Trajectory]) -> list[float]:
@@ -299,16 +297,10 @@ def test_micro_batches_update_as_the_whole_minibatch(rerun, value_clip):
         old_BT = experience.logp_BT - 0.3 * torch.randn(
             experience.logp_BT.shape, generator=torch.Generator().manual_seed(0)
         )
-        before = {
-            role: [p.clone() for p in step.work.roles.parameters(role, head=role == "value")]
-            for role in ("policy", "value")
-        }
+        before = {role: [p.clone() for p in step.work.roles.parameters(role)] for role in ("policy", "value")}
         history = step.update(experience._replace(logp_BT=old_BT * experience.mask_BT))
         moves = {
-            role: [
-                now - then
-                for now, then in zip(step.work.roles.parameters(role, head=role == "value"), before[role], strict=True)
-            ]
+            role: [now - then for now, then in zip(step.work.roles.parameters(role), before[role], strict=True)]
             for role in before
         }
         found[micro_batch] = (moves, history[0])
@@ -346,15 +338,13 @@ def test_only_policy_and_value_move(finished):
     step = Step(finished)
     _, experience = step.score(ragged(step))
     roles = step.work.roles
-    before = {name: [p.clone() for p in roles.parameters(name, head=name in roles.heads)] for name in roles.names}
+    before = {name: [p.clone() for p in roles.parameters(name)] for name in roles.names}
     fingerprint = step.work.base().fingerprint()
     step.update(experience)
     moved = {
         name
         for name in roles.names
-        if any(
-            (a != b).any() for a, b in zip(before[name], roles.parameters(name, head=name in roles.heads), strict=True)
-        )
+        if any((a != b).any() for a, b in zip(before[name], roles.parameters(name), strict=True))
     }
     assert moved == {"policy", "value"} and step.work.base().fingerprint() == fingerprint
 

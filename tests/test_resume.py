@@ -27,7 +27,7 @@ KILLS = [*STAGES, "ppo"]  # where to kill: once in each stage, and again in PPO 
 # Forks a child that runs the recipe for every line on its standard input, and prints the child's id, then its exit
 # status.
 SERVER = """
-import os, sys, torch
+import gc, os, sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from rlaif_lite import pipeline
@@ -35,6 +35,7 @@ from rlaif_lite.model.base import load_base
 from rlaif_lite.recipe import load_recipe
 recipe = load_recipe(sys.argv[1])
 load_base(recipe.model, torch.device("cpu"))  # what is imported on the way is then there in every fork
+gc.freeze()
 for _ in sys.stdin:
     pid = os.fork()
     if pid == 0:

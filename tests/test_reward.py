@@ -122,11 +122,11 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(rerun, monkeypatch):
     1."""
     found: dict[int | None, tuple[dict, list[torch.Tensor]]] = {}
 
-    def one_step(roles, role, section, steps, step_loss, **rest):
+    def one_step(roles, role, section, steps, step_loss, *rest):
         roles.trainable(role)
         with roles.use(role) as active:
             stats = step_loss(active, 0, section.micro_batch or section.batch_size)
-        found[section.micro_batch] = stats, [p.grad.clone() for p in roles.parameters(role, head=True)]
+        found[section.micro_batch] = stats, [p.grad.clone() for p in roles.parameters(role)]
 
     monkeypatch.setattr(reward, "fit", one_step)
     for size in ("null", "2"):

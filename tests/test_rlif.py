@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from core import shake, video_of
+from core import video_of
 from family_checkpoints import TINY, build_tokenizer
 from rlaif_lite import pipeline
 from rlaif_lite.data.records import Message
@@ -37,7 +37,7 @@ from rlaif_lite.judge.rlif import (
 )
 from rlaif_lite.model.inputs import collate, encode_prompt
 from rlaif_lite.model.roles import Roles
-from rlaif_lite.recipe import Checklist, Claims, Lora
+from rlaif_lite.recipe import Checklist, Claims
 from rlaif_lite.rl.rlif import end_reward, takeovers, token_rewards
 from rlaif_lite.rollout import Sampling, Trajectory, sample
 from rlaif_lite.stages.ppo import step as ppo
@@ -146,14 +146,6 @@ def test_claims_end_at_the_first_token_that_completes_them(seed, count, name, ba
 
 
 # ---- what the judge says of them
-
-
-@pytest.fixture(scope="module")
-def judge(load) -> Roles:
-    roles = Roles(load(), Lora(rank=4, alpha=8.0))
-    roles.add("sft")
-    shake(roles, "sft")
-    return roles
 
 
 def yes_no(judge: Roles, row) -> tuple[float, float]:

@@ -34,7 +34,7 @@ def hidden(roles: Roles, name: str) -> torch.Tensor:
 
 
 def bits(roles: Roles, name: str) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in roles.parameters(name, head=name in roles.heads)]
+    return [parameter.detach().clone() for parameter in roles.parameters(name)]
 
 
 def same(a, b) -> bool:
@@ -49,12 +49,12 @@ def test_a_gradient_reaches_its_own_role_only(roles):
     roles.trainable("policy")
     roles.trainable("value")
     before = {name: bits(roles, name) for name in roles.names}
-    optimizer = torch.optim.SGD(roles.parameters("policy") + roles.parameters("value", head=True), lr=0.1)
+    optimizer = torch.optim.SGD(roles.parameters("policy") + roles.parameters("value"), lr=0.1)
 
     with roles.use("policy") as role:
         role.hidden(batch_of(roles.base)).pow(2).mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in roles.parameters("policy"))
-    assert all(p.grad is None for name in ("value", "reference") for p in roles.parameters(name, head=name == "value"))
+    assert all(p.grad is None for name in ("value", "reference") for p in roles.parameters(name))
     optimizer.step()
     optimizer.zero_grad()
     after_policy = bits(roles, "policy")
@@ -178,7 +178,7 @@ def test_saved_roles_come_back_bit_for_bit(roles, load, tmp_path):
     other.load("again", tmp_path / "adapters" / "reward")
     assert same(bits(other, "again"), bits(roles, "reward"))
     assert torch.equal(hidden(other, "again"), hidden(roles, "reward"))
-    assert not any(p.requires_grad for p in other.parameters("again", head=True))
+    assert not any(p.requires_grad for p in other.parameters("again"))
 
 
 def test_plain_peft_loads_a_saved_role(load, checkpoint, tmp_path):

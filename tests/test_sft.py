@@ -16,6 +16,7 @@ from rlaif_lite.files import read_jsonl
 from rlaif_lite.model.inputs import IGNORE, collate
 from rlaif_lite.recipe import Training
 from rlaif_lite.stages import sft
+from rlaif_lite.training import fit as training
 from rlaif_lite.training.fit import fit, steps_of
 from rlaif_lite.training.loop import MetricsLog
 from rlaif_lite.workspace import Workspace
@@ -207,11 +208,12 @@ def test_steps_and_epochs():
     assert steps_of(Training(epochs=0.5, batch_size=32), 10, 32) == 1  # at least one
 
 
-def test_fit_learns_and_goes_on_where_it_was(roles, load, tmp_path):
+def test_fit_learns_and_goes_on_where_it_was(roles, load, tmp_path, monkeypatch):
     """Loss falls; stopped after its checkpoint and run again, it ends with the same bits and the same log."""
     from rlaif_lite.model.roles import Roles
     from rlaif_lite.recipe import Lora
 
+    monkeypatch.setattr(training, "CHECKPOINT_EVERY", 2)
     section = Training(lr=5e-3, batch_size=3, warmup_ratio=0.2, schedule="linear")
     given = examples(roles.base, "record")
 
@@ -221,18 +223,8 @@ def test_fit_learns_and_goes_on_where_it_was(roles, load, tmp_path):
                 raise KeyboardInterrupt
             return {"loss": sft.backward(active, given, 3.0) + 0 * torch.rand(()).item()}
 
-        fit(
-            roles,
-            "sft",
-            section,
-            6,
-            step_loss,
-            label="x",
-            folder=folder / "checkpoint",
-            log=MetricsLog(folder / "metrics.jsonl"),
-            seed=1,
-            checkpoint_every=2,
-        )
+        log = MetricsLog(folder / "metrics.jsonl")
+        fit(roles, "sft", section, 6, step_loss, "x", folder / "checkpoint", log, 1)
         return [p.detach().clone() for p in roles.parameters("sft")], [
             {k: v for k, v in line.items() if k != "time"} for line in read_jsonl(folder / "metrics.jsonl")
         ]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from core import SHORT_STEP
 from rlaif_lite import profiler
 from rlaif_lite.model.base import Base
 from rlaif_lite.phases import listen
@@ -10,19 +11,7 @@ from rlaif_lite.profiler import inputs
 from rlaif_lite.profiler.recorder import Recorder
 from rlaif_lite.recipe import load_recipe
 
-KEYS = [
-    "ppo.rollouts=4",
-    "ppo.group_size=4",
-    "ppo.minibatch=4",
-    "ppo.micro_batch=2",
-    "ppo.max_new_tokens=5",
-    "ppo.epochs=1",
-    "device=cpu",
-    "threads=1",
-    "features.frames=4",
-    "features.clip_frames=2",
-    "preference.batch_size=4",
-]
+KEYS = [*SHORT_STEP, "ppo.group_size=4", "ppo.minibatch=4"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +32,7 @@ def test_one_step_without_each(bench, monkeypatch):
     found = {}
     with profiler.opened(recipe, 1, None, profiler.Random(small=True)) as (work, _):
         given = bench.plain_ppo.prepare(work)
-        trained = work.roles.parameters("policy") + work.roles.parameters("value", head=True)
+        trained = work.roles.parameters("policy") + work.roles.parameters("value")
         start = [p.detach().clone() for p in trained]
         for technique in (t for t in bench.TECHNIQUES if not t.keys):
             for parameter, old in zip(trained, start, strict=True):

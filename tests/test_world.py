@@ -9,20 +9,22 @@ import numpy as np
 import pytest
 
 from rlaif_lite.data.records import from_json
-from rlaif_lite.data.world import (
-    WorldConfig,
-    WorldSplits,
+from rlaif_lite.data.world import WorldConfig, WorldSplits, facts_of, question_records, render, write_video, write_world
+from rlaif_lite.data.world_text import (
+    KINDS,
+    ORDINALS,
+    Noise,
+    caption,
+    claim,
     corrupt,
     describe,
-    facts_of,
-    question_records,
-    render,
+    garbled,
+    narrative,
+    pair,
     score,
     truth,
-    write_video,
-    write_world,
+    verdicts,
 )
-from rlaif_lite.data.world_text import KINDS, ORDINALS, Noise, caption, claim, garbled, narrative, pair, verdicts
 from rlaif_lite.errors import DataError
 from rlaif_lite.rl.rules import CHECKS
 

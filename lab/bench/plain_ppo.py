@@ -208,9 +208,7 @@ def plain_update(given: Step, minibatches: list[list[Micro]], e: Experience) -> 
                 value_bT, real = padded(token_value(value, fresh), mask_bT), e.mask_BT[rows].sum()
                 loss, _ = value_loss(value_bT, old_bT, return_bT, mask_bT, section.value_clip, real)
                 (section.value_coef * loss).backward()
-        ppo.clip_and_step(
-            roles.parameters("value", head=True), given.optimizers["value"], section.max_grad_norm, "plain"
-        )
+        ppo.clip_and_step(roles.parameters("value"), given.optimizers["value"], section.max_grad_norm, "plain")
 
 
 def prepare(work: Workspace) -> Step:
@@ -228,7 +226,7 @@ def prepare(work: Workspace) -> Step:
     optimizers = {}
     for role in ("policy", "value"):
         work.roles.trainable(role)
-        parameters = work.roles.parameters(role, head=role in work.roles.heads)
+        parameters = work.roles.parameters(role)
         optimizers[role] = torch.optim.AdamW(parameters, lr=work.recipe.ppo.lr, betas=ppo.BETAS, fused=True)
     records = [r for r in work.records("rl") for _ in range(work.recipe.ppo.group_size)]
     count = work.recipe.features.frames

@@ -6,7 +6,6 @@ are done again. A picture is a video of one frame. Decoding is greedy (published
 """
 
 import base64
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -15,7 +14,7 @@ from typing import TypeVar
 
 from ..data.records import VIDEO_MARK, Message
 from ..errors import DataError, StageError
-from ..files import appending, chunks, whole_lines
+from ..files import appending, chunks, digest_of, file_digest, whole_lines
 from ..judge.narrative import narrative, spans_of
 from ..model.base import Base, base_digest
 from ..model.inputs import Sequence, encode_prompt
@@ -23,7 +22,7 @@ from ..model.roles import BASE, ActiveRole
 from ..model.text import decode_answer, encode_answer
 from ..progress import progress
 from ..recipe import load_recipe
-from ..rollout import Sampling, sample
+from ..rollout import Sampling, greedy_texts, sample
 from ..stages.evaluate import ADAPTERS
 from ..stages.features import fill
 from ..video.cache import FeatureRecord
@@ -66,7 +65,7 @@ class Examinee:
     def digest(self, role: str) -> str:
         """A digest of the role's base and adapter."""
         file = self.work.adapter(role) / "adapter_model.safetensors"
-        adapter = hashlib.sha256(file.read_bytes()).hexdigest()[:12] if role != BASE else "none"
+        adapter = file_digest(file)[:12] if role != BASE else "none"
         return f"{base_digest(self.work.recipe.model)}+{adapter}"
 
     def use(self, role: str):
@@ -181,11 +180,10 @@ class Examinee:
         def work(batch: list[str]) -> Iterable[dict]:
             clips = [[view for part, view in self.views(name).items() if part != WHOLE] for name in batch]
             prompts = [encode_prompt(self.base, [message], clip) for of_video in clips for clip in of_video]
-            sampling, seeds = Sampling(section.max_new_tokens, 0.0), [0] * len(prompts)
             with self.use(self.judge_role) as role:
-                found = iter(sample(role, prompts, sampling, seeds=seeds, batch_size=section.batch_size))
+                found = iter(greedy_texts(role, prompts, section.max_new_tokens, section.batch_size))
             for name, of_video in zip(batch, clips, strict=True):
-                captions = [decode_answer(self.base, next(found).ids) for _ in of_video]
+                captions = [next(found) for _ in of_video]
                 told = narrative(captions, section.markers, spans_of(of_video)) if captions else None
                 yield {"id": name, "narrative": told}
 
@@ -211,7 +209,7 @@ class Examinee:
             return [{"id": item.id, "claims": claims} for item, claims in zip(batch, found, strict=True)]
 
         seen = {
-            item.id: _digest([self._keys[item.video], self._keys[after[item.video]], *answers[item.id]["answers"]])
+            item.id: digest_of([self._keys[item.video], self._keys[after[item.video]], *answers[item.id]["answers"]])
             for item in items
         }
         things = {item.id: item for item in items}
@@ -250,17 +248,13 @@ def resumed(
     return {value: lines[value] for value in things}
 
 
-def _digest(parts: list[str]) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
 def write_pictures(items: list[Item], folder: Path) -> dict[str, str]:
     """{video: path} of the pictures that the benchmark's file holds, written into `folder`."""
     out = {}
     for item in items:
         if item.picture is not None:
             # `x/0` and `y/0` are two pictures, and a name is no path that is written to
-            path = folder / f"{os.path.basename(item.video)}-{_digest([item.video])[:8]}.jpg"
+            path = folder / f"{os.path.basename(item.video)}-{digest_of([item.video], 8)}.jpg"
             try:
                 content = base64.b64decode(item.picture, validate=True)
             except (ValueError, TypeError) as error:

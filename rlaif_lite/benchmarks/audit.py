@@ -12,14 +12,12 @@ The judge is the one that labels a run's preferences: the SFT role (the base if 
 mistakes, so its verdicts can compare roles of one run, and nothing else.
 """
 
-import hashlib
-import json
 from typing import NamedTuple
 
 from ..data.records import VIDEO_MARK
-from ..judge.claims import AnswerToJudge, ClaimScores, judge_claims
+from ..judge.claims import AnswerToJudge, judge_claims
 from ..model.roles import ActiveRole
-from ..recipe import Claims, Context
+from ..recipe import Claims
 from ..video.cache import FeatureRecord
 from .items import Item, Tally
 
@@ -39,8 +37,7 @@ class Audited(NamedTuple):
     item: Item
     answer: str
     here: Seen
-    elsewhere: Seen
-    "another video"
+    elsewhere: Seen  # another video
 
 
 def audit(role: ActiveRole, rows: list[Audited], section: Claims, batch_size: int) -> list[dict[str, list[bool]]]:
@@ -59,15 +56,10 @@ def audit(role: ActiveRole, rows: list[Audited], section: Claims, batch_size: in
             video, checked, context = given(row)
             items.append(AnswerToJudge(video, row.item.questions[0], checked, context))
         for found, verdict in zip(out, judge_claims(role, items, using, batch_size), strict=True):
-            found[name] = _decided(verdict, section)
+            claims = zip(verdict.values, verdict.mass, strict=True)
+            # an inline judge marks the words that are no claims by saying neither yes nor no
+            found[name] = [value > 0 for value, mass in claims if section.mode == "ask" or mass >= TOLD]
     return out
-
-
-def _decided(verdict: ClaimScores, section: Claims) -> list[bool]:
-    """Yes or no for each claim; an inline judge marks the words that are none by saying neither."""
-    claims = zip(verdict.values, verdict.mass, strict=True)
-    kept = [value for value, mass in claims if section.mode == "ask" or mass >= TOLD]
-    return [value > 0 for value in kept]
 
 
 def tally(item: Item, row: dict) -> Tally:
@@ -80,10 +72,3 @@ def tally(item: Item, row: dict) -> Tally:
         "omitted_floor": (claims["said_by_itself"].count(False), len(claims["said_by_itself"])),
         "claims": (len(claims["true"]), 1.0),
     }
-
-
-def judge_id(base: str, role: str, section: Claims, context: Context) -> str:
-    """base: its name; role: its name and digest; context: how the narratives that it reads are made."""
-    asked = [section.model_dump(mode="json"), context.model_dump(mode="json", exclude={"batch_size"})]
-    prompts = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
-    return f"claims/{base}/{role}/{prompts}"

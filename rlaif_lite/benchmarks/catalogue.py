@@ -13,14 +13,12 @@ class Benchmark(NamedTuple):
     """One benchmark."""
 
     load: Callable[[list[Path]], list[Item]]
-    files: str
-    "what `load` reads"
+    files: str  # what `load` reads
     tally: Callable[[Item, dict], Tally]
     kind: Literal["answers", "retrieval", "recognition", "claims"] = "answers"
     tasks: tuple[Task, ...] = ()
     "what a judge is asked about each answer; none where rules or the run's own claims judge decide"
-    prompt: str = "{question}"
-    "the request; --prompt gives another"
+    prompt: str = "{question}"  # the request; --prompt gives another
 
 
 OPTIONS = "{question}\nAnswer with the letter of the right option."
@@ -28,11 +26,11 @@ YES_NO = "{question}\nAnswer the question using 'yes' or 'no'."  # VideoHallucer
 BEGINNING = "{question}\nPlease answer yes or no:"  # EventHallusion's
 CAPTION = "Describe this video in one sentence."
 _QA = Benchmark(questions.load_qa, questions.QA, questions.tally, tasks=("qa",))
-_RETRIEVAL = Benchmark(ranking.load_captions, ranking.CAPTIONS, ranking.tally_retrieval, "retrieval", prompt=CAPTION)
+_RETRIEVAL = Benchmark(ranking.load_captions, ranking.CAPTIONS, ranking.tally, "retrieval", prompt=CAPTION)
 _ACTIONS = Benchmark(
     ranking.load_actions,
     ranking.ACTIONS,
-    ranking.tally_recognition,
+    ranking.tally,
     "recognition",
     prompt="What is being done in this video? Answer with the name of the action.",
 )

@@ -19,7 +19,7 @@ import re
 from pathlib import Path
 
 from ..errors import DataError
-from .items import Item, Tally, entries, one_file, text, texts, unique, yes_or_no
+from .items import Item, Tally, entries, one_file, one_of, placed, text, texts, unique, yes_or_no
 from .options import label_of, lettered, named_in
 from .rule_judge import right_by_words
 
@@ -49,8 +49,7 @@ def load_mvbench(paths: list[Path]) -> list[Item]:
     """Files of MVBench; each is a group, and its name the task's."""
     items = []
     for path in paths:
-        for index, entry in enumerate(entries(path, MVBENCH, "video", "question", "candidates", "answer")):
-            place = f"{path}, entry {index}"
+        for index, (place, entry) in enumerate(placed(path, MVBENCH, "video", "question", "candidates", "answer")):
             candidates, answer = texts(entry, "candidates", place), text(entry, "answer", place)
             if answer not in candidates:
                 raise DataError(f"{place}: `answer` {answer!r} is none of the candidates {candidates}.")
@@ -77,13 +76,12 @@ def load_videohallucer(paths: list[Path]) -> list[Item]:
     """Files of VideoHallucer; each is a group. A pair is one item with two questions, each about its video."""
     items = []
     for path in paths:
-        for index, entry in enumerate(entries(path, VIDEOHALLUCER, "basic", "hallucination")):
-            place = f"{path}, entry {index}"
+        for index, (place, entry) in enumerate(placed(path, VIDEOHALLUCER, "basic", "hallucination")):
             pair = [
                 _item("", None, entry[half], f"{place}, {half}", "", VIDEOHALLUCER)
                 for half in ("basic", "hallucination")
             ]
-            answers = [_yes_no(half.reference, place) for half in pair]
+            answers = [one_of(entry[half], "answer", place, "yes", "no") for half in ("basic", "hallucination")]
             asked = tuple(half.questions[0] for half in pair)
             item = Item(f"{path.stem}_{index}", pair[0].video, asked, "/".join(answers), path.stem)
             items.append(item._replace(each_video=tuple(half.video for half in pair)))
@@ -94,14 +92,13 @@ def load_eventhallusion(paths: list[Path]) -> list[Item]:
     """Files of EventHallusion (its yes and no part); each is a group."""
     items = []
     for path in paths:
-        for index, entry in enumerate(entries(path, EVENTHALLUSION, "id", "questions")):
-            place = f"{path}, entry {index}"
+        for place, entry in placed(path, EVENTHALLUSION, "id", "questions"):
             video = text(entry, "id", place)
             if not isinstance(entry["questions"], list):
                 raise DataError(f"{place}: `questions` is {entry['questions']!r}. Expected {EVENTHALLUSION}.")
             for asked in entry["questions"]:
                 item = _item(video, video, asked, place, path.stem.removesuffix("_questions"), EVENTHALLUSION)
-                items.append(item._replace(reference=_yes_no(item.reference, place)))
+                items.append(item._replace(reference=one_of(asked, "answer", place, "yes", "no")))
     return unique(items)
 
 
@@ -111,13 +108,6 @@ def _item(name: str, video: str | None, entry: object, place: str, group: str, f
         raise DataError(f"{place}: found a {type(entry).__name__}. Expected {format}.")
     about = text(entry, "video", place) if video is None else video
     return Item(name, about, (text(entry, "question", place),), text(entry, "answer", place), group)
-
-
-def _yes_no(answer: str, place: str) -> str:
-    said = answer.lower().rstrip(".")
-    if said not in ("yes", "no"):
-        raise DataError(f"{place}: `answer` is {answer!r}, expected yes or no.")
-    return said
 
 
 def tally_choice(item: Item, row: dict) -> Tally:

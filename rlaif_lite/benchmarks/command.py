@@ -1,12 +1,12 @@
 """What `rlaif-lite bench` does with its arguments."""
 
-import hashlib
 import json
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import DataError, RlaifError
+from ..files import file_digest
 from ..judge.outside import Judge, local
 from ..judge.outside.cached import CachedJudge
 from ..judge.outside.endpoint import Endpoint, Prices, settings_of
@@ -23,16 +23,12 @@ from .run import run as run_benchmark
 class Judging(NamedTuple):
     """Which judge is asked for."""
 
-    kind: str
-    "local, rules, or an endpoint's base URL"
+    kind: str  # local, rules, or an endpoint's base URL
     model: str | None
     "its name at the endpoint; a folder or hub id of a local one; None: the run's own base, without an adapter"
-    words: bool
-    "local: question answering is decided by the probabilities of yes and no"
-    key: str | None
-    "environment variable that holds the endpoint's key"
-    body: str | None
-    "endpoint: JSON of settings for its requests; null leaves one of ours out"
+    words: bool  # local: question answering is decided by the probabilities of yes and no
+    key: str | None  # environment variable that holds the endpoint's key
+    body: str | None  # endpoint: JSON of settings for its requests; null leaves one of ours out
     concurrency: int
     price: tuple[float, float] | None
     again: bool
@@ -61,7 +57,10 @@ def bench(
     results = examinee.work.folder / "bench"
     out = out or results / f"{name}-{role}"
 
-    _refuse(judging)
+    if judging.words and judging.kind != "local":
+        raise RlaifError(f"--judge-words is for a local judge; the judge is {judging.kind}.")
+    if judging.kind == "local" and judging.model is not None:
+        local.check_model(judging.model, judging.words)
     verdicts, ready = results / "verdicts", None
     if BENCHMARKS[name].tasks and judging.kind != "local":  # a wrong address is said before hours of answers
         ready = make_judge(judging, examinee, verdicts)
@@ -77,14 +76,6 @@ def bench(
         max_new_tokens,
     )
     return as_text(found, out)
-
-
-def _refuse(judging: Judging) -> None:
-    """Raises RlaifError, before any answer is made, for a local judge that cannot judge so."""
-    if judging.words and judging.kind != "local":
-        raise RlaifError(f"--judge-words is for a local judge; the judge is {judging.kind}.")
-    if judging.kind == "local" and judging.model is not None:
-        local.check_model(judging.model, judging.words)
 
 
 def make_judge(judging: Judging, examinee: Examinee, folder: Path) -> Judge:
@@ -121,7 +112,7 @@ def of_role(work: Workspace, role: str, words: bool = False, batch_size: int = 1
     if role != BASE:
         work.load_role(role)
         adapter = work.adapter(role) / "adapter_model.safetensors"
-        revision += f"+{hashlib.sha256(adapter.read_bytes()).hexdigest()[:16]}"
+        revision += f"+{file_digest(adapter)}"
     name = f"local:{local.short_name(section.base)}:{role}:{section.quantization}"
     return local.LocalRole(work.roles, role, name, revision, words, batch_size)
 

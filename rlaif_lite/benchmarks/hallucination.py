@@ -34,13 +34,15 @@ from .items import (
     meant,
     mentions,
     one_file,
+    one_of,
+    placed,
     text,
     texts,
     unique,
     words_of,
     yes_or_no,
 )
-from .nouns import need_tagger, tagged
+from .nouns import tagged, tagger
 
 POPE = "POPE's JSON lines {question_id, image or video, text, label}, or POPEv2's {image_name, query, label}"
 AMBER = "AMBER's query_*.json and annotations.json, and relation.json and safe_words.txt where you have them"
@@ -54,28 +56,19 @@ def load_pope(paths: list[Path]) -> list[Item]:
     """One file of polling questions."""
     path = one_file(paths, POPE)
     items = []
-    found = entries(path, POPE)
-    if "image_name" in found[0]:  # POPEv2: the same picture with and without its object, in two folders
-        for index, entry in enumerate(entries(path, POPE, "image_name", "query", "label")):
-            place = f"{path}, entry {index}"
-            picture = text(entry, "image_name", place).lstrip("/")
-            items.append(Item(picture, picture, (text(entry, "query", place),), _label(entry, "label", place)))
-        return unique(items)
-    for index, entry in enumerate(entries(path, POPE, "question_id", "text", "label")):
-        place = f"{path}, entry {index}"
-        key = next((key for key in ("video", "image") if key in entry), None)
+    pairs = "image_name" in entries(path, POPE)[0]  # POPEv2: a picture with and without its object
+    keys = ("image_name", "query", "label") if pairs else ("question_id", "text", "label")
+    for place, entry in placed(path, POPE, *keys):
+        name, asked = text(entry, keys[0], place), text(entry, keys[1], place)
+        label = one_of(entry, "label", place, "yes", "no")
+        key = keys[0] if pairs else next((key for key in ("video", "image") if key in entry), None)
         if key is None:
             raise DataError(f"{place}: it names neither `image` nor `video`. Expected {POPE}.")
-        name, label = text(entry, "question_id", place), _label(entry, "label", place)
-        items.append(Item(name, text(entry, key, place), (text(entry, "text", place),), label))
+        video = text(entry, key, place)
+        if pairs:
+            name = video = video.lstrip("/")
+        items.append(Item(name, video, (asked,), label))
     return unique(items)
-
-
-def _label(entry: dict, key: str, place: str) -> str:
-    label = text(entry, key, place).lower()
-    if label not in ("yes", "no"):
-        raise DataError(f"{place}: `{key}` is {label!r}, expected yes or no.")
-    return label
 
 
 def tally_pope(item: Item, row: dict) -> Tally:
@@ -142,12 +135,12 @@ def load_amber(paths: list[Path]) -> list[Item]:
         video, kind = text(entry, "image", place), text(note, "type", f"annotation {name}")
         kind = "discriminative-relation" if kind == "relation" else kind  # the file has both, the authors count one
         if kind == "generative":
-            need_tagger()
+            tagger()
             present, traps = (_by_word(texts(note, key, f"annotation {name}"), relation) for key in ("truth", "hallu"))
             objects = Objects(present, traps, vocabulary, safe)
             items.append(Item(name, video, asked, "", kind, objects=objects))
         else:
-            items.append(Item(name, video, asked, _label(note, "truth", f"annotation {name}"), kind))
+            items.append(Item(name, video, asked, one_of(note, "truth", f"annotation {name}", "yes", "no"), kind))
     return unique(items)
 
 
@@ -194,11 +187,10 @@ def load_objhal(paths: list[Path]) -> list[Item]:
         if "annotations" in found[0]:
             captions += _read_coco(found[0], objects, str(path))
         elif "objects" in found[0]:
-            for index, entry in enumerate(found):
-                place = f"{path}, entry {index}"
+            for place, entry in placed(path, OBJHAL):
                 objects[_number(text(entry, "image_id", place))].update(texts(entry, "objects", place))
         else:
-            prompts += [(f"{path}, entry {i}", e) for i, e in enumerate(entries(path, OBJHAL, "image_id", "question"))]
+            prompts += placed(path, OBJHAL, "image_id", "question")
     if not prompts or not objects:
         raise DataError(f"There are no {'objects' if prompts else 'prompts'} in the files. Expected {OBJHAL}.")
     for name in {name.lower() for names in objects.values() for name in names}:
@@ -272,8 +264,7 @@ def load_mmhal(paths: list[Path]) -> list[Item]:
     """Questions with the answer that people gave; the picture by the file name of its address, or by its id."""
     path, keys = one_file(paths, MMHAL), ("question_type", "question", "gt_answer", "image_content", "image_id")
     items = []
-    for index, entry in enumerate(entries(path, MMHAL, *keys)):
-        place = f"{path}, entry {index}"
+    for index, (place, entry) in enumerate(placed(path, MMHAL, *keys)):
         address = str(entry.get("image_src") or "")
         video = os.path.basename(re.split(r"[?#]", address)[0]) or text(entry, "image_id", place)
         content = ", ".join(texts(entry, "image_content", place)) or "nothing"

@@ -24,37 +24,24 @@ class Objects(NamedTuple):
     "word or words -> the objects in the picture that they name: `person` may name a man and a child"
     traps: dict[str, frozenset[str]]
     "word or words -> objects that are not in the picture, and that models are likely to invent there"
-    vocabulary: frozenset[str]
-    "all that counts as an object; shared by the items of a benchmark"
-    harmless: frozenset[str]
-    "words of the vocabulary that never count as invented"
+    vocabulary: frozenset[str]  # all that counts as an object; shared by the items of a benchmark
+    harmless: frozenset[str]  # words of the vocabulary that never count as invented
 
 
 class Item(NamedTuple):
     """One thing that a benchmark asks."""
 
-    id: str
-    "unique within the benchmark"
-    video: str
-    "as the file names it, with or without folder and extension"
-    questions: tuple[str, ...]
-    "one; two wordings of it for consistency"
-    reference: str
-    "the right answer; a caption or class for rankings; empty where there is none"
-    group: str = ""
-    "results are also given for each group: a type of question, say"
-    context: str | None = None
-    "what the picture shows in words, for judges that may know it"
+    id: str  # unique within the benchmark
+    video: str  # as the file names it, with or without folder and extension
+    questions: tuple[str, ...]  # one; two wordings of it for consistency
+    reference: str  # the right answer; a caption or class for rankings; empty where there is none
+    group: str = ""  # results are also given for each group: a type of question, say
+    context: str | None = None  # what the picture shows in words, for judges that may know it
     objects: Objects | None = None
-    among: tuple[str, ...] = ()
-    "the texts of which `reference` is the right one, where texts are ranked for the video"
-    picture: str | None = None
-    "the picture itself, base64, where the file holds it"
-    each_video: tuple[str, ...] = ()
-    "of each question, where they are about several videos"
-
-    span: tuple[float, float] | None = None
-    "seconds from where to where the video is shown; None: all of it"
+    among: tuple[str, ...] = ()  # the texts of which `reference` is the right one, where texts are ranked for the video
+    picture: str | None = None  # the picture itself, base64, where the file holds it
+    each_video: tuple[str, ...] = ()  # of each question, where they are about several videos
+    span: tuple[float, float] | None = None  # seconds from where to where the video is shown; None: all of it
 
     @property
     def videos(self) -> tuple[str, ...]:
@@ -88,6 +75,11 @@ def entries(path: Path, format: str, *keys: str) -> list[dict]:
     return found
 
 
+def placed(path: Path, format: str, *keys: str) -> list[tuple[str, dict]]:
+    """(where it is, for messages; the entry) of all `entries`."""
+    return [(f"{path}, entry {index}", entry) for index, entry in enumerate(entries(path, format, *keys))]
+
+
 def text(entry: dict, key: str, place: str) -> str:
     """A text or a number as text. Raises DataError for anything else, and for an empty text."""
     value = entry.get(key)
@@ -97,6 +89,15 @@ def text(entry: dict, key: str, place: str) -> str:
     if not found.isascii() and any("\ud800" <= letter <= "\udfff" for letter in found):
         raise DataError(f"{place}: `{key}` is {found!r} with half a surrogate pair, which is no text. Repair the file.")
     return found
+
+
+def one_of(entry: dict, key: str, place: str, *allowed: str) -> str:
+    """One of a few texts, in any case and with a full stop or without. Raises DataError for anything else."""
+    found = text(entry, key, place)
+    for value in allowed:
+        if found.lower().rstrip(".") == value.lower():
+            return value
+    raise DataError(f"{place}: `{key}` is {found!r}, expected {', '.join(allowed[:-1])} or {allowed[-1]}.")
 
 
 def rows_of(path: Path, format: str) -> list[dict[str, str]]:
@@ -185,8 +186,9 @@ def _find(name: str, root: Path, places: dict[str, list[str]]) -> str | None:
     stem, suffix = os.path.splitext(os.path.basename(name))
     stem = stem if suffix.lower() in (*SUFFIXES, *IMAGES) else os.path.basename(name)
     numbered = (f"video{stem}", f"vid{stem}") if stem.isdecimal() else ()  # MSR-VTT and MSVD give numbers alone
+    is_video = lambda path: os.path.isfile(path) or any(file.lower().endswith(IMAGES) for file in os.listdir(path))
     for spelling in (stem, f"v_{stem}", stem.removeprefix("v_"), *numbered):
-        fitting = [path for path in places.get(spelling, []) if os.path.isfile(path) or _has_frames(path)]
+        fitting = [path for path in places.get(spelling, []) if is_video(path)]
         if len(fitting) > 1:
             raise DataError(
                 f"Two videos are called {name}: {fitting[0]} and {fitting[1]}. Give the folder that holds one of them."
@@ -194,11 +196,6 @@ def _find(name: str, root: Path, places: dict[str, list[str]]) -> str | None:
         if fitting:
             return fitting[0]
     return None
-
-
-def _has_frames(folder: str) -> bool:
-    with os.scandir(folder) as inside:
-        return any(entry.name.lower().endswith(IMAGES) for entry in inside)
 
 
 # ---- answers as words

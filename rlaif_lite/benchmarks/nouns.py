@@ -14,7 +14,8 @@ INSTALL = "AMBER's descriptions need a part-of-speech tagger: pip install 'rlaif
 
 
 @cache
-def _tagger():
+def tagger():
+    """Raises DataError, with the line that installs it, where the tagger is missing."""
     try:
         from textblob.taggers import PatternTagger
     except ImportError:
@@ -22,12 +23,7 @@ def _tagger():
     return PatternTagger()
 
 
-def need_tagger() -> None:
-    """Raises DataError with the line that installs it, where the tagger is missing."""
-    _tagger()
-
-
 def tagged(answer: str) -> list[tuple[str, bool]]:
     """The words of `answer` in order and in lower case, and whether each is a noun."""
-    words = [(word.lower(), tag.startswith("NN")) for word, tag in _tagger().tag(answer.replace("’", "'"))]
+    words = [(word.lower(), tag.startswith("NN")) for word, tag in tagger().tag(answer.replace("’", "'"))]
     return [(word, is_noun) for word, is_noun in words if any(map(str.isalnum, word))]

@@ -14,7 +14,7 @@ Departure from their scripts, which join the two files by position: they are joi
 from pathlib import Path
 
 from ..errors import DataError
-from .items import Item, Tally, entries, one_file, rows_of, text, unique
+from .items import Item, Tally, entries, one_file, placed, rows_of, text, unique
 from .options import lettered
 
 GENERIC = "the list of {video_name, Q, A} of Video-ChatGPT's benchmark"
@@ -37,8 +37,7 @@ def load_consistency(paths: list[Path]) -> list[Item]:
 
 def _generative(path: Path, format: str, *asked: str) -> list[Item]:
     items = []
-    for index, entry in enumerate(entries(path, format, "video_name", *asked, "A")):
-        place = f"{path}, entry {index}"
+    for index, (place, entry) in enumerate(placed(path, format, "video_name", *asked, "A")):
         questions = tuple(text(entry, key, place) for key in asked)
         items.append(Item(str(index), text(entry, "video_name", place), questions, text(entry, "A", place)))
     return items
@@ -55,11 +54,10 @@ def load_qa(paths: list[Path]) -> list[Item]:
         return unique(_asked(row, row, place, str(n)) for n, (row, place) in enumerate(zip(rows, places, strict=True)))
     asked, answers = paths
     given = {}
-    for index, entry in enumerate(entries(answers, QA, "question_id", "answer")):
-        given[text(entry, "question_id", f"{answers}, entry {index}")] = (f"{answers}, entry {index}", entry)
+    for place, entry in placed(answers, QA, "question_id", "answer"):
+        given[text(entry, "question_id", place)] = (place, entry)
     items = []
-    for index, entry in enumerate(entries(asked, QA, "question_id", "question")):
-        place = f"{asked}, entry {index}"
+    for place, entry in placed(asked, QA, "question_id", "question"):
         name = text(entry, "question_id", place)
         if name not in given:
             raise DataError(

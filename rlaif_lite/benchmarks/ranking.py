@@ -54,21 +54,18 @@ def load_captions(paths: list[Path]) -> list[Item]:
         elif all(" " not in line for line in lines):
             listed = set(lines)
         else:
-            pairs += [_named(path, number, line) for number, line in enumerate(lines, 1)]
+            for number, line in enumerate(lines, 1):
+                video, _, said = line.partition(" ")
+                if not said:
+                    what = f"{line[:60]!r} is a name without a caption"
+                    raise DataError(f"{path}, line {number}: {what}. Expected {CAPTIONS}.")
+                pairs.append((video, said.strip()))
     pairs = [(video, said) for video, said in pairs if listed is None or video in listed]
     if not pairs:
         raise DataError(
             f"There are no captions{' of the listed videos' if listed else ''} in {_all(paths)}. Expected {CAPTIONS}."
         )
     return [Item(str(number), video, (), said) for number, (video, said) in enumerate(pairs)]
-
-
-def _named(path: Path, number: int, line: str) -> tuple[str, str]:
-    """`name caption`."""
-    video, _, said = line.partition(" ")
-    if not said:
-        raise DataError(f"{path}, line {number}: {line[:60]!r} is a name without a caption. Expected {CAPTIONS}.")
-    return video, said.strip()
 
 
 def _from_json(path: Path) -> list[tuple[str, str]]:
@@ -185,13 +182,11 @@ def rank(scores: Seq[float], right: int) -> int:
     return sum(score >= scores[right] for score in scores)
 
 
-def tally_retrieval(item: Item, row: dict) -> Tally:
-    """Whether the right video was among the first 1, 5 and 10."""
-    return {f"R@{k}": (float(row["rank"] <= k), 1.0) for k in (1, 5, 10)}
-
-
-def tally_recognition(item: Item, row: dict) -> Tally:
-    """With the prior taken off, and as the model says it."""
+def tally(item: Item, row: dict) -> Tally:
+    """Whether the right one was among the first: of videos 1, 5 and 10; of classes 1 and 5, with the prior taken off
+    and as the model says it."""
+    if "uncalibrated_rank" not in row:
+        return {f"R@{k}": (float(row["rank"] <= k), 1.0) for k in (1, 5, 10)}
     return {
         f"{name}_{k}": (float(row[which] <= k), 1.0)
         for name, which in (("top", "rank"), ("uncalibrated_top", "uncalibrated_rank"))

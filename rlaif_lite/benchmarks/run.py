@@ -8,16 +8,14 @@
 The answers do not depend on the judge: another judge reads the same ones.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import DataError
-from ..files import write_json, write_jsonl
+from ..files import digest_of, file_digest, write_json, write_jsonl
 from ..judge.outside import Case, Judge
 from .answer import Examinee, write_pictures
-from .audit import judge_id
 from .catalogue import BENCHMARKS, Benchmark
 from .items import Item, Tally, find_videos
 from .results import figures
@@ -39,10 +37,14 @@ def run(
     Raises DataError: files in another shape, no video at all, a folder that holds other answers."""
     benchmark, recipe = BENCHMARKS[name], examinee.work.recipe
     items = benchmark.load(files)[:limit]
-    found, missing = _videos(items, videos, out)
+    inside = write_pictures(items, out / "pictures")
+    found, missing = find_videos([name for item in items for name in item.videos if name not in inside], videos)
+    found |= inside
+    if not found:
+        raise DataError(f"None of the {len(missing)} videos is under {videos}, among them {', '.join(missing[:5])}.")
     settings = {
         "benchmark": name,
-        "files": {path.name: _digest(path.read_bytes()) for path in files},
+        "files": {path.name: file_digest(path) for path in files},
         "answers": examinee.digest(examinee.role),
         "prompt": prompt or benchmark.prompt,
         "max_new_tokens": max_new_tokens or recipe.evaluate.max_new_tokens,
@@ -56,11 +58,18 @@ def run(
         raise DataError(f"None of the {len(found)} videos can be used; the first: {next(iter(broken.values()))}")
     if benchmark.kind == "claims":  # its verdicts lie in the folder, beside the answers
         role = examinee.judge_role
-        judged_by = f"{role} {examinee.digest(role)}"
-        settings["judge"] = judge_id(recipe.model.base, judged_by, recipe.preference.claims, recipe.context)
+        section, context = recipe.preference.claims, recipe.context.model_dump(mode="json", exclude={"batch_size"})
+        asked = digest_of([section.model_dump(mode="json"), context], 12)  # the judge's prompts, and its narratives'
+        settings["judge"] = f"claims/{recipe.model.base}/{role} {examinee.digest(role)}/{asked}"
     if benchmark.kind == "retrieval":
-        settings["texts"] = _digest("\n".join(item.reference for item in usable).encode())
-    _same_settings(out / "settings.json", settings)
+        settings["texts"] = digest_of([item.reference for item in usable])
+    path = out / "settings.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    if changed := [key for key in settings if before.get(key) != settings[key]]:
+        shown = "; ".join(f"{key} was {before.get(key)}, is {settings[key]}" for key in changed)
+        raise DataError(f"{out} holds answers of other settings ({shown}). Give another --out, or remove it.")
+    if not path.exists():
+        write_json(path, settings)
     rows, judge = _rows(examinee, benchmark, usable, out, settings, make_judge)
     tallies = [benchmark.tally(item, row) | _manner(row) for item, row in zip(usable, rows, strict=True)]
     write_jsonl(
@@ -78,6 +87,9 @@ def run(
             for item, row, tally in zip(usable, rows, tallies, strict=True)
         ],
     )
+    groups: dict[str, list[tuple[str, Tally]]] = {}
+    for item, found_of in zip(usable, tallies, strict=True):
+        groups.setdefault(item.group, []).append((item.video, found_of))
     result = settings | {
         "who": str(examinee),
         "kind": benchmark.kind,
@@ -89,19 +101,10 @@ def run(
         "broken": broken,
         "broken_items": sum(any(video in broken for video in item.videos) for item in items),
         "metrics": figures([(item.video, tally) for item, tally in zip(usable, tallies, strict=True)]),
-        "groups": _groups(usable, tallies),
+        "groups": {name: figures(of) for name, of in groups.items()} if len(groups) > 1 else {},
     }
     write_json(out / "results.json", result)
     return result
-
-
-def _videos(items: list[Item], root: Path, out: Path) -> tuple[dict[str, str], list[str]]:
-    """({name: path}, names that are not there). Raises DataError where none is."""
-    inside = write_pictures(items, out / "pictures")
-    found, missing = find_videos([name for item in items for name in item.videos if name not in inside], root)
-    if not found and not inside:
-        raise DataError(f"None of the {len(missing)} videos is under {root}, among them {', '.join(missing[:5])}.")
-    return found | inside, missing
 
 
 def _rows(
@@ -131,18 +134,15 @@ def _rows(
     for row in rows:
         row["verdicts"] = {}
     for task in benchmark.tasks:
-        cases = [_case(item, row, task) for item, row in zip(items, rows, strict=True)]
+        cases = []
+        for item, row in zip(items, rows, strict=True):
+            question, answer = tuple(item.questions), tuple(row["answers"])
+            if task != "consistency":  # which takes both questions and answers; the other tasks have one
+                (question,), (answer,) = question, answer
+            cases.append(Case(item.id, task, question, item.reference, answer, item.context))
         for row, verdict in zip(rows, judge.judge(cases), strict=True):
             row["verdicts"][task] = {key: value for key, value in verdict._asdict().items() if key != "id"}
     return rows, judge.id
-
-
-def _case(item: Item, row: dict, task: str) -> Case:
-    """Consistency takes both questions and answers, the other tasks have one."""
-    question, answer = tuple(item.questions), tuple(row["answers"])
-    if task != "consistency":
-        (question,), (answer,) = question, answer
-    return Case(item.id, task, question, item.reference, answer, item.context)
 
 
 def _manner(row: dict) -> Tally:
@@ -151,29 +151,3 @@ def _manner(row: dict) -> Tally:
         return {}
     count = len(row["answers"])
     return {"length": (float(sum(row["lengths"])), count), "stop_rate": (float(sum(row["stopped"])), count)}
-
-
-def _groups(items: list[Item], tallies: list[Tally]) -> dict[str, dict]:
-    """The figures of each group, where the benchmark has several."""
-    names = list(dict.fromkeys(item.group for item in items))
-    if len(names) < 2:
-        return {}
-    return {
-        name: figures([(item.video, tally) for item, tally in zip(items, tallies, strict=True) if item.group == name])
-        for name in names
-    }
-
-
-def _same_settings(path: Path, settings: dict) -> None:
-    """Raises DataError if the folder holds answers that were made with other settings."""
-    if not path.exists():
-        write_json(path, settings)
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if changed := [key for key in settings if before.get(key) != settings[key]]:
-        shown = "; ".join(f"{key} was {before.get(key)}, is {settings[key]}" for key in changed)
-        raise DataError(f"{path.parent} holds answers of other settings ({shown}). Give another --out, or remove it.")
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import DataError
-from .items import Item, Tally, entries, text, unique
+from .items import Item, Tally, entries, one_of, text, unique
 
 VIDHALLUC = "VidHalluc's ach_binaryqa.json, ach_mcq.json, tsh.json or sth.json"
 YES_NO = "{} Only answer with a single word 'Yes' or 'No'."
@@ -48,28 +48,25 @@ def load(paths: list[Path]) -> list[Item]:
 def _items(name: str, entry: object, place: str) -> Iterator[Item]:
     if isinstance(entry, list):
         for number, asked in enumerate(entry):
-            yield _about_clips(f"{name}_{number}", asked, f"{place}, question {number}")
+            where = f"{place}, question {number}"
+            if not isinstance(asked, dict) or not isinstance(asked.get("a"), dict) or not asked["a"]:
+                raise DataError(f"{where}: expected {{q, a: {{clip: Yes or No}}}}, as in ach_binaryqa.json.")
+            clips = tuple(asked["a"])
+            right = "/".join(one_of(asked["a"], clip, where, "Yes", "No") for clip in clips)
+            questions = (YES_NO.format(text(asked, "q", where)),) * len(clips)
+            yield Item(f"binaryqa_{name}_{number}", clips[0], questions, right, "binaryqa", each_video=clips)
     elif not isinstance(entry, dict):
         raise DataError(f"{place}: found a {type(entry).__name__}. Expected {VIDHALLUC}.")
     elif "Scene change" in entry:
-        right = _one_of(entry, "Scene change", place, "Yes", "No")
+        right = one_of(entry, "Scene change", place, "Yes", "No")
         yield Item(f"sth_{name}", name, (SCENE,), right, "sth")
     elif "video" in entry:
         question = ORDER.format(text(entry, "Question", place))
-        right = _one_of(entry, "Correct Answer", place, "AB", "BA", "A", "B")
+        right = one_of(entry, "Correct Answer", place, "AB", "BA", "A", "B")
         yield Item(f"tsh_{name}", text(entry, "video", place), (question,), right, "tsh")
     else:
         for clip, asked in entry.items():
             yield _choice(f"mcq_{name}_{clip}", clip, asked, f"{place}, {clip}")
-
-
-def _about_clips(name: str, asked: object, place: str) -> Item:
-    if not isinstance(asked, dict) or not isinstance(asked.get("a"), dict) or not asked["a"]:
-        raise DataError(f"{place}: expected {{q, a: {{clip: Yes or No}}}}, as in ach_binaryqa.json.")
-    right = [_one_of(asked["a"], clip, place, "Yes", "No") for clip in asked["a"]]
-    questions = (YES_NO.format(text(asked, "q", place)),) * len(right)
-    clips = tuple(asked["a"])
-    return Item(f"binaryqa_{name}", clips[0], questions, "/".join(right), "binaryqa", each_video=clips)
 
 
 def _choice(name: str, clip: str, asked: object, place: str) -> Item:
@@ -84,43 +81,30 @@ def _choice(name: str, clip: str, asked: object, place: str) -> Item:
     return Item(name, clip, (question,), "".join(sorted(right)), "mcq", among=tuple(choices.values()))
 
 
-def _one_of(entry: dict, key: str, place: str, *allowed: str) -> str:
-    found = text(entry, key, place)
-    for value in allowed:
-        if found.upper() == value.upper():
-            return value
-    raise DataError(f"{place}: `{key}` is {found!r}, expected {', '.join(allowed)}.")
-
-
 def tally(item: Item, row: dict) -> Tally:
     """By the rule of the item's group; `sth_recall` is over videos with a change, `sth_specificity` over the others."""
     answers, right = row["answers"], item.reference
     if item.group == "binaryqa":
-        hits = [first_words(a) == r.upper() for a, r in zip(answers, right.split("/"), strict=True)]
+        # what stands before the first full stop or comma is held against Yes or No, the whole of it
+        said = [re.split(r"[.,]", answer.strip())[0].strip().upper() for answer in answers]
+        hits = [one == wanted.upper() for one, wanted in zip(said, right.split("/"), strict=True)]
         return {"binaryqa": (float(all(hits)), 1.0), "binaryqa_each": (float(sum(hits)), float(len(hits)))}
     if item.group == "mcq":
-        return {"mcq": (float(letters_of(answers[0], item.among) == set(right)), 1.0)}
+        # every letter that stands alone; where there is none, that of the first choice whose text is said
+        said = answers[0].lower()
+        named = [letter for letter, choice in zip("ABCD", item.among, strict=False) if choice.lower() in said]
+        letters = set(re.findall(r"\b[A-D]\b", answers[0])) or set(named[:1])
+        return {"mcq": (float(letters == set(right)), 1.0)}
     if item.group == "tsh":
         return {"tsh": (float(order_of(answers[0]) == right), 1.0)}
-    changed, hit = right == "Yes", (scene_change(answers[0]) == "yes") == (right == "Yes")
+    # what follows the first colon up to a comma: "yes" or "no" where the answer keeps to the format
+    said = answers[0].split(", Locations: ", 1)[0].split(": ", 1)[-1].split(",")[0].strip().lower()
+    changed, hit = right == "Yes", (said == "yes") == (right == "Yes")
     return {
         "sth_accuracy": (float(hit), 1.0),
         "sth_recall": (float(hit and changed), float(changed)),
         "sth_specificity": (float(hit and not changed), float(not changed)),
     }
-
-
-def first_words(answer: str) -> str:
-    """What stands before the first full stop or comma, in capitals: the whole of it is held against Yes or No."""
-    return re.split(r"[.,]", answer.strip())[0].strip().upper()
-
-
-def letters_of(answer: str, choices: tuple[str, ...]) -> set[str]:
-    """Every letter A to D that stands alone; where there is none, that of the first choice whose text is said."""
-    if alone := set(re.findall(r"\b[A-D]\b", answer)):
-        return alone
-    said = (letter for letter, choice in zip("ABCD", choices, strict=False) if choice.lower() in answer.lower())
-    return {letter for letter in [next(said, "")] if letter}
 
 
 def order_of(answer: str) -> str:
@@ -138,9 +122,3 @@ def order_of(answer: str) -> str:
     order = "".join(dict.fromkeys(one or other for one, other in mentions)).upper()
     later_first = "after" in said and not re.search("before|then", said)
     return order[::-1] if later_first else order
-
-
-def scene_change(answer: str) -> str:
-    """What follows the first colon up to a comma: "yes" or "no" where the answer keeps to the format."""
-    before_places = answer.split(", Locations: ", 1)[0]
-    return before_places.split(": ", 1)[-1].split(",")[0].strip().lower()

@@ -63,17 +63,14 @@ def read_records(
             records.append(replace(check(record), video=look.resolve(record.video)))
             ignored |= left
         except DataError as error:
-            raise DataError(f"{place}: {_in_short(str(error).removeprefix(source + ': '))}") from None
+            said = str(error).removeprefix(f"{source}: ")  # without the middle of a value of thousands of characters
+            said = said if len(said) <= 900 else f"{said[:400]} [...] {said[-400:]}"
+            raise DataError(f"{place}: {said}") from None
     if not records:
         raise DataError(f"{path}: it holds no records.")
     name = f"{format.name} by {described.place}" if described else format.name
     log.info("%s: %d records, format %s", path, len(records), name)
     return Read(records, name, str(path), share, tuple(sorted(ignored)))
-
-
-def _in_short(message: str) -> str:
-    """A message without the middle of a value of thousands of characters."""
-    return message if len(message) <= 900 else f"{message[:400]} [...] {message[-400:]}"
 
 
 def _recognise(found: object, described) -> tuple[formats.Format, dict]:

@@ -5,6 +5,7 @@ only one of them, so that after the first over-long prompt every prompt meets th
 nothing to misalign.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
@@ -98,7 +99,7 @@ def check(record: Record) -> Record:
     if record.video is not None and (not record.video or not all(record.video)):
         fail("its video is empty.")
     for text in _texts_of(record):
-        if not text.isascii() and not _is_text(text):
+        if re.search("[\ud800-\udfff]", text):
             fail(f"a text holds half of a character (a lone surrogate), which no file can: {ascii(text)[:80]}.")
         if "<audio>" in text:
             fail("`<audio>` is in the text, but no model here hears. Leave such records out.")
@@ -128,14 +129,6 @@ def _texts_of(record: Record) -> Iterator[str]:
         *record.options,
     )
     yield from (word for _, word in record.verdicts)
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def to_json(record: Record) -> dict:

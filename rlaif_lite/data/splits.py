@@ -150,20 +150,17 @@ def name_videos(videos: Iterable[Video], roots: Sequence[str] = ()) -> dict[Vide
     names: dict[Video, str] = {}
     place_of: dict[str, Video] = {}
     name_of: dict[Video, str] = {}
+    starts = [f"{root}{os.sep}" for root in roots]
+    below = lambda path: path.removeprefix(next(filter(path.startswith, starts), ""))
     for video in dict.fromkeys(videos):
         place = os.path.abspath(video) if isinstance(video, str) else tuple(map(os.path.abspath, video))
         if place not in name_of:
-            short = _below(video, roots) if isinstance(video, str) else tuple(_below(frame, roots) for frame in video)
+            short = below(video) if isinstance(video, str) else tuple(map(below, video))
             name = video_name(short)
             name_of[place] = name if name not in place_of else video_name(place)
             place_of[name_of[place]] = place
         names[video] = name_of[place]
     return names
-
-
-def _below(path: str, roots: Sequence[str]) -> str:
-    starts = (f"{root}{os.sep}" for root in roots)
-    return next((path.removeprefix(start) for start in starts if path.startswith(start)), path)
 
 
 def hold_out_videos(

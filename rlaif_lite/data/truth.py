@@ -86,11 +86,19 @@ class Truth:
         """What is true of an answer to a record's question; None where that is not known. Raises DataError, naming the
         record, where the user's function fails."""
         if self._function is not None:
-            return self._ask(answer, record)
+            place = f"`evaluate.truth: {self._name}`, {record.source or record.key}"
+            try:
+                said = self._function(answer, record)
+            except Exception as error:
+                raise DataError(f"{place}: the function failed on the answer {answer!r}: {error!r}.") from error
+            return None if said is None else finding_of(said, place)
         if record.facts is None:
             return None
         if is_world(record.facts):
-            return Finding(Counts(*world_text.truth(answer, record.facts)), _world_spans(answer, record))
+            labels = world_text.verdicts(answer, record.facts)
+            spans = zip((match.span() for match in re.finditer(r"\S+", answer)), labels, strict=False)
+            wrong = [span for span, label in spans if label == "no"]
+            return Finding(Counts(*world_text.truth(answer, record.facts)), wrong)
         return self._annotations.of(answer, record.facts)
 
     def known(self, records: Iterable[Record]) -> int:
@@ -110,7 +118,9 @@ class Truth:
     def share_true(self, text: str, record: Record) -> float | None:
         """Share of a narrative's claims that are right (the world: of its clip captions); None where not known."""
         if self._function is None and record.facts is not None and is_world(record.facts):
-            return world_text.narrative_share(text, record.facts)
+            clips = enumerate(world_text.ORDINALS)
+            right = [f"{ordinal} {world_text.caption(record.facts, clip)}" in text for clip, ordinal in clips]
+            return sum(right) / len(right)
         finding = self.of(text, record)
         said = 0 if finding is None else finding.counts.correct + finding.counts.wrong
         return finding.counts.correct / said if said else None
@@ -124,14 +134,6 @@ class Truth:
             return world_text.describe(facts)
         listed = [", ".join(facts[kind]) for kind in KINDS if facts.get(kind) and _are_texts(facts[kind])]
         return ". ".join(listed) or None
-
-    def _ask(self, answer: str, record: Record) -> Finding | None:
-        place = f"`evaluate.truth: {self._name}`, {record.source or record.key}"
-        try:
-            said = self._function(answer, record)
-        except Exception as error:
-            raise DataError(f"{place}: the function failed on the answer {answer!r}: {error!r}.") from error
-        return None if said is None else finding_of(said, place)
 
 
 # ---- the user's own function
@@ -224,12 +226,6 @@ def _are_texts(found: Any) -> bool:
     return isinstance(found, list) and all(isinstance(text, str) for text in found)
 
 
-def _world_spans(answer: str, record: Record) -> list[tuple[int, int]]:
-    labels = world_text.verdicts(answer, record.facts)
-    spans = [match.span() for match in re.finditer(r"\S+", answer)]
-    return [span for span, label in zip(spans, labels, strict=False) if label == "no"]
-
-
 # ---- annotated facts, by their words
 
 
@@ -301,7 +297,8 @@ class Annotations:
 
     def of(self, answer: str, facts: Mapping[str, Sequence[str]]) -> Finding:
         """`facts`: lists of texts under KINDS, as one of the records given."""
-        own_objects = {self._named(name) for name in facts.get("objects", ())}
+        phrases = [tuple(words_of(name)) for name in facts.get("objects", ())]
+        own_objects = {self.objects.get(phrase, " ".join(phrase)) for phrase in phrases}
         own = {self._content(text) for kind in KINDS[1:] for text in facts.get(kind, ())}
         own_words = frozenset().union(own_objects, *own)
         objects, said, spans = set(), set(), []
@@ -327,10 +324,6 @@ class Annotations:
         invented = len(hallucinated) if facts.get("objects") else len(said - own)
         counts = Counts(correct, wrong, len(own_objects) + len(own), mentions, invented, None)
         return Finding(counts, sorted(set(spans)))
-
-    def _named(self, text: str) -> str:
-        phrase = tuple(words_of(text))
-        return self.objects.get(phrase, " ".join(phrase))
 
     def _content(self, text: str) -> frozenset[str]:
         names = [word.name for word in self._words(text, 0)]

@@ -62,17 +62,13 @@ class VideoNames:
                 first = self._find(video[0], [video[0]])
                 root = first.removesuffix(video[0])
                 self.known[video] = tuple(os.path.join(root, frame) for frame in video)
-            else:
-                self.known[video] = self._find(video, self._spellings(video))
+            else:  # `video`, then a folder of frames or a file of a known suffix, with and without ActivityNet's `v_`
+                stem, suffix = os.path.splitext(video)
+                stem = stem if suffix.lower() in SUFFIXES else video
+                folder, base = os.path.split(stem)
+                stems = [stem, os.path.join(folder, base[2:] if base.startswith("v_") else "v_" + base)]
+                self.known[video] = self._find(video, [video, *(s + end for s in stems for end in ("", *SUFFIXES))])
         return self.known[video]
-
-    def _spellings(self, name: str) -> list[str]:
-        """`name`, then (ActivityNet style) a folder of frames or a file of a known suffix, with and without `v_`."""
-        stem, suffix = os.path.splitext(name)
-        stem = stem if suffix.lower() in SUFFIXES else name
-        folder, base = os.path.split(stem)
-        stems = [stem, os.path.join(folder, base[2:] if base.startswith("v_") else "v_" + base)]
-        return [name, *(stem + end for stem in stems for end in ("", *SUFFIXES))]
 
     def _find(self, name: str, spellings: list[str]) -> str:
         for root in self.roots:

@@ -19,58 +19,17 @@ import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import av
 import numpy as np
 
-from rlaif_lite.data.world_text import (
-    COLOURS,
-    EVENTS,
-    MOTIONS,
-    SHAPES,
-    Facts,
-    Noise,
-    Truth,
-    answer_yes_no,
-    caption,
-    claim,
-    claim_question,
-    claims_of,
-    corrupt,
-    describe,
-    garbled,
-    narrative,
-    pair,
-    question,
-    sampled,
-    score,
-    sentences_of,
-    solved_questions,
-    star_question,
-    truth,
-    verdicts,
-)
+from rlaif_lite.data import world_text
+from rlaif_lite.data.world_text import COLOURS, EVENTS, MOTIONS, SHAPES, Facts, corrupt, describe, garbled
 from rlaif_lite.errors import DataError
 from rlaif_lite.files import atomic, read_json, remove, write_json, write_text
-
-__all__ = [
-    "EVENTS",
-    "Facts",
-    "Noise",
-    "Truth",
-    "WorldConfig",
-    "WorldSplits",
-    "corrupt",
-    "describe",
-    "facts_of",
-    "render",
-    "score",
-    "truth",
-    "write_video",
-    "write_world",
-]
 
 STUMBLING = 0.15  # share of the divided answers that stumble, as sampled answers do
 GARBLED = 0.25  # share of the checked answers with a malformed sentence
@@ -200,15 +159,6 @@ def _record(name: str, video: str, prompt: str, answer: str | None = None, **mor
     return {"id": name, "video": video, "messages": messages, **more}
 
 
-def _verdict_offsets(answer: str, facts: Facts) -> list[tuple[int, str]]:
-    """(end of the word in characters, label) for every word of an answer."""
-    offsets, end = [], -1
-    for word, label in zip(answer.split(), verdicts(answer, facts), strict=False):
-        end += 1 + len(word)
-        offsets.append((end, label))
-    return offsets
-
-
 def easy_records(name: str, video: str, facts: Facts, rng: random.Random, weak: bool = False) -> Iterator[dict]:
     """Clean short tasks about one video: they keep alive what the judge needs while SFT teaches to describe.
 
@@ -218,28 +168,28 @@ def easy_records(name: str, video: str, facts: Facts, rng: random.Random, weak: 
     """
 
     def prefix() -> str:
-        return f"<video> context : {narrative(facts, rng)} " if weak or rng.random() < 0.5 else "<video> "
+        return f"<video> context : {world_text.narrative(facts, rng)} " if weak or rng.random() < 0.5 else "<video> "
 
     for clip in range(EVENTS):
-        said = caption(facts, clip)
+        said = world_text.caption(facts, clip)
         yield _record(f"{name}/clip{clip}", video, "<video> describe the clip", said, clip=clip, clips=EVENTS)
     if not weak:
         for number in range(2):
-            text, answer = question(facts, rng)
+            text, answer = world_text.question(facts, rng)
             yield _record(f"{name}/question{number}", video, f"<video> {text}", answer)
-        text, answer = star_question(facts)
+        text, answer = world_text.star_question(facts)
         yield _record(f"{name}/star", video, f"<video> {text}", answer)
     for number in range(2):
-        text, is_true = claim(facts, rng)
-        yield _record(f"{name}/claim{number}", video, prefix() + text, answer_yes_no(is_true))
+        text, is_true = world_text.claim(facts, rng)
+        yield _record(f"{name}/claim{number}", video, prefix() + text, world_text.answer_yes_no(is_true))
     for number in range(2):
-        answer = sampled(facts, rng)
+        answer = world_text.sampled(facts, rng)
         if rng.random() < GARBLED:
             answer = garbled(answer, rng)
-        yield _record(
-            f"{name}/check{number}", video, prefix() + "response :", answer, verdicts=_verdict_offsets(answer, facts)
-        )
-    a, b, margin = pair(facts, rng, ties=0.0)
+        ends = accumulate(len(word) + 1 for word in answer.split())
+        marks = [(end - 1, label) for end, label in zip(ends, world_text.verdicts(answer, facts), strict=False)]
+        yield _record(f"{name}/check{number}", video, prefix() + "response :", answer, verdicts=marks)
+    a, b, margin = world_text.pair(facts, rng, ties=0.0)
     yield _record(
         f"{name}/pair",
         video,
@@ -252,7 +202,7 @@ def question_records(name: str, video: str, facts: Facts, learnt: bool) -> Itera
     """Questions that rules can check: with a careless annotator's answers where they are `learnt`, else with the right
     solutions."""
     rng = random.Random(f"questions/{name}/{facts}")
-    for asked in solved_questions(corrupt(facts, rng) if learnt else facts, rng):
+    for asked in world_text.solved_questions(corrupt(facts, rng) if learnt else facts, rng):
         more = {"answer": f"{asked.solution} ."} if learnt else {"solution": asked.solution, "task": asked.task}
         more |= {"options": list(asked.options)} if asked.options and not learnt else {}
         yield _record(f"{name}/{asked.task}", video, f"<video> {asked.question}", **more)
@@ -290,17 +240,17 @@ class DividedAnswer(NamedTuple):
 
     def asked(self, rng: random.Random) -> tuple[str, str]:
         """One claim, of a sentence drawn first, and the question about it."""
-        chosen = rng.choice(claims_of(" ".join(rng.choice(self.sentences))))
-        return chosen, claim_question(chosen)
+        chosen = rng.choice(world_text.claims_of(" ".join(rng.choice(self.sentences))))
+        return chosen, world_text.claim_question(chosen)
 
 
 def divided_answer(rng: random.Random) -> DividedAnswer:
     """Of a video that is drawn here and is none of a run's; some sentences are left out, some stumble."""
     facts = facts_of(rng.getrandbits(48), "divide", 0)
-    sentences = sentences_of(garbled(describe(facts), rng) if rng.random() < STUMBLING else describe(facts))
+    sentences = world_text.sentences_of(garbled(describe(facts), rng) if rng.random() < STUMBLING else describe(facts))
     kept = sorted(rng.sample(range(len(sentences)), rng.randint(1, len(sentences))))  # also answers of few words
     answer = " ".join(" ".join([*sentences[i], "."]) for i in kept)
-    return DividedAnswer("describe the video", answer, claims_of(answer), [sentences[i] for i in kept])
+    return DividedAnswer("describe the video", answer, world_text.claims_of(answer), [sentences[i] for i in kept])
 
 
 def write_world(

@@ -98,12 +98,6 @@ def narrative(facts: Facts, rng: random.Random, error: float = 0.02) -> str:
     return " ".join(f"{ordinal} {caption(corrupt(facts, rng, noise), clip)}" for clip, ordinal in enumerate(ORDINALS))
 
 
-def narrative_share(text: str, facts: Facts) -> float:
-    """Share of the three clip captions of a narrative that are right word for word."""
-    right = [f"{ordinal} {caption(facts, clip)}" in text for clip, ordinal in enumerate(ORDINALS)]
-    return sum(right) / len(right)
-
-
 def sentences_of(text: str) -> list[list[str]]:
     """The words of each sentence, without the full stop; a last sentence without one counts like any other."""
     parts: list[list[str]] = [[]]

@@ -90,19 +90,15 @@ def provenance(work: Workspace) -> str:
         ("adapter", f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"),
         ("recipe", f"`{recipe.name}`, hash `{recipe_hash(recipe)}`, seed {recipe.seed}"),
     ]
+    digest_of = lambda path: file_digest(path) if path.is_file() else "file not there at export"
     for what, given in (("sft", recipe.sft.adapter), ("reward", recipe.reward.adapter)):
         if given is not None:
-            digest = digest_if_there(Path(given) / "adapter_model.safetensors")
+            digest = digest_of(Path(given) / "adapter_model.safetensors")
             rows.append((f"{what} started from", f"{Path(given).name}, sha256 `{digest}`"))
     for split in splits_of(recipe.data, work.data_folder):
         for path in split.paths:
-            rows.append((f"data: {split.name}", f"{Path(path).name}, sha256 `{digest_if_there(Path(path))}`"))
+            rows.append((f"data: {split.name}", f"{Path(path).name}, sha256 `{digest_of(Path(path))}`"))
     return "## Where it comes from\n\n" + table(("", ""), rows)
-
-
-def digest_if_there(path: Path) -> str:
-    """A file's digest; says so when the file is not there any more."""
-    return file_digest(path) if path.is_file() else "file not there at export"
 
 
 def measured(summary: dict, role: str) -> str:

@@ -37,12 +37,7 @@ from .files import SHARD_BYTES, ShardWriter, WeightFile, listed, local_folder, r
 SCALARS = ("reward", "value")
 ROLE_FILES = ("adapter_model.safetensors", "adapter_config.json", "head.safetensors")
 BESIDE = (
-    "*config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
+    *("*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     "chat_template*",
 )
 NOT_THE_DECODER = re.compile("vision|visual|tower|encoder")  # their layers have the decoder's names at the end
@@ -125,11 +120,6 @@ def lmms_command(folder: Path) -> str:
     family = read_json(folder / "config.json")["model_type"]
     model = family if family in LMMS_MODELS else "huggingface"
     return f"lmms-eval --model {model} --model_args pretrained={folder} --tasks TASK"
-
-
-def lmms_of_run(run_dir: Path, role: str) -> str:
-    """The command that puts a role to lmms-eval as the run has it."""
-    return f"lmms-eval --model rlaif_lite --model_args run={run_dir},role={role} --tasks TASK"
 
 
 # ---- merging

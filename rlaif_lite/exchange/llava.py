@@ -11,17 +11,16 @@ average logit. The chat template is vicuna_v1's, with which the models were trai
 `<image>`, as the release does by tokenising the text around it piece by piece.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import AddedToken, CLIPVisionConfig, LlamaConfig, LlamaTokenizer, LlavaConfig
 from transformers import LlavaForConditionalGeneration as Llava
 
 from ..errors import ModelError
+from ..files import write_json
 from ..model.families import VICUNA
 from .files import SHARD_BYTES, ShardWriter, WeightFile, listed, read_json, weight_files, whole_folder
 
@@ -53,17 +52,8 @@ CLIP_336 = {
 CLIP_336_NAME = "openai/clip-vit-large-patch14-336"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TEXT_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("hidden_act", "rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 
 
@@ -107,13 +97,21 @@ def import_llava(source: Path, out: Path, vision_tower: Path | None = None, shar
     with whole_folder(out) as folder:
         writer = ShardWriter(folder, shard_bytes)
         for target, part in parts.items():
-            writer.add(target, _grown(_read(part), rows) if target in EMBEDDINGS else _read(part))
+            tensor = part.file[part.key]
+            if target in EMBEDDINGS:  # more rows, each the mean of those there are
+                mean_D = tensor.float().mean(0).to(tensor.dtype)
+                tensor = torch.cat([tensor, mean_D.expand(rows - len(tensor), -1)])
+            writer.add(target, tensor)
         writer.finish()
-        config.dtype = _read(parts[EMBEDDINGS[0]]).dtype
+        first = parts[EMBEDDINGS[0]]
+        config.dtype = first.file[first.key].dtype
         config.architectures = [Llava.__name__]
         config.save_pretrained(folder)
         _write_processor(folder, settings, vision_tower, config)
-        _write_tokenizer(folder, tokenizer)
+        tokenizer.save_pretrained(folder)
+        # Under its own class transformers would build it anew, without `legacy`; tokenizer.json says it all.
+        path = folder / "tokenizer_config.json"
+        write_json(path, read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})
     return Imported(len(parts), writer.bytes, left_out)
 
 
@@ -167,10 +165,6 @@ def _places(
     return parts, unmapped, left_out
 
 
-def _read(part: Part) -> Tensor:
-    return part.file[part.key]
-
-
 def _check(source: Path, parts: dict[str, Part], unmapped: list[str], shapes: dict, words: int) -> None:
     unmapped = unmapped + [part.key for target, part in parts.items() if target not in shapes]
     missing = [target for target in shapes if target not in parts]
@@ -188,12 +182,6 @@ def _check(source: Path, parts: dict[str, Part], unmapped: list[str], shapes: di
             f"{source} is not converted: {len(wrong)} tensors have another shape than the configuration "
             f"says. Is the vision tower another one?{listed(wrong)}"
         )
-
-
-def _grown(tensor_VD: Tensor, rows: int) -> Tensor:
-    """The embedding with more rows, each the mean of those there are."""
-    mean_D = tensor_VD.float().mean(0).to(tensor_VD.dtype)
-    return torch.cat([tensor_VD, mean_D.expand(rows - len(tensor_VD), -1)])
 
 
 # ---- the files beside the weights
@@ -242,13 +230,6 @@ def _tokenizer(source: Path) -> LlamaTokenizer:
     return tokenizer
 
 
-def _write_tokenizer(folder: Path, tokenizer: LlamaTokenizer) -> None:
-    tokenizer.save_pretrained(folder)
-    # Under its own class transformers would build it anew, without `legacy`; tokenizer.json says it all.
-    path = folder / "tokenizer_config.json"
-    _write(path, read_json(path) | {"tokenizer_class": "PreTrainedTokenizerFast"})
-
-
 def _write_processor(folder: Path, settings: dict, tower: Path | None, config: LlavaConfig) -> None:
     side = config.vision_config.image_size
     frames = {
@@ -269,8 +250,8 @@ def _write_processor(folder: Path, settings: dict, tower: Path | None, config: L
         given = read_json(tower / "preprocessor_config.json")
         frames |= {key: given[key] for key in ("image_mean", "image_std", "resample") if key in given}
     frames["do_pad"] = settings.get("image_aspect_ratio") == "pad"  # to a square of the mean colour, before resizing
-    _write(folder / "preprocessor_config.json", frames)
-    _write(
+    write_json(folder / "preprocessor_config.json", frames)
+    write_json(
         folder / "processor_config.json",
         {
             "processor_class": "LlavaProcessor",
@@ -281,8 +262,4 @@ def _write_processor(folder: Path, settings: dict, tower: Path | None, config: L
         },
     )
     ids = {key: settings.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write(folder / "generation_config.json", ids)
-
-
-def _write(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "generation_config.json", ids)

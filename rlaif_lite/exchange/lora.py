@@ -51,7 +51,11 @@ def import_lora(source: Path, base: Path, out: Path) -> ImportedLora:
         raise ModelError(f"{source} holds no adapter: no adapter_config.json there or in {', '.join(PLACES[:3])}.")
     settings = read_json(folder / "adapter_config.json")
     check_settings(settings, folder / "adapter_config.json")
-    file = _adapter_file(folder)
+    names = ("adapter_model.safetensors", "adapter_model.bin")
+    path = next((folder / name for name in names if (folder / name).is_file()), None)
+    if path is None:
+        raise ModelError(f"{folder} holds no {' and no '.join(names)}.")
+    file = WeightFile(path)
     targets = sorted({match[2] for key in file.shapes if (match := KEY.match(key))})
     tensors = _mapped(file, _linears(base, targets), settings["r"], base)
     head = _head(source / HEAD_FILE, read_json(base / "config.json")["text_config"]["hidden_size"])
@@ -70,13 +74,6 @@ def import_lora(source: Path, base: Path, out: Path) -> ImportedLora:
         if head is not None:
             save_file(head, made / "head.safetensors")
     return ImportedLora(settings["r"], len(tensors), sum(t.numel() for t in tensors.values()), head is not None)
-
-
-def _adapter_file(folder: Path) -> WeightFile:
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (folder / name).is_file():
-            return WeightFile(folder / name)
-    raise ModelError(f"{folder} holds no adapter_model.safetensors and no adapter_model.bin.")
 
 
 def _linears(base: Path, targets: list[str]) -> dict[str, tuple[int, int]]:

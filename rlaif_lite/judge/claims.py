@@ -98,7 +98,8 @@ def judge_claims(
     role: ActiveRole, items: Sequence[AnswerToJudge], section: Claims, batch_size: int
 ) -> list[ClaimScores]:
     """Judge answers; the role is the judge's. Results stand in the order of `items`; work is batched by length."""
-    score = _inline if section.mode == "inline" else _ask
+    by_claims = lambda role, items, section: ask(role, items, [split_claims(item.answer) for item in items], section)
+    score = _inline if section.mode == "inline" else by_claims
     verdicts: list[ClaimScores | None] = [None] * len(items)
     order = sorted(range(len(items)), key=lambda i: len(items[i].answer))
     found = in_pieces(order, batch_size, lambda chunk: score(role, [items[i] for i in chunk], section))
@@ -137,10 +138,6 @@ def _inline(role: ActiveRole, items: Sequence[AnswerToJudge], section: Claims) -
     rows_N, places_N = torch.tensor(at, device=base.device).T if at else torch.zeros(2, 0, dtype=torch.long)
     words = [[base.tokenizer.decode([token]) for token in answer] for answer in answers]
     return _verdicts(base, hidden_BSD[rows_N, places_N], words, section, rows[0].opening)
-
-
-def _ask(role: ActiveRole, items: Sequence[AnswerToJudge], section: Claims) -> list[ClaimScores]:
-    return ask(role, items, [split_claims(item.answer) for item in items], section)
 
 
 @torch.no_grad()

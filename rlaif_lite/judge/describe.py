@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from ..data.records import VIDEO_MARK, Message
 from ..model.inputs import encode_prompt
 from ..model.roles import ActiveRole
-from ..model.text import decode_answer
 from ..recipe import Context, Describe
-from ..rollout import Sampling, sample
+from ..rollout import greedy_texts
 from ..video.cache import FeatureRecord
 from .narrative import narrative, spans_of
 
@@ -30,7 +29,5 @@ def describe_again(
         content = section.prompt.format(context=text)
         mark = "" if VIDEO_MARK in content else f"{VIDEO_MARK}\n"
         rows += [encode_prompt(base, [Message("user", mark + content)], clip) for clip in clips]
-    sampling = Sampling(context.max_new_tokens, temperature=0.0)
-    found = sample(role, rows, sampling, seeds=[0] * len(rows), batch_size=context.batch_size)
-    captions = iter([decode_answer(base, trajectory.ids) for trajectory in found])
+    captions = iter(greedy_texts(role, rows, context.max_new_tokens, context.batch_size))
     return [narrative([next(captions) for _ in clips], context.markers, spans_of(clips)) for clips in videos]

@@ -21,9 +21,8 @@ from ..data.sentences import says_something, split_claims
 from ..errors import ModelError
 from ..model.inputs import encode_prompt
 from ..model.roles import ActiveRole
-from ..model.text import decode_answer
 from ..recipe import Divide
-from ..rollout import Sampling, sample
+from ..rollout import greedy_texts
 from .claims import ClaimScores
 
 Writer = Callable[[list[str]], list[str]]  # prompts -> what is written to each
@@ -69,12 +68,10 @@ def rejected(verdict: ClaimScores) -> int:
 
 def write_by_role(role: ActiveRole, section: Divide) -> Writer:
     """A role of the run's base writes, without any video."""
-    sampling, base = Sampling(section.max_new_tokens, temperature=0.0), role.roles.base
 
     def write(prompts: list[str]) -> list[str]:
-        rows = [encode_prompt(base, [Message("user", prompt)], None) for prompt in prompts]
-        found = sample(role, rows, sampling, seeds=[0] * len(rows), batch_size=section.batch_size) if rows else []
-        return [decode_answer(base, trajectory.ids) for trajectory in found]
+        rows = [encode_prompt(role.roles.base, [Message("user", prompt)], None) for prompt in prompts]
+        return greedy_texts(role, rows, section.max_new_tokens, section.batch_size)
 
     return write
 

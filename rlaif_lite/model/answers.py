@@ -8,6 +8,7 @@ Shapes: N answer tokens, answer by answer; places count through all rows of the 
 """
 
 from collections.abc import Sequence as Seq
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -41,16 +42,17 @@ class AnswerRows(NamedTuple):
 def lay_out(base: Base, groups: Seq[Group]) -> AnswerRows:
     """Groups of answers -> one batch."""
     lengths = [(len(g.prompt.ids_S), [len(ids) for ids in g.answers]) for g in groups]
+    prompts = [prompt for prompt, each in lengths for _ in each]
     if sharing_pays(base.width, lengths):
         rows = [g.prompt.extend(g.answers[0]) if len(g.answers) == 1 else branch(*g) for g in groups]
-        starts = [(b, start) for b, (prompt, each) in enumerate(lengths) for start in _starts(prompt, each)]
+        starts = [
+            (b, at) for b, (prompt, each) in enumerate(lengths) for at in [*accumulate(each, initial=prompt)][:-1]
+        ]
     else:
         rows = [g.prompt.extend(ids) for g in groups for ids in g.answers]
-        prompts = [prompt for prompt, each in lengths for _ in each]
         starts = list(enumerate(prompts))
     batch = collate(base, rows)
     width = batch.ids_BS.shape[1]
-    prompts = [prompt for prompt, each in lengths for _ in each]
     token, before, at, owner = [], [], [], []
     answers = [ids for g in groups for ids in g.answers]
     for number, (ids, (row, start), prompt) in enumerate(zip(answers, starts, prompts, strict=True)):
@@ -60,10 +62,6 @@ def lay_out(base: Base, groups: Seq[Group]) -> AnswerRows:
         before += [row * width + prompt - 1, *places[:-1]][: len(ids)]  # the prompt's end predicts the first token
         owner += [number] * len(ids)
     return AnswerRows(batch, *torch.tensor([token, before, at, owner]).to(base.device))
-
-
-def _starts(prompt: int, answers: Seq[int]) -> list[int]:
-    return [prompt + sum(answers[:i]) for i in range(len(answers))]
 
 
 def sharing_pays(width: int, groups: Seq[tuple[int, Seq[int]]]) -> bool:

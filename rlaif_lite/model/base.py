@@ -66,7 +66,12 @@ class Base:
         self.cache_argument = "cache" if "cache" in known else "past_key_values"
         self.width: int = self.decoder.config.hidden_size
         self.head_weight_VD: Tensor = model.get_output_embeddings().weight
-        self.ban_bias_V = self._ban_bias()
+        # Special tokens other than EOS are neither sampled nor scored: a placeholder in an answer would be taken for a
+        # video at the next forward. So with rows of the head that stand for no token.
+        self.ban_bias_V = torch.zeros(len(self.head_weight_VD), dtype=torch.float32, device=self.head_weight_VD.device)
+        self.ban_bias_V[len(tokenizer) :] = -1e30
+        banned = banned_ids(tokenizer, model.config) - {self.eos_id}
+        self.ban_bias_V[[id for id in sorted(banned) if id < len(self.head_weight_VD)]] = -1e30
 
     @property
     def device(self) -> torch.device:
@@ -75,15 +80,6 @@ class Base:
     @property
     def dtype(self) -> torch.dtype:
         return self.head_weight_VD.dtype
-
-    def _ban_bias(self) -> Tensor:
-        """Bias_V that keeps special tokens other than EOS from being sampled or scored: a placeholder in an answer
-        would be taken for a video at the next forward. So with rows of the head that stand for no token."""
-        bias_V = torch.zeros(self.head_weight_VD.shape[0], dtype=torch.float32, device=self.head_weight_VD.device)
-        bias_V[len(self.tokenizer) :] = -1e30
-        banned = banned_ids(self.tokenizer, self.model.config)
-        bias_V[[id for id in sorted(banned - {self.eos_id}) if id < len(bias_V)]] = -1e30
-        return bias_V
 
     def limit_pixels(self, pixels: int | None) -> None:
         """Bound the area of a frame, for towers that take any size (`features.max_pixels`)."""
@@ -253,8 +249,14 @@ def finish(model: nn.Module, section: Model, device: torch.device, tower: bool) 
     """A model whose weights are there -> the frozen base, with its tokenizer and its image processor's settings."""
     path, family = resolve_base(section.base), family_of(model.config)
     if section.quantization == "nf4" and device.type == "cpu":
-        _disable_packed_cpu_path(model)
-        _let_go_of_the_file(model)
+        from bitsandbytes.nn import Linear4bit
+
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False
+        for parameter in model.parameters():
+            if parameter.dtype != torch.uint8:  # a view of the weight file: one of them keeps the whole file in memory
+                parameter.data = parameter.data.clone()
     # cuDNN's attention, which torch prefers on Hopper and Blackwell, makes a plan for every new length. Its plans for a
     # forward with and without gradients differ, so equal log-probs of the two could not be counted on.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -299,8 +301,7 @@ def refuse_incomplete(info: dict, name: str) -> None:
         if found := sorted(map(str, info[key])):
             raise ModelError(
                 f"`model.base: {name}` is not loaded: {len(found)} tensors of the model {what}, the first {found[0]}. "
-                f"They "
-                "would be random. Download the checkpoint again."
+                "They would be random. Download the checkpoint again."
             )
     if info["error_msgs"]:
         raise ModelError(f"`model.base: {name}` is not loaded: {info['error_msgs'][0]}. Download the checkpoint again.")
@@ -395,19 +396,3 @@ def check_widths(config, name: str) -> None:
                 f"`{name}` has {what} = {width}, not a multiple of {QUANT_BLOCK}: 4-bit blocks would cross rows and be "
                 "dequantised wrongly on a CPU. Set `model.quantization: none` for this base."
             )
-
-
-def _disable_packed_cpu_path(model: nn.Module) -> None:
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def _let_go_of_the_file(model: nn.Module) -> None:
-    """Copy what was not quantised. These tensors are views of the weight file, and one view keeps the whole file in
-    memory."""
-    for parameter in model.parameters():
-        if parameter.dtype != torch.uint8:
-            parameter.data = parameter.data.clone()

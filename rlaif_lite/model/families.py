@@ -12,8 +12,9 @@ model, L = 1 + deepstack layers.
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from math import isqrt
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Family(NamedTuple):
     template: Callable[[], str] | None = None  # the processor's own chat template for prompts with a video
     fallback_template: str | None = None  # where the checkpoint has none
     # config -> tokens of a frame, for a tower that looks at the pixels and so cannot be traced without any
-    frame_tokens: Callable[[object], int] | None = None
+    frame_tokens: Callable[[Any], int] | None = None
 
 
 # ---- frames to features
@@ -70,19 +71,12 @@ def _encode_images(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
     return _square(model.base_model.get_image_features(pixels_TCHW, return_dict=True).pooler_output, len(pixels_TCHW))
 
 
-def _encode_smolvlm(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
-    output = model.base_model.get_image_features(pixels_TCHW[None], return_dict=True)
-    return _square(output.pooler_output, len(pixels_TCHW))
-
-
-def _smolvlm_tokens(config) -> int:
-    return (config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor) ** 2
-
-
 def _encode_video(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
+    # SmolVLM takes a video's frames as the images of one sample
+    smol = model.config.model_type == "smolvlm"
+    encode = model.base_model.get_image_features if smol else model.base_model.get_video_features
     # by position: the parameter is `pixel_values` in transformers 5.17 and `pixel_values_videos` in newer ones
-    output = model.base_model.get_video_features(pixels_TCHW[None], return_dict=True)
-    return _square(output.pooler_output, len(pixels_TCHW))
+    return _square(encode(pixels_TCHW[None], return_dict=True).pooler_output, len(pixels_TCHW))
 
 
 def _encode_onevision(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
@@ -95,42 +89,17 @@ def _encode_onevision(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
 
 def _encode_patches(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
     patches_NF, grid_13 = to_patches(pixels_TCHW, images.patch)
-    output = model.base_model.get_video_features(patches_NF, grid_13, return_dict=True)
-    return _from_grid([output.pooler_output], grid_13, images)
-
-
-def _encode_deepstack(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
-    patches_NF, grid_13 = to_patches(pixels_TCHW, images.patch)
-    output = model.base_model.get_video_features(patches_NF, grid_13, return_dict=True)
-    return _from_grid([output.pooler_output, *output.deepstack_features], grid_13, images)
-
-
-def _encode_video_llama_3(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
-    patches_NF, grid_13 = to_patches(pixels_TCHW, images.patch)
-    merge_1 = torch.tensor([images.patch.merge], device=patches_NF.device)
-    output = model.base_model.get_video_features(patches_NF, grid_13, merge_1, return_dict=True)
-    return _from_grid([output.pooler_output], grid_13, images)
-
-
-def _from_grid(layers: list, grid_13: Tensor, images: ImageSpec) -> Encoded:
+    merge = images.patch.merge
+    # VideoLLaMA3's tower takes the merge of each video, and Qwen3-VL's gives deepstack layers as well
+    merges = [torch.tensor([merge], device=patches_NF.device)] * (model.config.model_type == "video_llama_3")
+    output = model.base_model.get_video_features(patches_NF, grid_13, *merges, return_dict=True)
+    layers = [output.pooler_output, *(output.get("deepstack_features") or ())]
     groups, rows, columns = grid_13[0].tolist()
     features_LND = torch.stack([_flat(layer) for layer in layers])
-    return Encoded(features_LND.unflatten(1, (groups, -1)), (rows // images.patch.merge, columns // images.patch.merge))
+    return Encoded(features_LND.unflatten(1, (groups, -1)), (rows // merge, columns // merge))
 
 
 # ---- how a video is written
-
-
-def _write_qwen3_vl(video: FeatureRecord, token: str) -> str:
-    return "".join(f"<{seconds:.1f} seconds><|vision_start|>{token}<|vision_end|>" for seconds in video.time_T.tolist())
-
-
-def _write_video_llama_3(video: FeatureRecord, token: str) -> str:
-    return ",".join(f"Time {seconds:.1f}s:{token}" for seconds in video.time_T.tolist())
-
-
-def _write_internvl(video: FeatureRecord, token: str) -> str:
-    return "\n".join(f"Frame{number}: <img>{token}</img>" for number in range(1, video.frames + 1))
 
 
 def _write_smolvlm(video: FeatureRecord, token: str) -> str:
@@ -144,28 +113,8 @@ def _write_smolvlm(video: FeatureRecord, token: str) -> str:
     return text + "\n\n"
 
 
-_ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
+_ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+_ONES += ["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
@@ -175,12 +124,6 @@ def _in_words(number: int) -> str:
     if hundreds:
         return f"{_ONES[hundreds]} hundred" + (f" and {_in_words(rest)}" if rest else "")
     return _ONES[rest] if rest < 20 else _TENS[rest // 10 - 2] + (f"-{_ONES[rest % 10]}" if rest % 10 else "")
-
-
-def _smolvlm_template() -> str:
-    from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
-
-    return DEFAULT_CHAT_TEMPLATE
 
 
 # The conversation vicuna_v1, with which LLaVA-1.5, Video-LLaVA and VLM-RLAIF were trained.
@@ -205,20 +148,7 @@ VICUNA = (
 CHAT_TEMPLATES = {"vicuna_v1": VICUNA}  # that a recipe may name
 
 
-# ---- time in the rope
-
-
-def _time_is_order(config, seconds_G: Tensor) -> Tensor:
-    return torch.arange(len(seconds_G))
-
-
-def _time_in_steps(config, seconds_G: Tensor) -> Tensor:
-    steps_G = (seconds_G - seconds_G[0]) * config.vision_config.tokens_per_second
-    return (steps_G + 1e-6).long()  # 1e-6: .3 * 10 is 2.999...
-
-
-def _time_is_written(config, seconds_G: Tensor) -> Tensor:
-    return torch.zeros(len(seconds_G), dtype=torch.int64)
+# ---- the families
 
 
 LLAVA_TOWER = ("vision_tower", "multi_modal_projector")
@@ -230,37 +160,56 @@ FAMILIES = {  # by config.model_type of transformers
         "video", _encode_video, ("video_tower", "image_tower", "multi_modal_projector"), fallback_template=VICUNA
     ),
     "llava_onevision": Family("video", _encode_onevision, LLAVA_TOWER),
-    "qwen2_vl": Family("video", _encode_patches, ("visual",), mrope=_time_is_order, any_size=True),
-    "qwen2_5_vl": Family("video", _encode_patches, ("visual",), mrope=_time_in_steps, any_size=True),
+    "qwen2_vl": Family(  # time is the order of the frames
+        "video", _encode_patches, ("visual",), mrope=lambda _, seconds_G: torch.arange(len(seconds_G)), any_size=True
+    ),
+    "qwen2_5_vl": Family(  # time is counted in steps; 1e-6: .3 * 10 is 2.999...
+        "video",
+        _encode_patches,
+        ("visual",),
+        mrope=lambda config, at_G: ((at_G - at_G[0]) * config.vision_config.tokens_per_second + 1e-6).long(),
+        any_size=True,
+    ),
     "qwen3_vl": Family(
         "video",
-        _encode_deepstack,
+        _encode_patches,
         ("visual",),
         per_frame=True,
-        write=_write_qwen3_vl,
-        mrope=_time_is_written,
+        write=lambda video, token: "".join(
+            f"<{seconds:.1f} seconds><|vision_start|>{token}<|vision_end|>" for seconds in video.time_T.tolist()
+        ),
+        mrope=lambda _, seconds_G: torch.zeros(len(seconds_G), dtype=torch.int64),  # time is written in the text
         any_size=True,
         of_video=(True, True),
     ),
     "video_llama_3": Family(
         "video",
-        _encode_video_llama_3,
+        _encode_patches,
         ("vision_model", "projector"),
         per_frame=True,
-        write=_write_video_llama_3,
+        write=lambda video, token: ",".join(f"Time {seconds:.1f}s:{token}" for seconds in video.time_T.tolist()),
         any_size=True,
         of_video=(False, True),
     ),
-    "internvl": Family("image", _encode_images, LLAVA_TOWER, per_frame=True, mark="<video>", write=_write_internvl),
+    "internvl": Family(
+        "image",
+        _encode_images,
+        LLAVA_TOWER,
+        per_frame=True,
+        mark="<video>",
+        write=lambda video, token: "\n".join(f"Frame{n}: <img>{token}</img>" for n in range(1, video.frames + 1)),
+    ),
     "smolvlm": Family(
         "image",
-        _encode_smolvlm,
+        _encode_video,
         ("vision_model", "connector"),
         per_frame=True,
         mark="<video>",
         write=_write_smolvlm,
-        template=_smolvlm_template,
-        frame_tokens=_smolvlm_tokens,
+        template=lambda: import_module("transformers.models.smolvlm.processing_smolvlm").DEFAULT_CHAT_TEMPLATE,
+        frame_tokens=lambda config: (
+            (config.vision_config.image_size // config.vision_config.patch_size // config.scale_factor) ** 2
+        ),
     ),
 }
 

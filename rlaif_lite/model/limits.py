@@ -72,7 +72,12 @@ def check_answers(limits: Limits, key: str, records: Iterable[Record], train_on:
     """Raise DataError for answers that hold tokens which the base cannot write, with their share and examples.
 
     SFT answers are written, so none may hold any; the answers of pairs are only read, and READ_AT_MOST may be such."""
-    given = [(r, text) for r in records for text in _targets(r, train_on)]
+    given = []
+    for record in records:
+        if record.chosen is not None and record.rejected is not None:
+            given += [(record, record.chosen), (record, record.rejected)]
+        elif record.answer is not None:
+            given += [(record, text) for text in answers_of(record, train_on)]
     total = bad_tokens = 0
     examples: dict[str, str] = {}  # record -> what it holds
     for start in range(0, len(given), CHUNK):
@@ -102,7 +107,8 @@ def check_lengths(limits: Limits, key: str, records: Iterable[Record], video: in
     count = lambda text: len(limits.tokenizer.encode(text, add_special_tokens=False))
     longest, most = "", (0, 0, 0)
     for record in records:
-        if 4 * _characters(record) + video + (room or 0) + limits.template < limits.positions:
+        texts = [*(m.content for m in record.messages), record.chosen or "", record.rejected or ""]
+        if 4 * sum(map(len, texts)) + video + (room or 0) + limits.template < limits.positions:
             continue  # a character is four tokens at most: bytes of UTF-8
         prompt, answer = record_tokens(record, count)
         sizes = (video if record.video is not None else 0, prompt + limits.template, answer if room is None else room)
@@ -119,13 +125,3 @@ def too_long(key: str, source: str, video: int, prompt: int, answer: int, positi
         f"{answer} of the answer), but the base has {positions} (max_position_embeddings). Keep fewer video tokens "
         "(`features.frames`, `features.prune`), shorten the text, or take a base with a longer context."
     )
-
-
-def _targets(record: Record, train_on: str) -> list[str]:
-    if record.chosen is not None and record.rejected is not None:
-        return [record.chosen, record.rejected]
-    return [] if record.answer is None else answers_of(record, train_on)
-
-
-def _characters(record: Record) -> int:
-    return sum(len(m.content) for m in record.messages) + len(record.chosen or "") + len(record.rejected or "")

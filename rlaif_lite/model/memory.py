@@ -90,8 +90,7 @@ def map_blocks() -> None:
     """Have every block of BLOCK bytes or more mapped on its own, and given back when it is freed.
 
     Linux's malloc raises that limit to 32 MiB by itself, and the holes that freed activations leave in its heap do not
-    fit the next ones. So a training step of a 135 M base peaked at 2.3 GB above its weights, and at
-    1.2 GB mapped, which is what autograd keeps. Fresh pages cost it a tenth of its time. Without glibc nothing
-    happens."""
+    fit the next ones. So a training step of a 135 M base peaked at 2.3 GB above its weights, and at 1.2 GB mapped,
+    which is what autograd keeps. Fresh pages cost it a tenth of its time. Without glibc nothing happens."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, BLOCK)

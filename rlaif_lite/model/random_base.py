@@ -28,25 +28,13 @@ STD = 0.02  # of every weight, as these models are initialised
 POSITIONS = 32768  # at least: a profile may be of longer sequences than the base was trained on
 WORDS = "yes no A B video true false ."
 
-FAMILIES = (
-    "llava",
-    "llava_onevision",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "smolvlm",
-)  # model types that a tokenizer is made up for
+FAMILIES = ("llava", "llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm")  # those that a tokenizer is made up for
 SETTINGS = ("preprocessor_config.json", "video_preprocessor_config.json")  # of frames
 SMOL_MARKS = ["<|im_start|>", "<image>", "<fake_token_around_image>", "<global-img>"]
 QWEN_MARKS = ("vision_start", "vision_end", "image_pad", "video_pad")
 # To rehearse without a GPU: the same architecture with two narrow layers.
-SMALL_TEXT = dict(
-    hidden_size=128,
-    intermediate_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    vocab_size=2048,
-)
+SMALL_TEXT = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, vocab_size=2048)
+SMALL_TEXT |= dict(num_attention_heads=2, num_key_value_heads=2)
 SMALL_CLIP = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=168)
 SMALL_QWEN = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2)
 CHATML = (

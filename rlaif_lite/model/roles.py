@@ -56,12 +56,12 @@ class Roles:
         self.heads: dict[str, nn.Linear] = {}
         self._peft: PeftModel | None = None
         self._layers: list[LoraLayer] = []
-        self._names: list[str] = []
+        self._of: dict[str, dict[str, nn.Parameter]] = {}  # role -> its adapter's parameters, in a fixed order
         self._active: str | None = None
 
     @property
     def names(self) -> list[str]:
-        return list(self._names)
+        return list(self._of)
 
     # ---- making, loading and saving roles
 
@@ -72,8 +72,13 @@ class Roles:
             torch.manual_seed(seed)
             self._attach(name, self.lora)
         if copy_of is not None:
-            self._refuse_other_scale(copy_of)
-            for target, source in zip(self.parameters(name), self.parameters(copy_of), strict=True):
+            own = self._peft.peft_config[copy_of]
+            if own.lora_alpha / own.r != self.lora.alpha / self.lora.rank:
+                raise ModelError(
+                    f"Role `{copy_of}` has alpha {own.lora_alpha} and rank {own.r}, `model.lora` has {self.lora.alpha} "
+                    f"and {self.lora.rank}: a copy would run at another scale. All roles have one shape: set it so."
+                )
+            for target, source in zip(self._of[name].values(), self._of[copy_of].values(), strict=True):
                 target.data.copy_(source.data)
             if copy_of in self.heads:
                 self.heads[name] = copy.deepcopy(self.heads[copy_of]).requires_grad_(False)
@@ -116,7 +121,7 @@ class Roles:
             targets=tuple(target_names(saved)) or self.lora.targets,
         )
         self._attach(name, shape)
-        for key, parameter in self._named_parameters(name).items():
+        for key, parameter in self._of[name].items():
             if key not in saved:
                 raise ModelError(
                     f"{path} has no tensor `{key}`: it was trained on another architecture than this base."
@@ -127,7 +132,7 @@ class Roles:
                     "the adapter was trained on another base or with another rank."
                 )
             parameter.data.copy_(saved[key])
-        if extra := saved.keys() - self._named_parameters(name).keys():
+        if extra := saved.keys() - self._of[name].keys():
             raise ModelError(
                 f"{path}: `{min(extra)}` has no place on this base: it was trained on another architecture."
             )
@@ -144,7 +149,7 @@ class Roles:
         ranks.first(lambda: self._save(name, folder))
 
     def _save(self, name: str, folder: Path) -> None:
-        tensors = {key: p.data.contiguous().cpu() for key, p in self._named_parameters(name).items()}
+        tensors = {key: p.data.contiguous().cpu() for key, p in self._of[name].items()}
         head = self.heads[name].state_dict() if name in self.heads else {}
         refuse_non_finite(tensors | {f"head.{key}": tensor for key, tensor in head.items()}, f"the adapter {folder}")
         config = copy.deepcopy(self._peft.peft_config[name])
@@ -167,7 +172,7 @@ class Roles:
             layer.delete_adapter(name)
         del self._peft.peft_config[name]
         self._peft.base_model.active_adapter = []
-        self._names.remove(name)
+        del self._of[name]
         self.heads.pop(name, None)
 
     # ---- using a role
@@ -178,49 +183,41 @@ class Roles:
         if self._active is not None:
             raise ModelError(
                 f"Role `{name}` was opened inside the scope of `{self._active}`. Close that scope first: the backward "
-                f"of one "
-                "role with another role's adapter active gives wrong gradients without any error."
+                "of one role with another role's adapter active gives wrong gradients without any error."
             )
-        if name != BASE and name not in self._names:
-            raise ModelError(f"There is no role `{name}`; there are {', '.join([BASE, *self._names])}.")
-        self._activate(name)
+        if name != BASE and name not in self._of:
+            raise ModelError(f"There is no role `{name}`; there are {', '.join([BASE, *self._of])}.")
+        for layer in self._layers:
+            layer._disable_adapters = name == BASE
+            if name != BASE:
+                layer._active_adapter = [name]
         self._active = name
         try:
             yield ActiveRole(self, name)
         finally:
             self._active = None
 
-    def parameters(self, name: str, head: bool = False) -> list[nn.Parameter]:
-        """The adapter's parameters, in a fixed order (float32), and its head's when asked."""
-        found = list(self._named_parameters(name).values())
-        return found + (list(self.heads[name].parameters()) if head else [])
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """The adapter's parameters, in a fixed order (float32), and its head's when it has one."""
+        return [*self._of[name].values(), *(self.heads[name].parameters() if name in self.heads else ())]
 
     def trainable(self, name: str, on: bool = True) -> None:
         """Let gradients reach role `name` (and its head), or not. Fresh and loaded roles are frozen."""
-        for parameter in self.parameters(name, head=name in self.heads):
+        for parameter in self.parameters(name):
             parameter.requires_grad_(on)
             if not on:
                 parameter.grad = None
 
     def size(self, name: str) -> RoleSize:
         """Parameters and bytes of a role's adapter and head."""
-        parameters = self.parameters(name, head=name in self.heads)
+        parameters = self.parameters(name)
         return RoleSize(sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters))
 
     # ---- inside
 
     def _refuse_known(self, name: str) -> None:
-        if name == BASE or name in self._names:
+        if name == BASE or name in self._of:
             raise ModelError(f"Role `{name}` exists already.")
-
-    def _refuse_other_scale(self, name: str) -> None:
-        own, alpha = self._peft.peft_config[name], self.lora.alpha
-        if own.lora_alpha / own.r != alpha / self.lora.rank:
-            raise ModelError(
-                f"Role `{name}` has alpha {own.lora_alpha} and rank {own.r}, `model.lora` has {alpha} and "
-                f"{self.lora.rank}: "
-                "a copy would run at another scale. All roles have one shape: set it so."
-            )
 
     def _attach(self, name: str, lora: Lora) -> None:
         if self._peft is None:
@@ -233,7 +230,7 @@ class Roles:
             target_modules=rf"{DECODER}\.({'|'.join(map(re.escape, lora.targets))})",
         )
         # PEFT turns every other adapter's gradients off when it adds one: remember and restore them.
-        training = {other: self.parameters(other)[0].requires_grad for other in self._names}
+        training = {other: self.parameters(other)[0].requires_grad for other in self._of}
         if self._peft is None:
             self._peft = get_peft_model(self.base.model, config, adapter_name=name)
         else:
@@ -241,7 +238,9 @@ class Roles:
         self._layers = [m for m in self.base.model.modules() if isinstance(m, LoraLayer)]
         if self.base.loader == "transformers":
             quicken(self._layers, self.base.dtype)
-        self._names.append(name)
+        suffix = f".{name}.weight"
+        own = ((key, p) for key, p in self._peft.named_parameters() if key.endswith(suffix) and ".lora_" in key)
+        self._of[name] = {key.removesuffix(suffix) + ".weight": parameter for key, parameter in own}
         self.trainable(name, False)
         for other, on in training.items():
             self.trainable(other, on)
@@ -258,20 +257,6 @@ class Roles:
                     + (f" Did you mean `{near[0]}`?" if near else "")
                     + f" It has {', '.join(there)}."
                 )
-
-    def _named_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        found = {}
-        suffix = f".{name}.weight"
-        for key, parameter in self._peft.named_parameters():
-            if key.endswith(suffix) and ".lora_" in key:
-                found[key.removesuffix(suffix) + ".weight"] = parameter
-        return found
-
-    def _activate(self, name: str) -> None:
-        for layer in self._layers:
-            layer._disable_adapters = name == BASE
-            if name != BASE:
-                layer._active_adapter = [name]
 
 
 class ActiveRole:
@@ -306,8 +291,7 @@ class ActiveRole:
         if self.roles._active != self.name:
             raise ModelError(
                 f"A gradient of role `{self.name}` arrived in the scope of `{self.roles._active}`. Call backward() "
-                f"inside "
-                f"`with roles.use({self.name!r})`: elsewhere the adapters' gradients would be wrong or missing."
+                f"inside `with roles.use({self.name!r})`: elsewhere the adapters' gradients would be wrong or missing."
             )
 
 

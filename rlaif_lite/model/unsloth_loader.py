@@ -36,8 +36,7 @@ def import_first(section: Model) -> None:
     except metadata.PackageNotFoundError:
         raise ModelError(
             "`model.loader: unsloth`, but unsloth is not installed. Install rlaif-lite[unsloth] in an environment of "
-            "its "
-            f"own: it holds transformers back. {OTHERWISE}"
+            f"its own: it holds transformers back. {OTHERWISE}"
         ) from None
     have = metadata.version("transformers")
     for need in needs:
@@ -50,8 +49,7 @@ def import_first(section: Model) -> None:
     if "transformers" in sys.modules and "unsloth" not in sys.modules:
         raise ModelError(
             "unsloth has to be imported before transformers, which it rewrites. Put `import unsloth` at the top of "
-            "your "
-            f"script; the command line does it by itself. {OTHERWISE}"
+            f"your script; the command line does it by itself. {OTHERWISE}"
         )
     import unsloth  # noqa: F401
 

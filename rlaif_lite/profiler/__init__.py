@@ -123,7 +123,9 @@ def opened(
 
 def stage_figures(recorder: Recorder, base: Base, rate: float, planned: int) -> dict:
     """A stage's costs; `other` is what no phase names: reading, laying out batches, checkpoints."""
-    total, size = recorder.measured_seconds, linear_parameters(base)
+    # weights of the decoder's linear layers: each costs a multiplication and an addition per token
+    layers = (module for module in base.decoder.modules() if isinstance(module, torch.nn.Linear))
+    total, size = recorder.measured_seconds, sum(layer.in_features * layer.out_features for layer in layers)
     phases = {}
     for name, cost in recorder.costs.items():
         work = FLOPS.get(name, 0) * size * cost.count
@@ -154,12 +156,6 @@ def stage_figures(recorder: Recorder, base: Base, rate: float, planned: int) -> 
         "planned_memory_bytes": planned,
         "phases": phases,
     }
-
-
-def linear_parameters(base: Base) -> int:
-    """Weights of the decoder's linear layers: each costs a multiplication and an addition per token."""
-    layers = (module for module in base.decoder.modules() if isinstance(module, torch.nn.Linear))
-    return sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def cap(memory: int | None, device: torch.device) -> None:

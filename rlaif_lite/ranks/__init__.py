@@ -31,29 +31,6 @@ from .exchange import (
 from .meeting import check_folder, joined, refuse_several
 from .world import PeerGone, PeerOutOfMemory, count, device, is_first, on_this_machine, rank
 
-__all__ = [
-    "PeerGone",
-    "PeerOutOfMemory",
-    "alone",
-    "check_folder",
-    "collect",
-    "count",
-    "deal",
-    "device",
-    "first",
-    "gather",
-    "is_first",
-    "joined",
-    "on_this_machine",
-    "ran_out",
-    "rank",
-    "refuse_several",
-    "same",
-    "share",
-    "spread",
-    "sum_gradients",
-    "total",
-    "totals",
-    "wait",
-    "went_well",
-]
+__all__ = ["PeerGone", "PeerOutOfMemory", "alone", "check_folder", "collect", "count", "deal", "device", "first"]
+__all__ += ["gather", "is_first", "joined", "on_this_machine", "ran_out", "rank", "refuse_several", "same", "share"]
+__all__ += ["spread", "sum_gradients", "total", "totals", "wait", "went_well"]

@@ -1,7 +1,7 @@
 """Work cut into shares, and what the ranks tell each other of it. In one process every function does its work alone."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import StageError
@@ -118,12 +118,8 @@ def same(what: str, value: object, where: str) -> None:
     """Raises StageError, naming the ranks, where `value` differs from rank 0's."""
     every = gather(value)
     if other := [number for number, each in enumerate(every) if each != every[0]]:
-        differs = f"{what} differs on rank {_listed(other)} from rank 0's"
+        differs = f"{what} differs on rank {', '.join(map(str, other))} from rank 0's"
         raise StageError(f"{where}: {differs}. {_differences(every, other)}")
-
-
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def _differences(every: list, other: list[int]) -> str:

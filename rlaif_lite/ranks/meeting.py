@@ -246,10 +246,10 @@ def _wait_for(sign: str, numbers: Iterable[int]) -> set[int]:
 
 def check_folder(folder: Path) -> None:
     """Raises StageError where a rank does not see the run folder, or sees another one of the same name."""
-    token = first(lambda: _leave_token(folder))
     path, until = folder / ".ranks.tmp", time.monotonic() + ANSWER_S
     if WORLD.count > 1:
-        seen = False
+        token, seen = first(lambda: os.urandom(16).hex()), False
+        first(lambda: path.write_text(token, encoding="utf-8"))
         while not seen and time.monotonic() < until:
             with contextlib.suppress(OSError):
                 seen = path.read_text(encoding="utf-8") == token
@@ -261,10 +261,3 @@ def check_folder(folder: Path) -> None:
                 f"{', '.join(named)}: the run folder {folder.absolute()} of rank 0 is not to be seen there. All ranks "
                 "need it at one path: set `output` to a folder that all machines share."
             )
-
-
-def _leave_token(folder: Path) -> str:
-    token = os.urandom(16).hex()
-    if WORLD.count > 1:
-        (folder / ".ranks.tmp").write_text(token, encoding="utf-8")
-    return token

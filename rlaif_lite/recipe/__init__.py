@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,7 +20,7 @@ from pydantic import Field, PrivateAttr, Strict, ValidationError
 
 from ..errors import RecipeError
 from . import file
-from .checks import cross_checks, file_checks, tracker_checks
+from .checks import cross_checks, file_checks
 from .dpo import Describe, Divide, Dpo
 from .feedback import Claims, Outside, Pairwise, Preference, Reward
 from .ppo import Ppo
@@ -44,45 +45,11 @@ from .sections import (
     World,
 )
 
-__all__ = [
-    "SPLITS",
-    "Checklist",
-    "Claims",
-    "Context",
-    "Data",
-    "Describe",
-    "Divide",
-    "Dpo",
-    "Evaluate",
-    "Features",
-    "Interventions",
-    "Lora",
-    "Model",
-    "Outside",
-    "Pairwise",
-    "Ppo",
-    "Preference",
-    "Prune",
-    "Recipe",
-    "Reward",
-    "RewardBase",
-    "Rule",
-    "Rules",
-    "Section",
-    "Sft",
-    "Training",
-    "World",
-    "check_files",
-    "dump_yaml",
-    "fields",
-    "flatten",
-    "json_schema",
-    "load_recipe",
-    "neutral_keys",
-    "raise_all",
-    "recipe_hash",
-    "show_fields",
-]
+__all__ = ["SPLITS", "Checklist", "Claims", "Context", "Data", "Describe", "Divide", "Dpo", "Evaluate", "Features"]
+__all__ += ["Interventions", "Lora", "Model", "Outside", "Pairwise", "Ppo", "Preference", "Prune", "Recipe", "Reward"]
+__all__ += ["RewardBase", "Rule", "Rules", "Section", "Sft", "Training", "World", "check_files", "dump_yaml"]
+__all__ += ["fields", "flatten", "json_schema", "load_recipe", "neutral_keys", "raise_all", "recipe_hash"]
+__all__ += ["show_fields"]
 
 
 MOST_ERRORS = 30  # shown at a time
@@ -202,7 +169,9 @@ def raise_all(recipe: Recipe, problems: Iterable[tuple[str, str]]) -> None:
 
 def check_files(recipe: Recipe) -> None:
     """Looks whether the files that the recipe names are there, and whether every stage has data. Reads none of them."""
-    raise_all(recipe, [*tracker_checks(recipe), *file_checks(recipe)])
+    missing = (name for name in recipe.track if find_spec(name) is None)  # none of the others is loaded
+    why = "has {0}, whose package is not installed: pip install 'rlaif-lite[{0}]'"
+    raise_all(recipe, [*(("track", why.format(name)) for name in missing), *file_checks(recipe)])
 
 
 # --------------------------------------------------------------------------------------------------------- views of it

@@ -22,21 +22,9 @@ TENSOR = re.compile(r"^(.*?\.layers\.)(\d+)\.([\w.]+?)\.lora_([AB])(?:\.\w+)?\.w
 
 # What may be set without changing the function: names, versions, and keys that other keys switch on.
 NEUTRAL = {
-    "peft_type",
-    "peft_version",
-    "task_type",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "init_lora_weights",
-    "megatron_core",
-    "qalora_group_size",
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "init_lora_weights"),
+    *("megatron_core", "qalora_group_size"),
 }
 WHY = {
     "use_rslora": "it is scaled by alpha / sqrt(rank) (rsLoRA), and roles by alpha / rank",
@@ -79,9 +67,8 @@ def check_settings(settings: object, where: str | Path) -> None:
     start = str(settings.get("init_lora_weights", "")).lower()
     if start.startswith(OTHER_BASE):
         raise ModelError(
-            f"{where}: `init_lora_weights` = {start!r}: it belongs to a base whose weights it changed; only plain "
-            f"LoRA is "
-            "read. Convert it with PEFT's `path_initial_model_for_weight_conversion`."
+            f"{where}: `init_lora_weights` = {start!r}: it belongs to a base whose weights it changed; only plain LoRA "
+            "is read. Convert it with PEFT's `path_initial_model_for_weight_conversion`."
         )
     for key, kinds in (("r", int), ("lora_alpha", int | float)):
         value = settings.get(key)
@@ -132,7 +119,6 @@ def read_adapter(folder: Path) -> AdapterShape:
         if bare := sorted(every - layers.get(layer, set())):
             raise ModelError(
                 f"{path}: layer {layer} has no {bare[0][0]}.lora_{bare[0][1]}: it is on some of the layers only, and "
-                f"roles "
-                "are on all."
+                "roles are on all."
             )
     return AdapterShape(settings["r"], float(settings["lora_alpha"]), target_names(names))

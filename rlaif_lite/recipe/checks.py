@@ -6,7 +6,6 @@ Each check yields (key, message); `recipe.raise_all` adds where the key was writ
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING
@@ -293,13 +292,6 @@ def _adapter_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
                         key,
                         f"names {name}, whose {what} is {found}, but {here}. All roles have one shape: set it so.",
                     )
-
-
-def tracker_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Yields what names a tracker whose package is not installed; none is loaded."""
-    for name in recipe.track:
-        if find_spec(name) is None:
-            yield "track", f"has {name}, whose package is not installed: pip install 'rlaif-lite[{name}]'"
 
 
 def file_checks(recipe: Recipe) -> Iterator[tuple[str, str]]:

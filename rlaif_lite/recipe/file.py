@@ -113,8 +113,7 @@ def find_recipe(path: str | Path) -> Path:
     if str(path) == "-" or os.path.exists(path) and not is_folder(path):
         raise RecipeError(
             f"{path} is not a regular file. Recipes are not read from standard input or pipes, because errors and the "
-            f"run "
-            "folder name the file. Save it as a file first."
+            "run folder name the file. Save it as a file first."
         )
     if len(str(path)) > LONGEST:
         raise RecipeError(f"{str(path)[:LONGEST]}... is not there, expected a recipe file.")
@@ -239,17 +238,15 @@ def fields_of(schema: dict[str, Any]) -> dict[str, FieldInfo]:
             is_section = bool(inner) and inner[0][1] == "."
             default = _value_words(part["default"]) if "default" in part else "required"
             help = part.get("description") or options[0].get("description", "").rstrip(".")
-            result[prefix + name] = FieldInfo(_either(map(_type_words, options)), default, help, is_section)
+            *most, last = map(_type_words, options)
+            joint = ", or " if "," in "".join(most) else " or "
+            types = f"{', '.join(most)}{joint}{last}" if most else last
+            result[prefix + name] = FieldInfo(types, default, help, is_section)
             for option, joint in inner:
                 walk(option, prefix + name + joint)
 
     walk(schema, "")
     return result
-
-
-def _either(types: Iterable[str]) -> str:
-    *most, last = types
-    return f"{', '.join(most)}{', or ' if ',' in ''.join(most) else ' or '}{last}" if most else last
 
 
 def _value_words(value: object) -> str:

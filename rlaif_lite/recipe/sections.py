@@ -19,8 +19,7 @@ FilePath = Annotated[str, AfterValidator(os.path.expanduser)]  # the only place 
 Words = Annotated[tuple[str, ...], Strict(False)]  # not strict about list or tuple; the items are text all the same
 FilePaths = Annotated[tuple[FilePath, ...], Strict(False)]
 # Marks a key that says where and how fast, not what: a change of it makes no stage stale and leaves `recipe_hash`
-# alone.
-# Batch sizes of sampling are science: they change which random numbers an answer is drawn with.
+# alone. Batch sizes of sampling are science: they change which random numbers an answer is drawn with.
 NEUTRAL = {"neutral": True}
 
 SPLITS = ("sft_easy", "sft_hard", "policy_init", "preference", "rl", "test")  # what stages read

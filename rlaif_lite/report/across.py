@@ -25,53 +25,49 @@ class Row(NamedTuple):
     swept: bool = False  # one of the figures that a sweep sums up and draws
 
 
-def _change(metric: str, label: str) -> Row:
-    return Row(f"{label}, policy - SFT", ("evaluation", METHOD, metric), ("evaluation", "sft", metric), swept=True)
+MODES = {"greedy": "greedy", "sample": "sampled"}
+SHUFFLED = "accuracy or F1 with the frames shuffled, less the same in order"
 
 
-def _shuffled(role: str) -> tuple[str, ...]:
-    return ("order", role, "change", "delta")
+def _changes(label: str, metric: str, *modes: str) -> list[Row]:
+    """From SFT to the policy, by how answers are decoded; with the evaluation's interval for hallucination."""
+    rows = []
+    for mode in modes or MODES:
+        name = f"{mode}_{metric}"
+        columns = (("evaluation", METHOD, name), ("evaluation", "sft", name))
+        rows.append(Row(f"{label}, {MODES[mode]}, policy - SFT", *columns, swept=metric != "precision"))
+        if metric == "hallucination":
+            path = ("evaluation_intervals", f"{METHOD}-sft", name)
+            rows += [Row(f"... interval, {end}", (*path, end)) for end in ("low", "high")]
+    return rows
+
+
+def _values(label: str, metric: str, swept: tuple[str, ...] = ("greedy",)) -> list[Row]:
+    """Of SFT and the policy; and of SFT where it is sampled at a low temperature, as sharpening alone would be."""
+    rows = [
+        Row(f"{label}, {how}, {who}", ("evaluation", column, f"{mode}_{metric}"), swept=mode in swept)
+        for mode, how in MODES.items()
+        for who, column in (("SFT", "sft"), ("policy", METHOD))
+    ]
+    cool = ("evaluation", "sft@0.3", f"sample_{metric}")
+    return [*rows, Row(f"{label}, SFT sampled at T = 0.3", cool, swept="sample" in swept)]
 
 
 ROWS = [
-    _change("greedy_hallucination", "hallucination, greedy"),
-    Row("... interval, low", ("evaluation_intervals", f"{METHOD}-sft", "greedy_hallucination", "low")),
-    Row("... interval, high", ("evaluation_intervals", f"{METHOD}-sft", "greedy_hallucination", "high")),
-    _change("sample_hallucination", "hallucination, sampled"),
-    Row("... interval, low", ("evaluation_intervals", f"{METHOD}-sft", "sample_hallucination", "low")),
-    Row("... interval, high", ("evaluation_intervals", f"{METHOD}-sft", "sample_hallucination", "high")),
-    _change("greedy_accuracy", "accuracy, greedy"),
-    _change("sample_accuracy", "accuracy, sampled"),
-    Row("accuracy, greedy, SFT", ("evaluation", "sft", "greedy_accuracy"), swept=True),
-    Row("accuracy, greedy, policy", ("evaluation", METHOD, "greedy_accuracy"), swept=True),
-    Row("accuracy, sampled, SFT", ("evaluation", "sft", "sample_accuracy"), swept=True),
-    Row("accuracy, sampled, policy", ("evaluation", METHOD, "sample_accuracy"), swept=True),
-    Row("accuracy, SFT sampled at T = 0.3", ("evaluation", "sft@0.3", "sample_accuracy"), swept=True),
-    Row("accuracy or F1 with the frames shuffled, less the same in order, SFT", _shuffled("sft"), swept=True),
-    Row("accuracy or F1 with the frames shuffled, less the same in order, policy", _shuffled(METHOD), swept=True),
-    _change("greedy_f1", "F1, greedy"),
-    _change("sample_f1", "F1, sampled"),
-    Row(
-        "precision, greedy, policy - SFT",
-        ("evaluation", METHOD, "greedy_precision"),
-        ("evaluation", "sft", "greedy_precision"),
+    *_changes("hallucination", "hallucination"),
+    *_changes("accuracy", "accuracy"),
+    *_values("accuracy", "accuracy", ("greedy", "sample")),
+    *(
+        Row(f"{SHUFFLED}, {who}", ("order", role, "change", "delta"), swept=True)
+        for who, role in (("SFT", "sft"), ("policy", METHOD))
     ),
-    _change("greedy_recall", "recall, greedy"),
-    _change("sample_recall", "recall, sampled"),
-    _change("greedy_length", "length, greedy"),
-    _change("sample_length", "length, sampled"),
-    _change("greedy_malformed", "malformed answers, greedy"),
-    _change("sample_malformed", "malformed answers, sampled"),
-    Row("hallucination, greedy, SFT", ("evaluation", "sft", "greedy_hallucination"), swept=True),
-    Row("hallucination, greedy, policy", ("evaluation", METHOD, "greedy_hallucination"), swept=True),
-    Row("hallucination, sampled, SFT", ("evaluation", "sft", "sample_hallucination")),
-    Row("hallucination, sampled, policy", ("evaluation", METHOD, "sample_hallucination")),
-    Row("hallucination, SFT sampled at T = 0.3", ("evaluation", "sft@0.3", "sample_hallucination")),
-    Row("F1, greedy, SFT", ("evaluation", "sft", "greedy_f1"), swept=True),
-    Row("F1, greedy, policy", ("evaluation", METHOD, "greedy_f1"), swept=True),
-    Row("F1, sampled, SFT", ("evaluation", "sft", "sample_f1")),
-    Row("F1, sampled, policy", ("evaluation", METHOD, "sample_f1")),
-    Row("F1, SFT sampled at T = 0.3", ("evaluation", "sft@0.3", "sample_f1")),
+    *_changes("F1", "f1"),
+    *_changes("precision", "precision", "greedy"),
+    *_changes("recall", "recall"),
+    *_changes("length", "length"),
+    *_changes("malformed answers", "malformed"),
+    *_values("hallucination", "hallucination"),
+    *_values("F1", "f1"),
     Row("malformed answers, greedy, policy", ("evaluation", METHOD, "greedy_malformed")),
     Row("malformed answers, sampled, policy", ("evaluation", METHOD, "sample_malformed")),
     Row("length, greedy, SFT", ("evaluation", "sft", "greedy_length")),
@@ -138,18 +134,8 @@ def figures(folder: Path) -> dict[str, Any]:
         "peak_mib": max(s["peak_memory_bytes"] for s in stages) / 2**20,
     }
     kept = (
-        "recipe",
-        "recipe_hash",
-        "seed",
-        "world_seed",
-        "device",
-        "machine",
-        "versions",
-        "stages",
-        "evaluation",
-        "evaluation_intervals",
-        "reward",
-        method,
+        *("recipe", "recipe_hash", "seed", "world_seed", "device", "machine", "versions", "stages", "evaluation"),
+        *("evaluation_intervals", "reward", method),
     )
     own = {
         "name": folder.name,
@@ -165,14 +151,10 @@ def figures(folder: Path) -> dict[str, Any]:
 
 def value_of(run: dict, row: Row) -> float | None:
     """A row's figure of one run; None where the run does not have it."""
-    value, minus = _at(run, row.path), _at(run, row.minus) if row.minus else 0.0
-    return None if value is None or minus is None else value - minus
-
-
-def _at(run: dict, path: tuple[str, ...]) -> float | None:
-    found: Any = run
-    for key in (key.replace(METHOD, run["method"]) for key in path):
-        if not isinstance(found, dict) or key not in found:
-            return None
-        found = found[key]
-    return found
+    found: list[Any] = []
+    for path in (row.path, row.minus) if row.minus else (row.path,):
+        value: Any = run
+        for key in path:
+            value = value.get(key.replace(METHOD, run["method"])) if isinstance(value, dict) else None
+        found.append(value)
+    return None if None in found else found[0] - sum(found[1:])

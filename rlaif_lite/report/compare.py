@@ -6,6 +6,7 @@ videos). The intervals cover which videos were drawn, not which seed: two runs o
 """
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,16 +26,13 @@ SHOWN_KEYS = 60  # characters of a value
 class Line(NamedTuple):
     """One metric."""
 
-    table: str
-    "greedy, sample, or the benchmark's name"
+    table: str  # greedy, sample, or the benchmark's name
     metric: str
     before: float
     after: float
     interval: Interval
-    better: int
-    "1 more is better, -1 less is better, 0 neither or not known"
-    share: bool
-    "shown in per cent"
+    better: int  # 1 more is better, -1 less is better, 0 neither or not known
+    share: bool  # shown in per cent
 
     @property
     def verdict(self) -> str:
@@ -51,10 +49,8 @@ class Comparison(NamedTuple):
 
     names: tuple[str, str]
     lines: list[Line]
-    videos: dict[str, int]
-    "by table"
-    keys: dict[str, tuple[Any, Any]]
-    "recipe keys and inputs that differ"
+    videos: dict[str, int]  # by table
+    keys: dict[str, tuple[Any, Any]]  # recipe keys and inputs that differ
     alone: tuple[dict[str, int], dict[str, int]]
     "sections of the recipe that only one of them read, and how many keys each has"
     cost: dict[str, tuple[float | None, float | None]]
@@ -95,7 +91,7 @@ def _kind(folder: Path) -> str:
 def compare_runs(a: Run, b: Run, role: str | None = None) -> Comparison:
     """Two runs' answers to the same held-out videos, metric by metric."""
     reads = [_reads(run) for run in (a, b)]
-    columns = [_column(run, role) for run in (a, b)]
+    columns = [method_of(run.summary) if role in (None, "policy") else role for run in (a, b)]
     answers = [_answers(run, read, column) for run, read, column in zip((a, b), reads, columns, strict=True)]
     _same_test_set(a, b, reads, answers)
     notes = [SEED_NOTE]
@@ -112,15 +108,15 @@ def compare_runs(a: Run, b: Run, role: str | None = None) -> Comparison:
     videos = {line.table: len({row["video"] for row in answers[0][line.table]}) for line in lines}
     differ, alone = _differences(*reads)
     names = tuple(_name(run, column) for run, column in zip((a, b), columns, strict=True))
-    return Comparison(names, lines, videos, differ, alone, _costs(a, b), notes)
+    stages = [run.summary["stages"] for run in (a, b)]
+    cost = {name: tuple(of.get(name, {}).get("seconds") for of in stages) for name in dict.fromkeys(chain(*stages))}
+    cost["all stages"] = tuple(sum(stage["seconds"] for stage in of.values()) for of in stages)
+    cost["peak memory"] = tuple(max(stage["peak_memory_bytes"] for stage in of.values()) for of in stages)
+    return Comparison(names, lines, videos, differ, alone, cost, notes)
 
 
 def _name(run: Run, column: str) -> str:
     return f"{run.folder}: {run.summary['recipe']}, seed {run.summary['seed']}, answers of {column}"
-
-
-def _column(run: Run, role: str | None) -> str:
-    return method_of(run.summary) if role in (None, "policy") else role
 
 
 def _reads(run: Run) -> dict[str, dict[str, Any]]:
@@ -159,7 +155,8 @@ def _same_test_set(a: Run, b: Run, reads: list[dict], answers: list[dict]) -> No
         one, other = (source.get(what, "not there") for source in sources)
         if one != other:
             reasons.append(f"{what} is {one} in A and {other} in B")
-    asked = [{row["key"]: _question(row) for rows in found.values() for row in rows} for found in answers]
+    question = lambda row: (row["prompt"], row["truth"] and row["truth"]["total"])
+    asked = [{row["key"]: question(row) for rows in found.values() for row in rows} for found in answers]
     common = asked[0].keys() & asked[1].keys()
     if len(common) < max(map(len, asked)):
         reasons.append(f"A has {len(asked[0])} questions and B {len(asked[1])}, {len(common)} of them the same")
@@ -181,10 +178,6 @@ def _sources(reads: dict[str, Any]) -> dict[str, Any]:
         else:
             found[f"the content of `data.test[{number}]`"] = reads[f"file {path}"]
     return found
-
-
-def _question(row: dict) -> tuple:
-    return row["prompt"], row["truth"] and row["truth"]["total"]
 
 
 def _changes(mode: str, before: list[dict], after: list[dict]) -> list[Line]:
@@ -217,15 +210,6 @@ def _differences(a: dict, b: dict) -> tuple[dict[str, tuple[Any, Any]], tuple[di
     return {key: pair for key, pair in differ.items() if pair[0] != pair[1]}, alone
 
 
-def _costs(a: Run, b: Run) -> dict[str, tuple[float | None, float | None]]:
-    stages = [run.summary["stages"] for run in (a, b)]
-    names = list(stages[0]) + [name for name in stages[1] if name not in stages[0]]
-    cost = {name: tuple(of.get(name, {}).get("seconds") for of in stages) for name in names}
-    cost["all stages"] = tuple(sum(stage["seconds"] for stage in of.values()) for of in stages)
-    cost["peak memory"] = tuple(max(stage["peak_memory_bytes"] for stage in of.values()) for of in stages)
-    return cost
-
-
 # ---------------------------------------------------------------------------------------------------------- benchmarks
 
 
@@ -234,8 +218,7 @@ class Result(NamedTuple):
 
     folder: Path
     summary: dict[str, Any]
-    items: dict[str, dict]
-    "lines of items.jsonl by id"
+    items: dict[str, dict]  # lines of items.jsonl by id
 
 
 def compare_benchmarks(a: Path, b: Path) -> Comparison:
@@ -304,7 +287,12 @@ def _same_benchmark(a: Result, b: Result) -> None:
 def _metrics(table: str, a: Result, b: Result) -> list[Line]:
     """Every metric that both counted: ratios of sums over items, all items about a video together."""
     lines = []
-    counts = [_counts(result) for result in (a, b)]
+    counts: list[dict[str, dict[str, np.ndarray]]] = [{}, {}]  # {metric: {video: (part, whole)}}
+    for result, found in zip((a, b), counts, strict=True):
+        for item in result.items.values():
+            for metric, pair in item["counts"].items():
+                of_video = found.setdefault(metric, {})
+                of_video[item["video"]] = of_video.get(item["video"], 0.0) + np.array(pair, dtype=np.float64)
     for metric in (name for name in counts[0] if name in counts[1]):
         of_videos = [found[metric] for found in counts]
         videos = sorted(of_videos[0].keys() | of_videos[1].keys())
@@ -316,16 +304,6 @@ def _metrics(table: str, a: Result, b: Result) -> list[Line]:
     return lines
 
 
-def _counts(result: Result) -> dict[str, dict[str, np.ndarray]]:
-    """{metric: {video: (part, whole)}}."""
-    out: dict[str, dict[str, np.ndarray]] = {}
-    for item in result.items.values():
-        for metric, pair in item["counts"].items():
-            of_video = out.setdefault(metric, {})
-            of_video[item["video"]] = of_video.get(item["video"], 0.0) + np.array(pair, dtype=np.float64)
-    return out
-
-
 # ------------------------------------------------------------------------------------------------------------- showing
 
 
@@ -335,7 +313,13 @@ def as_text(found: Comparison) -> str:
     for table, videos in found.videos.items():
         title = MODES.get(table, table)
         out += ["", f"{f'{title}, {videos} videos':<28}{'A':>9}{'B':>9}{'B - A':>9}   95 % interval"]
-        out += [_shown(line) for line in found.lines if line.table == table]
+        for line in (line for line in found.lines if line.table == table):
+            label = MEASURES[line.metric].label if table in MODES else line.metric
+            factor, digits, unit = (100, 1, " %") if line.share else (1, 2 if table in MODES else 3, "")
+            before, after = (f"{factor * value:.{digits}f}{unit}" for value in (line.before, line.after))
+            delta, low, high = (f"{factor * value:+.{digits}f}" for value in line.interval)
+            text = f"  {label:<26}{before:>9}{after:>9}{delta:>9}   {f'{low} to {high}':<20} {line.verdict}"
+            out.append(text.rstrip())
     beyond = [line for line in found.lines if line.verdict]
     looked_at = len(found.lines)
     out += [
@@ -346,7 +330,11 @@ def as_text(found: Comparison) -> str:
     ]
     if found.keys or any(found.alone):
         out += ["", f"{'Differs':<40}{'A':<24}  B"]
-        out += [f"  {key:<38}{_brief(one):<24}  {_brief(other)}" for key, (one, other) in found.keys.items()]
+        for key, pair in found.keys.items():
+            texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in pair]
+            texts = [" ".join(text.split()) for text in texts]
+            one, other = (text if len(text) <= SHOWN_KEYS else f"{text[:SHOWN_KEYS]}..." for text in texts)
+            out.append(f"  {key:<38}{one:<24}  {other}")
         for which, sections in zip("AB", found.alone, strict=True):
             if sections:
                 counted = ", ".join(f"{section} ({count})" for section, count in sections.items())
@@ -357,20 +345,6 @@ def as_text(found: Comparison) -> str:
             words = ["-" if v is None else size(v) if what == "peak memory" else duration(v) for v in pair]
             out.append(f"  {what:<26}{words[0]:>14}{words[1]:>14}")
     return "\n".join(out)
-
-
-def _shown(line: Line) -> str:
-    label = MEASURES[line.metric].label if line.table in MODES else line.metric
-    factor, digits, unit = (100, 1, " %") if line.share else (1, 3 if line.table not in MODES else 2, "")
-    before, after = (f"{factor * value:.{digits}f}{unit}" for value in (line.before, line.after))
-    delta, low, high = (f"{factor * value:+.{digits}f}" for value in line.interval)
-    return f"  {label:<26}{before:>9}{after:>9}{delta:>9}   {f'{low} to {high}':<20} {line.verdict}".rstrip()
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
-    text = " ".join(text.split())
-    return text if len(text) <= SHOWN_KEYS else f"{text[:SHOWN_KEYS]}..."
 
 
 def as_json(found: Comparison) -> dict[str, Any]:

@@ -15,14 +15,10 @@ IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 class Example(NamedTuple):
     """A held-out video that the report shows."""
 
-    key: str
-    "of the record"
-    id: str
-    "the user's, for display"
-    image: str
-    "the strip of frames as a data URI"
-    truth: str | None
-    "what really happens, where it is known"
+    key: str  # of the record
+    id: str  # the user's, for display
+    image: str  # the strip of frames as a data URI
+    truth: str | None  # what really happens, where it is known
 
 
 class Run(NamedTuple):
@@ -30,14 +26,11 @@ class Run(NamedTuple):
 
     folder: Path
     summary: dict[str, Any]
-    metrics: dict[str, list[dict]]
-    "lines of metrics.jsonl by stage, in order of steps"
+    metrics: dict[str, list[dict]]  # lines of metrics.jsonl by stage, in order of steps
     recipe: str
-    rows: list[dict]
-    "lines of evaluate/*.jsonl"
+    rows: list[dict]  # lines of evaluate/*.jsonl
     examples: list[Example]
-    people: People | None
-    "what people said of the answers; None where nobody was asked"
+    people: People | None  # what people said of the answers; None where nobody was asked
 
 
 def read_run(folder: Path) -> Run:

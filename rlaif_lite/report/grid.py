@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from ..errors import StageError
 from ..files import write_json, write_text
-from .across import METHOD, ROWS, Row, figures, value_of
+from .across import METHOD, ROWS, figures, value_of
 from .plots import Spread, panels
-from .stats import Stat, stat
+from .stats import stat
 
 SWEPT = [row for row in ROWS if row.swept]
 
@@ -63,7 +63,10 @@ def summed(ran: list[Ran]) -> dict[str, Any]:
                 only[point.setting] = runs[point.folder]
         for setting, by_draw in values.items():
             one = stat(list(by_draw.values()))
-            one = over_videos(row, one, only[setting]) if one.n == 1 else one
+            if one.n == 1 and row.minus is not None and row.path[:2] == ("evaluation", METHOD):
+                run = only[setting]  # a change of a single run has the interval that its evaluation gave it
+                interval = run["evaluation_intervals"].get(f"{run['method']}-sft", {}).get(row.path[-1])
+                one = one._replace(low=interval["low"], high=interval["high"]) if interval else one
             by_label.setdefault(row.label, {})[setting] = (by_draw, one._asdict())
         first = values.get(settings[0], {})
         for setting in settings[1:]:
@@ -76,15 +79,6 @@ def summed(ran: list[Ran]) -> dict[str, Any]:
         for p in ran
     ]
     return {"baseline": settings[0], "figures": by_label, "differences": differences, "points": points}
-
-
-def over_videos(row: Row, one: Stat, run: dict) -> Stat:
-    """A change of a single run against SFT with the interval that its evaluation gave it."""
-    name = row.path[-1]
-    interval = run["evaluation_intervals"].get(f"{run['method']}-sft", {}).get(name)
-    if row.minus is None or row.path[:2] != ("evaluation", METHOD) or interval is None:
-        return one
-    return one._replace(low=interval["low"], high=interval["high"])
 
 
 def costs(folder: Path) -> dict[str, Any]:

@@ -27,10 +27,8 @@ class Measure(NamedTuple):
 
     label: str
     help: str
-    better: int
-    "1 more is better, -1 less is better, 0 neither"
-    share: bool
-    "shown in per cent"
+    better: int  # 1 more is better, -1 less is better, 0 neither
+    share: bool  # shown in per cent
 
 
 MEASURES = {
@@ -47,8 +45,8 @@ MEASURES = {
     "length": Measure("Length", "tokens per answer", 0, False),
 }
 
-# title, {label: metric}, what its axis must show
-CURVES: list[tuple[str, dict[str, str], plots.Axis]] = [
+Curve = tuple[str, dict[str, str], plots.Axis]  # title, {label: metric}, what its axis must show
+CURVES: list[Curve] = [
     ("Reward", {"of the feedback": "objective/scores", "with KL and penalties": "objective/rlhf_reward"}, "free"),
     ("KL to the reference, nats per answer", {"KL": "objective/kl"}, "zero"),
     ("True score of rollouts, right − wrong", {"true score": "rollout/oracle_score"}, "free"),
@@ -60,7 +58,7 @@ CURVES: list[tuple[str, dict[str, str], plots.Axis]] = [
     ("Claims taken over by the judge", {"share": "interventions/rate"}, "zero"),
     ("Left out of the narrative, per answer", {"left out": "interventions/omitted"}, "zero"),
 ]
-ROUND_CURVES: list[tuple[str, dict[str, str], plots.Axis]] = [
+ROUND_CURVES: list[Curve] = [
     ("Judge’s score of held-out answers", {"score": "heldout_score"}, "free"),
     ("True score of held-out answers", {"true score": "heldout_truth"}, "free"),
     ("Words per answer", {"held out, greedy": "heldout_words", "sampled": "answer_words"}, "free"),
@@ -83,7 +81,7 @@ ROUND_COLUMNS = [
     ("truth", "heldout_truth", 1, 2),
     ("words", "heldout_words", 1, 1),
 ]
-MORE_CURVES: list[tuple[str, dict[str, str], plots.Axis]] = [
+MORE_CURVES: list[Curve] = [
     ("Entropy, nats per token", {"entropy": "policy/entropy_avg"}, "free"),
     ("Explained variance of the value", {"explained variance": "val/explained_variance"}, "free"),
     ("Repeated 4-grams", {"repetition": "rollout/repetition"}, "zero"),
@@ -115,6 +113,16 @@ def view(run: Run) -> dict[str, Any]:
     ppo, result, rounds = run.metrics.get("ppo", []), summary.get("ppo", {}), rounds_of(summary)
     effects = {base: {mode: changes(summary, base, mode) for mode in MODES} for base in ("sft", "reference")}
     bins = summary.get("reward", {}).get("calibration")
+    rules = dict.fromkeys(name for line in ppo for name in line if name.startswith("rules/") and "failed" not in name)
+    by_rule: Curve = ("Rewards by rule", {name.removeprefix("rules/"): name for name in rules}, "free")
+    losses = [
+        curve
+        for stage, lines in run.metrics.items()
+        if stage != "ppo"
+        for curve in draw([(f"Loss of {stage.replace('_', ' ')}", {"loss": "loss"}, "zero")], lines)
+    ]
+    stages = summary.get("stages", {})
+    longest = max([1e-9, *(stage["seconds"] for stage in stages.values())])
     return {
         "title": summary.get("recipe", run.folder.name),
         "folder": run.folder.name,
@@ -125,19 +133,26 @@ def view(run: Run) -> dict[str, Any]:
             for baseline, by_mode in effects.items()
             for panel in change_panels(method_of(summary), baseline, by_mode)
         ],
-        "best_of": best_of_panels(summary),
+        "best_of": [
+            panel
+            for role in summary.get("evaluation", {})
+            if role.startswith(f"{method_of(summary)}@bo")  # against the policy's own answers, greedy and sampled
+            for panel in change_panels(
+                role, method_of(summary), {mode: changes(summary, method_of(summary), mode, role) for mode in MODES}
+            )
+        ],
         "asked": asked(run.rows),
         "people": run.people,
         "trust": run.people and trust(run.people),
         "method": METHODS[method_of(summary)],
-        "curves": draw([*CURVES, rule_curve(ppo)], ppo)
-        + draw(ROUND_CURVES, [row | {"step": row["round"]} for row in rounds]),
+        "curves": draw([*CURVES, by_rule], ppo) + draw(ROUND_CURVES, [row | {"step": row["round"]} for row in rounds]),
         "rounds": round_table(rounds),
         "descriptions": descriptions(rounds),
-        "more_curves": draw(MORE_CURVES, ppo) + loss_curves(run),
+        "more_curves": draw(MORE_CURVES, ppo) + losses,
         "tables": [table for mode in MODES if (table := evaluation_table(summary.get("evaluation", {}), mode))],
         "cooler": any(role.startswith("sft@") for role in summary.get("evaluation", {})),
-        "stages": stage_rows(summary.get("stages", {})),
+        "stages": [{"planned_memory_bytes": None, **stage, "name": name} for name, stage in stages.items()],
+        "longest": longest,
         "judges": summary.get("preference", {}).get("judges", []),
         "calibration": Markup(plots.calibration(bins)) if bins else None,
         "roles": result.get("roles", {}),
@@ -156,10 +171,8 @@ class ChangeRow(NamedTuple):
 
     measure: Measure
     change: Change
-    verdict: str
-    "better, worse, or same: what the interval supports"
-    bar: Interval | None
-    "where the interval lies on the panel's axis, 0 to 100; only for shares"
+    verdict: str  # better, worse, or same: what the interval supports
+    bar: Interval | None  # where the interval lies on the panel's axis, 0 to 100; only for shares
 
 
 class ChangePanel(NamedTuple):
@@ -167,8 +180,7 @@ class ChangePanel(NamedTuple):
 
     title: str
     baseline: str
-    reach: float
-    "the axis goes from -reach to +reach, in points"
+    reach: float  # the axis goes from -reach to +reach, in points
     rows: list[ChangeRow]
 
 
@@ -183,7 +195,10 @@ def change_panels(role: str, baseline: str, by_mode: dict[str, Changes]) -> list
             if name in found:
                 interval = found[name].interval
                 bar = Interval(*(50 + 50 * edge / reach for edge in interval)) if measure.share else None
-                rows.append(ChangeRow(measure, found[name], _verdict(measure, interval), bar))
+                clear = measure.better and not interval.low <= 0 <= interval.high
+                better = (interval.low > 0) == (measure.better > 0)
+                verdict = "same" if not clear else "better" if better else "worse"
+                rows.append(ChangeRow(measure, found[name], verdict, bar))
         if rows:
             title = f"{MODES[mode]} answers, {_role_label(role)} against {ROLES[baseline]}"
             if "@" in role:
@@ -192,27 +207,12 @@ def change_panels(role: str, baseline: str, by_mode: dict[str, Changes]) -> list
     return panels
 
 
-def best_of_panels(summary: dict[str, Any]) -> list[ChangePanel]:
-    """The best of several answers against the policy's own, greedy and sampled."""
-    method = method_of(summary)
-    columns = [role for role in summary.get("evaluation", {}) if role.startswith(f"{method}@bo")]
-    by_column = {role: {mode: changes(summary, method, mode, role) for mode in MODES} for role in columns}
-    return [panel for role, by_mode in by_column.items() for panel in change_panels(role, method, by_mode)]
-
-
-def _verdict(measure: Measure, interval: Interval) -> str:
-    if measure.better == 0 or interval.low <= 0 <= interval.high:
-        return "same"
-    return "better" if (interval.low > 0) == (measure.better > 0) else "worse"
-
-
 class Table(NamedTuple):
     """Every role's value of some metrics."""
 
     title: str
     measures: list[Measure]
-    rows: list[tuple[str, str, list[float | None]]]
-    "label, kind (a role, `policy`, `cooler` or `best_of`), values"
+    rows: list[tuple[str, str, list[float | None]]]  # label, kind (a role, `policy`, `cooler` or `best_of`), values
 
 
 def evaluation_table(evaluation: dict[str, dict[str, float]], mode: str) -> Table | None:
@@ -226,7 +226,11 @@ def evaluation_table(evaluation: dict[str, dict[str, float]], mode: str) -> Tabl
     names = [name for name in MEASURES if any(values[name] is not None for values in rows.values())]
     if not rows:
         return None
-    body = [(_role_label(role), _role_kind(role), [values[name] for name in names]) for role, values in rows.items()]
+    body = []
+    for role, values in rows.items():
+        name, _, how = role.partition("@")
+        kind = ("best_of" if how.startswith("bo") else "cooler") if how else "policy" if name in METHODS else name
+        body.append((_role_label(role), kind, [values[name] for name in names]))
     return Table(f"{MODES[mode]} answers", [MEASURES[name] for name in names], body)
 
 
@@ -237,74 +241,22 @@ def _role_label(role: str) -> str:
     return f"{ROLES[name]} at temperature {how}" if how else ROLES[name]
 
 
-def _role_kind(role: str) -> str:
-    name, _, how = role.partition("@")
-    if how:
-        return "best_of" if how.startswith("bo") else "cooler"
-    return "policy" if name in METHODS else name
-
-
 # ------------------------------------------------------------------------------------------------------- curves, costs
 
 
-def draw(wanted: list[tuple[str, dict[str, str], plots.Axis]], lines: list[dict]) -> list[tuple[str, Markup]]:
+def draw(wanted: list[Curve], lines: list[dict]) -> list[tuple[str, Markup]]:
     """(title, SVG) of every wanted curve that has at least two steps."""
     drawn = []
     for title, metrics, axis in wanted:
-        series = {label: _points(lines, metric) for label, metric in metrics.items()}
-        series = {label: points for label, points in series.items() if len(points[0]) > 1}
+        have = {label: [line for line in lines if metric in line] for label, metric in metrics.items()}
+        series = {
+            label: ([line["step"] for line in found], [line[metrics[label]] for line in found])
+            for label, found in have.items()
+            if len(found) > 1
+        }
         if series:
             drawn.append((title, Markup(plots.curve(series, axis))))
     return drawn
-
-
-def rule_curve(lines: list[dict]) -> tuple[str, dict[str, str], plots.Axis]:
-    """The mean of every reward by rule."""
-    names = dict.fromkeys(name for line in lines for name in line if name.startswith("rules/"))
-    return "Rewards by rule", {name.removeprefix("rules/"): name for name in names if name != "rules/failed"}, "free"
-
-
-def loss_curves(run: Run) -> list[tuple[str, Markup]]:
-    """The loss of every phase but PPO's."""
-    return [
-        curve
-        for stage, lines in run.metrics.items()
-        if stage != "ppo"
-        for curve in draw([(f"Loss of {stage.replace('_', ' ')}", {"loss": "loss"}, "zero")], lines)
-    ]
-
-
-def _points(lines: list[dict], metric: str) -> tuple[list[int], list[float]]:
-    have = [line for line in lines if metric in line]
-    return [line["step"] for line in have], [line[metric] for line in have]
-
-
-class StageRow(NamedTuple):
-    """A stage's time and memory."""
-
-    name: str
-    status: str
-    seconds: float
-    share: float
-    "of the longest stage, 0 to 100"
-    peak: int
-    planned: int | None
-
-
-def stage_rows(stages: dict[str, dict]) -> list[StageRow]:
-    """The stages of a summary, in its order, with bars relative to the longest."""
-    longest = max([1e-9, *(stage["seconds"] for stage in stages.values())])
-    return [
-        StageRow(
-            name=name,
-            status=stage["status"],
-            seconds=stage["seconds"],
-            share=100 * stage["seconds"] / longest,
-            peak=stage["peak_memory_bytes"],
-            planned=stage.get("planned_memory_bytes"),
-        )
-        for name, stage in stages.items()
-    ]
 
 
 # -------------------------------------------------------------------------------------------------------- DPO's rounds
@@ -314,8 +266,7 @@ class Described(NamedTuple):
     "One video's descriptions, as they were rewritten."
 
     video: str
-    texts: list[tuple[str, str]]
-    "who wrote it, and the text"
+    texts: list[tuple[str, str]]  # who wrote it, and the text
 
 
 def round_table(rounds: list[dict]) -> tuple[list[str], list[tuple[int, bool, list[str]]]] | None:
@@ -348,8 +299,7 @@ class Answer(NamedTuple):
     """A role's answer to an example, with what is wrong in it marked."""
 
     label: str
-    pieces: list[tuple[str, bool]]
-    "text, and whether it is wrong"
+    pieces: list[tuple[str, bool]]  # text, and whether it is wrong
     right: int | None
     wrong: int | None
 

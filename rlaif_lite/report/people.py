@@ -30,26 +30,19 @@ Z_975 = 1.959964
 class Item(NamedTuple):
     """Two answers that a person can compare."""
 
-    id: str
-    "a digest of the rest, but for the margin"
+    id: str  # a digest of the rest, but for the margin
     source: str
-    key: str
-    "of the record"
-    answers: tuple[str, str]
-    "in the order of SOURCES"
-    row: dict[str, Any]
-    "what the judge said: the pair's line of `pairs.jsonl`"
+    key: str  # of the record
+    answers: tuple[str, str]  # in the order of SOURCES
+    row: dict[str, Any]  # what the judge said: the pair's line of `pairs.jsonl`
 
 
 class Labels(NamedTuple):
     """The labels of a run that count."""
 
-    by_person: dict[str, dict[str, dict]]
-    "{person: {item: the last label}}, skipped ones included"
-    refused: list[str]
-    "files that are left out, and why"
-    stale: int
-    "labels about answers that the run no longer has"
+    by_person: dict[str, dict[str, dict]]  # {person: {item: the last label}}, skipped ones included
+    refused: list[str]  # files that are left out, and why
+    stale: int  # labels about answers that the run no longer has
 
 
 class Share(NamedTuple):
@@ -67,29 +60,20 @@ class Couple(NamedTuple):
 
     names: tuple[str, str]
     items: int
-    same: float
-    "share of the items with the same verdict"
-    kappa: float | None
-    "None where both always say the same one thing"
+    same: float  # share of the items with the same verdict
+    kappa: float | None  # None where both always say the same one thing
 
 
 class People(NamedTuple):
     """What people's verdicts say."""
 
-    verdicts: dict[str, int]
-    "by person, without skipped ones"
-    policy: Share | None
-    "win rate of the policy against SFT"
-    counts: tuple[int, int, int]
-    "won, tied, lost by the policy"
-    equal: int
-    "questions that policy and SFT answer word for word alike"
-    judge: Share | None
-    "the judge and people name the same better answer, where people name one"
-    reward: Share | None
-    "the same of the reward model, on pairs that it was not trained on"
-    each_other: Share | None
-    "two people name the same better answer of a judged pair, where both name one"
+    verdicts: dict[str, int]  # by person, without skipped ones
+    policy: Share | None  # win rate of the policy against SFT
+    counts: tuple[int, int, int]  # won, tied, lost by the policy
+    equal: int  # questions that policy and SFT answer word for word alike
+    judge: Share | None  # the judge and people name the same better answer, where people name one
+    reward: Share | None  # the same of the reward model, on pairs that it was not trained on
+    each_other: Share | None  # two people name the same better answer of a judged pair, where both name one
     couples: list[Couple]
     labels: Labels
 
@@ -174,6 +158,12 @@ def read_people(folder: Path, rows: Iterable[dict], method: str, recipe_hash: st
         if (gap := gaps.get((items[row["item"]].key, *items[row["item"]].answers))) is not None
     ]
     counts = Counter(row["better"] for row in policy)
+    alike = (  # every two people and every judged pair that both decided
+        (one[item]["video"], float(one[item]["better"] == other[item]["better"]))
+        for one, other in combinations(labels.by_person.values(), 2)
+        for item in one.keys() & other.keys()
+        if {one[item]["better"], other[item]["better"]} <= {*SOURCES["judged"]}
+    )
     couples = [couple(*two) for two in combinations(sorted(labels.by_person.items()), 2)]
     greedy = {(row["key"], row["role"]): row["answer"] for row in rows if row["mode"] == "greedy"}
     return People(
@@ -183,20 +173,10 @@ def read_people(folder: Path, rows: Iterable[dict], method: str, recipe_hash: st
         equal=sum(role == "sft" and greedy.get((key, method)) == text for (key, role), text in greedy.items()),
         judge=share((row["video"], float(row["better"] == "chosen")) for row in decided),
         reward=share((row["video"], float((row["better"] == "chosen") == (gap > 0))) for row, gap in scored),
-        each_other=share(_same(labels)),
+        each_other=share(alike),
         couples=[found for found in couples if found is not None],
         labels=labels,
     )
-
-
-def _same(labels: Labels) -> list[tuple[str, float]]:
-    """(video, whether they agree) for every two people and every judged pair that both decided."""
-    return [
-        (one[item]["video"], float(one[item]["better"] == other[item]["better"]))
-        for one, other in combinations(labels.by_person.values(), 2)
-        for item in one.keys() & other.keys()
-        if {one[item]["better"], other[item]["better"]} <= {*SOURCES["judged"]}
-    ]
 
 
 def share(scores: Iterable[tuple[str, float]]) -> Share | None:

@@ -28,13 +28,16 @@ def curve(series: dict[str, tuple[Sequence[float], Sequence[float]]], axis: Axis
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(3.5, 2.0)
         for colour, (label, (steps, values)) in zip(COLOURS, series.items(), strict=False):
-            smooth = _moving_average(np.asarray(values, dtype=float), max(1, len(values) // 20))
+            kernel = np.ones(max(1, len(values) // 20))  # a centred mean; at the ends, of what is there
+            smooth = np.convolve(np.asarray(values, dtype=float), kernel, "same")
+            smooth = smooth / np.convolve(np.ones(len(values)), kernel, "same")
             if len(values) >= 40:
                 axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
             axes.plot(steps, smooth, color=colour, linewidth=1.8, solid_capstyle="round", label=label)
             axes.plot(steps[-1:], smooth[-1:], "o", color=colour, markersize=4)
-            end = (steps[-1], smooth[-1])
-            axes.annotate(_short(smooth[-1]), end, (7, 0), textcoords="offset points", va="center", color=colour)
+            end, last = (steps[-1], smooth[-1]), smooth[-1]
+            text = f"{last:.0f}" if abs(last) >= 100 else f"{last:.2g}" if abs(last) < 0.1 else f"{last:.3g}"
+            axes.annotate(text.replace("-", "−"), end, (7, 0), textcoords="offset points", va="center", color=colour)
         axes.margins(x=0.02, y=0.12)
         if axis == "zero":
             axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
@@ -120,17 +123,6 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     axes.set_axisbelow(True)
     axes.tick_params(length=0, colors=MUTED, labelsize=8)
     return figure, axes
-
-
-def _moving_average(values: np.ndarray, window: int) -> np.ndarray:
-    "Centred; at the ends, the mean of what is there."
-    kernel = np.ones(window)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
-
-
-def _short(value: float) -> str:
-    text = f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}" if abs(value) < 0.1 else f"{value:.3g}"
-    return text.replace("-", "−")
 
 
 def _svg(figure: Figure) -> str:

@@ -30,12 +30,9 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228) 
 class Interval(NamedTuple):
     """A change and its 95 % interval."""
 
-    delta: float
-    "the change, after - before, on the items as they are"
-    low: float
-    "2.5th percentile over resamples"
-    high: float
-    "97.5th percentile over resamples"
+    delta: float  # the change, after - before, on the items as they are
+    low: float  # 2.5th percentile over resamples
+    high: float  # 97.5th percentile over resamples
 
 
 def tally(rows: Iterable[Mapping]) -> dict[str, NDArray[np.float64]]:
@@ -78,8 +75,7 @@ class Asked(NamedTuple):
 
     videos: int
     questions: int
-    known: int
-    "questions whose truth is known"
+    known: int  # questions whose truth is known
 
     def __str__(self) -> str:
         videos = f"{self.videos} held-out video{'s' * (self.videos != 1)}"
@@ -103,27 +99,17 @@ def _share(part: str, *whole: str) -> Metric:
     return metric
 
 
-def _f1(sums_RK: NDArray[np.float64]) -> NDArray[np.float64]:
-    precision_R, recall_R = RATIOS["precision"](sums_RK), RATIOS["recall"](sums_RK)
-    below_R = precision_R + recall_R
-    return 2 * precision_R * recall_R / np.where(below_R == 0, 1.0, below_R)
-
-
-def _score(sums_RK: NDArray[np.float64]) -> NDArray[np.float64]:
-    return RATIOS["right"](sums_RK) - RATIOS["wrong"](sums_RK)
-
-
 RATIOS: dict[str, Metric] = {
     "accuracy": _share("accuracy", "checked"),
     "precision": _share("correct", "correct", "wrong"),
     "recall": _share("correct", "total"),
-    "f1": _f1,
+    "f1": lambda sums_RK: 2 * _share("correct", "correct", "wrong", "total")(sums_RK),
     "hallucination": _share("hallucinated", "mentions"),
     "mentions": _share("mentions", "known"),
     "malformed": _share("malformed", "known"),
     "right": _share("correct", "known"),
     "wrong": _share("wrong", "known"),
-    "score": _score,
+    "score": lambda sums_RK: RATIOS["right"](sums_RK) - RATIOS["wrong"](sums_RK),
     "length": _share("length", "answers"),
     "stop_rate": _share("stopped", "answers"),
     "repetition": _share("repetition", "answers"),

@@ -98,9 +98,8 @@ def cautions(run: Run) -> list[str]:
     for mode in ("greedy", "sample"):
         malformed = summary.get("evaluation", {}).get(method, {}).get(f"{mode}_malformed", 0.0)
         if malformed > 0.02:
-            found.append(
-                f"{percent(malformed)} of {METHODS[method]}'s {_adjective(mode)} answers hold a malformed sentence."
-            )
+            how = {"greedy": "greedy", "sample": "sampled"}[mode]
+            found.append(f"{percent(malformed)} of {METHODS[method]}'s {how} answers hold a malformed sentence.")
     if rounds and (taken := _taken(rounds))["heldout_words"] > 1.25 * rounds[0]["heldout_words"]:
         words = f"from {number(rounds[0]['heldout_words'], 1)} to {number(taken['heldout_words'], 1)} words"
         found.append(f"Answers grew {words}: a judge that prefers longer ones teaches length instead of truth.")
@@ -295,7 +294,3 @@ def _fell(found: Changes, name: str) -> bool:
 
 def _rose(found: Changes, name: str) -> bool:
     return name in found and found[name].interval.low > 0
-
-
-def _adjective(mode: str) -> str:
-    return {"greedy": "greedy", "sample": "sampled"}[mode]

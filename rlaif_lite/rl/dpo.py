@@ -21,25 +21,18 @@ RATIOS = [step / 50 for step in range(50)]  # 0, .02, ... .98, as released
 class Scored(NamedTuple):
     """Chosen and rejected answers under one model, B pairs."""
 
-    chosen_B: Tensor
-    "log-prob of the chosen answer, summed over its tokens, or over those in RRPO's spans"
-    rejected_B: Tensor
-    "and of the rejected one"
+    chosen_B: Tensor  # log-prob of the chosen answer, summed over its tokens, or over those in RRPO's spans
+    rejected_B: Tensor  # and of the rejected one
 
 
 class DpoStats(NamedTuple):
     "Means over the pairs; over micro-batches of unequal size, weigh by their share."
 
-    accuracy: Tensor
-    "share of pairs whose chosen answer has the higher implicit reward; equal ones count as wrong"
-    margin: Tensor
-    "implicit reward of the chosen - of the rejected answer"
-    chosen: Tensor
-    "implicit reward of the chosen answer: negative = it became less likely, too"
-    nll: Tensor
-    "-log-prob per token of the chosen answer"
-    kl: Tensor
-    "KL(reference || policy) over the tokens of the chosen answer, nats; 0 where it is not computed"
+    accuracy: Tensor  # share of pairs whose chosen answer has the higher implicit reward; equal ones count as wrong
+    margin: Tensor  # implicit reward of the chosen - of the rejected answer
+    chosen: Tensor  # implicit reward of the chosen answer: negative = it became less likely, too
+    nll: Tensor  # -log-prob per token of the chosen answer
+    kl: Tensor  # KL(reference || policy) over the tokens of the chosen answer, nats; 0 where it is not computed
 
 
 class Pair(NamedTuple):

@@ -28,36 +28,26 @@ Mean = Literal["token", "sequence", "constant"]
 class PairwiseStats(NamedTuple):
     """What a batch of preference pairs shows of the reward model; each is a scalar."""
 
-    accuracy: Tensor
-    "share of pairs whose chosen answer scores higher; equal scores count as wrong"
-    margin: Tensor
-    "mean of chosen - rejected"
-    score: Tensor
-    "mean of all scores, which the centring term holds near 0"
+    accuracy: Tensor  # share of pairs whose chosen answer scores higher; equal scores count as wrong
+    margin: Tensor  # mean of chosen - rejected
+    score: Tensor  # mean of all scores, which the centring term holds near 0
 
 
 class PolicyStats(NamedTuple):
     "Sums over the tokens that count (weight above 0), and extremes; `merge_stats` makes means of them."
 
-    tokens: Tensor
-    "number of tokens that count"
-    clipfrac: Tensor
-    "tokens at which the clip changes the loss (TRL's policy/clipfrac_avg)"
-    approxkl: Tensor
-    "0.5 * (logp - old_logp)^2 (TRL's policy/approxkl_avg)"
-    ratio: Tensor
-    "exp(logp - old_logp); exactly 1 before the first update"
-    ratio_min: Tensor
-    "+inf when no token counts"
-    ratio_max: Tensor
-    "-inf when no token counts"
+    tokens: Tensor  # number of tokens that count
+    clipfrac: Tensor  # tokens at which the clip changes the loss (TRL's policy/clipfrac_avg)
+    approxkl: Tensor  # 0.5 * (logp - old_logp)^2 (TRL's policy/approxkl_avg)
+    ratio: Tensor  # exp(logp - old_logp); exactly 1 before the first update
+    ratio_min: Tensor  # +inf when no token counts
+    ratio_max: Tensor  # -inf when no token counts
 
 
 class ValueStats(NamedTuple):
     "A sum over real tokens divided by `denominator`: over micro-batches, add."
 
-    clipfrac: Tensor
-    "share of tokens at which the clipped term is the active one"
+    clipfrac: Tensor  # share of tokens at which the clipped term is the active one
 
 
 def pairwise_loss(

@@ -58,17 +58,13 @@ def choice(said: str, record: Record) -> float:
 def option_of(text: str, options: Sequence[str]) -> str | None:
     """The letter of the option that a text is: by its letter, or by its words. None where it is none of them."""
     letters = LETTERS[: len(options)] if options else LETTERS
-    words = [plain(_without_label(option)) for option in options]
+    labelled = [(option, LABELLED.fullmatch(option.strip())) for option in options]
+    words = [plain(found[2] if found and found[2] else option) for option, found in labelled]
     said = plain(text)
     if said in words:
         return LETTERS[words.index(said)] if words.count(said) == 1 else None
     found = LABELLED.fullmatch(text.strip())
     return found[1] if found and found[1] in letters else None
-
-
-def _without_label(option: str) -> str:
-    found = LABELLED.fullmatch(option.strip())
-    return found[2] if found and found[2] else option
 
 
 def match(said: str, record: Record) -> float:
@@ -115,13 +111,10 @@ def words(text: str) -> list[str]:
 def rouge(said: str, record: Record) -> float:
     """Mean F of ROUGE-1, ROUGE-2 and ROUGE-L, without stemming."""
     given, right = words(said), words(record.solution or "")
-    shared = [sum((_grams(given, n) & _grams(right, n)).values()) for n in (1, 2)] + [_common(given, right)]
+    grams = lambda tokens, n: Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
+    shared = [(grams(given, n) & grams(right, n)).total() for n in (1, 2)] + [_common(given, right)]
     sizes = [(len(given) - n, len(right) - n) for n in (0, 1, 0)]
     return sum(2 * hits / sum(size) if min(size) > 0 else 0.0 for hits, size in zip(shared, sizes, strict=True)) / 3
-
-
-def _grams(tokens: list[str], n: int) -> Counter:
-    return Counter(zip(*(tokens[i:] for i in range(n)), strict=False))
 
 
 def _common(one: list[str], other: list[str]) -> int:

@@ -9,8 +9,8 @@ Departure from the release (and from TRL): no call of transformers' `generate`, 
 answer ends and keeps the padding of the shorter prompts in the cache.
 """
 
-from .loop import sample, sample_together
+from .loop import greedy_texts, sample, sample_together
 from .sampling import Sampling, Trajectory, draw
 from .slots import slot_bytes, slot_length
 
-__all__ = ["Sampling", "Trajectory", "draw", "sample", "sample_together", "slot_bytes", "slot_length"]
+__all__ = ["Sampling", "Trajectory", "draw", "greedy_texts", "sample", "sample_together", "slot_bytes", "slot_length"]

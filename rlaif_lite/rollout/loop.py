@@ -18,6 +18,7 @@ from .. import ranks
 from ..model.inputs import Sequence, collate, decode
 from ..model.memory import halving
 from ..model.roles import ActiveRole
+from ..model.text import decode_answer
 from ..phases import phase
 from .dense import dense_copy
 from .sampling import Sampling, Trajectory, uniforms
@@ -64,6 +65,13 @@ def sample(
         say = "%d answers in flight do not fit (%s): going on with %d."
         found, _ = halving(slots, draw, lambda slots, reason: log.warning(say, slots, reason, slots // 2))
         return found
+
+
+def greedy_texts(role: ActiveRole, prompts: Seq[Sequence], max_new_tokens: int, batch_size: int) -> list[str]:
+    """The likeliest answer to every prompt, as text."""
+    sampling = Sampling(max_new_tokens, temperature=0.0)
+    found = sample(role, prompts, sampling, seeds=[0] * len(prompts), batch_size=batch_size)
+    return [decode_answer(role.roles.base, answer.ids) for answer in found]
 
 
 def sample_together(

@@ -11,9 +11,8 @@ from ..data.sentences import says_something
 from ..files import by_batches, chunks, even_chunks, write_json
 from ..judge.narrative import narrative, spans_of
 from ..model.inputs import encode_prompt
-from ..model.text import decode_answer
 from ..progress import progress, say
-from ..rollout import Sampling, sample
+from ..rollout import greedy_texts
 from ..workspace import Workspace
 
 READS = ("seed", "context", "features.clips", "features.clip_frames", "data.preference", "data.pairs")
@@ -33,7 +32,6 @@ def run(work: Workspace) -> dict:
     records = {work.name_of(record): record for record in narrated if record.video is not None}
     base = work.base()
     message = Message("user", f"{VIDEO_MARK}\n{section.prompt}")
-    sampling = Sampling(section.max_new_tokens, temperature=0.0)
 
     def caption(batch: list[str]) -> list[dict]:
         prompts, spans = [], []
@@ -43,8 +41,7 @@ def run(work: Workspace) -> dict:
             spans.append(spans_of(clips))
             prompts += [encode_prompt(base, [message], clip) for clip in clips]
         with work.roles.use("sft") as judge:
-            found = sample(judge, prompts, sampling, seeds=[0] * len(prompts), batch_size=section.batch_size)
-        captions = [decode_answer(base, t.ids) for t in found]
+            captions = greedy_texts(judge, prompts, section.max_new_tokens, section.batch_size)
         return [
             {"video": key, "captions": part, "spans": times}
             for key, part, times in zip(batch, chunks(captions, recipe.features.clips), spans, strict=True)

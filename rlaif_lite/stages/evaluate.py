@@ -55,10 +55,11 @@ def run(work: Workspace) -> dict:
         jobs += [(role, SHUFFLED, 0.0) for role in ("sft", method) if role in roles]
     rows = {}
     with progress(len(jobs) * len(records), "evaluate", unit="video") as bar:
-        for role, mode, temperature in jobs:
+        for number, (role, mode, temperature) in enumerate(jobs, 1):
             count = section.best_of if role == best else None
             rows[role, mode, temperature] = answer_all(work, role, mode, temperature, bar.advance, count)
-            work.release_roles()
+            if number == len(jobs) or jobs[number][0] != role:  # one adapter at a time
+                work.release_roles()
     ranks.first(lambda: write_examples(work, records[: section.examples]))
     order = {
         role: sensitivity(work, rows[role, "greedy", 0.0], rows.pop((role, SHUFFLED, 0.0)))

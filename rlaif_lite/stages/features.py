@@ -32,12 +32,7 @@ from ..video.workers import decode_all, digest_all
 from ..workspace import WHOLE, Workspace
 
 READS = (
-    "data",
-    "features",
-    "model.base",
-    "model.revision",
-    "model.dtype",
-    "model.reward_base.base",
+    *("data", "features", "model.base", "model.revision", "model.dtype", "model.reward_base.base"),
     "model.reward_base.revision",
 )
 NEEDS = ("data",)
@@ -87,8 +82,7 @@ def fill(work: Workspace, wanted: dict) -> tuple[dict[str, str], dict[str, str]]
         name, reason = next(iter(by_pyav.items()))
         say(
             f"features: {len(by_pyav)} of {len(missing)} videos were decoded with PyAV, in order, where decord would "
-            f"be "
-            f"wrong or refuses; the first: {name}: {reason}"
+            f"be wrong or refuses; the first: {name}: {reason}"
         )
     write_index(work.index_file, {name: keys[name] for name in keys if name not in failed})
     base.drop_tower()
@@ -128,13 +122,21 @@ def encode_all(
 
 def keys_of(base: Base, wanted: dict, chain: list[dict], workers: int) -> tuple[dict[str, str], dict[str, str]]:
     """{video name: key in the cache}, and why there is none for those whose bytes cannot be read."""
-    tower = tower_digest(base)
-    processor = base.images._asdict() | {"of": tower_config(base)}
+    digest = hashlib.sha256()  # over the weights of vision tower and projector, and of a token that ends every video
+    for name, parameter in base.model.base_model.named_parameters():
+        if name.split(".")[0] in (*base.family.tower, "image_newline"):
+            digest.update(name.encode())
+            digest.update(parameter.data.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    tower = digest.hexdigest()
+    # all of the configuration but the language model: layer, strategy and strides decide the features as well
+    config = base.model.config.to_diff_dict()
+    of = {key: value for key, value in config.items() if key not in ("text_config", "quantization_config")}
+    processor = base.images._asdict() | {"of": of}
     digests, failed = {}, {}
     common = {"processor": processor, "tower": tower, "chain": chain, "dtype": str(base.dtype)}
     with progress(len(wanted), "features: reading", unit="video") as bar:
 
-        def digest(names: list[str]) -> list[str | VideoError]:
+        def read_bytes(names: list[str]) -> list[str | VideoError]:
             read = {}
             for name, found in digest_all({name: wanted[name][0] for name in names}, workers):
                 read[name] = found
@@ -142,7 +144,7 @@ def keys_of(base: Base, wanted: dict, chain: list[dict], workers: int) -> tuple[
             bar.advance((len(wanted) - len(names)) if ranks.count() > 1 else 0)  # the other ranks read these
             return [read[name] for name in names]
 
-        for name, found in zip(wanted, ranks.spread(list(wanted), digest), strict=True):
+        for name, found in zip(wanted, ranks.spread(list(wanted), read_bytes), strict=True):
             if isinstance(found, VideoError):
                 failed[name] = str(found)
             else:
@@ -240,13 +242,10 @@ def through_tower(base: Base, pixels_TCHW: torch.Tensor, merged: int) -> Encoded
 
     Raises StageError where the fewest frames do not fit: that is no fault of the video."""
 
-    def encode_groups(groups: Sequence[torch.Tensor]) -> list[Encoded]:
-        encoded = base.encode(torch.cat(list(groups)))
-        return [encoded._replace(features_LGPD=part) for part in encoded.features_LGPD.split(1, 1)]
-
+    apart = lambda encoded: [encoded._replace(features_LGPD=part) for part in encoded.features_LGPD.split(1, 1)]
     groups = pixels_TCHW.split(merged)
     try:
-        parts = in_pieces(groups, len(groups), encode_groups)
+        parts = in_pieces(groups, len(groups), lambda some: apart(base.encode(torch.cat(list(some)))))
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
@@ -255,25 +254,6 @@ def through_tower(base: Base, pixels_TCHW: torch.Tensor, merged: int) -> Encoded
             "vision tower. Lower `features.max_pixels`, or free memory on the device. Videos that are done stay cached."
         ) from error
     return parts[0]._replace(features_LGPD=torch.cat([part.features_LGPD for part in parts], 1))
-
-
-def tower_digest(base: Base) -> str:
-    """sha256 over the weights of vision tower and projector, and of a token that ends every video."""
-    digest = hashlib.sha256()
-    for name, parameter in base.model.base_model.named_parameters():
-        if name.split(".")[0] in (*base.family.tower, "image_newline"):
-            digest.update(name.encode())
-            digest.update(parameter.data.contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def tower_config(base: Base) -> dict:
-    """The base's configuration but for its language model: layer, strategy and strides decide the features as well."""
-    return {
-        key: value
-        for key, value in base.model.config.to_diff_dict().items()
-        if key not in ("text_config", "quantization_config")
-    }
 
 
 def counts(work: Workspace, wanted: dict, keys: dict[str, str], failed: dict[str, str]) -> dict:

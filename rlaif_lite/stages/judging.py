@@ -142,14 +142,19 @@ def item_of(work: Workspace, record: Record, answer: str, contexts: Mapping[str,
 
 def figures_of(truth: Truth, judge: str, context: bool, judged: list[Judged]) -> dict:
     """What can be said of a judge: consistency, length bias and, where the truth is known, agreement with it."""
-    longer = [j for j in judged if len(j.a.split()) != len(j.b.split())]
-    prefers_longer = sum((j.margin > 0) == (len(j.a.split()) > len(j.b.split())) for j in longer)
+
+    def prefers_longer(verdicts: list[tuple[Judged, float]]) -> float | None:
+        """Of pairs whose answers are not equally long, the share in which the verdict (> 0: a) is the longer one."""
+        words = [(len(j.a.split()), len(j.b.split()), margin) for j, margin in verdicts]
+        found = [(margin > 0) == (a > b) for a, b, margin in words if a != b]
+        return sum(found) / len(found) if found else None
+
     figures = {
         "judge": judge,
         "context": context,
         "pairs": len(judged),
         "without_mass": sum(not j.has_mass for j in judged),
-        "length_bias": prefers_longer / len(longer) if longer else None,
+        "length_bias": prefers_longer([(j, j.margin) for j in judged]),
     }
     gaps = [(j, truth.gap(j.record, j.a, j.b)) for j in judged]
     known = [(j, gap) for j, gap in gaps if gap is not None]
@@ -160,16 +165,10 @@ def figures_of(truth: Truth, judge: str, context: bool, judged: list[Judged]) ->
             "agreement": right / len(decided),
             "decided_pairs": len(decided),
             "truth_ties": len(known) - len(decided),
-            "truth_length_bias": _truth_length_bias(decided),
+            "truth_length_bias": prefers_longer(decided),
         }
     if judge == "pairwise":
         figures["consistency"] = sum(j.consistent for j in judged) / max(1, len(judged))
         if decided:
             figures["consistency_decided"] = sum(j.consistent for j, _ in decided) / len(decided)
     return figures
-
-
-def _truth_length_bias(decided: list[tuple[Judged, int]]) -> float | None:
-    longer = [(j, gap) for j, gap in decided if len(j.a.split()) != len(j.b.split())]
-    agrees = sum((gap > 0) == (len(j.a.split()) > len(j.b.split())) for j, gap in longer)
-    return agrees / len(longer) if longer else None

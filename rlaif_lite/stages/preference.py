@@ -19,7 +19,7 @@ from ..judge.claims import refuse_silent_judge
 from ..progress import say
 from ..rollout import Sampling
 from ..workspace import Workspace
-from .judging import Answers, Judged, compare_pairs, figures_of, refuse_unread, sample_answers
+from .judging import Judged, compare_pairs, figures_of, refuse_unread, sample_answers
 
 READS = ("seed", "preference", "data.preference", "data.pairs", *TRUTH)
 NEEDS = ("features", "sft", "context")
@@ -33,18 +33,12 @@ def run(work: Workspace) -> dict:
         return write_given(work)
     work.load_role("sft")
     sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
-    pairs = make_pairs(
-        sample_answers(
-            work,
-            "sft",
-            work.records("preference"),
-            sampling,
-            section.samples,
-            lambda record, j: work.seed("preference", record.key, j),
-            work.stage("preference") / "answers.jsonl",
-            "preference: answers",
-        )
-    )
+    records, path = work.records("preference"), work.stage("preference") / "answers.jsonl"
+    seed_of = lambda record, j: work.seed("preference", record.key, j)
+    label = "preference: answers"
+    answers = sample_answers(work, "sft", records, sampling, section.samples, seed_of, path, label)
+    both = [(of.record, a, b) for of in answers for a, b in zip(of.texts[0::2], of.texts[1::2], strict=True)]
+    pairs = [(record, a, b) for record, a, b in both if a != b]  # neighbouring answers, where they differ
     narratives = work.narratives()
 
     def judged(judge: str, context: bool, count: int) -> list[Judged]:
@@ -86,16 +80,6 @@ def same_winner(label: list[Judged], other: list[Judged]) -> float | None:
     """Share of the pairs of `other`, which are the first of `label`, in which both judges name the same winner."""
     same = [(one.margin > 0) == (two.margin > 0) for one, two in zip(label, other, strict=False)]
     return sum(same) / len(same) if same else None
-
-
-def make_pairs(answers: list[Answers]) -> list[tuple[Record, str, str]]:
-    """Neighbouring answers of a prompt, where they differ."""
-    return [
-        (found.record, a, b)
-        for found in answers
-        for a, b in zip(found.texts[0::2], found.texts[1::2], strict=True)
-        if a != b
-    ]
 
 
 def outside_narrative(

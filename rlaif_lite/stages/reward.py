@@ -40,7 +40,6 @@ from .preference import read_pairs
 
 READS = ("seed", "model", "reward", *TRUTH)
 NEEDS = ("features", "sft", "preference")
-CHECKPOINT_EVERY = 20
 BINS = 5  # of the calibration table: P(chosen) from 0.5 to 1
 
 
@@ -90,15 +89,12 @@ class RewardInput:
         rows = lay_out(self.base, groups)
         count = sum(len(group.answers) for group in groups)
         value_N = role.scalar(role.hidden(rows.batch).flatten(0, 1).index_select(0, rows.at_N))
-        read_N = torch.zeros_like(value_N).index_fill(0, last_of(groups).to(value_N.device), 1.0)
+        # each answer's last token among the tokens of all answers
+        last_B = torch.tensor([len(ids) for group in groups for ids in group.answers]).cumsum(0) - 1
+        read_N = torch.zeros_like(value_N).index_fill(0, last_B.to(value_N.device), 1.0)
         if self.section.pool == "tokens":
             read_N = read_N.masked_fill(torch.isin(rows.token_N, self.pooled.to(value_N.device)), 1.0)
         return torch.zeros(count, device=value_N.device).index_add(0, rows.answer_N, value_N * read_N)
-
-
-def last_of(groups: Seq[Group]) -> Tensor:
-    """int64 (B,), the number of each answer's last token among the tokens of all answers."""
-    return torch.tensor([len(ids) for group in groups for ids in group.answers]).cumsum(0) - 1
 
 
 def run(work: Workspace) -> dict:
@@ -149,18 +145,8 @@ def run(work: Workspace) -> dict:
                 totals[name] += value.item() * share
         return totals | {"unknown_share": sum(unknown[i] for i in own) / len(order[step])}
 
-    fit(
-        work.roles,
-        "reward",
-        section,
-        steps,
-        step_loss,
-        label="reward",
-        folder=work.stage("reward") / "checkpoint",
-        log=work.log,
-        seed=work.recipe.seed,
-        checkpoint_every=CHECKPOINT_EVERY,
-    )
+    checkpoint, seed = work.stage("reward") / "checkpoint", work.recipe.seed
+    fit(work.roles, "reward", section, steps, step_loss, "reward", checkpoint, work.log, seed)
     work.roles.save("reward", work.adapter("reward"))
     result = measure(work, layout, held) | {"train_pairs": len(train), "heldout_pairs": len(held), "steps": steps}
     write_json(work.stage("reward") / "heldout.json", result)
@@ -209,9 +195,8 @@ def score_pairs(layout: RewardInput, active: ActiveRole, pairs: Seq[tuple[Record
 
 def stumbling(pairs: list[tuple[Record, str, str]], share: float, seed: int) -> list[tuple[Record, str, str]]:
     """As many extra pairs as `share` of `pairs`: a chosen answer against itself with one to three words doubled,
-    dropped
-    or put elsewhere. Answers that stumble are too rare among a model's samples for the reward model to learn what they
-    are worth, and PPO drifts to where it is not told."""
+    dropped or put elsewhere. Answers that stumble are too rare among a model's samples for the reward model to learn
+    what they are worth, and PPO drifts to where it is not told."""
     rng = random.Random(seed)
     extra = []
     worded = [pair for pair in pairs if pair[1].split()]  # an answer of no words may be the better one
@@ -284,8 +269,6 @@ def check_floor(recipe: Recipe, accuracy: float | None) -> None:
     elif accuracy < recipe.reward.floor:
         raise StageError(
             f"The reward model decides {accuracy:.3f} of held-out pairs as labelled, below `reward.floor: "
-            f"{recipe.reward.floor}`: "
-            "PPO would optimise noise. More or cleaner pairs help (`preference.samples`, `preference.min_margin`); to "
-            "go on "
-            "all the same, lower the floor."
+            f"{recipe.reward.floor}`: PPO would optimise noise. More or cleaner pairs help (`preference.samples`, "
+            "`preference.min_margin`); to go on all the same, lower the floor."
         )

@@ -52,7 +52,6 @@ READS = (
     "features.clip_frames",  # of records that are about a clip
 )
 NEEDS = ("data", "features")
-CHECKPOINT_EVERY = 20
 
 
 class Example(NamedTuple):
@@ -112,18 +111,8 @@ def train(
             loss += backward(active, part, whole["weight"])
         return {"loss": loss, "unknown_share": base.unknown_share(targets) * len(targets) / whole["targets"]}
 
-    fit(
-        work.roles,
-        role,
-        section,
-        steps,
-        step_loss,
-        label=label,
-        folder=work.stage("sft") / "checkpoint" / phase,
-        log=work.log,
-        seed=recipe.seed,
-        checkpoint_every=CHECKPOINT_EVERY,
-    )
+    checkpoint = work.stage("sft") / "checkpoint" / phase
+    fit(work.roles, role, section, steps, step_loss, label, checkpoint, work.log, recipe.seed)
     return {"records": len(records), "steps": steps}
 
 

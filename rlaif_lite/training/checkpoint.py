@@ -28,16 +28,11 @@ HEADER = "rlaif_lite"  # safetensors writes several keys in any order; with one 
 class Checkpoint(NamedTuple):
     """What `load` gives back of a checkpoint."""
 
-    step: int
-    "steps done; the next one to run"
-    tensors: dict[str, Tensor]
-    "as given to `save`, on the CPU"
-    optimizers: dict[str, dict]
-    "state dicts; put back with `restore_optimizer`"
-    state: dict
-    "as given to `save`"
-    rng: dict
-    "random states; put back with `restore_rng`"
+    step: int  # steps done; the next one to run
+    tensors: dict[str, Tensor]  # as given to `save`, on the CPU
+    optimizers: dict[str, dict]  # state dicts; put back with `restore_optimizer`
+    state: dict  # as given to `save`
+    rng: dict  # random states; put back with `restore_rng`
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], optimizers: dict[str, Optimizer], state: dict) -> None:
@@ -55,7 +50,14 @@ def _save(folder: Path, step: int, tensors: dict[str, Tensor], optimizers: dict[
     described: dict[str, Any] = {"step": step, "state": _pack(state, "state", flat), "optimizers": {}}
     for name, optimizer in optimizers.items():
         described["optimizers"][name] = _pack(optimizer.state_dict(), f"optimizer/{name}", flat)
-    described["rng"] = _pack(_rng_states(), "rng", flat)
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    rng = {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+    described["rng"] = _pack(rng, "rng", flat)
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in flat.items()}
     text = json.dumps(described)
     header = json.dumps({"sha256": _digest(on_cpu, text), "state": text})
@@ -81,8 +83,7 @@ def load(folder: Path) -> Checkpoint | None:
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise StageError(
             f"The checkpoint {path} is damaged ({error}). Delete {folder} to start this phase over; stages that are "
-            f"done "
-            "are kept."
+            "done are kept."
         ) from error
     described = json.loads(text)
     return Checkpoint(
@@ -129,16 +130,6 @@ def restore_rng(checkpoint: Checkpoint) -> None:
     torch.set_rng_state(checkpoint.rng["torch"])
     for device, state in enumerate(checkpoint.rng["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(state, device)
-
-
-def _rng_states() -> dict:
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
 
 
 def _pack(value: Any, name: str, flat: dict[str, Tensor]) -> Any:

@@ -24,7 +24,9 @@ from ..progress import progress
 from ..recipe import Training
 from .checkpoint import load, restore_optimizer, save
 from .loop import MetricsLog, derive_seed, lr_at
-from .oom import Backoff, of, put_back, remember
+from .oom import Backoff, put_back, remember
+
+CHECKPOINT_EVERY = 20  # steps
 
 
 def steps_of(section: Training, items: int, per_step: int) -> int:
@@ -38,12 +40,10 @@ def fit(
     section: Training,
     steps: int,
     step_loss: Callable[[ActiveRole, int, int], dict[str, float]],
-    *,
     label: str,
     folder: Path,
     log: MetricsLog,
     seed: int,
-    checkpoint_every: int,
     before: Callable[[int, int], None] = lambda step, micro: None,
 ) -> None:
     """Train `role` for `steps` updates. `step_loss(active, step, micro)` runs the forward and backward of one whole
@@ -52,9 +52,10 @@ def fit(
     gradients and what is to be logged are parts that add up. `before(step, micro)` comes first, outside the role's
     scope, where the loss needs what another role reads.
 
-    The checkpoint in `folder` is gone on with if there is one, and is left there when the last step is done."""
+    Training resumes from the checkpoint in `folder` if there is one. One is written every CHECKPOINT_EVERY steps, and
+    left there when the last step is done."""
     roles.trainable(role)
-    parameters = roles.parameters(role, head=role in roles.heads)
+    parameters = roles.parameters(role)
     optimizer = torch.optim.AdamW(
         parameters, lr=section.lr, weight_decay=section.weight_decay, betas=(0.9, 0.98), fused=True
     )
@@ -87,7 +88,7 @@ def fit(
                 kept = remember(roles, optimizers)
             stats = backoff.run(step, attempt, undo=lambda kept=kept: put_back(roles, optimizers, kept))
             log.append(label, step, {**stats, "lr": lr}, {"seconds": time.perf_counter() - began})
-            if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
+            if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
                 extra = {"micro_batch": backoff.micro, "metrics": log.digest_of(label)}
                 keep(roles, optimizers, folder, step + 1, extra)
             bar.advance(1, loss=stats["loss"])
@@ -104,9 +105,8 @@ def clip_and_step(
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
         if not math.isfinite(norm):
             raise StageError(
-                f"{where}: the gradient's norm is {norm}, so the run diverged. This update was not made and nothing "
-                f"of it was "
-                "saved; the last checkpoint is kept. Lower the learning rate, or look at the steps before in "
+                f"{where}: the gradient's norm is {norm}, so the run diverged. This update was not made and nothing of "
+                "it was saved; the last checkpoint is kept. Lower the learning rate, or look at the steps before in "
                 "metrics.jsonl."
             )
         optimizer.step()
@@ -119,7 +119,9 @@ def keep(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Pat
 
     Raises StageError, and keeps the last checkpoint, where anything is not finite."""
     ranks.same(f"the adapter of {', '.join(optimizers)}", digest_of(roles, optimizers), f"after step {step - 1}")
-    tensors = {f"{role}/{i}": parameter.data for role in optimizers for i, parameter in enumerate(of(roles, role))}
+    tensors = {
+        f"{role}/{i}": parameter.data for role in optimizers for i, parameter in enumerate(roles.parameters(role))
+    }
     moments = {
         f"optimiser of {role}: {name} {index}": value
         for role, optimizer in optimizers.items()
@@ -135,7 +137,7 @@ def digest_of(roles: Roles, names: Iterable[str]) -> str:
     if ranks.count() == 1:
         return ""
     digest = hashlib.sha256()
-    for parameter in (parameter for role in names for parameter in of(roles, role)):
+    for parameter in (parameter for role in names for parameter in roles.parameters(role)):
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -147,7 +149,7 @@ def restore(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: 
     if checkpoint is None:
         return 0, {}
     for role, optimizer in optimizers.items():
-        for i, parameter in enumerate(of(roles, role)):
+        for i, parameter in enumerate(roles.parameters(role)):
             parameter.data.copy_(checkpoint.tensors[f"{role}/{i}"])
         restore_optimizer(optimizer, checkpoint, role)
     return checkpoint.step, checkpoint.state

@@ -96,9 +96,8 @@ class MetricsLog:
         if digest is not None and own.hexdigest() != digest:
             raise StageError(
                 f"{self.path}: the lines of {stage} before step {step} are missing or changed since the checkpoint of "
-                f"that "
-                f"step. Put the file back, or delete the folder {self.path.parent / stage.partition('.')[0]} and run "
-                "again: that stage starts over."
+                f"that step. Put the file back, or delete the folder {self.path.parent / stage.partition('.')[0]} and "
+                "run again: that stage starts over."
             )
         self._written[stage] = own
         if self._trackers is not None:
@@ -138,7 +137,8 @@ class MetricsLog:
                     f"{name} is {value} at step {step} of stage {stage}; the run diverged. Lower the learning rate, "
                     f"or look at the steps before in {self.path}"
                 )
-        line = {"stage": stage, "step": step, **{name: _plain(value) for name, value in values.items()}}
+        plain = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
+        line = {"stage": stage, "step": step, **plain}
         if time is not None:
             line["time"] = {name: float(value) for name, value in time.items()}
         text = json.dumps(line) + "\n"
@@ -164,8 +164,7 @@ class MetricsLog:
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise StageError(
                     f"{self.path}, line {number}, is damaged: {line[:80]!r}. Put the file back, or delete it together "
-                    f"with "
-                    "the folder of the stage that was running, and run again."
+                    "with the folder of the stage that was running, and run again."
                 ) from None
         return lines
 
@@ -181,8 +180,3 @@ def _stage(line: str) -> str:
 def _owner(line: str) -> str:
     """The stage that a line belongs to: "sft" of "sft.easy"."""
     return _stage(line).partition(".")[0]
-
-
-def _plain(value: float) -> int | float:
-    "A Python number of a Python, NumPy or torch scalar."
-    return value if isinstance(value, int) else float(value)

@@ -78,19 +78,25 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        _reset_peak_rss()
+        with contextlib.suppress(OSError):  # not Linux, or a container forbids it: the peak is the process's
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_bytes(device: torch.device) -> int:
     """The peak since it was last reset."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_rss()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if peak := _line_of("/proc/self/status", "VmHWM"):
+        return int(peak.split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kilobytes here
 
 
 def describe_machine() -> dict[str, str | int]:
     """Name of the device work runs on, and the cores, memory and system around it; plain JSON."""
     machine: dict[str, str | int] = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cpu": _cpu_name(),
+        "cpu": _line_of("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count() or 1,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": platform.platform(),
@@ -117,29 +123,10 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _reset_peak_rss() -> None:
-    with contextlib.suppress(
-        OSError
-    ):  # not Linux, or a container that forbids it: the peak is then the process's so far
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def _peak_rss() -> int:
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kilobytes here
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
+def _line_of(path: str, name: str) -> str | None:
+    """What follows the first `name` and its colon in a file of /proc; None where there is no such file or line."""
+    with contextlib.suppress(OSError):
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            if line.startswith(name):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return None

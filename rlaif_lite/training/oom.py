@@ -86,7 +86,7 @@ class Saved(NamedTuple):
 
 def remember(roles: Roles, optimizers: dict[str, torch.optim.Optimizer]) -> Saved:
     """Copy what an update changes, so that it can be undone: 12 bytes per trained parameter, in host memory."""
-    parameters = {role: [p.detach().to("cpu", copy=True) for p in of(roles, role)] for role in optimizers}
+    parameters = {role: [p.detach().to("cpu", copy=True) for p in roles.parameters(role)] for role in optimizers}
     states = {role: _copied(optimizer.state_dict()) for role, optimizer in optimizers.items()}
     return Saved(parameters, states)
 
@@ -94,15 +94,10 @@ def remember(roles: Roles, optimizers: dict[str, torch.optim.Optimizer]) -> Save
 def put_back(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], saved: Saved) -> None:
     """Undo what happened since `remember`, gradients included."""
     for role, optimizer in optimizers.items():
-        for parameter, before in zip(of(roles, role), saved.parameters[role], strict=True):
+        for parameter, before in zip(roles.parameters(role), saved.parameters[role], strict=True):
             parameter.data.copy_(before)
         optimizer.load_state_dict(_copied(saved.optimizers[role]))
         optimizer.zero_grad(set_to_none=True)
-
-
-def of(roles: Roles, role: str) -> list[torch.nn.Parameter]:
-    """The parameters of a role that are trained, its head among them."""
-    return roles.parameters(role, head=role in roles.heads)
 
 
 def _copied(value):

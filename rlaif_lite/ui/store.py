@@ -40,20 +40,16 @@ class Shown(NamedTuple):
     item: Item
     question: str
     video: Video | None
-    answers: tuple[str, str]
-    "as number 1 and number 2"
-    roles: tuple[str, str]
-    "whose these are; not shown"
+    answers: tuple[str, str]  # as number 1 and number 2
+    roles: tuple[str, str]  # whose these are; not shown
 
 
 class Exported(NamedTuple):
     """What `export` wrote, and what it left out."""
 
     pairs: int
-    undecided: int
-    "items that people call a tie, or are divided about"
-    held_out: int
-    "items about held-out videos"
+    undecided: int  # items that people call a tie, or are divided about
+    held_out: int  # items about held-out videos
 
 
 class Store:

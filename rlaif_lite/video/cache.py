@@ -102,7 +102,12 @@ class FeatureStore:
             name, part = path.rsplit("/", 1)
             parts[name][part] = tensor
         views = {name: FeatureRecord(**fields) for name, fields in parts.items()}
-        self._hold(key, views)
+        size = sum(tensor.nbytes for view in views.values() for tensor in view.tensors().values())
+        if size <= self.memory_bytes:
+            self._held[key] = (views, size)
+            self._held_bytes += size
+        while self._held_bytes > self.memory_bytes:
+            self._drop(next(iter(self._held)))
         return views
 
     def tokens(self, key: str, view: str) -> int:
@@ -141,15 +146,6 @@ class FeatureStore:
         log.warning("%s is damaged (%s); it counts as absent and is removed.", self.path(key), why)
         if ranks.is_first():
             self.path(key).unlink(missing_ok=True)
-
-    def _hold(self, key: str, views: dict[str, FeatureRecord]) -> None:
-        size = sum(tensor.nbytes for view in views.values() for tensor in view.tensors().values())
-        if size > self.memory_bytes:
-            return
-        self._held[key] = (views, size)
-        self._held_bytes += size
-        while self._held_bytes > self.memory_bytes:
-            self._drop(next(iter(self._held)))
 
     def _drop(self, key: str) -> None:
         if key in self._held:

@@ -103,7 +103,9 @@ def read_facts(path: str, frame_limit: int = FRAME_LIMIT) -> Facts:
                     if is_seekable and packet.is_keyframe:
                         false_keys += not is_intra(codec.name, bytes(packet), codec.extradata)
                     if is_seekable and is_mirrored is None:
-                        is_mirrored = _mirrored(packet)
+                        for frame in packet.decode()[:1]:  # the first frame that the decoder gives
+                            transpose, left_right, top_bottom = orientation(frame)
+                            is_mirrored = transpose == (left_right == top_bottom)  # a rotation is two reflections
                 if packet.size and packet.pts is not None:
                     last = max(last, (packet.pts + (packet.duration or 0)) * float(packet.time_base))
     except av.ArgumentError:
@@ -149,14 +151,6 @@ def orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
         return False, False, False
     a, b, _, c, d, *_ = np.frombuffer(memoryview(matrix), np.int32)[:5].tolist()
     return (False, a < 0, d < 0) if abs(a) >= abs(b) else (True, c < 0, b < 0)
-
-
-def _mirrored(packet: av.Packet) -> bool | None:
-    """Whether the frames are mirrored, from the first one that the decoder gives; None until it gives one."""
-    for frame in packet.decode():
-        transpose, left_right, top_bottom = orientation(frame)
-        return transpose == (left_right == top_bottom)  # a rotation is an even number of reflections
-    return None
 
 
 def _shown(packets: list[_Packet]) -> list[_Packet]:

@@ -127,7 +127,8 @@ def open_video(
     A list or a folder is read as pictures, a file by decord or else by PyAV. Raises as `decode`.
     """
     if isinstance(size, FrameSize):
-        shape = open_video(path_or_frames, None, frame_limit).shape if size.needs_shape else (0, 0)
+        by_shape = size.shorter or size.longer or size.multiple
+        shape = open_video(path_or_frames, None, frame_limit).shape if by_shape else (0, 0)
         size = size(*shape)
     if isinstance(path_or_frames, (tuple, list)):
         return PictureReader([str(path) for path in path_or_frames], size, frame_limit)

@@ -24,13 +24,11 @@ def video_digest(video: str | tuple[str, ...], sized: Callable[[int], None] = la
     for frame in frames:
         require_file(frame)
     sized(sum(os.path.getsize(frame) for frame in frames))
-    digests = [_file_digest(frame) for frame in frames]
+    digests = []
+    for frame in frames:
+        try:
+            with open(frame, "rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            raise VideoError(f"{frame}: it cannot be read ({error.strerror}).") from None
     return digests[0] if is_file else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _file_digest(path: str) -> str:
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise VideoError(f"{path}: it cannot be read ({error.strerror}).") from None

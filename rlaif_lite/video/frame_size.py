@@ -22,11 +22,6 @@ class FrameSize(NamedTuple):
     max_of_video: bool = False
     limit: int | None = None  # pixels of a frame, the recipe's own bound
 
-    @property
-    def needs_shape(self) -> bool:
-        """Whether the answer depends on the video."""
-        return bool(self.shorter or self.longer or self.multiple)
-
     def of(self, frames: int) -> "FrameSize":
         """For a video of so many frames."""
         least = self.min_pixels / (frames if self.min_of_video else 1)

@@ -13,15 +13,16 @@ aot = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(aot)
 
 
+# Most kernels take fewer registers where 16 divides the sizes, so the other ones are the quick tests' part.
+@pytest.mark.parametrize("aligned", [pytest.param(True, marks=pytest.mark.slow), False], ids=["aligned", "ragged"])
 @pytest.mark.parametrize("arch", aot.TABLE)
 @pytest.mark.parametrize("case", aot.CASES, ids=lambda case: case.name)
-def test_compiles_without_a_spill(case, arch, tmp_path, monkeypatch):
+def test_compiles_without_a_spill(case, arch, aligned, tmp_path, monkeypatch):
     monkeypatch.setattr(aot.triton.knobs.cache, "dir", str(tmp_path))
-    for aligned in (True, False):
-        cost = aot.compile_case(case, arch, aligned)
-        assert cost.spilled == 0, cost
-        assert cost.shared <= aot.SHARED_LIMIT[arch], cost
-        assert cost.registers * cost.warps * 32 <= 65536, f"one block does not fit the register file: {cost}"
+    cost = aot.compile_case(case, arch, aligned)
+    assert cost.spilled == 0, cost
+    assert cost.shared <= aot.SHARED_LIMIT[arch], cost
+    assert cost.registers * cost.warps * 32 <= 65536, f"one block does not fit the register file: {cost}"
 
 
 def test_the_gate_sees_a_spill():

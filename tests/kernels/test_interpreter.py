@@ -39,13 +39,11 @@ def interpreted(*command: str) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize(
-    "files",
-    [["test_linear_logprob.py"], ["test_entropy_and_kl.py"], ["test_gae.py", "test_frames.py"]],
-    ids=lambda files: files[0],
-)
-def test_triton_path_in_the_interpreter(files):
-    run = interpreted("-m", "pytest", "-p", "no:cacheprovider", *(str(HERE / name) for name in files))
+def test_triton_path_in_the_interpreter():
+    """In one process, for importing takes long; `--confcutdir`: the conftest.py above imports the whole package."""
+    files = ("test_linear_logprob.py", "test_entropy_and_kl.py", "test_gae.py", "test_frames.py")
+    options = ("-p", "no:cacheprovider", "--confcutdir", str(HERE))
+    run = interpreted("-m", "pytest", *options, *(str(HERE / name) for name in files))
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
 

@@ -24,7 +24,7 @@ OPTIONS = [
 SHAPES = [(0, 24, 50), (1, 24, 50), (37, 96, 1009), (513, 40, 1500)]
 CASES = [(shape, options) for shape in SHAPES for options in OPTIONS]
 if INTERPRETING:  # some ten milliseconds per row and block
-    CASES = [((0, 24, 50), {}), ((37, 96, 600), {}), ((37, 96, 600), OPTIONS[-1])]
+    CASES = [((0, 24, 50), {}), ((19, 96, 600), {}), ((19, 96, 600), OPTIONS[-1])]
     CASES += [((5, 24, 601), options) for options in OPTIONS]
 
 
@@ -62,7 +62,7 @@ def both(impl, hidden_ND, weight_VD, target_N, reference_ND, chunk_rows=None, bi
 def test_matches_float64(impl, shape, options, dtype):
     N, D, V = shape
     ours, want, grad, grad64 = both(
-        impl, *problem(N, D, V, dtype, spread=0.5), chunk_rows=None if N < 30 else 16, **options
+        impl, *problem(N, D, V, dtype, spread=0.5), chunk_rows=None if N < 10 else 16, **options
     )
     tolerance = LOGP_TOLERANCE[dtype]
     assert all(out.dtype == torch.float32 for out in ours) and grad.dtype == dtype
@@ -130,16 +130,8 @@ def test_banned_ids_are_as_if_they_were_not_there(impl, options, ban):
     hidden_ND, weight_VD, target_N, reference_ND = problem(7, 24, 60, torch.float32)
     target_N = target_N.remainder(40)
     bias_V = torch.where(torch.arange(60) < 40, 0.0, ban)
-    ours = linear_logprob(
-        hidden_ND,
-        weight_VD,
-        target_N,
-        bias_V=bias_V,
-        reference_hidden_ND=reference_ND,
-        impl=impl,
-        chunk_rows=4,
-        **options,
-    )
+    given = {"bias_V": bias_V, "reference_hidden_ND": reference_ND, "impl": impl, "chunk_rows": 4}
+    ours = linear_logprob(hidden_ND, weight_VD, target_N, **given, **options)
     (ours.logp_N.sum() + ours.lse_N.sum()).backward()
     alive_ND = double(hidden_ND)
     want = plain.linear_logprob(

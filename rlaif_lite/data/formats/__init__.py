@@ -38,8 +38,8 @@ FORMATS = (
         (),
     ),
     Format("sharegpt", ("conversations",), ("videos", "chosen", "rejected"), conversations.llava, ()),
-    Format("vlm-rlaif-rl", ("conversations", "images", "uid"), (), conversations.rlaif_rl, ()),
-    Format("vlm-rlaif-sft", ("conversations", "images"), (), conversations.rlaif_sft, ()),
+    Format("vlm-rlaif-rl", ("conversations", "images", "uid"), (), conversations.rlaif, ()),
+    Format("vlm-rlaif-sft", ("conversations", "images"), (), conversations.rlaif, ()),
     Format("llava", ("conversations",), (), conversations.llava, ()),
     Format("swift-sharegpt", ("conversation",), (), conversations.swift_pairs, ()),
     Format(

@@ -17,18 +17,8 @@ SOUND = ("audio", "audios")
 TOOLS = ("tools", "objects", "functions")
 OURS_ALONE = ("clip", "clips", "verdicts")
 # A misspelling of one of these would lose a video, an answer or its meaning in silence.
-GUARDED = (
-    "video",
-    "videos",
-    "image",
-    "images",
-    "chosen",
-    "rejected",
-    "rejected_response",
-    "label",
-    "facts",
-    *OURS_ALONE,
-)
+ANSWERS = ("chosen", "rejected", "rejected_response", "label", "facts")
+GUARDED = ("video", "videos", "image", "images", *ANSWERS, *OURS_ALONE)
 
 
 def refuse_unknown(found: dict, known: set[str]) -> None:
@@ -72,12 +62,6 @@ def solution_of(found: dict) -> str | None:
     return (bare[1] if bare else solution).strip()
 
 
-def task_of(found: dict) -> str | None:
-    """The kind of question: our `task`, or Video-R1's `problem_type`."""
-    task = found.get("task", found.get("problem_type"))
-    return task if isinstance(task, str) and task else None
-
-
 def record(
     found: dict,
     source: str,
@@ -108,6 +92,7 @@ def record(
     if found.get("facts") is not None and not isinstance(found["facts"], dict):
         raise DataError(f"`facts` is {found['facts']!r}, expected an object.")
     options, solution = texts(found.get("options"), "`options`"), solution_of(found)
+    task = found.get("task", found.get("problem_type"))  # ours, or Video-R1's
     return Record(
         name,
         video,
@@ -119,7 +104,7 @@ def record(
         captions=captions,
         options=options,
         solution=solution,
-        task=task_of(found),
+        task=task if isinstance(task, str) and task else None,
         **extras,
     )
 

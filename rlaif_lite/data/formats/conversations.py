@@ -4,7 +4,7 @@ from ...errors import DataError
 from ..records import Message, Record
 from .build import record
 from .media import path_of, video_of
-from .turns import Turns, read_answer, read_turns
+from .turns import Turns, answers_in, read_answer, read_turns
 
 
 def _frames(found: dict) -> tuple[str, ...]:
@@ -15,14 +15,11 @@ def _frames(found: dict) -> tuple[str, ...]:
     return tuple(path_of(frame, "images") for frame in images)
 
 
-def rlaif_sft(found: dict, source: str) -> Record:
-    """The frames of one video in `images` (SFT_short, SFT_long, PPO_init of the release)."""
-    return record(found, source, read_turns(found["conversations"], "conversations"), _frames(found))
-
-
-def rlaif_rl(found: dict, source: str) -> Record:
-    """The same with `uid` (RL_data of the release); as in the release, only the first two turns are used."""
-    return record(found, source, read_turns(found["conversations"], "conversations").messages[:2], _frames(found))
+def rlaif(found: dict, source: str) -> Record:
+    """The frames of one video in `images` (SFT_short, SFT_long, PPO_init of the release). With `uid` (RL_data of the
+    release) only the first two turns are used, as in the release."""
+    turns = read_turns(found["conversations"], "conversations").messages
+    return record(found, source, turns[:2] if "uid" in found else turns, _frames(found))
 
 
 def rlaif_preference(found: dict, source: str) -> Record:
@@ -110,8 +107,8 @@ def trl_prompt(found: dict, source: str) -> Record:
 
 def _conversation(found: dict, source: str, key: str) -> Record:
     turns = read_turns(found[key], key)
-    answers = [read_answer(found[k], f"`{k}`") if found.get(k) is not None else None for k in ("chosen", "rejected")]
-    return record(found, source, turns, video_of(found, turns.inside, turns.marks), *answers)
+    video = video_of(found, turns.inside, turns.marks)
+    return record(found, source, turns, video, *answers_in(found, "chosen", "rejected"))
 
 
 def _whole(chosen: Turns, rejected: Turns) -> tuple[list[Message], str, str]:

@@ -19,7 +19,8 @@ def video_of(found: dict, inside: list[tuple[str, str]] = (), marks: int = 0) ->
     many places its text marks. Raises DataError naming the field."""
     given = {key: found[key] for key in FIELDS if found.get(key) not in NOTHING}
     if len(given) > 1:
-        raise DataError(f"it has {_listed(given)}; a record has one video. Leave out what does not belong to it.")
+        listed = " and ".join(f"`{key}` ({str(value)[:60]})" for key, value in given.items())
+        raise DataError(f"it has {listed}; a record has one video. Leave out what does not belong to it.")
     paths = [path for _, path in inside if path]
     if paths and given:
         (key,) = given
@@ -79,7 +80,3 @@ def _several(where: str, count: int) -> DataError:
     return DataError(
         f"{where} has {count} entries; a record has one video. Make one record of each, or join them into one video."
     )
-
-
-def _listed(given: dict) -> str:
-    return " and ".join(f"`{key}` ({str(value)[:60]})" for key, value in given.items())

@@ -4,7 +4,7 @@ from ...errors import DataError
 from ..records import Message, Record, texts
 from .build import record
 from .media import video_of
-from .turns import Turns, read_answer, read_history
+from .turns import Turns, answers_in, read_history
 
 DESCRIBE = "Describe this video in detail."  # what a file of captions alone is asked
 
@@ -23,22 +23,18 @@ def _round(found, source, question: str, answer: str | None, history=(), chosen=
     return record(found, source, messages, video, chosen, rejected, captions)
 
 
-def _answers(found: dict, *keys: str) -> list[str | None]:
-    return [read_answer(found[key], f"`{key}`") if found.get(key) is not None else None for key in keys]
-
-
 def alpaca(found: dict, source: str) -> Record:
     """Alpaca: the question is `instruction`, a line, and `input` where there is one."""
     question = _asked(found, "instruction")
     if found.get("input") not in (None, ""):
         question = f"{question}\n{_asked(found, 'input')}" if question else _asked(found, "input")
-    answer, chosen, rejected = _answers(found, "output", "chosen", "rejected")
+    answer, chosen, rejected = answers_in(found, "output", "chosen", "rejected")
     return _round(found, source, question, answer, read_history(found.get("history")), chosen, rejected)
 
 
 def query_response(found: dict, source: str) -> Record:
     """ms-swift: `query`, `response`, `history`; with `rejected_response` a pair."""
-    response, rejected = _answers(found, "response", "rejected_response")
+    response, rejected = answers_in(found, "response", "rejected_response")
     history, query = read_history(found.get("history")), _asked(found, "query")
     if rejected is None:
         return _round(found, source, query, response, history)
@@ -51,7 +47,7 @@ def video_r1(found: dict, source: str) -> Record:
     """Video-R1: the options follow the problem; `process` and `solution` are the answer, where there is a process."""
     options = texts(found.get("options"), "`options`")
     question = "\n".join([_asked(found, "problem"), *(("Options:", *options) if options else ())])
-    (process,) = _answers(found, "process")
+    (process,) = answers_in(found, "process")
     return _round(found, source, question, None if process is None else f"{process}\n{_asked(found, 'solution')}")
 
 

@@ -113,6 +113,11 @@ def read_answer(found, what: str) -> str:
     return found
 
 
+def answers_in(found: dict, *keys: str) -> list[str | None]:
+    """The answers under `keys`; None where there is none."""
+    return [read_answer(found[key], f"`{key}`") if found.get(key) is not None else None for key in keys]
+
+
 def read_history(found, key: str = "history") -> list[Message]:
     """Earlier rounds as a list of [question, answer]."""
     rounds = [] if found in (None, "") else found

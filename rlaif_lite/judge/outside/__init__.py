@@ -15,8 +15,7 @@ Task = Literal["qa", "correctness", "detail", "context", "temporal", "consistenc
 class Case(NamedTuple):
     """One thing to judge."""
 
-    id: str
-    "unique within a benchmark"
+    id: str  # unique within a benchmark
     task: Task
     """
     qa: is the meaning the reference's, yes or no, and how well, 0-5 (zero-shot QA)
@@ -29,32 +28,25 @@ class Case(NamedTuple):
     question: str | tuple[str, str]
     reference: str
     prediction: str | tuple[str, str]
-    context: str | None = None
-    "what the judge may know of the video in words, where the task uses it"
-    rubric: str = ""
-    "answer: what a good answer is"
+    context: str | None = None  # what the judge may know of the video in words, where the task uses it
+    rubric: str = ""  # answer: what a good answer is
 
 
 class Verdict(NamedTuple):
     """What a judge said of one case. What it could not judge is a verdict too, with its problem."""
 
-    id: str
-    "the case's"
+    id: str  # the case's
     correct: bool | None
     "where the task asks for it (qa, mmhal: not hallucinated, caption: score >= 3); None where there is a problem"
-    score: float | None
-    "on the task's scale; None where there is a problem, or where the judge gives none"
-    raw: str
-    "the judge's own words"
-    problem: str | None
-    "why there is no verdict: the answer cannot be read, or is out of range"
+    score: float | None  # on the task's scale; None where there is a problem, or where the judge gives none
+    raw: str  # the judge's own words
+    problem: str | None  # why there is no verdict: the answer cannot be read, or is out of range
 
 
 class Judge(Protocol):
     """What every kind of judge does."""
 
-    id: str
-    "kind, model, revision and the hash of its prompts; two judges with one id would say the same"
+    id: str  # kind, model, revision and the hash of its prompts; two judges with one id would say the same
 
     def judge(self, cases: Sequence[Case]) -> list[Verdict]:
         """One verdict for each case, in order. Raises RlaifError where it cannot go on; what was judged is kept."""

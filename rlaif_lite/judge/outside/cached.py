@@ -6,7 +6,6 @@ Lines are only appended, each as soon as its reply arrives. A kill costs what wa
 short is ignored. A verdict that could not be read is kept too, and asked for again only on request.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ...errors import JudgeError
+from ...files import digest_of
 from ...progress import progress, say
 from . import Case, Verdict
 from .prompts import ALL, Prompt, prompt_of
@@ -26,21 +26,16 @@ class Reply(NamedTuple):
     """What a model answered to a prompt."""
 
     raw: str
-    problem: str | None = None
-    "why there can be no answer to this prompt; then `raw` is empty"
-    tokens: tuple[int, int] | None = None
-    "of the prompt and of the reply, where the model says"
+    problem: str | None = None  # why there can be no answer to this prompt; then `raw` is empty
+    tokens: tuple[int, int] | None = None  # of the prompt and of the reply, where the model says
 
 
 class Model(Protocol):
     """A model that answers prompts: on this machine or behind an address."""
 
-    name: str
-    "kind and model, and the settings that change what it says"
-    revision: str
-    "which version of it"
-    words: bool
-    "qa is answered by the probabilities of yes and no"
+    name: str  # kind and model, and the settings that change what it says
+    revision: str  # which version of it
+    words: bool  # qa is answered by the probabilities of yes and no
 
     def ask(self, prompts: Sequence[Prompt], keep: Callable[[int, Reply], None]) -> None:
         """Call `keep(number of the prompt, reply)` as replies come in, from any thread. Raises RlaifError where it
@@ -109,7 +104,7 @@ class Verdicts:
 
     def __init__(self, folder: Path, judge: str):
         self._judge = judge
-        self.path = folder / f"{re.sub(r'[^a-zA-Z0-9.-]+', '_', judge)[:60]}-{_sha(judge)[:8]}.jsonl"
+        self.path = folder / f"{re.sub(r'[^a-zA-Z0-9.-]+', '_', judge)[:60]}-{digest_of(judge, 8)}.jsonl"
         self._found: dict[str, Verdict] = {}
         self.tokens = 0  # that the verdicts have cost, where the model said so
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
@@ -123,7 +118,7 @@ class Verdicts:
 
     def key(self, prompt: str) -> str:
         """What a prompt is found by."""
-        return _sha(f"{self._judge}\n{prompt}")
+        return digest_of([self._judge, prompt], 64)
 
     def has(self, key: str, readable: bool = False) -> bool:
         """Whether there is a verdict; `readable`: one without a problem."""
@@ -145,7 +140,3 @@ class Verdicts:
             file.write(line.encode())
         self._found[key] = verdict
         self.tokens += sum(more["tokens"] or ())
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

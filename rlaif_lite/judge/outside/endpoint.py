@@ -90,7 +90,11 @@ class Endpoint:
         path = parts.path.rstrip("/").removesuffix("/chat/completions")
         self._url = urllib.parse.urlunsplit(parts._replace(path=path, query="", fragment=""))
         self._query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
-        self._key = None if key is None else _key_of(key)
+        self._key = None if key is None else os.environ.get(key, "").strip()
+        if self._key == "":
+            raise JudgeError(f"The environment variable {key}, which should hold the judge's API key, is not set.")
+        if self._key and not (self._key.isascii() and self._key.isprintable()):
+            raise JudgeError(f"The environment variable {key} holds more than an API key: a line break, for example.")
         # some providers take the key behind the "?", so its values are secret as well
         self._mask = Mask([self._key or "", *self._query.values()])
         self._where = self._mask(f"{self._url}/chat/completions")
@@ -183,19 +187,15 @@ class Endpoint:
                 raise JudgeError(f"{self._where} asks to wait for {last.after:.0f} s ({last}). {_ADVICE}")
             if attempt == self._attempts:
                 break
-            self._tell(last)
+            if time.monotonic() - self._told > TELL_EVERY_S:
+                self._told = time.monotonic()
+                say(f"judge: {last}; trying again")
             if last.after:
                 self._not_before = max(self._not_before, time.monotonic() + last.after)
             else:  # 0 as well: all attempts would be gone at once
                 pause = min(LONGEST_PAUSE_S, self._pause * 2 ** (attempt - 1)) * random.uniform(0.5, 1.0)
                 await asyncio.sleep(pause)
         raise _Unanswered(f"{last} (tried {self._attempts} times)")
-
-    def _tell(self, error: Exception) -> None:
-        """Why it takes long, at most once in a while."""
-        if time.monotonic() - self._told > TELL_EVERY_S:
-            self._told = time.monotonic()
-            say(f"judge: {error}; trying again")
 
     # ---- one attempt
 
@@ -275,11 +275,14 @@ class Endpoint:
         served = self._mask(str(body.get("model") or "unstated"))
         self._served = self._served or served
         self._requests += 1
-        tokens = _usage(body.get("usage"))
-        if tokens is None:
-            self._unstated += 1
-        else:
+        usage = body.get("usage")
+        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
+        tokens = None
+        if counts and all(type(count) is int and 0 <= count <= MOST_TOKENS for count in counts):
+            tokens = (counts[0], counts[1])
             self._tokens = [a + b for a, b in zip(self._tokens, tokens, strict=True)]
+        else:
+            self._unstated += 1  # the server states no such counts, or impossible ones
         if served != self._served:
             raise JudgeError(
                 f"{self._where}: the name {self._model} stood for {self._served} and now stands for {served}: another "
@@ -393,25 +396,6 @@ def _is_local(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")
-
-
-def _key_of(variable: str) -> str:
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise JudgeError(f"The environment variable {variable}, which should hold the judge's API key, is not set.")
-    if not (key.isascii() and key.isprintable()):
-        raise JudgeError(f"The environment variable {variable} holds more than an API key: a line break, for example.")
-    return key
-
-
-def _usage(usage: Any) -> tuple[int, int] | None:
-    """Tokens of the prompt and of the reply; None where the server states no such counts, or impossible ones."""
-    if not isinstance(usage, dict):
-        return None
-    asked: Any = usage.get("prompt_tokens")
-    said: Any = usage.get("completion_tokens")
-    whole_numbers = type(asked) is int and type(said) is int
-    return (asked, said) if whole_numbers and 0 <= asked <= MOST_TOKENS and 0 <= said <= MOST_TOKENS else None
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -23,10 +23,10 @@ from ...model.inputs import BRANCH_MARK, collate, encode_prompt
 from ...model.inputs import Sequence as Row
 from ...model.memory import in_pieces
 from ...model.roles import BASE, Roles
-from ...model.text import decode_answer, word_tokens
+from ...model.text import word_tokens
 from ...recipe import Divide, Lora
 from ...recipe import Model as Section
-from ...rollout import Sampling, sample
+from ...rollout import greedy_texts
 from ..divide import TextModel
 from .cached import Model, Reply
 from .prompts import REPLY_TOKENS, Prompt
@@ -65,10 +65,8 @@ class LocalRole:
         return row
 
     def _write(self, rows: list[Row]) -> list[str]:
-        sampling = Sampling(REPLY_TOKENS, temperature=0.0)
         with self._roles.use(self._role) as role:
-            found = sample(role, rows, sampling, seeds=[0] * len(rows), batch_size=self._batch_size)
-        return [decode_answer(self._roles.base, trajectory.ids) for trajectory in found]
+            return greedy_texts(role, rows, REPLY_TOKENS, self._batch_size)
 
     @torch.no_grad()
     def _decide(self, rows: list[Row]) -> list[str]:
@@ -110,7 +108,7 @@ def of_model(name: str, device: torch.device, words: bool = False, batch_size: i
     section = Section(base=name)
     config = check_model(name, words)
     # of a hub id the commit, which is the folder's name in the hub's cache
-    found = base_digest(section) if Path(name).is_dir() else _commit(name)
+    found = base_digest(section) if Path(name).is_dir() else Path(cached_file(name, "config.json")).parent.name
     if config.model_type in FAMILIES:
         if config.get_text_config().hidden_size % 64:
             section = section.model_copy(update={"quantization": "none"})
@@ -126,10 +124,6 @@ def check_model(name: str, words: bool) -> PretrainedConfig:
     if words and config.model_type not in FAMILIES:
         raise ModelError(f"{name} is a text model, which judges by what it writes. Leave --judge-words out.")
     return config
-
-
-def _commit(name: str) -> str:
-    return Path(cached_file(name, "config.json")).parent.name
 
 
 def short_name(name: str) -> str:

@@ -19,8 +19,7 @@ class Scale(NamedTuple):
 
     low: int
     high: int
-    right: int | None = None
-    "correct from this score on; None: the score does not say"
+    right: int | None = None  # correct from this score on; None: the score does not say
 
 
 SCALES = {
@@ -102,10 +101,8 @@ class Prompt(NamedTuple):
     """What is put to a model."""
 
     text: str
-    hash: str
-    "of the words around the case"
-    word: bool
-    "the answer is yes or no by the probabilities of the next token; else a reply is written"
+    hash: str  # of the words around the case
+    word: bool  # the answer is yes or no by the probabilities of the next token; else a reply is written
 
 
 def prompt_of(case: Case, word: bool = False) -> Prompt:

@@ -27,7 +27,12 @@ def read(case: Case, reply: str) -> Verdict:
     try:
         score = _score(text, scale)
         if case.task == "qa":
-            return Verdict(case.id, _pred(text), score, reply, None)
+            found = {word.lower() in ("yes", "true") for word in PRED.findall(text)}
+            if not found and (first := FIRST.match(text)):
+                found = {first[1].lower() == "yes"}
+            if len(found) != 1:
+                raise ValueError(f"{'both yes and no' if found else 'neither yes nor no'}: {_shown(text)}")
+            return Verdict(case.id, found.pop(), score, reply, None)
     except ValueError as problem:
         return Verdict(case.id, None, None, reply, str(problem))
     return Verdict(case.id, None if scale.right is None else score >= scale.right, score, reply, None)
@@ -54,15 +59,6 @@ def _score(text: str, scale: Scale) -> float:
     if not scale.low <= values[0] <= scale.high:
         raise ValueError(f"the score {values[0]:g} is outside {scale.low} to {scale.high}: {_shown(text)}")
     return values[0]
-
-
-def _pred(text: str) -> bool:
-    found = {word.lower() in ("yes", "true") for word in PRED.findall(text)}
-    if not found and (first := FIRST.match(text)):
-        found = {first[1].lower() == "yes"}
-    if len(found) != 1:
-        raise ValueError(f"{'both yes and no' if found else 'neither yes nor no'}: {_shown(text)}")
-    return found.pop()
 
 
 def _shown(text: str) -> str:

@@ -27,7 +27,6 @@ from ..sft import backward, example
 
 DIVIDER = "divider"  # the adapter that divides answers, where the recipe trains one
 ASKING = 0.2  # share of the texts that ask
-CHECKPOINT_EVERY = 20
 
 
 class Scores(NamedTuple):
@@ -105,11 +104,8 @@ def divide_answers(work: Workspace, answers: list[tuple[str, str]], folder: Path
     section = work.recipe.dpo.divide
     different = list(dict.fromkeys(answers))
     with writer(work) as write, progress(len(different), f"{label}: claims", unit="answer") as bar:
-
-        def work_on(batch: list[tuple[str, str]]) -> list[dict]:
-            return [found._asdict() for found in divide(write, batch, section)]
-
         batches = even_chunks(different, section.batch_size)
+        work_on = lambda batch: [found._asdict() for found in divide(write, batch, section)]
         rows = by_batches(folder / "claims.jsonl", batches, work_on, bar.advance)
     found = dict(zip(different, (Divided(**row) for row in rows), strict=True))
     return [found[answer] for answer in answers]
@@ -147,18 +143,8 @@ def prepare_divider(work: Workspace) -> None:
         return {"loss": sum(backward(active, part, len(examples)) for part in split_micro(own, micro))}
 
     roles.add(DIVIDER, seed=work.seed("dpo.divide", "init"))
-    fit(
-        roles,
-        DIVIDER,
-        section,
-        section.steps,
-        step_loss,
-        label="dpo.divide",
-        folder=work.stage("dpo") / "checkpoint" / "divide",
-        log=work.log,
-        seed=seed,
-        checkpoint_every=CHECKPOINT_EVERY,
-    )
+    checkpoint = work.stage("dpo") / "checkpoint" / "divide"
+    fit(roles, DIVIDER, section, section.steps, step_loss, "dpo.divide", checkpoint, work.log, seed)
     roles.save(DIVIDER, work.adapter(DIVIDER))
     roles.remove(DIVIDER)
 

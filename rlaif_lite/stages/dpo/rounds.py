@@ -42,7 +42,7 @@ from ...workspace import Workspace
 from ..judging import Answers, Judged, compare_pairs, figures_of, sample_answers
 from .altered import answer_ids, draw_videos, prefers_own_video
 from .judges import describe_videos, prepare_divider, score_answers
-from .train import Preferred, reference_logps, role_from, train, with_spans
+from .train import Preferred, reference_logps, role_from, spans_of, train
 
 READS = ("seed", "model", "preference", "dpo", "data.preference", *TRUTH)
 NEEDS = ("features", "sft", "context")
@@ -97,19 +97,16 @@ def one_round(work: Workspace, number: int, before: Path, records: list[Record])
     section, folder = work.recipe.dpo, round_folder(work, number)
     preference, start = work.recipe.preference, work.adapter(START)
     if section.altered:
-        return learn(work, number, before, ChosenPairs(altered_pairs(work, number, records), [], {}))
+        pairs = []  # VDPO's: every record's answer on its own video, preferred to the same on another
+        for record, other in zip(records, draw_videos(work, records, number), strict=True):
+            ids, text = answer_ids(work, record), record.answer or ""
+            pairs.append(Preferred(record, text, text, ids, ids, 0.0, other))
+        return learn(work, number, before, ChosenPairs(pairs, [], {}))
     sampling = Sampling(preference.max_new_tokens, preference.temperature, preference.top_p, preference.top_k)
     with role_from(work, "generator", before if section.generator == "policy" else start) as role:
-        answers = sample_answers(
-            work,
-            role,
-            records,
-            sampling,
-            preference.samples,
-            lambda record, j: work.seed("dpo", number, record.key, j),
-            folder / "answers.jsonl",
-            f"dpo {number}: answers",
-        )
+        seed_of = lambda record, j: work.seed("dpo", number, record.key, j)
+        path, label = folder / "answers.jsonl", f"dpo {number}: answers"
+        answers = sample_answers(work, role, records, sampling, preference.samples, seed_of, path, label)
     contexts, told = work.narratives() if preference.context else None, {}
     if section.describe is not None:
         with role_from(work, "generator", before) as role:
@@ -220,19 +217,10 @@ def judge_round(
         dropped["length"] = stay.count(False)
         pairs = [pair for pair, stays in zip(pairs, stay, strict=True) if stays]
     if section.spans is not None:
-        differing = with_spans(work.base(), section.spans, pairs)
-        dropped["alike"], pairs = len(pairs) - len(differing), differing
+        spans = [spans_of(work.base(), section.spans, pair.chosen_ids, pair.rejected_ids) for pair in pairs]
+        dropped["alike"] = sum(not any(found) for found in spans)
+        pairs = [pair._replace(spans=found) for pair, found in zip(pairs, spans, strict=True) if any(found)]
     return ChosenPairs(pairs, [j for of in by_prompt for j in of], dropped)
-
-
-def altered_pairs(work: Workspace, number: int, records: list[Record]) -> list[Preferred]:
-    """VDPO's pairs: every record's answer on its own video, preferred to the same on another (`dpo.altered`)."""
-    others = draw_videos(work, records, number)
-    pairs = []
-    for record, other in zip(records, others, strict=True):
-        ids, text = answer_ids(work, record), record.answer or ""
-        pairs.append(Preferred(record, text, text, ids, ids, 0.0, other))
-    return pairs
 
 
 def judge_neighbours(
@@ -274,7 +262,9 @@ def look(work: Workspace, number: int, policy: Path, held: list[Record]) -> dict
         answers = greedy(role, folder / "answers.jsonl")
     with role_from(work, "judge", work.adapter("sft")) as role:
         if judge_name(work) == "pairwise":
-            first = read_answers(held, round_folder(work, 0) / "heldout" / "answers.jsonl")
+            path = round_folder(work, 0) / "heldout" / "answers.jsonl"
+            rows = [row for line in read_jsonl(path) for row in line["results"]]  # as `by_batches` wrote them
+            first = [Answers(r, row["answers"], row["ids"]) for r, row in zip(held, rows, strict=True)]
             both = [
                 Answers(new.record, [*new.texts, *old.texts], [*new.ids, *old.ids])
                 for new, old in zip(answers, first, strict=True)
@@ -297,12 +287,6 @@ def look(work: Workspace, number: int, policy: Path, held: list[Record]) -> dict
         "heldout_truth": sum(truths) / len(truths) if truths else None,
         "heldout_words": mean_words([of.texts[0] for of in answers]),
     }
-
-
-def read_answers(records: list[Record], path: Path) -> list[Answers]:
-    """The answers in a JSON lines file, with the records that they answer."""
-    rows = [row for line in read_jsonl(path) for row in line["results"]]  # as `by_batches` wrote them
-    return [Answers(record, row["answers"], row["ids"]) for record, row in zip(records, rows, strict=True)]
 
 
 def mean_words(texts: list[str]) -> float:

@@ -35,8 +35,6 @@ from ...training.loop import batches, split_micro
 from ...workspace import Workspace
 from .altered import OtherVideo, altered_prompts
 
-CHECKPOINT_EVERY = 20
-
 
 class Preferred(NamedTuple):
     """A pair to be learnt."""
@@ -75,13 +73,6 @@ def role_from(work: Workspace, name: str, folder: Path) -> Iterator[str]:
 
 
 # ------------------------------------------------------------------------------------------- what of a pair is compared
-
-
-def with_spans(base: Base, by: str, pairs: list[Preferred]) -> list[Preferred]:
-    """The pairs with the spans in which their answers differ, by "claims" or by "tokens"; those that do not differ so
-    are left out."""
-    found = [pair._replace(spans=spans_of(base, by, pair.chosen_ids, pair.rejected_ids)) for pair in pairs]
-    return [pair for pair in found if any(pair.spans)]
 
 
 def spans_of(base: Base, by: str, chosen: list[int], rejected: list[int]) -> tuple[list[Span], list[Span]]:
@@ -208,19 +199,8 @@ def train(
             held.enter_context(role_from(work, "policy", before))
             if section.kl_weight:
                 held.enter_context(role_from(work, "reference", held_to))
-            fit(
-                roles,
-                "policy",
-                section,
-                steps,
-                step_loss,
-                label=label,
-                folder=work.stage("dpo") / "checkpoint" / f"round{number}",
-                log=work.log,
-                seed=work.recipe.seed,
-                checkpoint_every=CHECKPOINT_EVERY,
-                before=read_reference,
-            )
+            checkpoint, seed = work.stage("dpo") / "checkpoint" / f"round{number}", work.recipe.seed
+            fit(roles, "policy", section, steps, step_loss, label, checkpoint, work.log, seed, read_reference)
             roles.save("policy", folder / "policy")
     lines = ranks.first(lambda: [line for line in read_jsonl(work.log.path) if line["stage"] == label])
     late = lines[-math.ceil(len(lines) / 4) :]

@@ -7,7 +7,6 @@ Shapes: B answers of a step, b of a micro-batch, T answer tokens (padded on the 
 """
 
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
 from itertools import groupby
 from typing import Literal, NamedTuple
 
@@ -23,7 +22,7 @@ from ...model.answers import AnswerRows, Group, lay_out
 from ...model.base import Base
 from ...model.inputs import Sequence, encode_prompt
 from ...model.roles import ActiveRole
-from ...rollout import Trajectory
+from ...rollout import Sampling, Trajectory, sample_together
 from ...training.loop import derive_seed, split_micro
 from ...workspace import Workspace
 
@@ -52,6 +51,26 @@ class Experience(NamedTuple):
     return_BT: Tensor
 
 
+def answers_of(
+    work: Workspace,
+    role: str,
+    prompts: int,
+    prompt_of: Callable[[int], Sequence],
+    seeds: list[int],
+    per_prompt: int = 1,
+    longest: int | None = None,
+) -> list[Trajectory]:
+    """Answers of a role, sampled as the recipe says: `per_prompt` to each prompt, next to each other. `longest`: tokens
+    of an answer, where `ppo.max_new_tokens` is not meant."""
+    section = work.recipe.ppo
+    sampling = Sampling(longest or section.max_new_tokens, section.temperature, section.top_p, section.top_k)
+    slots = int(section.slots or section.rollouts)
+    with work.roles.use(role) as active:
+        return sample_together(
+            active, prompts, prompt_of, sampling, seeds=seeds, per_prompt=per_prompt, batch_size=slots
+        )
+
+
 def cut(
     work: Workspace,
     critic_prompt: Callable[[Record], Sequence],
@@ -65,7 +84,10 @@ def cut(
     answer."""
     base, section = work.base(), work.recipe.ppo
     generator = torch.Generator().manual_seed(derive_seed(work.recipe.seed, "ppo", "minibatches", step))
-    groups = by_record(records, section.group_size)
+    of_record: dict[int, list[int]] = {}
+    for number, record in enumerate(records):
+        of_record.setdefault(id(record), []).append(number)
+    groups = [part for numbers in of_record.values() for part in chunks(numbers, section.group_size)]
     order = [i for g in torch.randperm(len(groups), generator=generator).tolist() for i in groups[g]]
     group_of = {i: g for g, group in enumerate(groups) for i in group}
 
@@ -87,14 +109,6 @@ def cut(
         own = [i for group in ranks.deal(together, cost) for i in group]
         minibatches.append([micro(sorted(part, key=by_length)) for part in split_micro(own, size)])
     return minibatches
-
-
-def by_record(records: Seq[Record], most: int) -> list[list[int]]:
-    """The numbers of the answers to each record, at most `most` together."""
-    found: dict[int, list[int]] = {}
-    for number, record in enumerate(records):
-        found.setdefault(id(record), []).append(number)
-    return [part for numbers in found.values() for part in chunks(numbers, most)]
 
 
 def answer_hidden(role: ActiveRole, micro: Micro) -> Tensor:

@@ -24,10 +24,10 @@ from ...model.answers import Group
 from ...model.inputs import Sequence, encode_prompt
 from ...model.memory import in_pieces_together
 from ...phases import phase
-from ...rollout import Sampling, Trajectory, sample_together
+from ...rollout import Trajectory
 from ...workspace import Workspace
 from ..reward import RewardInput, check_floor, reward_prompt
-from .experience import Micro, spread
+from .experience import Micro, answers_of, spread
 
 
 class Taken(NamedTuple):
@@ -132,12 +132,9 @@ class RewardModelFeedback(Feedback):
         """(mean, standard deviation) of the reward model on the reference's own answers to RL prompts."""
         work, section, base = self.work, self.work.recipe.ppo, self.work.base()
         records = work.records("rl")[:256]
-        sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
         seeds = [work.seed("ppo", "scale", i) for i in range(len(records))]
-        with work.roles.use("reference") as reference:
-            slots = int(section.slots or section.rollouts)
-            prompt_of = lambda i: encode_prompt(base, records[i].prompt, work.features(records[i]))
-            answers = sample_together(reference, len(records), prompt_of, sampling, seeds=seeds, batch_size=slots)
+        prompt_of = lambda i: encode_prompt(base, records[i].prompt, work.features(records[i]))
+        answers = answers_of(work, "reference", len(records), prompt_of, seeds)
         size = section.micro_batch or section.minibatch
 
         def read(part: Seq[tuple[Record, Trajectory]]) -> list[float]:

@@ -22,10 +22,9 @@ def check_first_step(experience: Experience, history: list[dict[str, Tensor]]) -
     if kl != 0.0 or low != 1.0 or high != 1.0:
         raise StageError(
             f"At step 0 the largest |KL| of a token is {kl:.3g} and the ratio lies in [{low:.9f}, {high:.9f}]; they "
-            f"must be exactly 0 "
-            "and 1. The policy is not a copy of the reference, or sampling and scoring disagree about the text. "
-            "Delete the run's "
-            "`ppo` and `adapters/policy` folders and start again; if it stays, report it with the recipe."
+            "must be exactly 0 and 1. The policy is not a copy of the reference, or sampling and scoring disagree "
+            "about the text. Delete the run's `ppo` and `adapters/policy` folders and start again; if it stays, report "
+            "it with the recipe."
         )
 
 

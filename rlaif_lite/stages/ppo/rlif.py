@@ -34,9 +34,10 @@ from ...model.inputs import Sequence, encode_prompt
 from ...model.text import decode_answer
 from ...phases import phase
 from ...rl.rlif import end_reward, takeovers, token_rewards
-from ...rollout import Sampling, Trajectory, sample_together
+from ...rollout import Trajectory
 from ...rollout.sampling import uniforms
 from ...workspace import Workspace
+from .experience import answers_of
 from .feedback import Feedback, Taken
 
 
@@ -162,7 +163,11 @@ class InterventionFeedback(Feedback):
             over = [(s, h) for s, h in heard_now if h.taken]
             rows += [self.row(cut_short(s, h), h.taken_ends()[:1], None) for s, h in over]
             kept = [Draft(s.answer, first(s.said, h.claims[h.taken[0]].start), s.since) for s, h in over]
-            drafts = self.continue_drafts(records, self.written(records, kept, step, turn), step, turn)
+            # The policy goes on after what was put in; answers that ended with it, or have no room left, are over.
+            eos, longest = self.work.base().eos_id, self.work.recipe.ppo.max_new_tokens
+            put_in = self.written(records, kept, step, turn)
+            open_ = [s for s in put_in if s.said.ids[-1] != eos and len(s.said.ids) < longest]
+            drafts = self.sample("policy", records, open_, "resumed", step, turn, 1, longest)
             heard_now = list(zip(drafts, self.judge(records, drafts, step, turn), strict=True))
         ended += heard_now
         left = self.omitted(records, [s for s, _ in ended])
@@ -184,12 +189,6 @@ class InterventionFeedback(Feedback):
             if draft.answer not in best or odds < best[draft.answer][0]:
                 best[draft.answer] = (odds, piece)
         return [piece for _, piece in best.values()]
-
-    def continue_drafts(self, records: list[Record], written: list[Draft], step: int, turn: int) -> list[Draft]:
-        """The policy goes on after what was put in; answers that ended with it, or have no room left, are over."""
-        eos, longest = self.work.base().eos_id, self.work.recipe.ppo.max_new_tokens
-        open_ = [s for s in written if s.said.ids[-1] != eos and len(s.said.ids) < longest]
-        return self.sample("policy", records, open_, "resumed", step, turn, 1, longest)
 
     def sample(
         self,
@@ -213,14 +212,8 @@ class InterventionFeedback(Feedback):
             return encode_prompt(work.base(), record.prompt, work.features(record)).extend(said.ids)
 
         seeds = [work.seed("ppo", stream, step, s.answer, turn, j) for s in kept for j in range(count)]
-        sampling = Sampling(max(room), section.temperature, section.top_p, section.top_k)
-        with work.roles.use(role) as active:
-            slots = int(section.slots or section.rollouts)
-            found = sample_together(
-                active, len(kept), prompt_of, sampling, seeds=seeds, per_prompt=count, batch_size=slots
-            )
         out = []
-        for more in found:
+        for more in answers_of(work, role, len(kept), prompt_of, seeds, count, max(room)):
             before, new = kept[more.prompt], first(more, room[more.prompt])
             ids, logp = before.said.ids + new.ids, before.said.logp + new.logp
             said = before.said._replace(ids=ids, logp=logp, stopped=new.stopped)

@@ -21,8 +21,9 @@ from ...progress import say
 from ...recipe import Rule, Rules
 from ...rl.advantages import needs_order
 from ...rl.rules import CHECKS, FORMAT, said_in
-from ...rollout import Sampling, Trajectory, sample_together
+from ...rollout import Trajectory
 from ...workspace import Workspace
+from .experience import answers_of
 from .feedback import Feedback, Taken
 
 KEY = "ppo.rules.rewards"
@@ -155,13 +156,9 @@ class RuleFeedback(Feedback):
         work, section = self.work, self.work.recipe.ppo
         asked, per_prompt = records[:: section.group_size], max(1, section.group_size // 2)
         prompt_of = lambda i: encode_prompt(work.base(), asked[i].prompt, work.features(asked[i], "shuffled"))
-        sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
         seeds = [work.seed("ppo", "shuffled", step, i) for i in range(len(asked) * per_prompt)]
-        with work.roles.use("policy") as policy, phase("shuffled answers"):
-            slots = int(section.slots or section.rollouts)
-            shuffled = sample_together(
-                policy, len(asked), prompt_of, sampling, seeds=seeds, per_prompt=per_prompt, batch_size=slots
-            )
+        with phase("shuffled answers"):
+            shuffled = answers_of(work, "policy", len(asked), prompt_of, seeds, per_prompt)
         ordered_B, shuffled_J = (
             torch.tensor([self.accuracy(r, a) for r, a in zip(of, said, strict=True)])
             for of, said in ((records, answers), ([asked[a.prompt] for a in shuffled], shuffled))

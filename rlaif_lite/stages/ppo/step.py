@@ -47,13 +47,24 @@ from ...recipe import Ppo, Recipe
 from ...rl.advantages import TaskDeviation, group_relative, rloo, whiten
 from ...rl.losses import PolicyStats, merge_stats, policy_loss, token_weights, value_loss, weighted_sum
 from ...rl.shaping import AdaptiveKL, FixedKL, kl_penalty, sequence_score, shaped_reward, symbolic_bonus
-from ...rollout import Sampling, Trajectory, sample_together
+from ...rollout import Trajectory
 from ...training.fit import clip_and_step, keep, restore
 from ...training.health import FLAT
 from ...training.loop import batches, derive_seed
 from ...training.oom import Backoff, put_back, remember
 from ...workspace import Workspace
-from .experience import Experience, Micro, answer_hidden, answer_logp, cut, padded, place, spread, token_value
+from .experience import (
+    Experience,
+    Micro,
+    answer_hidden,
+    answer_logp,
+    answers_of,
+    cut,
+    padded,
+    place,
+    spread,
+    token_value,
+)
 from .feedback import Feedback, RewardModelFeedback, Taken
 from .log import check_first_step, step_metrics, summary
 from .outside import OutsideFeedback
@@ -63,19 +74,8 @@ from .rlif import InterventionFeedback
 from .rules import RuleFeedback
 
 READS = (
-    "seed",
-    "model",
-    "reward.prompt",
-    "reward.pool",
-    "reward.pool_tokens",
-    "reward.floor",
-    "ppo",
-    "data.rl",
-    "preference.judge",
-    "preference.batch_size",
-    "preference.claims",
-    "preference.pairwise",
-    "preference.outside",
+    *("seed", "model", "reward.prompt", "reward.pool", "reward.pool_tokens", "reward.floor", "ppo", "data.rl"),
+    *("preference.judge", "preference.batch_size", "preference.claims", "preference.pairwise", "preference.outside"),
     *TRUTH,
 )
 NEEDS = ("features", "sft", "context", "reward")
@@ -128,7 +128,10 @@ def run(work: Workspace) -> dict:
         for step in range(start, section.steps):
             step_begins()
             torch.manual_seed(derive_seed(recipe.seed, "ppo", step))
-            set_rates(section, optimizers, step)
+            for role, optimizer in optimizers.items():
+                highest = section.lr if role == "policy" else section.value_lr or section.lr
+                for group in optimizer.param_groups:
+                    group["lr"] = highest * lr_share(section, step)
             chosen = [records[i] for i in prompts_of_step[step] for _ in range(section.group_size)]
             kl_coef = controller.kl_coef
             metrics, times = one_step(work, feedback, optimizers, backoff, chosen, step, kl_coef, deviation)
@@ -204,17 +207,9 @@ def prepare(work: Workspace, feedback: Feedback) -> dict[str, torch.optim.Optimi
         trained.append("value")
     for role in trained:
         roles.trainable(role)
-        parameters = roles.parameters(role, head=role in roles.heads)
+        parameters = roles.parameters(role)
         optimizers[role] = torch.optim.AdamW(parameters, weight_decay=0.0, betas=BETAS, fused=True)
     return optimizers
-
-
-def set_rates(section: Ppo, optimizers: dict[str, torch.optim.Optimizer], step: int) -> None:
-    """The learning rates of a step: a linear rise, then a linear fall to `lr_end`."""
-    for role, optimizer in optimizers.items():
-        highest = section.lr if role == "policy" else section.value_lr or section.lr
-        for group in optimizer.param_groups:
-            group["lr"] = highest * lr_share(section, step)
 
 
 def rollout(work: Workspace, records: list[Record], step: int, turn: int = 0) -> list[Trajectory]:
@@ -222,15 +217,10 @@ def rollout(work: Workspace, records: list[Record], step: int, turn: int = 0) ->
     a step has random numbers of its own."""
     section, base = work.recipe.ppo, work.base()
     asked = records[:: section.group_size]
-    sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
     stream = ("ppo", step) if turn == 0 else ("ppo", "resample", step, turn)
     seeds = [work.seed(*stream, i) for i in range(len(records))]
-    with work.roles.use("policy") as policy:
-        slots = int(section.slots or section.rollouts)
-        prompt_of = lambda i: encode_prompt(base, asked[i].prompt, work.features(asked[i]))
-        return sample_together(
-            policy, len(asked), prompt_of, sampling, seeds=seeds, per_prompt=section.group_size, batch_size=slots
-        )
+    prompt_of = lambda i: encode_prompt(base, asked[i].prompt, work.features(asked[i]))
+    return answers_of(work, "policy", len(asked), prompt_of, seeds, section.group_size)
 
 
 @torch.no_grad()
@@ -371,7 +361,10 @@ def update(
     minibatch. Weights and denominators are the whole minibatch's, so the ranks' gradients and terms add up."""
     section, e = recipe.ppo, experience
     generator = torch.Generator().manual_seed(derive_seed(recipe.seed, "ppo", "epochs", step))
-    rows_of = whole_minibatches(minibatches, e.mask_BT.device)
+    none = torch.zeros(0, dtype=torch.int64)
+    own = [torch.cat([micro.index_b for micro in m]) if m else none for m in minibatches]
+    # which answers of the step each minibatch has, those of all ranks
+    rows_of = [torch.cat(of_ranks).to(e.mask_BT.device) for of_ranks in zip(*ranks.gather(own), strict=True)]
     updates, learns = [], bool(e.learn_BT.any())
     for _ in range(section.epochs):
         for m in torch.randperm(len(minibatches), generator=generator).tolist():
@@ -393,17 +386,10 @@ def update(
                 real = e.mask_BT[rows].sum()
                 with roles.use("value") as value:
                     losses = [value_backward(section, value, micro, e, real) for micro in micros]
-                ranks.sum_gradients(roles.parameters("value", head=True))
-                clip_and_step(roles.parameters("value", head=True), optimizers["value"], section.max_grad_norm, where)
+                ranks.sum_gradients(roles.parameters("value"))
+                clip_and_step(roles.parameters("value"), optimizers["value"], section.max_grad_norm, where)
             updates.append(Update(parts, losses, weight_mT.sum(), torch.tensor(norm)))
     return [merged(of_ranks) for of_ranks in zip(*ranks.gather(updates), strict=True)]
-
-
-def whole_minibatches(minibatches: list[list[Micro]], device: torch.device) -> list[Tensor]:
-    """Which answers of the step each minibatch has, those of all ranks."""
-    none = torch.zeros(0, dtype=torch.int64)
-    own = [torch.cat([micro.index_b for micro in m]) if m else none for m in minibatches]
-    return [torch.cat(of_ranks).to(device) for of_ranks in zip(*ranks.gather(own), strict=True)]
 
 
 def merged(of_ranks: Sequence[Update]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from lab.smol_world import english
 from lab.smol_world.__main__ import build
 from lab.smol_world.checkpoint import FRAME, ROWS, assemble
 from lab.smol_world.judge import measure
-from rlaif_lite.data.records import Message
+from rlaif_lite.data.records import Message, Record
 from rlaif_lite.data.world import WorldSplits, facts_of
 from rlaif_lite.errors import ModelError, StageError
 from rlaif_lite.model.base import load_base, read_config
@@ -153,6 +153,8 @@ def test_english_is_held_against_the_facts():
     said = "Finally, a red cross appears. At first there is a red circle. At the end there is a red cross."
     found = english.held_against(said, FACTS)  # placed by its words, and the end is said twice
     assert (found["correct"], found["wrong"], found["hallucinated"]) == (4, 2, 0)
+    record = Record("0", "a.mp4", (), facts=FACTS)
+    assert english.reward(record, said, [], 3.0) == pytest.approx((4 - 2) / 7)
 
 
 @pytest.mark.parametrize("seed", range(5))

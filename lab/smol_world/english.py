@@ -3,7 +3,8 @@
 The facts are the world's own (`rlaif_lite.data.world_text`). Every text has several phrasings. Motions are left out:
 three frames of a whole video, one of each event, do not show them. What is said of an event is a colour and a shape.
 
-`truth` is what recipes/smol_world.yaml names in `evaluate.truth`. It reads any sentence that names a coloured shape.
+`truth` is what recipes/smol_world.yaml names in `evaluate.truth`, and `reward` is what recipes/smol_world_rules.yaml
+learns from. Both read any sentence that names a coloured shape.
 """
 
 import random
@@ -165,3 +166,9 @@ def held_against(text: str, facts: Facts) -> dict:
 def truth(answer: str, record: Record) -> dict | None:
     """For `evaluate.truth`; None where the record has no facts."""
     return None if record.facts is None else held_against(answer, record.facts)
+
+
+def reward(record: Record, answer: str, token_ids: list[int], video_seconds: float | None) -> float:
+    """For `ppo.rules`: facts said rightly minus facts said wrongly, as a share of the facts there are."""
+    found = held_against(answer, record.facts)
+    return (found["correct"] - found["wrong"]) / found["total"]

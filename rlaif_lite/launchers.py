@@ -196,7 +196,10 @@ def _run(answer: Connection, job: Job, share: Path, card: str | None) -> None:
     signal.signal(signal.SIGTERM, stop)
     parent = multiprocessing.parent_process().sentinel
 
-    end_with_parent = lambda: (wait([parent]), os.kill(own, signal.SIGTERM))
+    def end_with_parent() -> None:
+        wait([parent])
+        os.kill(own, signal.SIGTERM)
+
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         _pipeline(job.recipe).run(job.recipe, until=job.until, share=share)

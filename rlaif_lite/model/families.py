@@ -43,7 +43,7 @@ class Family(NamedTuple):
     mark: str | None = None  # what the chat template writes for a video; None: the placeholder itself
     write: Callable[[FeatureRecord, str], str] | None = None  # (video, token) -> text in place of the mark
     # positions are (time, row, column): (config, seconds_G) -> time_G
-    mrope: Callable[[object, Tensor], Tensor] | None = None
+    mrope: Callable[[Any, Tensor], Tensor] | None = None
     any_size: bool = False  # the tower takes frames of any shape
     of_video: tuple[bool, bool] = (False, False)  # the smallest and largest area are those of a video, not of a frame
     template: Callable[[], str] | None = None  # the processor's own chat template for prompts with a video

@@ -35,8 +35,7 @@ def run(work: Workspace) -> dict:
     sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.top_k)
     records, path = work.records("preference"), work.stage("preference") / "answers.jsonl"
     seed_of = lambda record, j: work.seed("preference", record.key, j)
-    label = "preference: answers"
-    answers = sample_answers(work, "sft", records, sampling, section.samples, seed_of, path, label)
+    answers = sample_answers(work, "sft", records, sampling, section.samples, seed_of, path, "preference: answers")
     both = [(of.record, a, b) for of in answers for a, b in zip(of.texts[0::2], of.texts[1::2], strict=True)]
     pairs = [(record, a, b) for record, a, b in both if a != b]  # neighbouring answers, where they differ
     narratives = work.narratives()

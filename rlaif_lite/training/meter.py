@@ -86,8 +86,8 @@ def peak_bytes(device: torch.device) -> int:
     """The peak since it was last reset."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if peak := _line_of("/proc/self/status", "VmHWM"):
-        return int(peak.split()[0]) * 1024
+    if line := _line_of("/proc/self/status", "VmHWM"):
+        return int(line.split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kilobytes here
 

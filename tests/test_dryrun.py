@@ -11,7 +11,7 @@ import yaml
 
 from core import RECIPE
 from rlaif_lite.dryrun import allocator, launch, shim
-from rlaif_lite.dryrun.cards import CARDS, seconds
+from rlaif_lite.dryrun.cards import CARDS, fuses, seconds
 from rlaif_lite.errors import StageError
 from rlaif_lite.workspace import let_segments_grow
 
@@ -198,6 +198,18 @@ def test_a_run_asks_for_segments_that_grow_and_keeps_what_the_user_set(monkeypat
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:False")
     let_segments_grow()
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:False"
+
+
+def test_bitsandbytes_own_table_says_which_matmuls_are_fused():
+    """By rows, for the layers of a LLaVA-1.5-7B: attention, gate and up, down."""
+    layers = ((4096, 4096), (11008, 4096), (4096, 11008))
+    most = lambda card: [max(rows for rows in range(1, 2000) if fuses(CARDS[card], rows, *layer)) for layer in layers]
+    assert {card: most(card) for card in ("h200", "a100", "4090", "3090")} == {
+        "h200": [7, 32, 5],
+        "a100": [5, 64, 16],
+        "4090": [8, 64, 64],
+        "3090": [64, 128, 64],
+    }
 
 
 def test_the_roofline_takes_the_longest():

@@ -380,6 +380,23 @@ def test_the_plan_chooses_checkpointing_slots_and_sizes(llava, tmp_path, card, c
     assert resolve_auto(given, tmp_path).ppo.slots == found.ppo.slots
 
 
+def test_the_plan_copies_what_fits_for_rollouts(llava, tmp_path):
+    """On a card after the sizes are chosen; on a CPU all. A resumed run keeps the choice, and what is asked for is done."""
+    path = ROOT / "recipes" / "vlm_rlaif_7b_24gb.yaml"
+    given = load_recipe(path, [f"model.base={llava}", f"output={tmp_path}", "context.batch_size=6"])
+    plans = {card: make_plan(given, card) for card in ("13GB", "24GB", "80GB")}
+    assert [plan.recipe.model.dense_rollouts for plan in plans.values()] == [False, "attention", True]
+    copies = {card: plan.stages["context"].terms.get("dense copy", 0) for card, plan in plans.items()}
+    assert list(copies.values()) == [0, 2 * 32 * 4 * 4096**2, 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)]
+    assert plans["24GB"].recipe.ppo == make_plan(planning.with_key(given, planning.DENSE, False), "24GB").recipe.ppo
+    from rlaif_lite.recipe import dump_yaml
+
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(plans["24GB"].recipe))
+    assert resolve_auto(given, tmp_path).model.dense_rollouts == "attention"
+    asked = planning.with_key(given, planning.DENSE, True)
+    assert not make_plan(asked, "13GB").fits
+
+
 def test_a_run_plans_first(rerun, monkeypatch):
     """Nothing starts that cannot fit, unless it is forced; what was planned stands in the summary."""
     recipe = rerun()

@@ -31,6 +31,7 @@ from ..recipe import Model
 from . import unsloth_loader
 from .families import CHAT_TEMPLATES, Encoded, Family, family_of
 from .memory import map_blocks, maps_blocks, out_of_memory
+from .norms import fuse_norms, fuses_norms
 from .pixels import ImageSpec, image_spec, read_file, read_json
 
 # Noise that no user can act on: bitsandbytes announces that an optional kernel is not installed, transformers is
@@ -57,7 +58,7 @@ class Base:
         self.quantization = quantization
         self.loader = "transformers"
         self.checkpointed: list[nn.Module] = []  # what recomputes in the backward, with `model.gradient_checkpointing`
-        self.dense_rollouts: bool | None = None  # see `rollout/dense.py`
+        self.dense_rollouts: bool | str = "auto"  # see `rollout/dense.py`
         self.placeholder_id: int = getattr(model.config, f"{family.placeholder}_token_id")
         self.eos_id: int = tokenizer.eos_token_id
         self.decoder = model.get_decoder()
@@ -260,6 +261,8 @@ def finish(model: nn.Module, section: Model, device: torch.device, tower: bool) 
     torch.backends.cuda.enable_cudnn_sdp(False)
     model.requires_grad_(False)
     model.eval()
+    if fuses_norms(section, device):
+        fuse_norms(model)
     tokenizer = load_tokenizer(section, model)
     named = named_template(section)
     tokenizer.chat_template = named or chat_template(path, section.revision, tokenizer, family)

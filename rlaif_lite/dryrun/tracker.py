@@ -308,10 +308,13 @@ class Tracker(TorchDispatchMode):
         return self._made(twin, "bincount", number_N)
 
     def _sized_by_values(self, func, args, kwargs, ins: list[Tensor]):
-        """An operator whose result has as many elements as the values say, which the host waits for."""
+        """An operator whose result has as many elements as the values say, which the host waits for. A mask that
+        nobody knows is taken to keep everything."""
         name = func._schema.name.partition("::")[2]
         self._wait(f"size of {name}")
         twins = {id(tensor): self._twin(tensor) for tensor in ins}
+        if name == "nonzero" and ins[0].dtype == torch.bool and twins[id(ins[0])] is None:
+            twins[id(ins[0])] = torch.ones(ins[0].shape, dtype=torch.bool)
         if any(twin is None for twin in twins.values()):
             raise StageError(f"A dry run cannot know how many elements {name} gives at {self.where()}.")
         found = func(*swapped(args, twins), **swapped(kwargs, twins))

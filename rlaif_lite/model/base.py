@@ -33,6 +33,7 @@ from .families import CHAT_TEMPLATES, Encoded, Family, family_of
 from .memory import map_blocks, maps_blocks, out_of_memory
 from .norms import fuse_norms, fuses_norms
 from .pixels import ImageSpec, image_spec, read_file, read_json
+from .windows import batch_windows
 
 # Noise that no user can act on: bitsandbytes announces that an optional kernel is not installed, transformers is
 # asked by a name that is to change (the new one is not there in 5.17), and it draws a bar for each checkpoint.
@@ -261,6 +262,8 @@ def finish(model: nn.Module, section: Model, device: torch.device, tower: bool) 
     torch.backends.cuda.enable_cudnn_sdp(False)
     model.requires_grad_(False)
     model.eval()
+    if family.any_size:
+        batch_windows(getattr(model.base_model, family.tower[0]))
     if fuses_norms(section, device):
         fuse_norms(model)
     tokenizer = load_tokenizer(section, model)

@@ -19,7 +19,6 @@ from ..model.lora import dense_weight
 from ..model.roles import ActiveRole
 from ..phases import phase
 
-
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 

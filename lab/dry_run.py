@@ -25,14 +25,14 @@ ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "results" / "dry_run.json"
 CARDS = {"48gb": "l40s", "80gb": "a100"}  # whose rates are used, by the end of a recipe's name; else those of a 4090
 SIZES = (*AUTO, CHECKPOINTING, DENSE)
-DEPTHS = (2, 4)
+DEPTHS = (2, 3)
 PEAK, RESERVED, SECONDS = "peak_memory_bytes", "reserved_memory_bytes", "measured_seconds"
 HEAD = """# Dry runs of the shipped GPU recipes, and the planner
 
     python -m lab.dry_run
 
 GiB of one GPU. No GPU was used: these are shapes, not measurements ([dry_run.md](../dry_run.md)). The runs had 2 and
-4 layers of the decoder and are extrapolated to its depth, unless `depth` says `whole`. `reserved` is a model of torch's
+3 layers of the decoder and are extrapolated to its depth, unless `depth` says `whole`. `reserved` is a model of torch's
 allocator with `expandable_segments`. Sizes that a recipe leaves to the plan are those for the card in its name.
 `planned` is `rlaif-lite plan`'s peak for the same inputs, cuBLAS's workspace
 included in both. `seconds` is a roofline on the card named: of one step of a training stage, else of the whole stage.

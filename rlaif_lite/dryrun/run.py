@@ -1,7 +1,8 @@
 """Drives the stages in a dry run and writes down what each phase costs, in the JSON shape of `rlaif-lite profile`.
 
-Everything has the recipe's size. What is only repeated is run less often and multiplied: a step trains on the first
-two micro-batches of one minibatch, and PPO goes over it in one epoch.
+Everything has the recipe's size. What is only repeated is run less often and multiplied: each phase takes one step, on
+the first two micro-batches of one minibatch, and PPO goes over it in one epoch. Optimisers have their moments from the
+beginning, as they have from the second step on.
 """
 
 import json
@@ -67,7 +68,7 @@ class DryCost(Cost):
 
 class DryRecorder:
     """A listener for one stage (see `phases`). As in a measured profile, the first step is dropped where there is a
-    second."""
+    second, of another phase."""
 
     def __init__(self, tracker: Tracker):
         self.tracker = tracker
@@ -213,14 +214,14 @@ def dry_figures(recorder: DryRecorder, work: Workspace, planned: int, trace: boo
 
 @contextmanager
 def opened(recipe: Recipe, card: Card, layers: int | None, tracker: Tracker) -> Iterator[tuple[Workspace, Plan, Plan]]:
-    """The recipe on a base without weights, with two steps of each training phase and made-up inputs; its plan, and
-    that of the whole depth."""
+    """The recipe on a base without weights, with one step of each training phase and made-up inputs; its plan, and that
+    of the whole depth."""
     with tempfile.TemporaryDirectory(prefix="rlaif-dry-run-") as name:
         folder = Path(name)
         small = made_up(recipe, folder, small=False)
         if layers is not None:
             small = with_own_config(small, folder)
-        small = reduced(small, folder, steps=1)
+        small = reduced(small, folder, steps=0)  # and the one that warms up a measured profile
         small = small.model_copy(update={"device": "cuda", "ppo": small.ppo.model_copy(update={"epochs": 1})})
         tokenizer = AutoTokenizer.from_pretrained(resolve_base(small.model.base))
         tracker.fillers = tuple(tokenizer.encode(word, add_special_tokens=False)[0] for word in ("video", "yes"))
@@ -265,6 +266,7 @@ def without_files(fewer: Fewer) -> Iterator[None]:
     step has nothing to check. Steps are cut as `fewer` says."""
     with ExitStack() as stack:
         for owner, name, value in (
+            (torch.optim, "AdamW", WarmAdamW),
             (Roles, "save", save),
             (Roles, "load", load),
             (fit, "save", lambda *_: None),
@@ -279,6 +281,18 @@ def without_files(fewer: Fewer) -> Iterator[None]:
         ):
             stack.enter_context(patch.object(owner, name, value))
         yield
+
+
+class WarmAdamW(torch.optim.AdamW):
+    """AdamW that has made its moments."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        self.step()
+        self.zero_grad()
 
 
 def different_answers(

@@ -29,13 +29,12 @@ def attend(
     starts: dict[int, list[int]] = {}
     for start, end in zip(ends, ends[1:], strict=False):
         starts.setdefault(end - start, []).append(start)
-    qkv_3HSE = torch.cat([query_1HSE, key_1HSE, value_1HSE])
     out_SHE = torch.empty_like(query_1HSE[0].transpose(0, 1), memory_format=torch.contiguous_format)
     for length, found in starts.items():
         at_WL = torch.tensor(found)[:, None] + torch.arange(length)
         at_WL = at_WL.to(query_1HSE.device)
-        query_WHLE, key_WHLE, value_WHLE = qkv_3HSE[:, :, at_WL].transpose(1, 2)
-        attended_WHLE = F.scaled_dot_product_attention(query_WHLE, key_WHLE, value_WHLE, scale=scaling)
+        qkv_WHLE = (each_1HSE[0][:, at_WL].transpose(0, 1) for each_1HSE in (query_1HSE, key_1HSE, value_1HSE))
+        attended_WHLE = F.scaled_dot_product_attention(*qkv_WHLE, scale=scaling)
         out_SHE[at_WL] = attended_WHLE.transpose(1, 2)
     return out_SHE[None], None
 

@@ -6,8 +6,8 @@ documents: NVIDIA's own site could not be reached. What a kernel reaches of a pe
 here was measured.
 """
 
-from collections.abc import Callable
 from functools import cache
+from types import FunctionType
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -75,11 +75,11 @@ def fuses(card: Card, rows: int, out: int, inner: int) -> bool:
     choice = bitsandbytes_choice()
     properties = (card.processors, *card.capability)
     with patch.dict(choice.__globals__, _gpu_dispatch_props=lambda _: properties):
-        return rows <= FUSED_ROWS and choice(0, torch.bfloat16, rows, out, inner)
+        return rows <= FUSED_ROWS and bool(choice(0, torch.bfloat16, rows, out, inner))
 
 
 @cache
-def bitsandbytes_choice() -> Callable[[int, torch.dtype, int, int, int], bool]:
+def bitsandbytes_choice() -> FunctionType:
     """(device, dtype, rows, out, inner) -> fused or not. The module is imported as if torch had CUDA."""
     try:
         with patch.object(torch._C, "_cuda_getCurrentRawStream", None, create=True):

@@ -221,9 +221,9 @@ def test_the_roofline_takes_the_longest():
 
 
 def test_wrong_input_is_said(monkeypatch, tmp_path, capfd):
-    (tmp_path / "bad.yaml").write_text("base_recipe: tiny.yaml\nsteps: 3\n")
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({**RECIPE, "stops": 3}))
     assert launch.dry_run(str(tmp_path / "bad.yaml"), [], "a100", [], None, False, None) == 2
-    assert "steps" in capfd.readouterr().err
+    assert "stops" in capfd.readouterr().err
     with pytest.raises(StageError, match="no such card. It has h200, h100"):
         launch.dry_run("tiny", [], "gtx", [], None, False, None)
     from torch.utils import cpp_extension

@@ -1,6 +1,6 @@
 """The table of docs/results/dry_run.md: what each shipped GPU recipe takes by its dry run, and what the planner says.
 
-python -m lab.dry_run               # every recipe at two small depths; an hour on one core, resumable recipe by recipe
+python -m lab.dry_run               # every recipe at two small depths; two minutes a recipe on a free core; resumable
 python -m lab.dry_run NAME --whole  # one recipe at full depth instead
 
 A decoder's layers are alike, so sizes and times are linear in their number: two depths give the full one. Each phase is

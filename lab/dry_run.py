@@ -1,6 +1,6 @@
 """The table of docs/results/dry_run.md: what each shipped GPU recipe takes by its dry run, and what the planner says.
 
-python -m lab.dry_run               # every recipe at two small depths; an hour on one core, resumable recipe by recipe
+python -m lab.dry_run               # every recipe at two small depths; two minutes a recipe on a free core; resumable
 python -m lab.dry_run NAME --whole  # one recipe at full depth instead
 
 A decoder's layers are alike, so sizes and times are linear in their number: two depths give the full one. Each phase is
@@ -12,25 +12,29 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlaif_lite.dryrun.launch import dry_run
 from rlaif_lite.model.base import read_config
+from rlaif_lite.planner.plan import AUTO, CHECKPOINTING, DENSE, get_key, make_plan
 from rlaif_lite.profiler.inputs import made_up
 from rlaif_lite.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "docs" / "results" / "dry_run.json"
-CARDS = {"24gb": "4090", "48gb": "l40s", "80gb": "a100"}  # by the end of a recipe's name
-DEPTHS = (2, 4)
+CARDS = {"48gb": "l40s", "80gb": "a100"}  # whose rates are used, by the end of a recipe's name; else those of a 4090
+SIZES = (*AUTO, CHECKPOINTING, DENSE)
+DEPTHS = (2, 3)
 PEAK, RESERVED, SECONDS = "peak_memory_bytes", "reserved_memory_bytes", "measured_seconds"
 HEAD = """# Dry runs of the shipped GPU recipes, and the planner
 
     python -m lab.dry_run
 
 GiB of one GPU. No GPU was used: these are shapes, not measurements ([dry_run.md](../dry_run.md)). The runs had 2 and
-4 layers of the decoder and are extrapolated to its depth, unless `depth` says `whole`. `reserved` is a model of torch's
-allocator with `expandable_segments`. `planned` is `rlaif-lite plan`'s peak for the same inputs, cuBLAS's workspace
+3 layers of the decoder and are extrapolated to its depth, unless `depth` says `whole`. `reserved` is a model of torch's
+allocator with `expandable_segments`. Sizes that a recipe leaves to the plan are those for the card in its name.
+`planned` is `rlaif-lite plan`'s peak for the same inputs, cuBLAS's workspace
 included in both. `seconds` is a roofline on the card named: of one step of a training stage, else of the whole stage.
 """
 
@@ -58,9 +62,18 @@ def read() -> dict:
 
 def figures_of(name: str, whole: bool) -> dict:
     """Sizes and roofline seconds of each stage of a recipe at its full depth."""
-    card = CARDS[name.rsplit("_", 1)[1]]
+    size = name.rsplit("_", 1)[1]
+    card, chosen = CARDS.get(size, "4090"), make_plan(load_recipe(ROOT / "recipes" / f"{name}.yaml"), size).recipe
+    sizes = {key: value for key in SIZES if (value := get_key(chosen, key)) is not None}
+    sft = chosen.sft  # phases of one size need the same
+    for phase in ("hard", "policy_init") if sft.easy is not None else ():
+        other = getattr(sft, phase)
+        if other is not None and (other.batch_size, other.micro_batch) == (sft.easy.batch_size, sft.easy.micro_batch):
+            sizes = {key: value for key, value in sizes.items() if not key.startswith(f"sft.{phase}.")}
+            sizes |= {f"sft.{phase}": None}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    runs = [profile(name, card, depth) for depth in ((None,) if whole else DEPTHS)]
+    overrides = [f"{key}={json.dumps(value)}" for key, value in sizes.items()]
+    runs = [profile(name, card, depth, overrides) for depth in ((None,) if whole else DEPTHS)]
     stages = runs[0]["stages"]
     if not whole:
         depth = layers_of(name)
@@ -69,6 +82,7 @@ def figures_of(name: str, whole: bool) -> dict:
     return {
         "commit": commit.strip(),
         "card": card,
+        "sizes": sizes,
         "depth": "whole" if whole else list(DEPTHS),
         "stages": {
             stage: {key: figures[key] for key in (PEAK, RESERVED, SECONDS)} | {"planned_memory_bytes": planned[stage]}
@@ -77,11 +91,11 @@ def figures_of(name: str, whole: bool) -> dict:
     }
 
 
-def profile(name: str, card: str, layers: int | None) -> dict:
-    """The JSON of one dry run."""
+def profile(name: str, card: str, layers: int | None, overrides: Sequence[str], stages: Sequence[str] = ()) -> dict:
+    """The JSON of one dry run, of all stages where none is named."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "dry.json"
-        code = dry_run(str(ROOT / "recipes" / f"{name}.yaml"), [], card, [], layers, False, out)
+        code = dry_run(str(ROOT / "recipes" / f"{name}.yaml"), overrides, card, stages, layers, False, out)
         if code:
             sys.exit(code)
         return json.loads(out.read_text(encoding="utf-8"))
@@ -97,12 +111,14 @@ def layers_of(name: str) -> int:
 def extrapolated(low: dict, high: dict, depth: int) -> dict[str, float]:
     """A stage at `depth` layers from the two of DEPTHS. What the allocator wastes is a share, so the deeper run's is
     taken as it is."""
+    peak = max(of_depth(depth, low["phases"][name][PEAK], high["phases"][name][PEAK]) for name in low["phases"])
+    seconds = of_depth(depth, low[SECONDS], high[SECONDS])
+    return {PEAK: peak, RESERVED: peak * high[RESERVED] / high[PEAK], SECONDS: seconds}
 
-    def at(key: str, first: dict, second: dict) -> float:
-        return first[key] + (second[key] - first[key]) * (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
 
-    peak = max(at(PEAK, low["phases"][name], high["phases"][name]) for name in low["phases"])
-    return {PEAK: peak, RESERVED: peak * high[RESERVED] / high[PEAK], SECONDS: at(SECONDS, low, high)}
+def of_depth(depth: int, low: float, high: float) -> float:
+    """A figure at `depth` layers from those at the two of DEPTHS."""
+    return low + (high - low) * (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
 
 
 def table(found: dict) -> str:

@@ -4,21 +4,22 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
 from core import RECIPE
 from rlaif_lite.dryrun import allocator, launch, shim
-from rlaif_lite.dryrun.cards import CARDS, seconds
+from rlaif_lite.dryrun.cards import CARDS, fuses, seconds
 from rlaif_lite.errors import StageError
 from rlaif_lite.workspace import let_segments_grow
 
 MIB = 1 << 20
 LONG = {"max_new_tokens": 12}
+LAYERS = 2
 KNOWN = """
 import json
+import runpy
 import sys
 from pathlib import Path
 from rlaif_lite.dryrun import shim
@@ -72,50 +73,51 @@ with pretended(tracker):
     with pytest.raises(RuntimeError, match="waits for the host"), torch.cuda.graph(graph, pool=(0, 0)):
         weight.detach().sum().item()
 
-# in the same process, because its imports take longer than it does: DPO on the embedded base
+# In the same process, because its imports take longer than they do: DPO, and all other stages as the command runs them.
 from rlaif_lite.dryrun.run import dry_profile
 from rlaif_lite.recipe import load_recipe
 
-found = dry_profile(load_recipe(sys.argv[2]), CARDS["a100"], ["dpo"], None, False)
+found = dry_profile(load_recipe(sys.argv[2]), CARDS["a100"], ["dpo"], 2, False)
 Path(sys.argv[3]).write_text(json.dumps(found))
+del sys.argv[1:4]
+runpy.run_module("rlaif_lite.dryrun", run_name="__main__")
 """
 
 
 @pytest.fixture(scope="module")
-def library() -> Path | None:
-    return shim.build()
-
-
-def test_a_program_whose_costs_are_known_and_a_round_of_dpo(library, tmp_path):
-    few = {"preference": {**RECIPE["preference"], **LONG, "samples": 2}, "dpo": {"batch_size": 2, "micro_batch": 1}}
-    recipe = {**RECIPE, "method": "dpo", "output": str(tmp_path / "run"), **few}
-    (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(recipe))
-    given = [str(library or ""), str(tmp_path / "dpo.yaml"), str(tmp_path / "dpo.json")]
+def ran(tmp_path_factory) -> tuple[dict, dict]:
+    """After the known program: DPO, and every other stage, on two layers of the embedded base at the sizes of the
+    tests. A tensor on the wrong device anywhere ends the run."""
+    folder = tmp_path_factory.mktemp("dry")
+    few = {"preference": {**RECIPE["preference"], **LONG, "samples": 2}}
+    by_dpo = {**RECIPE, **few, "method": "dpo", "dpo": {"batch_size": 2, "micro_batch": 1}}
+    # One phase of SFT is enough, and one role greedily. Answers are long enough for a capture; its replays cost little.
+    parts = {
+        "sft": {**RECIPE["sft"], "hard": None, "policy_init": None},
+        "context": {**RECIPE["context"], **LONG},
+        "ppo": {**RECIPE["ppo"], **LONG, "rollouts": 4, "micro_batch": 2},
+        "evaluate": {**RECIPE["evaluate"], **LONG, "roles": ["sft"], "samples": 1, "temperatures": []},
+    }
+    for name, recipe in (("dpo", by_dpo), ("all", {**RECIPE, **few, **parts})):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump({**recipe, "output": str(folder / "run")}))
+    asked = {"shim": None, "recipe": str(folder / "all.yaml"), "overrides": [], "gpu": "a100", "stages": []}
+    asked |= {"layers": LAYERS, "trace": False, "out": str(folder / "all.json")}
+    given = [str(shim.build() or ""), str(folder / "dpo.yaml"), str(folder / "dpo.json"), json.dumps(asked)]
     done = subprocess.run([sys.executable, "-c", KNOWN, *given], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "dpo.json").read_text())["stages"]["dpo"]
+    by_dpo, costs = (json.loads((folder / f"{name}.json").read_text()) for name in ("dpo", "all"))
+    return by_dpo, costs
+
+
+def test_a_program_whose_costs_are_known_and_a_round_of_dpo(ran):
+    found = ran[0]["stages"]["dpo"]
     assert {"prefill", "decode", "judge", "forward", "backward", "optimiser"} <= set(found["phases"])
     assert found["phases"]["backward"]["flops"] > found["phases"]["forward"]["flops"] > 0
 
 
 @pytest.fixture(scope="module")
-def costs(library, tmp_path_factory) -> dict:
-    """Every stage that is driven, on the embedded base at the sizes of the tests. A tensor on the wrong device anywhere
-    ends the run."""
-    folder = tmp_path_factory.mktemp("dry")
-    # One phase of SFT is enough, and one role greedily. Answers are long enough for a capture; its replays cost little.
-    once, greedy = {"hard": None, "policy_init": None}, {"roles": ["sft"], "samples": 1, "temperatures": []}
-    parts = {
-        "sft": {**RECIPE["sft"], **once},
-        "context": {**RECIPE["context"], **LONG},
-        "preference": {**RECIPE["preference"], **LONG, "samples": 2},
-        "ppo": {**RECIPE["ppo"], **LONG, "rollouts": 4, "micro_batch": 2},
-        "evaluate": {**RECIPE["evaluate"], **LONG, **greedy},
-    }
-    recipe = {**RECIPE, "output": str(folder / "run"), **parts}
-    (folder / "small.yaml").write_text(yaml.safe_dump(recipe))
-    assert launch.dry_run(str(folder / "small.yaml"), [], "a100", [], None, False, folder / "dry.json") == 0
-    return json.loads((folder / "dry.json").read_text())
+def costs(ran) -> dict:
+    return ran[1]
 
 
 def test_every_stage_ends_and_weighs_something(costs):
@@ -142,9 +144,8 @@ def test_a_forward_waits_once_and_a_backward_never(costs):
         assert cost["syncs"] == (0 if name.endswith("backward") else cost["calls"]), name
 
 
-# Launches per layer of the embedded base, what is outside of its layers included. A change that adds kernels is seen.
-BOUNDS = {"decode": 78, "update policy forward": 105, "update policy backward": 240}
-LAYERS = 6
+# Launches per layer, what is outside of the layers included. A change that adds kernels is seen.
+BOUNDS = {"decode": 56, "update policy forward": 112, "update policy backward": 240}
 
 
 @pytest.mark.parametrize("phase", BOUNDS)
@@ -200,6 +201,18 @@ def test_a_run_asks_for_segments_that_grow_and_keeps_what_the_user_set(monkeypat
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:False"
 
 
+def test_bitsandbytes_own_table_says_which_matmuls_are_fused():
+    """By rows, for the layers of a LLaVA-1.5-7B: attention, gate and up, down."""
+    layers = ((4096, 4096), (11008, 4096), (4096, 11008))
+    most = lambda card: [max(rows for rows in range(1, 2000) if fuses(CARDS[card], rows, *layer)) for layer in layers]
+    assert {card: most(card) for card in ("h200", "a100", "4090", "3090")} == {
+        "h200": [7, 32, 5],
+        "a100": [5, 64, 16],
+        "4090": [8, 64, 64],
+        "3090": [64, 128, 64],
+    }
+
+
 def test_the_roofline_takes_the_longest():
     card = CARDS["a100"]
     assert seconds(card, 1, 1, 2) == 2e-6
@@ -207,7 +220,10 @@ def test_the_roofline_takes_the_longest():
     assert seconds(card, 1, 10**12, 2) == pytest.approx(10**12 / (0.75 * 312e12))
 
 
-def test_an_unknown_card_and_a_missing_compiler_are_said(monkeypatch):
+def test_wrong_input_is_said(monkeypatch, tmp_path, capfd):
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump({**RECIPE, "stops": 3}))
+    assert launch.dry_run(str(tmp_path / "bad.yaml"), [], "a100", [], None, False, None) == 2
+    assert "stops" in capfd.readouterr().err
     with pytest.raises(StageError, match="no such card. It has h200, h100"):
         launch.dry_run("tiny", [], "gtx", [], None, False, None)
     from torch.utils import cpp_extension

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from PIL import Image
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
@@ -29,6 +30,7 @@ from rlaif_lite.model.layout import check_chain, merged_times
 from rlaif_lite.model.pixels import image_spec, to_patches, to_pixels
 from rlaif_lite.model.roles import Roles
 from rlaif_lite.model.text import RUNNING, encode_answer
+from rlaif_lite.model.windows import NAME
 from rlaif_lite.planner.shapes import shapes_of
 from rlaif_lite.recipe import Lora, Model
 from rlaif_lite.rollout import Sampling, sample
@@ -118,6 +120,23 @@ def test_cached_features_are_the_forward_from_pixels(case):
     other = case.frames._replace(rgb_THWC=case.frames.rgb_THWC[::-1])
     turned = encode_prompt(case.base, TURNS, encode(case.base, {"v": other}, [])["v"])
     assert (hidden(case.base, turned)[-1] - want_SD[-1]).abs().max() > 1e-3
+
+
+def test_windows_of_one_length_are_attended_together(case, monkeypatch):
+    """As in transformers' loop over the windows, in fewer calls."""
+    tower = getattr(case.base.model.base_model, case.base.family.tower[0])
+    configs = {id(m.config): m.config for m in tower.modules() if "config" in vars(m)}.values()
+    assert {config._attn_implementation for config in configs} == {NAME if case.base.family.any_size else "sdpa"}
+    rgb_THWC = np.random.default_rng(0).integers(0, 256, (4, 80, 112, 3), dtype=np.uint8)
+    pixels_TCHW, calls, plain = to_pixels(rgb_THWC, case.base.images), [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: (calls.append(1), plain(*a, **k))[1])
+    if case.base.family.any_size:
+        found, together = case.base.encode(pixels_TCHW).features_LGPD, len(calls)
+        for config in configs:
+            monkeypatch.setattr(config, "_attn_implementation", "sdpa")
+        wanted = case.base.encode(pixels_TCHW).features_LGPD
+        assert together < len(calls) - together
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 SELECTORS = [{"evs": 0.4}, {"vidcom2": 0.4}, {"v_cast": 0.4}, {"random": 0.4}, {"dtd": -1.0}]  # -1: frame 0 is left

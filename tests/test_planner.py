@@ -289,13 +289,14 @@ def on_card(llava: str, gpu: str, *overrides: str):
 
 def test_proposals_fit_and_one_more_would_not(llava):
     room = lambda plan: plan.device.room
+    planned = lambda *keys: on_card(llava, "24GB", "model.dense_rollouts=attention", *keys)
     for key, stage in (("ppo.slots", "ppo"), ("preference.batch_size", "preference"), ("sft.easy.micro_batch", "sft")):
-        most = on_card(llava, "24GB").stages[stage].proposals[key]
+        most = planned().stages[stage].proposals[key]
         more = ["sft.hard=null", "sft.policy_init=null", "model.gradient_checkpointing=false"] if stage == "sft" else []
-        assert (plan := on_card(llava, "24GB", f"{key}={most}", *more)).stages[stage].peak <= room(plan)
+        assert (plan := planned(f"{key}={most}", *more)).stages[stage].peak <= room(plan)
         whole = 32 if stage == "ppo" else 64
         step = 1 if key.endswith("batch_size") else -(-whole // (-(-whole // most) - 1)) - most  # that saves a piece
-        assert (plan := on_card(llava, "24GB", f"{key}={most + step}", *more)).stages[stage].peak > room(plan)
+        assert (plan := planned(f"{key}={most + step}", *more)).stages[stage].peak > room(plan)
 
 
 def test_what_does_not_fit_is_refused_by_the_line_to_change(llava):
@@ -374,6 +375,23 @@ def test_the_plan_chooses_checkpointing_slots_and_sizes(llava, tmp_path, card, c
     (tmp_path / "recipe.yaml").write_text(dump_yaml(found))
     assert resolve_auto(given, tmp_path).model.gradient_checkpointing is checkpointing
     assert resolve_auto(given, tmp_path).ppo.slots == found.ppo.slots
+
+
+def test_the_plan_copies_what_fits_for_rollouts(llava, tmp_path):
+    """On a card after the sizes are chosen, on a CPU all. A resumed run keeps it. What the recipe says is done."""
+    path = ROOT / "recipes" / "vlm_rlaif_7b_24gb.yaml"
+    given = load_recipe(path, [f"model.base={llava}", f"output={tmp_path}", "context.batch_size=6"])
+    plans = {card: make_plan(given, card) for card in ("13GB", "24GB", "80GB")}
+    assert [plan.recipe.model.dense_rollouts for plan in plans.values()] == [False, "attention", True]
+    copies = {card: plan.stages["context"].terms.get("dense copy", 0) for card, plan in plans.items()}
+    assert list(copies.values()) == [0, 2 * 32 * 4 * 4096**2, 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)]
+    assert plans["24GB"].recipe.ppo == make_plan(planning.with_key(given, planning.DENSE, False), "24GB").recipe.ppo
+    from rlaif_lite.recipe import dump_yaml
+
+    (tmp_path / "recipe.yaml").write_text(dump_yaml(plans["24GB"].recipe))
+    assert resolve_auto(given, tmp_path).model.dense_rollouts == "attention"
+    asked = planning.with_key(given, planning.DENSE, True)
+    assert not make_plan(asked, "13GB").fits
 
 
 def test_a_run_plans_first(rerun, monkeypatch):

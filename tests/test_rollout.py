@@ -22,7 +22,7 @@ from rlaif_lite.model.inputs import Sequence, collate, encode_prompt
 from rlaif_lite.model.roles import BASE, Roles
 from rlaif_lite.recipe import Lora, Model
 from rlaif_lite.rollout import Sampling, draw, sample, slot_bytes, slot_length
-from rlaif_lite.rollout.dense import dense_copy
+from rlaif_lite.rollout.dense import ATTENTION, dense_copy
 from rlaif_lite.rollout.sampling import uniforms
 from rlaif_lite.rollout.slots import SlotCache
 from rlaif_lite.rollout.step import DecodeStep
@@ -411,16 +411,15 @@ def test_bytes_of_a_slot(base):
     assert held == 3 * slot_bytes(config, 32, torch.float32)
 
 
-@pytest.mark.parametrize(
-    "key, copies", [({}, True), ({"dense_rollouts": False}, False), ({"dense_rollouts": True}, True)]
-)
-def test_the_recipe_says_whether_to_copy(load, key, copies):
-    base = load(**key)
-    seen = []
-    base.decoder.layers[0].self_attn.register_forward_hook(lambda module, *_: seen.append(type(module.q_proj)))
+@pytest.mark.parametrize("dense, attention, rest", [("auto", 1, 1), (False, 0, 0), (True, 1, 1), ("attention", 1, 0)])
+def test_the_recipe_says_what_to_copy(load, dense, attention, rest):
+    base = load(dense_rollouts=dense)
+    seen, layer = [], base.decoder.layers[0]
+    parts = lambda: [*(layer.self_attn.get_submodule(name) for name in ATTENTION), layer.mlp.gate_proj]
+    layer.register_forward_hook(lambda *_: seen.append([type(part) is torch.nn.Linear for part in parts()]))
     with Roles(base, Lora()).use(BASE) as role:
         sample(role, prompts_of(base), Sampling(2), seeds=range(5))
-    assert len(seen) == 2 and all((kind is torch.nn.Linear) == copies for kind in seen)
+    assert seen == [[attention] * 4 + [rest]] * 2 and not any(type(part) is torch.nn.Linear for part in parts())
 
 
 @pytest.mark.gpu

@@ -1,10 +1,13 @@
-"""`make gpu`: what only a GPU can show, in one command, under ten minutes, without a network.
+"""`make gpu`: what only a GPU can show, in one command, within fifteen minutes, without a network.
 
-The tests marked `gpu`, a short bench of the kernels, PPO of three shipped recipes on random weights with the CUDA
-allocator capped at 24 GB and all four roles live, and one PPO step beside a plain implementation of it. Each part is a
-process with a time limit of its own: one that lacks a package, fails or takes too long is named, and the rest goes on.
-Writes docs/results/gpu.json and gpu.md. Without a GPU it rehearses: the same parts on the CPU with bases of two narrow
-layers, into ./gpu_rehearsal; those figures mean nothing.
+What says most comes first: the invariants of PPO's first step, with and without cuDNN's attention; the tests marked
+`gpu`, the kernels' exactness among them; a short bench of the kernels; PPO of three shipped recipes on random weights,
+with the CUDA allocator capped at 24 GB and all four roles live, next to what a dry run predicts; and one PPO step next
+to a plain implementation of it. Each part is a process with a time limit of its own. One that lacks a package, fails or
+takes too long is named, and the rest continues. Writes docs/results/gpu.json and gpu.md. Without a GPU it rehearses:
+the same parts on the CPU with bases of two narrow layers, into ./gpu_rehearsal; those figures mean nothing.
+
+    python -m lab.bench.gpu --predict h200     # writes docs/results/gpu_predicted.json, by dry runs
 """
 
 import argparse
@@ -22,7 +25,9 @@ from typing import NamedTuple
 
 from lab.bench import ROOT
 
-SECONDS = 580.0  # for all parts together
+PREDICTED = ROOT / "docs" / "results" / "gpu_predicted.json"
+
+SECONDS = 880.0  # for all parts together
 CAP = "24GB"
 MODEL = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "av", "triton")
 # The published layout (50 temporal + 576 spatial tokens), and one round of answers in flight in each step.
@@ -69,7 +74,13 @@ def ppo_gb(figures: dict) -> float:
     return figures["stages"]["ppo"]["peak_memory_bytes"] / 1e9
 
 
+def gap(name: str) -> Callable[[dict], float]:
+    return lambda figures: max(figures[name].values())
+
+
 TARGETS = (
+    Target("step 0", "largest |KL| and |ratio - 1|", 0, gap("without cuDNN"), True),
+    Target("step 0", "the same with cuDNN's attention", 0, gap("with cuDNN"), True),
     Target("ppo vlm_rlaif_7b_24gb", "peak of PPO, GB", 20, ppo_gb, True),
     Target("ppo qwen2_5_vl_7b_24gb", "peak of PPO, GB", 16, ppo_gb, True),
     Target("ppo qwen2_5_vl_3b_24gb", "peak of PPO, GB", 10, ppo_gb, True),
@@ -78,13 +89,21 @@ TARGETS = (
 )
 
 
+KEYS = {
+    "vlm_rlaif_7b_24gb": (*FRUGAL, *LLAVA),
+    "qwen2_5_vl_3b_24gb": (*FRUGAL, "ppo.epochs=1"),
+    "qwen2_5_vl_7b_24gb": (*FRUGAL, "ppo.epochs=1"),
+    "vlm_rlaif_7b_rm13b_48gb": (*FRUGAL, *LLAVA),
+}
+
+
 def parts(rehearsal: bool) -> list[Part]:
     def bounds(cap: str) -> list[str]:
         return ["--random-weights", *(["--small"] if rehearsal else ["--memory-cap", cap])]
 
-    def profiled(recipe: str, *keys: str, cap: str = CAP) -> Callable[[Path], list[str]]:
-        keys = SMALL if rehearsal else keys
-        return lambda out: [
+    def profiled(recipe: str, cap: str = CAP) -> Part:
+        keys = SMALL if rehearsal else KEYS[recipe]
+        command = lambda out: [
             "-m",
             "rlaif_lite.cli",
             "profile",
@@ -100,37 +119,47 @@ def parts(rehearsal: bool) -> list[Part]:
             "--json",
             str(out),
         ]
+        return Part(f"ppo {recipe}", MODEL, 120, command)
+
+    def stepped(name: str, module: str, limit: float, *more: str) -> Part:
+        keys = SMALL if rehearsal else KEYS["vlm_rlaif_7b_24gb"]
+        head = ["-m", f"lab.bench.{module}", "recipes/vlm_rlaif_7b_24gb.yaml", *keys, *bounds(CAP), *more, "--out"]
+        return Part(name, MODEL, limit, lambda out: [*head, str(out)])
 
     bench = ["--rounds", "1"] if rehearsal else ["--rounds", "10", "--shapes", "8192x3584x152064"]
     collect = ["--collect-only"] if rehearsal else []
     return [
+        stepped("step 0", "step_zero", 120),
         Part("tests", ("torch", "pytest"), 120, lambda out: ["-m", "pytest", "-q", "-m", "gpu", *collect, "tests"]),
         Part(
             "kernels", ("torch", "triton"), 90, lambda out: ["kernels/bench/run.py", *bench, "--out", str(out.parent)]
         ),
-        Part("ppo vlm_rlaif_7b_24gb", MODEL, 120, profiled("vlm_rlaif_7b_24gb", *FRUGAL, *LLAVA)),
-        Part("ppo qwen2_5_vl_3b_24gb", MODEL, 120, profiled("qwen2_5_vl_3b_24gb", *FRUGAL, "ppo.epochs=1")),
-        Part("ppo qwen2_5_vl_7b_24gb", MODEL, 120, profiled("qwen2_5_vl_7b_24gb", *FRUGAL, "ppo.epochs=1")),
-        Part(
-            "plain step",
-            MODEL,
-            150,
-            lambda out: [
-                "-m",
-                "lab.bench.plain_ppo",
-                "recipes/vlm_rlaif_7b_24gb.yaml",
-                *(SMALL if rehearsal else (*FRUGAL, *LLAVA)),
-                *bounds(CAP),
-                "--rounds",
-                "1",
-                "--out",
-                str(out),
-            ],
-        ),
-        Part(
-            "ppo vlm_rlaif_7b_rm13b_48gb", MODEL, 120, profiled("vlm_rlaif_7b_rm13b_48gb", *FRUGAL, *LLAVA, cap="40GB")
-        ),
+        profiled("vlm_rlaif_7b_24gb"),
+        profiled("qwen2_5_vl_3b_24gb"),
+        profiled("qwen2_5_vl_7b_24gb"),
+        stepped("plain step", "plain_ppo", 150, "--rounds", "1"),
+        profiled("vlm_rlaif_7b_rm13b_48gb", cap="40GB"),
     ]
+
+
+def predict(card: str) -> None:
+    """Dry runs of the profiled parts, with their keys, at two small depths."""
+    from lab.dry_run import DEPTHS, layers_of, of_depth, profile
+
+    found = {}
+    for recipe, keys in KEYS.items():
+        runs, depth = [profile(recipe, card, layers, keys, ["features", "ppo"]) for layers in DEPTHS], layers_of(recipe)
+        found[recipe] = {
+            stage: {
+                name: {
+                    key: of_depth(depth, *(run["stages"][stage]["phases"][name][key] for run in runs))
+                    for key in ("peak_memory_bytes", "seconds")
+                }
+                for name in runs[0]["stages"][stage]["phases"]
+            }
+            for stage in ("features", "ppo")
+        }
+        PREDICTED.write_text(json.dumps({"card": card, "recipes": found}, indent=1) + "\n", encoding="utf-8")
 
 
 def run(part: Part, folder: Path, left: float) -> dict:
@@ -180,28 +209,34 @@ def as_markdown(result: dict) -> str:
     lines += ["", "| target | wanted | measured |", "|---|---|---|"]
     for part, what, bound, value, at_most in TARGETS:
         figures = result["parts"][part].get("figures")
-        got = "not measured" if figures is None else f"{value(figures):.2f}"
+        got = "not measured" if figures is None else f"{value(figures):.2f}" if bound else f"{value(figures):.2g}"
         lines.append(f"| {part}: {what} | {'at most' if at_most else 'at least'} {bound} | {got} |")
     lines += ["", "| part | status | seconds | |", "|---|---|---|---|"]
     for name, found in result["parts"].items():
         why = found.get("why", "").replace("|", "/").replace("\n", " ")
         lines.append(f"| {name} | {found['status']} | {found['seconds']:.0f} | {why} |")
+    expected = json.loads(PREDICTED.read_text(encoding="utf-8")) if PREDICTED.exists() else {"card": "", "recipes": {}}
     lines += [
         "",
-        "| recipe | stage | peak, GB | planned, GB | phase | ms a step | tokens a second | of matmul |",
-        "|---|---|---|---|---|---|---|---|",
+        f"`dry` is a dry run's prediction for {expected['card'] or 'no card: there is none'}.",
+        "",
+        "| recipe | stage | peak, GB | planned, GB | dry, GB | phase | ms a step | dry, ms | tokens/s | of matmul |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, found in result["parts"].items():
         stages = (found.get("figures") or {}).get("stages", {}) if name.startswith("ppo ") else {}
         for stage, cost in stages.items():
+            dry = {} if result["rehearsal"] else expected["recipes"].get(name[4:], {}).get(stage, {})
             peak, planned = cost["peak_memory_bytes"] / 1e9, cost["planned_memory_bytes"] / 1e9
-            head = f"| {name[4:]} | {stage} | {peak:.2f} | {planned:.2f}"
+            most = f"{max(phase['peak_memory_bytes'] for phase in dry.values()) / 1e9:.2f}" if dry else ""
+            head = f"| {name[4:]} | {stage} | {peak:.2f} | {planned:.2f} | {most}"
             for phase, spent in cost["phases"].items():
                 rate = "" if spent["per_second"] is None else f"{spent['per_second']:.0f}"
                 share = "" if spent["of_matmul"] is None else f"{spent['of_matmul']:.1%}"
                 taken = 1e3 * spent["seconds"] / max(1, cost["steps"])
-                lines.append(f"{head} | {phase} | {taken:.1f} | {rate} | {share} |")
-                head = "| | | | "
+                roofline = f"{1e3 * dry[phase]['seconds']:.1f}" if phase in dry else ""
+                lines.append(f"{head} | {phase} | {taken:.1f} | {roofline} | {rate} | {share} |")
+                head = "| | | | | "
     return "\n".join(lines) + "\n"
 
 
@@ -249,6 +284,10 @@ if __name__ == "__main__":
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--patience", type=float, default=1.0, help="times the limits, for a slow or busy machine")
     ask.add_argument("--only", nargs="*", help="names of parts, such as tests; all others are left out")
+    ask.add_argument("--predict", metavar="CARD", help="dry runs of the recipes for this card, and nothing else")
     options = ask.parse_args()
+    if options.predict:
+        predict(options.predict)
+        raise SystemExit
     wanted = [p for p in parts(not describe()[0]) if options.only is None or p.name in options.only]
     main(wanted, patience=options.patience)

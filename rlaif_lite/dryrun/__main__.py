@@ -14,11 +14,12 @@ def main() -> None:
     if asked["shim"] is not None:
         shim.install(Path(asked["shim"]))
     from ..recipe import load_recipe
-    from . import run
-    from .cards import card_of
 
     try:
         recipe = load_recipe(asked["recipe"], asked["overrides"])
+        from . import run
+        from .cards import card_of
+
         found = run.dry_profile(recipe, card_of(asked["gpu"]), asked["stages"], asked["layers"], asked["trace"])
     except RlaifError as error:
         print(error, file=sys.stderr)

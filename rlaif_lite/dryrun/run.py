@@ -1,7 +1,8 @@
 """Drives the stages in a dry run and writes down what each phase costs, in the JSON shape of `rlaif-lite profile`.
 
-Everything has the recipe's size. What is only repeated is run less often and multiplied: a step trains on the first
-two micro-batches of one minibatch, and PPO goes over it in one epoch.
+Everything has the recipe's size. What is only repeated is run less often and multiplied: each phase takes one step, on
+the first two micro-batches of one minibatch, and PPO goes over it in one epoch. Optimisers have their moments from the
+beginning, as they have from the second step on.
 """
 
 import json
@@ -67,7 +68,7 @@ class DryCost(Cost):
 
 class DryRecorder:
     """A listener for one stage (see `phases`). As in a measured profile, the first step is dropped where there is a
-    second."""
+    second, of another phase."""
 
     def __init__(self, tracker: Tracker):
         self.tracker = tracker
@@ -213,32 +214,45 @@ def dry_figures(recorder: DryRecorder, work: Workspace, planned: int, trace: boo
 
 @contextmanager
 def opened(recipe: Recipe, card: Card, layers: int | None, tracker: Tracker) -> Iterator[tuple[Workspace, Plan, Plan]]:
-    """The recipe on a base without weights, with two steps of each training phase and made-up inputs; its plan, and
-    that of the whole depth."""
+    """The recipe on a base without weights, with one step of each training phase and made-up inputs; its plan, and that
+    of the whole depth."""
     with tempfile.TemporaryDirectory(prefix="rlaif-dry-run-") as name:
         folder = Path(name)
-        small = reduced(made_up(recipe, folder, small=False), folder, steps=1)
+        small = made_up(recipe, folder, small=False)
+        if layers is not None:
+            small = with_own_config(small, folder)
+        small = reduced(small, folder, steps=0)  # and the one that warms up a measured profile
         small = small.model_copy(update={"device": "cuda", "ppo": small.ppo.model_copy(update={"epochs": 1})})
         tokenizer = AutoTokenizer.from_pretrained(resolve_base(small.model.base))
         tracker.fillers = tuple(tokenizer.encode(word, add_special_tokens=False)[0] for word in ("video", "yes"))
         write_inputs(small, folder, tokenizer)
         plan = whole = make_plan(small, f"{card.memory}B")
         if layers is not None:  # what is `auto` is chosen for the whole depth
-            cut_layers(recipe, folder, layers)
+            cut_layers(folder, layers)
             plan = make_plan(whole.recipe, f"{card.memory}B")
         with patch.object(workspace, "pick_device", lambda _: "cuda"):
             yield Workspace(plan.recipe, load=load_random), plan, whole
 
 
-def cut_layers(recipe: Recipe, folder: Path, layers: int) -> None:
-    """The same widths with fewer layers, on the bases whose config is made here."""
-    made = sorted(folder.glob("base*/config.json"))
-    if not made:
+def with_own_config(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with a copy of its base's small files in `folder`, where they are not made up there already.
+
+    Raises StageError for a base that is not on this disk."""
+    path = Path(resolve_base(recipe.model.base))
+    if path.is_relative_to(folder):
+        return recipe
+    if not path.is_dir():
         raise StageError(
-            f"`--layers` works on the LLaVA-1.5 and Qwen2.5-VL bases of the shipped recipes; the base is "
-            f"`{recipe.model.base}`. Leave it out."
+            f"`--layers` works on the bases of the shipped recipes and on folders; the base is `{recipe.model.base}`. "
+            "Leave it out."
         )
-    for path in made:
+    shutil.copytree(path, folder / "base0", ignore=shutil.ignore_patterns("*.safetensors"))
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": str(folder / "base0")})})
+
+
+def cut_layers(folder: Path, layers: int) -> None:
+    """The same widths with fewer layers."""
+    for path in sorted(folder.glob("base*/config.json")):
         config = json.loads(path.read_text(encoding="utf-8"))
         config["text_config"]["num_hidden_layers"] = layers
         if "layer_types" in config["text_config"]:
@@ -252,6 +266,7 @@ def without_files(fewer: Fewer) -> Iterator[None]:
     step has nothing to check. Steps are cut as `fewer` says."""
     with ExitStack() as stack:
         for owner, name, value in (
+            (torch.optim, "AdamW", WarmAdamW),
             (Roles, "save", save),
             (Roles, "load", load),
             (fit, "save", lambda *_: None),
@@ -266,6 +281,18 @@ def without_files(fewer: Fewer) -> Iterator[None]:
         ):
             stack.enter_context(patch.object(owner, name, value))
         yield
+
+
+class WarmAdamW(torch.optim.AdamW):
+    """AdamW that has made its moments."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        self.step()
+        self.zero_grad()
 
 
 def different_answers(

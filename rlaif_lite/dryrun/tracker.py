@@ -20,15 +20,13 @@ from torch.utils.flop_counter import flop_registry
 from ..errors import StageError
 from ..planner.memory import CUBLAS
 from .allocator import UNIT, Allocator, Block, round_up
-from .cards import Card, seconds
+from .cards import Card, fuses, seconds
 
 PACKAGE = str(Path(__file__).parent.parent)
 OURS = (PACKAGE, str(Path(PACKAGE).parent / "kernels"))
 HERE = str(Path(__file__).parent)
 TWIN = 1 << 20  # elements of the largest tensor that has a twin
 HOST = 1 << 20  # elements of the largest copy to the host that is filled; larger ones are zero pages, never touched
-# A 4-bit matmul of more rows makes the weight dense first. bitsandbytes decides by card and shape; 64 is typical.
-FUSED_ROWS = 64
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "resize_", "set_"}
 UNWRITTEN = {f"aten::{name}" for name in NO_KERNEL - {"lift_fresh"}}
 COPIES = {"_to_copy", "copy_"}
@@ -165,9 +163,10 @@ class Tracker(TorchDispatchMode):
             self._count(func, name, args, kwargs, ins, out, outs)
         return out
 
-    def kernel(self, name: str, inputs: list[Tensor], moved: int) -> None:
-        """One launch of a kernel that is no operator of torch."""
-        self._same_device(name, (), inputs)
+    def kernel(self, name: str, operands: list[Tensor]) -> None:
+        """One launch of a kernel that torch does not dispatch, on what it reads and writes."""
+        self._same_device(name, (), operands)
+        moved = sum(bytes_of(each) for each in {each.untyped_storage()._cdata: each for each in operands}.values())
         self._launch(name, moved, 0, 4)
 
     def add(self, cost: Counter) -> None:
@@ -207,11 +206,11 @@ class Tracker(TorchDispatchMode):
             self._risen()
 
     def _gemm_4bit(self, input_MK: Tensor, n: int, k: int) -> None:
-        """bitsandbytes' matmul: fused for few rows, else the dense weight is made and thrown away within it."""
+        """bitsandbytes' matmul: fused, or the dense weight is made and thrown away within it."""
         self._blas()
         rows, size = input_MK.numel() // k, input_MK.element_size()
         operands, flops = size * rows * (n + k), 2 * rows * n * k
-        if rows <= FUSED_ROWS:
+        if fuses(self.card, rows, n, k):
             self._launch("gemm_4bit", operands + n * k // 2, flops, size)
             return
         scales = 4 * n * k // 64
@@ -309,10 +308,13 @@ class Tracker(TorchDispatchMode):
         return self._made(twin, "bincount", number_N)
 
     def _sized_by_values(self, func, args, kwargs, ins: list[Tensor]):
-        """An operator whose result has as many elements as the values say, which the host waits for."""
+        """An operator whose result has as many elements as the values say, which the host waits for. A mask that
+        nobody knows is taken to keep everything."""
         name = func._schema.name.partition("::")[2]
         self._wait(f"size of {name}")
         twins = {id(tensor): self._twin(tensor) for tensor in ins}
+        if name == "nonzero" and ins[0].dtype == torch.bool and twins[id(ins[0])] is None:
+            twins[id(ins[0])] = torch.ones(ins[0].shape, dtype=torch.bool)
         if any(twin is None for twin in twins.values()):
             raise StageError(f"A dry run cannot know how many elements {name} gives at {self.where()}.")
         found = func(*swapped(args, twins), **swapped(kwargs, twins))

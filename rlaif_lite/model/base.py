@@ -31,7 +31,9 @@ from ..recipe import Model
 from . import unsloth_loader
 from .families import CHAT_TEMPLATES, Encoded, Family, family_of
 from .memory import map_blocks, maps_blocks, out_of_memory
+from .norms import fuse_norms, fuses_norms
 from .pixels import ImageSpec, image_spec, read_file, read_json
+from .windows import batch_windows
 
 # Noise that no user can act on: bitsandbytes announces that an optional kernel is not installed, transformers is
 # asked by a name that is to change (the new one is not there in 5.17), and it draws a bar for each checkpoint.
@@ -57,7 +59,7 @@ class Base:
         self.quantization = quantization
         self.loader = "transformers"
         self.checkpointed: list[nn.Module] = []  # what recomputes in the backward, with `model.gradient_checkpointing`
-        self.dense_rollouts: bool | None = None  # see `rollout/dense.py`
+        self.dense_rollouts: bool | str = "auto"  # see `rollout/dense.py`
         self.placeholder_id: int = getattr(model.config, f"{family.placeholder}_token_id")
         self.eos_id: int = tokenizer.eos_token_id
         self.decoder = model.get_decoder()
@@ -262,6 +264,10 @@ def finish(model: nn.Module, section: Model, device: torch.device, tower: bool) 
     torch.backends.cuda.enable_cudnn_sdp(False)
     model.requires_grad_(False)
     model.eval()
+    if family.any_size:
+        batch_windows(getattr(model.base_model, family.tower[0]))
+    if fuses_norms(section, device):
+        fuse_norms(model)
     tokenizer = load_tokenizer(section, model)
     named = named_template(section)
     tokenizer.chat_template = named or chat_template(path, section.revision, tokenizer, family)

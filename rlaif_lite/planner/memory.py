@@ -39,7 +39,7 @@ def saved_by_layer(shapes: Shapes, section: Model, length: int) -> int:
     H, Q, I, E = shapes.width, shapes.query, shapes.ffn, shapes.dtype.itemsize
     targets = set(section.lora.targets)
     qkv, mlp = len(targets & {"q_proj", "k_proj", "v_proj"}), len(targets & {"gate_proj", "up_proj"})
-    norms = 2 * (4 * H + 4)  # in float32, and their scales
+    norms = 2 * ((E if shapes.fused_norms else 4) * H + 4)  # what goes in, else in float32; and their scales
     attention = E * 4 * Q + 4 * shapes.text.num_attention_heads  # q, k, v (repeated), out; lse
     feed_forward = E * 3 * I  # gate, its activation, up
     # the adapters of one input share it (model/lora.py); attention's output is kept already

@@ -33,7 +33,7 @@ MICRO = (
     "dpo.divide.train.micro_batch",
 )
 AUTO = (*MICRO, "ppo.slots")
-CHECKPOINTING = "model.gradient_checkpointing"
+CHECKPOINTING, DENSE = "model.gradient_checkpointing", "model.dense_rollouts"
 WORLD_VIDEO = 67_000  # bytes of one of the world's files; measured
 ON_HOST = 4 << 30  # ASSUMED: the process beside a GPU, with CUDA's libraries
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -294,19 +294,26 @@ def get_key(recipe: Recipe, key: str) -> Any:
 
 def _with_numbers(recipe: Recipe, device: Device, stages_of: StagesOf) -> Recipe:
     """Sizes that are `auto` become the largest that fit; where none does, 1, and the plan says so. Before that,
-    `gradient_checkpointing: auto` becomes false where all stages fit without it, if need be with one row at a time."""
+    `gradient_checkpointing: auto` becomes false where all stages fit without it, if need be with one row at a time.
+    After it, `dense_rollouts: auto` becomes the largest copy that fits beside these sizes; on a CPU it is whole."""
+    fits = lambda recipe: all(_peak(stage, device)[0] <= device.room for stage in stages_of(recipe).values())
     keys = [key for key in AUTO if get_key(recipe, key) == "auto"]
     for key in keys:
         recipe = with_key(recipe, key, 1)
+    if choose := recipe.model.dense_rollouts == "auto":
+        recipe = with_key(recipe, DENSE, not device.on_gpu)
     if recipe.model.gradient_checkpointing == "auto":
         recipe = with_key(recipe, CHECKPOINTING, False)
-        if not all(_peak(stage, device)[0] <= device.room for stage in stages_of(recipe).values()):
+        if not fits(recipe):
             recipe = with_key(recipe, CHECKPOINTING, True)
     most: dict[str, int] = {}
     for stage in stages_of(recipe).values() if keys else ():
         most |= _proposals(stage, device)
     for key in keys:
         recipe = with_key(recipe, key, max(1, most.get(key, 1)))
+    if choose and device.on_gpu:  # of what the sizes leave
+        more = (with_key(recipe, DENSE, value) for value in (True, "attention"))
+        recipe = next(filter(fits, more), recipe)
     return recipe
 
 
@@ -328,13 +335,16 @@ def _checkpointing(recipe: Recipe, device: Device, stages_of: StagesOf) -> str:
 
 def resolve_auto(recipe: Recipe, folder: Path) -> Recipe:
     """`auto` as the run in `folder` resolved it when it began, so that resuming it gives the same bits."""
-    keys = [key for key in (*AUTO, CHECKPOINTING) if get_key(recipe, key) == "auto"]
+    keys = [key for key in (*AUTO, CHECKPOINTING, DENSE) if get_key(recipe, key) == "auto"]
     before = load_recipe(folder / "recipe.yaml") if keys and (folder / "recipe.yaml").exists() else None
     for key in keys:
-        if before is not None and isinstance(found := get_key(before, key), int):
+        found = None if before is None else get_key(before, key)
+        if key in (CHECKPOINTING, DENSE) and found is not None:
+            recipe = with_key(recipe, key, found)
+        elif isinstance(found, int):
             whole = key.replace("micro_batch", "minibatch" if key.startswith("ppo") else "batch_size")
             whole = whole.replace("slots", "rollouts")
-            recipe = with_key(recipe, key, found if key == CHECKPOINTING else min(found, get_key(recipe, whole)))
+            recipe = with_key(recipe, key, min(found, get_key(recipe, whole)))
     return recipe
 
 

@@ -14,8 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from ..model.base import QUANT_BLOCK, read_config, resolve_base, torch_dtype
 from ..model.families import Family, family_of
 from ..model.known_bases import shipped_facts
+from ..model.norms import fuses_norms
 from ..model.pixels import ImageSpec, image_spec
 from ..recipe import Features, Model
+from ..rollout.dense import ATTENTION
 from ..video.cache import FeatureRecord
 from ..video.prune import count_kept
 
@@ -38,12 +40,14 @@ class Shapes(NamedTuple):
     layers: int
     vocabulary: int
     linear: int  # parameters of the decoder's linears: in 4 bits, where the recipe says so
+    attention: int  # of those of attention
     largest: int  # of the largest of them
     rest: int  # embeddings, norms, head: never quantised
     tower: int  # vision tower and projector
     lora: int  # parameters of one adapter
     frame_tokens: int  # P of towers of one size, before pruning; 0 where it depends on the video
     deepstack: int  # feature tensors per token beyond the first
+    fused_norms: bool  # see `model/norms.py`
 
     def base_bytes(self, section: Model, tower: bool) -> int:
         bits = NF4_BITS if section.quantization == "nf4" else 8 * self.dtype.itemsize
@@ -79,12 +83,14 @@ def shapes_of(section: Model, device: torch.device) -> Shapes:
         layers=text.num_hidden_layers,
         vocabulary=model.get_output_embeddings().weight.shape[0],
         linear=linear,
+        attention=sum(m.weight.numel() for name, m in linears.items() if name.rpartition(".")[2] in ATTENTION),
         largest=max(layer.weight.numel() for layer in linears.values()),
         rest=sum(p.numel() for p in model.parameters()) - linear - tower,
         tower=tower,
         lora=sum(section.lora.rank * (m.in_features + m.out_features) for m in adapted),
         frame_tokens=0 if family.any_size else _frame_tokens(model, family, images),
         deepstack=len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ()),
+        fused_norms=fuses_norms(section, device),
     )
 
 

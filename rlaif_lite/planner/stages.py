@@ -296,9 +296,9 @@ class MemoryModel:
 
         def terms(rows: int) -> dict[str, int]:
             held = {"kv_slots": memory.slots(self.shapes, rows, prompt, new)}
-            dense = self.recipe.model.dense_rollouts
-            if dense or (dense is None and not self.on_gpu):  # a copy of the linears
-                held["workspace"] = self.shapes.linear * self.shapes.dtype.itemsize
+            copied = {True: self.shapes.linear, "attention": self.shapes.attention}
+            dense = copied.get(self.recipe.model.dense_rollouts, 0)
+            held["dense copy"] = dense * self.shapes.dtype.itemsize
             tokens = min(rows * prompt, memory.PREFILL_TOKENS)
             found = self.activations(memory.sampling(self.shapes, rows, prompt, new), tokens)
             return {kind: found.get(kind, 0) + held.get(kind, 0) for kind in found | held}

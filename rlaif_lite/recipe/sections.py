@@ -115,8 +115,10 @@ class Model(Section):
         description="recompute in the backward: less memory, more time; auto: only where a stage fits in no other way",
         json_schema_extra=NEUTRAL,
     )
-    dense_rollouts: bool | None = Field(
-        None, description="sample with a dense copy of the decoder, adapter merged in; null: on a CPU only"
+    dense_rollouts: bool | Literal["attention", "auto"] = Field(
+        "auto",
+        description="sample with a dense copy of the decoder, adapter merged in, or of its attention's layers only; "
+        "auto: as much as fits, by the plan",
     )
     lora: Lora = Lora()
     reward_base: RewardBase | None = Field(

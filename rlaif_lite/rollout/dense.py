@@ -1,9 +1,12 @@
 """A dense copy of a role's linear layers for the time of a rollout: dequantised, the adapter merged in.
 
-One matmul then stands where there were five or more kernels (dequantise, multiply, and the adapter's two matmuls,
-scaling and sum). The copy is made anew for each rollout, because the adapter has been trained in between, and costs
-one element of the base's dtype per parameter of the decoder's linears. Nothing is written back: the base and its
-adapters stay as they are, and scoring and training never see the copy.
+One matmul then takes the place of up to eight kernels: dequantising, the base's matmul, and the adapter's casts and
+matmuls. Each rollout makes the copy again, because the adapter has been trained in between. It costs one element of
+the base's dtype for each parameter. Nothing is written back: the base and its adapters stay as they are, and scoring
+and training never see the copy.
+
+A copy of attention's layers alone takes a third of the memory or less, and most of the gain on a GPU: bitsandbytes has
+a fused matmul for wide layers and few rows, and dequantises these narrower ones in every step (docs/dry_run.md).
 """
 
 import contextlib
@@ -16,11 +19,14 @@ from ..model.lora import dense_weight
 from ..model.roles import ActiveRole
 from ..phases import phase
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
 
 @contextlib.contextmanager
-def dense_copy(role: ActiveRole) -> Iterator[None]:
+def dense_copy(role: ActiveRole, attention_only: bool = False) -> Iterator[None]:
     """Inside, the decoder computes with merged dense weights; after, with its own layers again."""
-    held = list(_linears(role.roles.base.decoder))
+    found = _linears(role.roles.base.decoder)
+    held = [each for each in found if not attention_only or each[1] in ATTENTION]
     try:
         with phase("dense copy"):
             for parent, name, layer in held:

@@ -39,14 +39,15 @@ def sample(
     seeds: Seq[int],
     per_prompt: int = 1,
     batch_size: int = 64,
-    dense: bool | None = None,
+    dense: bool | str | None = None,
     graph: bool | None = None,
 ) -> list[Trajectory]:
     """Draw `per_prompt` answers to every prompt; answer j of prompt i uses seeds[i * per_prompt + j].
 
     Returns len(prompts) * per_prompt trajectories, those of one prompt next to each other. `batch_size` counts the
     answers in flight; where they do not fit into memory, half as many are tried, and so on.
-    `dense` computes with a dense copy of the linears (see `dense.py`; None: as `model.dense_rollouts` has it).
+    `dense` computes with a dense copy of the linears ("attention": of some; see `dense.py`), "auto" on a CPU only;
+    None: as `model.dense_rollouts` has it.
     `graph` runs every step over all slots, captured on a GPU (None: on a GPU only).
     Raises ValueError when seeds and answers differ in number, what torch raises when not even one slot fits.
     """
@@ -56,9 +57,9 @@ def sample(
     on_gpu = base.device.type == "cuda"
     graph = on_gpu if graph is None else graph
     dense = base.dense_rollouts if dense is None else dense
-    dense = not on_gpu if dense is None else dense
+    dense = not on_gpu if dense == "auto" else dense
     slots = min(batch_size, len(seeds))
-    with dense_copy(role) if dense else contextlib.nullcontext():
+    with dense_copy(role, dense == "attention") if dense else contextlib.nullcontext():
         if not slots:
             return []
         draw = lambda slots: Rollout(role, prompts, sampling, seeds, per_prompt, slots, graph).run()

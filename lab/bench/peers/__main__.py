@@ -1,0 +1,121 @@
+"""A training step of ours beside the same step of other packages, on a CPU.
+
+    python -m lab.bench.peers [--env trl=PYTHON --env swift=PYTHON --env llamafactory=PYTHON] [--tasks grpo dpo sft ...]
+                              [--rounds 3] [--out docs/results/peers_cpu] [--folder FOLDER] [--size KEY=NUMBER ...]
+
+Every package runs in a process of its own, with the Python of the environment that `--env` names. All are loaded before
+anything is measured; then they take turns, one step each, round after round. The first step of each warms up and is
+left out. What cannot run costs its own row only: the row has the last line of its error. Writes OUT.json and the tables
+in OUT.md task by task; tasks that are not asked for stay as they are.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from shlex import join
+
+from lab.bench import ROOT
+from lab.bench.peers.table import write_tables
+from lab.bench.peers.work import Sizes, prepare
+from lab.bench.peers.worker import Row, Worker, installed
+from lab.bench.plain_ppo import commit
+from rlaif_lite.files import read_json, write_json
+from rlaif_lite.training.meter import describe_machine, versions
+
+
+def rows_of(task: str, *peers: tuple[str, str, str]) -> tuple[Row, ...]:
+    """Ours, what its cached features cost, and the peers: (name, environment, what it reads)."""
+    kind = task.split("_")[0]
+    own = (Row("ours", None, task, "video"), Row("features of a step's videos", None, f"features_{kind}", "video"))
+    return own + tuple(Row(name, env, task, reads) for name, env, reads in peers)
+
+
+TRL, SWIFT = ("TRL", "trl", "frames as images"), ("ms-swift", "swift", "video")
+FACTORY, FACTORY_IMAGES = (("LLaMA-Factory", "llamafactory", reads) for reads in ("video", "frames as images"))
+TASKS = {
+    "grpo": rows_of("grpo", TRL, SWIFT),
+    "dpo": rows_of("dpo", TRL, SWIFT, FACTORY_IMAGES),
+    "sft": rows_of("sft", TRL, SWIFT, FACTORY),
+    "grpo_checkpointed": rows_of("grpo_checkpointed", TRL, SWIFT),
+    "grpo_nf4": rows_of("grpo_nf4", TRL, SWIFT),
+}
+
+
+def measure(rows: tuple[Row, ...], pythons: dict[str | None, str], folder: Path, rounds: int) -> list[dict]:
+    """Each row's steps and what its process said of itself, or why there are none."""
+    found = [row._asdict() | {"steps": [], "facts": {}} for row in rows]
+    workers: dict[int, Worker] = {}
+
+    def give_up(number: int, error: Exception) -> None:
+        found[number] |= {"why": str(error), "steps": []}
+        print(f"  {rows[number].name}: {error}", file=sys.stderr, flush=True)
+        if number in workers:
+            workers.pop(number).close()
+
+    for number, row in enumerate(rows):
+        try:
+            if row.env not in pythons:
+                raise RuntimeError(f"no environment was given: --env {row.env}=PYTHON")
+            workers[number] = Worker(row, pythons[row.env], folder)
+            workers[number].load()
+        except (RuntimeError, OSError) as error:
+            give_up(number, error)
+    for turn in range(rounds + 1):
+        for number in sorted(workers, reverse=turn % 2 == 1):
+            try:
+                step = workers[number].step()
+            except (RuntimeError, OSError) as error:
+                give_up(number, error)
+                continue
+            print(f"  {turn} {rows[number].name}: {step['processor_seconds']:.2f} s", file=sys.stderr, flush=True)
+            if turn:  # the first warms up
+                found[number]["steps"].append(step)
+    for number, worker in workers.items():
+        found[number]["facts"] = worker.facts
+        worker.close()
+    return found
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    """Measure, and write what was found."""
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--env", action="append", default=[], metavar="NAME=PYTHON")
+    ask.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    ask.add_argument("--rounds", type=int, default=3)
+    ask.add_argument("--size", action="append", default=[], metavar="KEY=NUMBER", help="of the work; see work.Sizes")
+    ask.add_argument("--folder", type=Path, help="where checkpoint, videos and logs stay; left out: they do not")
+    ask.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "peers_cpu")
+    options = ask.parse_args(arguments)
+    pythons = {None: sys.executable} | dict(each.split("=", 1) for each in options.env)
+    given = {key: int(value) for key, value in (each.split("=") for each in options.size)}
+    sizes = Sizes(**given, steps=options.rounds + 2)  # the last one is begun and not measured
+    file = options.out.with_suffix(".json")
+    result = read_json(file) if file.exists() else {"schema": 1, "tasks": {}}
+    envs = {name: installed(python) for name, python in pythons.items() if name is not None}
+    result |= {"machine": describe_machine(), "sizes": asdict(sizes)}
+    result["versions"] = result.get("versions", {}) | envs | {"ours": versions()}
+    with ExitStack() as held:
+        folder = options.folder or Path(held.enter_context(tempfile.TemporaryDirectory(prefix="rlaif-peers-")))
+        prepare(folder, sizes)
+        for task in options.tasks:
+            print(task, file=sys.stderr, flush=True)
+            rows = measure(TASKS[task], pythons, folder, options.rounds)
+            how = {"commit": commit(), "rounds": options.rounds, "arguments": join(hidden(options))}
+            result["tasks"][task] = how | {"rows": rows}
+            write_json(file, result)
+            write_tables(options.out.with_suffix(".md"), result)
+    return result
+
+
+def hidden(options: argparse.Namespace) -> list[str]:
+    """The command line's words, without paths of this machine."""
+    words = [f"--env={each.split('=', 1)[0]}=PYTHON" for each in options.env]
+    return [*words, "--rounds", str(options.rounds), *(f"--size={each}" for each in options.size)]
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,6 @@ in OUT.md task by task; tasks that are not asked for stay as they are.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from contextlib import ExitStack

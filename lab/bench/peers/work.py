@@ -39,11 +39,11 @@ class Sizes:
 
     prompts: int = 2  # of a GRPO step
     group: int = 4  # answers to each
-    pairs: int = 4  # of a DPO step
+    pairs: int = 2  # of a DPO step
     records: int = 4  # of an SFT step
     new_tokens: int = 32
     frames: int = 8  # of a video; packages that take images get every second one
-    side: int = 196  # pixels
+    side: int = 140  # pixels
     videos: int = 8
     rank: int = 16
     width: int = 512

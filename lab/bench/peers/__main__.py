@@ -33,12 +33,15 @@ def rows_of(task: str, *peers: tuple[str, str, str]) -> tuple[Row, ...]:
     return own + tuple(Row(name, env, task, reads) for name, env, reads in peers)
 
 
-TRL, SWIFT = ("TRL", "trl", "frames as images"), ("ms-swift", "swift", "video")
-FACTORY, FACTORY_IMAGES = (("LLaMA-Factory", "llamafactory", reads) for reads in ("video", "frames as images"))
+TRL, SWIFT, FACTORY = (
+    ("TRL", "trl", "frames as images"),
+    ("ms-swift", "swift", "video"),
+    ("LLaMA-Factory", "llamafactory", "video"),
+)
 TASKS = {
     "grpo": rows_of("grpo", TRL, SWIFT),
-    "dpo": rows_of("dpo", TRL, SWIFT, FACTORY_IMAGES),
-    "sft": rows_of("sft", TRL, SWIFT, FACTORY),
+    "dpo": rows_of("dpo", TRL, SWIFT),
+    "sft": rows_of("sft", SWIFT, FACTORY),
     "grpo_checkpointed": rows_of("grpo_checkpointed", TRL, SWIFT),
     "grpo_nf4": rows_of("grpo_nf4", TRL, SWIFT),
 }
@@ -89,6 +92,8 @@ def main(arguments: list[str] | None = None) -> dict:
     ask.add_argument("--folder", type=Path, help="where checkpoint, videos and logs stay; left out: they do not")
     ask.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "peers_cpu")
     options = ask.parse_args(arguments)
+    if options.folder and options.folder.exists() and any(options.folder.iterdir()):
+        ask.error(f"--folder {options.folder} is not empty. Name a new one: ours would go on where an old run stopped.")
     pythons = {None: sys.executable} | dict(each.split("=", 1) for each in options.env)
     given = {key: int(value) for key, value in (each.split("=") for each in options.size)}
     sizes = Sizes(**given, steps=options.rounds + 2)  # the last one is begun and not measured

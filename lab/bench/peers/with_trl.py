@@ -1,4 +1,4 @@
-"""TRL: GRPO and DPO steps on the frames as images, and a step of SFT. It takes no videos.
+"""TRL: GRPO and DPO steps on the frames as images, as its trainers take no videos.
 
 Run by `python -m lab.bench.peers` with the Python of an environment that has TRL.
 """
@@ -7,7 +7,7 @@ from datasets import Dataset, Image, List
 from peft import LoraConfig
 from trainer import TakesTurns
 from transformers import BitsAndBytesConfig
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from turns import TARGETS, Turns, read_work, share_of_e
 
 
@@ -51,8 +51,6 @@ def main() -> None:
     for row, item in zip(asked, work["items"], strict=True):
         if kind == "dpo":
             row |= {"chosen": said(item["chosen"]), "rejected": said(item["rejected"])}
-        elif kind == "sft":
-            row |= {"completion": said(item["chosen"])}
     common = dict(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=work["batch"][kind],
@@ -87,10 +85,8 @@ def main() -> None:
             top_k=0,
         )
         trainer = GRPOTrainer(reward_funcs=rewards, args=GRPOConfig(**common, **grpo), **given)
-    elif kind == "dpo":
-        trainer = DPOTrainer(args=DPOConfig(**common, max_length=None, beta=work["beta"]), **given)
     else:
-        trainer = SFTTrainer(args=SFTConfig(**common, max_length=None), **given)
+        trainer = DPOTrainer(args=DPOConfig(**common, max_length=None, beta=work["beta"]), **given)
     trainer.train()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -38,11 +39,12 @@ def test_only_plain_words_are_drawn(folder):
 def test_ours_is_measured_and_a_peer_that_cannot_run_costs_its_own_row(folder, tmp_path):
     from lab.bench.peers.__main__ import measure
     from lab.bench.peers.table import BEGIN, END, write_tables
+    from lab.bench.peers.work import Sizes
     from lab.bench.peers.worker import Row
 
     rows = (
         Row("ours", None, "sft", "video"),
-        Row("features", "absent", "features_sft", "video"),
+        Row("absent", "absent", "sft", "video"),
         Row("LLaMA-Factory", "llamafactory", "sft", "video"),
     )
     pythons = {None: sys.executable, "llamafactory": sys.executable}  # which has no LLaMA-Factory
@@ -56,7 +58,7 @@ def test_ours_is_measured_and_a_peer_that_cannot_run_costs_its_own_row(folder, t
     assert not peer["steps"] and peer["why"] == "ModuleNotFoundError: No module named 'llamafactory'"
     page = tmp_path / "page.md"
     page.write_text(f"# Before\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
-    write_tables(page, {"tasks": {"sft": {"commit": "c0ffee", "rounds": 1, "rows": found}}})
+    write_tables(page, {"sizes": asdict(Sizes()), "tasks": {"sft": {"commit": "c0ffee", "rounds": 1, "rows": found}}})
     text = page.read_text()
     assert text.startswith("# Before\n") and text.endswith("\nAfter.\n") and "old" not in text
     assert f"| ours | video | {step['seconds']:.2f} | {step['processor_seconds']:.2f} | 1.00 |" in text

@@ -25,25 +25,20 @@ from lab.bench.plain_ppo import commit
 from rlaif_lite.files import read_json, write_json
 from rlaif_lite.training.meter import describe_machine, versions
 
-
-def rows_of(task: str, *peers: tuple[str, str, str]) -> tuple[Row, ...]:
-    """Ours, what its cached features cost, and the peers: (name, environment, what it reads)."""
-    kind = task.split("_")[0]
-    own = (Row("ours", None, task, "video"), Row("features of a step's videos", None, f"features_{kind}", "video"))
-    return own + tuple(Row(name, env, task, reads) for name, env, reads in peers)
-
-
-TRL, SWIFT, FACTORY = (
-    ("TRL", "trl", "frames as images"),
-    ("ms-swift", "swift", "video"),
-    ("LLaMA-Factory", "llamafactory", "video"),
-)
+VIDEO, IMAGES = "video", "frames as images"
 TASKS = {
-    "grpo": rows_of("grpo", TRL, SWIFT),
-    "dpo": rows_of("dpo", TRL, SWIFT),
-    "sft": rows_of("sft", SWIFT, FACTORY),
-    "grpo_checkpointed": rows_of("grpo_checkpointed", TRL, SWIFT),
-    "grpo_nf4": rows_of("grpo_nf4", TRL, SWIFT),
+    "grpo": (
+        Row("ours", None, "grpo", VIDEO),
+        Row("features of one video", None, "features", VIDEO),
+        Row("TRL", "trl", "grpo", IMAGES),
+        Row("ms-swift", "swift", "grpo", VIDEO),
+    ),
+    "dpo": (Row("ours", None, "dpo", VIDEO), Row("TRL", "trl", "dpo", IMAGES), Row("ms-swift", "swift", "dpo", VIDEO)),
+    "sft": (
+        Row("ours", None, "sft", VIDEO),
+        Row("LLaMA-Factory", "llamafactory", "sft", VIDEO),
+        Row("ms-swift", "swift", "sft", VIDEO),
+    ),
 }
 
 

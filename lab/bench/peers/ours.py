@@ -1,6 +1,6 @@
 """rlaif-lite on the work that the peers are given: its own stages, from the recipe to the optimiser's update.
 
-`features_grpo` is what the features stage does for the videos of one GRPO step: decode, encode, write to the cache. A
+`features` is what the stage of that name does for one video: decode, encode, write to the cache. A
 DPO step includes the reference's pass over the step's pairs, which the stage makes for all pairs before it trains.
 """
 
@@ -53,7 +53,6 @@ def reward(record: Record, answer: str, *_) -> float:
 
 def recipe_of(task: str, folder: Path, work: dict) -> Recipe:
     """What the peers are told, in this project's keys."""
-    kind, *how = task.split("_")
     data = folder / "ours.jsonl"
     write_jsonl(
         data,
@@ -79,14 +78,13 @@ def recipe_of(task: str, folder: Path, work: dict) -> Recipe:
             "data": {"sft_easy": [str(data)], "rl": [str(data)]},
             "model": {
                 "base": str(folder / "checkpoint"),
-                "quantization": "nf4" if "nf4" in how else "none",
-                "gradient_checkpointing": "checkpointed" in how,
+                "quantization": "none",
                 "lora": {"rank": work["rank"], "alpha": 2.0 * work["rank"]},
             },
             "features": {"frames": work["frames"], "max_pixels": work["side"] ** 2, "workers": 1}
             | {"cache": str(folder / "features")},
             "sft": {
-                "easy": constant | {"batch_size": work["batch"]["sft"]} if kind == "sft" else None,
+                "easy": constant | {"batch_size": work["batch"]["sft"]} if task == "sft" else None,
                 "hard": None,
                 "policy_init": None,
             },
@@ -114,18 +112,17 @@ def recipe_of(task: str, folder: Path, work: dict) -> Recipe:
     )
 
 
-def read_features(work: Workspace, given: dict, turns: Turns, count: int) -> None:
-    """`count` videos, the videos of a step, step after step, into a cache that is new each time."""
+def read_features(work: Workspace, given: dict, turns: Turns) -> None:
+    """One video after the other."""
     base, section = work.base(tower=True), work.recipe.features
     base.limit_pixels(section.max_pixels)
-    videos = itertools.cycle(item["video"] for item in given["items"])
-    for step in range(work.recipe.ppo.steps):
+    store = FeatureStore(work.folder / "cache")
+    for number, item in enumerate(itertools.islice(itertools.cycle(given["items"]), given["steps"])):
         turns.next()
-        store = FeatureStore(work.folder / f"cache{step}")
-        for number, video in enumerate(itertools.islice(videos, count)):
-            frames = decode_views(video, {WHOLE: View(section.frames)}, size=base.images.size.of(section.frames))
-            with torch.no_grad():
-                store.put(f"{number:016x}", features.encode(base, frames, []), {"video": video})
+        size = base.images.size.of(section.frames)
+        frames = decode_views(item["video"], {WHOLE: View(section.frames)}, size=size)
+        with torch.no_grad():
+            store.put(f"{number:016x}", features.encode(base, frames, []), {"video": item["video"]})
 
 
 def learn_pairs(work: Workspace, given: dict, turns: Turns) -> None:
@@ -159,18 +156,17 @@ def main() -> None:
     torch.set_num_threads(1)
     recipe = recipe_of(task, folder, given)
     work = Workspace(recipe)
-    if task.startswith("features"):
-        kind = task.split("_")[1]
-        read_features(work, given, turns, given["prompts"] if kind == "grpo" else given["batch"][kind])
+    if task == "features":
+        read_features(work, given, turns)
         return
     features.run(work)
-    kind, listener = task.split("_")[0], Listener(turns, lambda: None)
-    if kind == "sft":
+    listener = Listener(turns, lambda: None)
+    if task == "sft":
         with listen(listener):
             STAGES["sft"].run(work)
         return
     STAGES["sft"].run(work)  # makes the adapters, trains nothing
-    if kind == "dpo":
+    if task == "dpo":
         learn_pairs(work, given, turns)
         return
     with listen(listener):

@@ -6,13 +6,7 @@ from statistics import median
 from rlaif_lite.files import write_text
 
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
-TITLES = {
-    "grpo": "GRPO",
-    "dpo": "DPO",
-    "sft": "SFT",
-    "grpo_checkpointed": "GRPO with gradient checkpointing",
-    "grpo_nf4": "GRPO on a base in 4 bits",
-}
+TITLES = {"grpo": "GRPO", "dpo": "DPO", "sft": "SFT"}
 HEAD = (
     "",
     "reads",
@@ -33,7 +27,11 @@ def write_tables(page: Path, result: dict) -> None:
     """Put the tables of a result into the page, which is made where there is none."""
     text = page.read_text(encoding="utf-8") if page.exists() else f"# Against peers on a CPU\n\n{BEGIN}\n{END}\n"
     before, _, rest = text.partition(BEGIN)
-    tables = "\n\n".join(as_table(TITLES[task], found) for task, found in result["tasks"].items())
+    sizes, tasks = result["sizes"], result["tasks"]
+    videos = {"grpo": sizes["prompts"], "dpo": sizes["pairs"], "sft": sizes["records"]}
+    read = [row for found in tasks.values() for row in found["rows"] if row["task"] == "features" and row["steps"]]
+    video = figures(read[0]) if read else None
+    tables = "\n\n".join(as_table(TITLES[task], found, video, videos[task]) for task, found in tasks.items())
     write_text(page, f"{before}{BEGIN}\n\n{tables}\n\n{END}{rest.partition(END)[2]}")
 
 
@@ -48,17 +46,18 @@ def figures(row: dict) -> dict[str, float]:
     return found | {"positions": median(map(counted, row["steps"])), "patches": middle("tower_patches")}
 
 
-def as_table(title: str, found: dict) -> str:
-    """A task as Markdown. Ratios are to ours without the features' share."""
+def as_table(title: str, found: dict, video: dict[str, float] | None, videos: int) -> str:
+    """A task as Markdown. `video`: what the features of one video cost, of which a step has `videos`. Ratios are to
+    ours from cached features."""
     rows = found["rows"]
-    ours, features = (figures(row) if row["steps"] else None for row in rows[:2])
+    ours = next((figures(row) for row in rows if row["name"] == "ours" and row["steps"]), None)
     lines = [f"## {title}", "", f"Commit {found['commit']}, medians of {found['rounds']} rounds.", ""]
     lines += [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
     shown = [(row["name"], row["reads"], figures(row)) for row in rows if row["steps"]]
-    if ours and features:
-        both = ours | {key: ours[key] + features[key] for key in ("seconds", "processor", "patches")}
-        both |= {key: max(ours[key], features[key]) for key in ("peak", "own")}
-        shown.insert(2, ("ours, features read in every step", "video", both))
+    if ours and video:
+        both = ours | {key: ours[key] + videos * video[key] for key in ("seconds", "processor")}
+        both |= {key: max(ours[key], video[key]) for key in ("peak", "own")}
+        shown.insert(1, ("ours, nothing cached", "video", both))
     for name, reads, each in shown:
         times = lambda key, each=each: f"{each[key] / ours[key]:.2f}" if ours else ""
         cells = [name, reads, f"{each['seconds']:.2f}", f"{each['processor']:.2f}", times("processor")]

@@ -28,7 +28,6 @@ def main() -> None:
     turns = Turns()
     callbacks_map["turns"] = lambda args, trainer: TakesTurns(turns)
     orms["share_of_e"] = ShareOfE
-    kind, *how = task.split("_")
     tokenizer = AutoTokenizer.from_pretrained(folder / "checkpoint")
     Qwen2VLTemplate.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     Qwen2VLTemplate.video_token_id = tokenizer.convert_tokens_to_ids("<|video_pad|>")
@@ -39,18 +38,18 @@ def main() -> None:
     for item in work["items"]:
         turns_ = [{"role": "user", "content": f"<video>{item['question']}"}]
         row = {"messages": turns_, "videos": [item["video"]]}
-        if kind != "grpo":
+        if task != "grpo":
             turns_.append({"role": "assistant", "content": item["chosen"]})
-        if kind == "dpo":
+        if task == "dpo":
             row["rejected_response"] = item["rejected"]
         rows.append(json.dumps(row))
-    (folder / f"swift_{kind}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / f"swift_{task}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     given = {
         "model": folder / "checkpoint",
         "model_type": "qwen2_5_vl",
         "template": "qwen2_5_vl",
         "torch_dtype": "float32",
-        "dataset": folder / f"swift_{kind}.jsonl",
+        "dataset": folder / f"swift_{task}.jsonl",
         "split_dataset_ratio": 0,
         "load_from_cache_file": "false",
         "dataset_num_proc": 1,
@@ -59,9 +58,9 @@ def main() -> None:
         "lora_alpha": 2 * work["rank"],
         "lora_dropout": 0,
         "target_modules": "all-linear",  # of the decoder, as tower and projector are frozen
-        "per_device_train_batch_size": work["batch"][kind],
+        "per_device_train_batch_size": work["batch"][task],
         "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": str("checkpointed" in how).lower(),
+        "gradient_checkpointing": "false",
         "max_steps": work["steps"],
         "learning_rate": work["lr"],
         "callbacks": "turns",
@@ -70,7 +69,7 @@ def main() -> None:
         "output_dir": folder / "swift",
         "use_cpu": "true",
     }
-    if kind == "grpo":
+    if task == "grpo":
         given |= {
             "rlhf_type": "grpo",
             "reward_funcs": "share_of_e",
@@ -79,12 +78,10 @@ def main() -> None:
             "beta": work["kl"],
             "temperature": 1.0,
         }
-    elif kind == "dpo":
+    elif task == "dpo":
         given |= {"rlhf_type": "dpo", "beta": work["beta"]}
-    if "nf4" in how:
-        given |= {"quant_method": "bnb", "quant_bits": 4, "bnb_4bit_compute_dtype": "float32"}
     words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-    (sft_main if kind == "sft" else rlhf_main)(words)
+    (sft_main if task == "sft" else rlhf_main)(words)
 
 
 if __name__ == "__main__":

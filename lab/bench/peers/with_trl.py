@@ -6,7 +6,6 @@ Run by `python -m lab.bench.peers` with the Python of an environment that has TR
 from datasets import Dataset, Image, List
 from peft import LoraConfig
 from trainer import TakesTurns
-from transformers import BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 from turns import TARGETS, Turns, read_work, share_of_e
 
@@ -14,17 +13,6 @@ from turns import TARGETS, Turns, read_work, share_of_e
 def rewards(completions, **_) -> list[float]:
     """One reward per answer."""
     return [share_of_e(answer[0]["content"]) for answer in completions]
-
-
-def nf4() -> BitsAndBytesConfig:
-    """4 bits as QLoRA has them; the arithmetic in float32."""
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype="float32",
-        llm_int8_skip_modules=["visual", "lm_head"],
-    )
 
 
 def said(text: str) -> list[dict]:
@@ -47,22 +35,21 @@ def main() -> None:
         }
         for item in work["items"]
     ]
-    kind, *how = task.split("_")
     for row, item in zip(asked, work["items"], strict=True):
-        if kind == "dpo":
+        if task == "dpo":
             row |= {"chosen": said(item["chosen"]), "rejected": said(item["rejected"])}
     common = dict(
         output_dir=str(folder / "trl"),
-        per_device_train_batch_size=work["batch"][kind],
+        per_device_train_batch_size=work["batch"][task],
         gradient_accumulation_steps=1,
         max_steps=work["steps"],
         learning_rate=work["lr"],
-        gradient_checkpointing="checkpointed" in how,
+        gradient_checkpointing=False,
         use_cpu=True,
         bf16=False,
         report_to="none",
         save_strategy="no",
-        model_init_kwargs={"dtype": "float32"} | ({"quantization_config": nf4()} if "nf4" in how else {}),
+        model_init_kwargs={"dtype": "float32"},
     )
     lora = LoraConfig(
         r=work["rank"],
@@ -76,7 +63,7 @@ def main() -> None:
         peft_config=lora,
         callbacks=[TakesTurns(turns)],
     )
-    if kind == "grpo":
+    if task == "grpo":
         grpo = dict(
             num_generations=work["group"],
             max_completion_length=work["new_tokens"],

@@ -37,7 +37,7 @@ PATCHES = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
 class Sizes:
     """Of the work; the defaults are what docs/results/peers_cpu.md measures."""
 
-    prompts: int = 2  # of a GRPO step
+    prompts: int = 1  # of a GRPO step
     group: int = 4  # answers to each
     pairs: int = 2  # of a DPO step
     records: int = 4  # of an SFT step

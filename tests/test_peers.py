@@ -58,7 +58,7 @@ def test_ours_is_measured_and_a_peer_that_cannot_run_costs_its_own_row(folder, t
     assert not peer["steps"] and peer["why"] == "ModuleNotFoundError: No module named 'llamafactory'"
     page = tmp_path / "page.md"
     page.write_text(f"# Before\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
-    write_tables(page, {"sizes": asdict(Sizes()), "tasks": {"sft": {"commit": "c0ffee", "rounds": 1, "rows": found}}})
+    write_tables(page, {"sizes": asdict(Sizes()), "tasks": {"sft": {"commit": "c0ffee", "rows": found}}})
     text = page.read_text()
     assert text.startswith("# Before\n") and text.endswith("\nAfter.\n") and "old" not in text
     assert f"| ours | video | {step['seconds']:.2f} | {step['processor_seconds']:.2f} | 1.00 |" in text

@@ -6,12 +6,13 @@
 Every package runs in a process of its own, with the Python of the environment that `--env` names. All are loaded before
 anything is measured; then they take turns, one step each, round after round. The first step of each warms up and is
 left out. What cannot run costs its own row only: the row has the last line of its error. Writes OUT.json and the tables
-in OUT.md task by task; tasks that are not asked for stay as they are.
+in OUT.md round by round; tasks that are not asked for stay as they are.
 """
 
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -42,8 +43,14 @@ TASKS = {
 }
 
 
-def measure(rows: tuple[Row, ...], pythons: dict[str | None, str], folder: Path, rounds: int) -> list[dict]:
-    """Each row's steps and what its process said of itself, or why there are none."""
+def measure(
+    rows: tuple[Row, ...],
+    pythons: dict[str | None, str],
+    folder: Path,
+    rounds: int,
+    keep: Callable[[list[dict]], None] = lambda found: None,
+) -> list[dict]:
+    """Each row's steps and what its process said of itself, or why there are none. `keep` gets them after each round."""
     found = [row._asdict() | {"steps": [], "facts": {}} for row in rows]
     workers: dict[int, Worker] = {}
 
@@ -59,6 +66,7 @@ def measure(rows: tuple[Row, ...], pythons: dict[str | None, str], folder: Path,
                 raise RuntimeError(f"no environment was given: --env {row.env}=PYTHON")
             workers[number] = Worker(row, pythons[row.env], folder)
             workers[number].load()
+            found[number]["facts"] = workers[number].facts
         except (RuntimeError, OSError) as error:
             give_up(number, error)
     for turn in range(rounds + 1):
@@ -71,8 +79,9 @@ def measure(rows: tuple[Row, ...], pythons: dict[str | None, str], folder: Path,
             print(f"  {turn} {rows[number].name}: {step['processor_seconds']:.2f} s", file=sys.stderr, flush=True)
             if turn:  # the first warms up
                 found[number]["steps"].append(step)
-    for number, worker in workers.items():
-        found[number]["facts"] = worker.facts
+        if turn:
+            keep(found)
+    for worker in workers.values():
         worker.close()
     return found
 
@@ -102,11 +111,14 @@ def main(arguments: list[str] | None = None) -> dict:
         prepare(folder, sizes)
         for task in options.tasks:
             print(task, file=sys.stderr, flush=True)
-            rows = measure(TASKS[task], pythons, folder, options.rounds)
-            how = {"commit": commit(), "rounds": options.rounds, "arguments": join(hidden(options))}
-            result["tasks"][task] = how | {"rows": rows}
-            write_json(file, result)
-            write_tables(options.out.with_suffix(".md"), result)
+            how = {"commit": commit(), "arguments": join(hidden(options))}
+
+            def keep(rows: list[dict], task: str = task, how: dict = how) -> None:
+                result["tasks"][task] = how | {"rows": rows}
+                write_json(file, result)
+                write_tables(options.out.with_suffix(".md"), result)
+
+            keep(measure(TASKS[task], pythons, folder, options.rounds, keep))
     return result
 
 

@@ -51,7 +51,8 @@ def as_table(title: str, found: dict, video: dict[str, float] | None, videos: in
     ours from cached features."""
     rows = found["rows"]
     ours = next((figures(row) for row in rows if row["name"] == "ours" and row["steps"]), None)
-    lines = [f"## {title}", "", f"Commit {found['commit']}, medians of {found['rounds']} rounds.", ""]
+    rounds = max((len(row["steps"]) for row in rows), default=0)
+    lines = [f"## {title}", "", f"Commit {found['commit']}, medians of {rounds} rounds.", ""]
     lines += [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
     shown = [(row["name"], row["reads"], figures(row)) for row in rows if row["steps"]]
     if ours and video:
@@ -64,5 +65,5 @@ def as_table(title: str, found: dict, video: dict[str, float] | None, videos: in
         cells += [f"{each['peak'] / MIB:.0f}", times("peak"), f"{each['own'] / MIB:.0f}", times("own")]
         cells += [f"{each[key]:.0f}" if each[key] else "" for key in ("positions", "patches")]
         lines.append(f"| {' | '.join(cells)} |")
-    missing = [f"- {row['name']} did not run: `{row['why']}`." for row in rows if not row["steps"]]
+    missing = [f"- {row['name']} did not run: `{row['why']}`." for row in rows if "why" in row]
     return "\n".join([*lines, *([""] if missing else []), *missing])

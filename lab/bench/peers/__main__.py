@@ -50,7 +50,7 @@ def measure(
     rounds: int,
     keep: Callable[[list[dict]], None] = lambda found: None,
 ) -> list[dict]:
-    """Each row's steps and what its process said of itself, or why there are none. `keep` gets them after each round."""
+    """Each row's steps and what its process said of itself, or why there are none. `keep` gets them every round."""
     found = [row._asdict() | {"steps": [], "facts": {}} for row in rows]
     workers: dict[int, Worker] = {}
 

@@ -8,7 +8,7 @@ here was measured.
 
 from functools import cache
 from types import FunctionType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from unittest.mock import patch
 
 import torch
@@ -84,7 +84,8 @@ def bitsandbytes_choice() -> FunctionType:
     try:
         with patch.object(torch._C, "_cuda_getCurrentRawStream", None, create=True):
             from bitsandbytes.backends.cuda import ops
-        return ops._gemm_4bit_use_custom_cuda.__wrapped__  # without its cache, which knows one card only
+        # without its cache, which knows one card only
+        return cast(FunctionType, ops._gemm_4bit_use_custom_cuda.__wrapped__)
     except (ImportError, AttributeError) as error:
         raise StageError(
             f"This bitsandbytes does not say which 4-bit matmuls it fuses ({error}). Install bitsandbytes 0.50."

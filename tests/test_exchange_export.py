@@ -22,7 +22,7 @@ from rlaif_lite.errors import ModelError, StageError
 from rlaif_lite.exchange import export as exporter
 from rlaif_lite.exchange.files import weight_files
 from rlaif_lite.model.base import base_digest
-from rlaif_lite.recipe import recipe_hash
+from rlaif_lite.recipe import load_recipe, recipe_hash
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,8 @@ def test_the_card_tells_base_recipe_data_figures_and_cost(exported, finished):
     run = Path(finished.output)
     summary = json.loads((run / "summary.json").read_text())
     digest = hashlib.sha256((run / "data" / "rl.jsonl").read_bytes()).hexdigest()[:16]
-    assert f"hash `{recipe_hash(finished)}`" in text and f"digest `{base_digest(finished.model)}`" in text
+    ran = load_recipe(run / "recipe.yaml")  # with numbers for `auto`
+    assert f"hash `{recipe_hash(ran)}`" in text and f"digest `{base_digest(finished.model)}`" in text
     assert f"| data: rl | rl.jsonl, sha256 `{digest}` |" in text and "4-bit NF4 with double quantisation" in text
     figures = summary["evaluation"]
     row = [f"{figures[role]['greedy_f1']:.3f}" for role in ("base", "sft", "ppo")]

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from rlaif_lite import recipe
 from rlaif_lite.errors import RecipeError
-from rlaif_lite.recipe import check_files, checks, load_recipe, recipe_hash
+from rlaif_lite.recipe import check_files, load_recipe, recipe_hash
 from rlaif_lite.training.loop import MetricsLog
 from rlaif_lite.training.trackers import Trackers
 
@@ -112,7 +113,7 @@ def test_wandb_works_without_a_network_and_is_sent_no_step_twice(tmp_path):
 
 
 def test_a_missing_package_is_a_recipe_error_with_the_line_that_installs_it(monkeypatch):
-    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    monkeypatch.setattr(recipe, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"`track` .* has wandb, .*: pip install 'rlaif-lite\[wandb\]'"):
         check_files(load_recipe("tiny", ["track=[wandb]"]))
     with pytest.raises(RecipeError, match="track"):

@@ -288,13 +288,19 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def main(arguments: list[str] | None = None) -> dict:
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments_of_a_step(description: str | None) -> argparse.ArgumentParser:
+    """What every bench of one recipe's step takes."""
+    ask = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("recipe")
     ask.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     ask.add_argument("--random-weights", action="store_true")
     ask.add_argument("--small", action="store_true", help="two narrow layers, to rehearse: such figures mean nothing")
     ask.add_argument("--memory-cap", type=size_in_bytes)
+    return ask
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    ask = arguments_of_a_step(__doc__)
     ask.add_argument("--rounds", type=int, default=2)
     ask.add_argument("--out", type=Path)
     options = ask.parse_args(arguments)

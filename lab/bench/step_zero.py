@@ -6,20 +6,18 @@ The run switches cuDNN's attention off, because its plans for a forward with and
 (`model/base.py`). On a GPU this says whether that was needed. On a CPU the switch does nothing.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
 
 from rlaif_lite import profiler
-from rlaif_lite.planner.plan import size_in_bytes
 from rlaif_lite.recipe import load_recipe
 from rlaif_lite.rl.losses import merge_stats, token_weights
 from rlaif_lite.stages.ppo import step as ppo
 from rlaif_lite.stages.ppo.experience import cut
 
-from .plain_ppo import Step, micro_size, prepare
+from .plain_ppo import Step, arguments_of_a_step, micro_size, prepare
 
 
 def measure(given: Step) -> dict[str, dict[str, float]]:
@@ -48,12 +46,7 @@ def measure(given: Step) -> dict[str, dict[str, float]]:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ask.add_argument("recipe")
-    ask.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    ask.add_argument("--random-weights", action="store_true")
-    ask.add_argument("--small", action="store_true", help="two narrow layers, to rehearse: such figures mean nothing")
-    ask.add_argument("--memory-cap", type=size_in_bytes)
+    ask = arguments_of_a_step(__doc__)
     ask.add_argument("--out", type=Path)
     options = ask.parse_args(arguments)
     recipe = load_recipe(options.recipe, options.overrides)

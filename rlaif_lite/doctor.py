@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from packaging.requirements import Requirement
 
+from . import ranks
 from .recipe.file import recipe_folders
 
 GIB = 1024**3
@@ -63,7 +64,7 @@ def _cpu() -> dict[str, Any]:
     flags = set((re.search(r"^flags\s*:\s*(.+)$", text, re.M) or [""])[0].split())
     sockets, ids = (re.findall(rf"^{key}\s*:\s*(\d+)$", text, re.M) for key in ("physical id", "core id"))
     cores = set(zip(sockets, ids, strict=False))
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = ranks.cores()
     return {
         "model": model[1] if model else platform.processor() or platform.machine(),
         "cores": min(len(cores) or usable, usable),

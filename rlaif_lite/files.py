@@ -24,6 +24,7 @@ from .errors import StageError
 from .progress import say
 
 SUMS = "files.sha256"  # digests of a folder's files, as `sha256sum -c` reads them
+AHEAD = 4  # batches
 
 # ------------------------------------------------------------------------------------------------------ atomic writes
 
@@ -201,7 +202,8 @@ def by_batches(
     or of another batch size, the batches are done again. Returns the concatenated results, read back from the file, so
     that a resumed stage and an uninterrupted one hold the very same objects.
 
-    Of several ranks each does whole batches, so a line has the same bytes whoever made it."""
+    Of several ranks each does whole batches, so a line has the same bytes whoever made it. A rank does AHEAD of them
+    before it waits for the others, as batches differ in length; a kill costs as many."""
     lines, results = ranks.first(lambda: whole_lines(path)), []
     for number, (line, batch) in enumerate(zip(lines, batches, strict=False)):
         try:
@@ -216,7 +218,7 @@ def by_batches(
     with appending(path, lines[: len(results)]) as append:
         for batch in batches[: len(results)]:
             done(len(batch))
-        for some in chunks(batches[len(results) :], ranks.count()):
+        for some in chunks(batches[len(results) :], AHEAD * ranks.count() if ranks.count() > 1 else 1):
             for batch, found in zip(some, ranks.spread(some, lambda own: list(map(work, own))), strict=True):
                 value = {"items": len(batch), "results": found}  # an item may have several results
                 line = append(value | {"crc32": _crc(value)})

@@ -23,6 +23,7 @@ from core import small_recipe
 from rlaif_lite import ranks
 from rlaif_lite.data.records import to_json
 from rlaif_lite.files import even_chunks, read_json, read_jsonl
+from rlaif_lite.ranks import alone, cores
 from rlaif_lite.ranks.world import WORLD
 from rlaif_lite.recipe import dump_yaml
 from rlaif_lite.workspace import Workspace
@@ -448,3 +449,14 @@ def test_one_process_keeps_its_order():
     assert ranks.share(4, lambda i: -i) == [[0, 1, 2, 3]] and ranks.deal([3, 1, 2]) == [3, 1, 2]
     assert ranks.spread([1, 2], lambda own: [2 * i for i in own]) == [2, 4]
     assert ranks.totals({"a": 0.1}) == {"a": 0.1} and ranks.first(lambda: 5) == 5
+
+
+def test_ranks_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert cores() == 8
+    monkeypatch.setattr(WORLD, "here", 3)
+    assert cores() == 2
+    with alone():  # the others wait
+        assert cores() == 8
+    monkeypatch.setattr(WORLD, "here", 9)
+    assert cores() == 1

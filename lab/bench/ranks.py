@@ -2,9 +2,10 @@
 
     python -m lab.bench.ranks [--rounds 3] [--out docs/results/ranks] [--recipe recipes/tiny.yaml] [KEY=VALUE ...]
 
-Every round runs the recipe once in each way: without a launcher, as one rank under torchrun, as two ranks. The next
-round goes the other way round. The world's videos are made once, before. The table has medians over the rounds: seconds
-of a stage, and of a step of PPO with its sampling. Two ranks do not share the serial part s: T2 = T1 (s + (1 - s) / 2).
+Every round runs the recipe once in each way: without a launcher on one core and on all, as one rank under torchrun, as
+two ranks. The next round goes the other way round. A process of one thread has its videos decoded by others, so it
+fills a second core where it may: one core for one rank is what two cores for two ranks double. The world's videos are
+made once, before. The table has medians over the rounds: seconds of a stage, and of a step of PPO with its sampling.
 """
 
 import argparse
@@ -21,7 +22,8 @@ from rlaif_lite.files import read_json, read_jsonl
 from rlaif_lite.training.meter import describe_machine, versions
 
 ROOT = Path(__file__).resolve().parents[2]
-WAYS = {"one process": 0, "one rank": 1, "two ranks": 2}  # ranks under torchrun; 0: without it
+ONE_CORE = "one core"
+WAYS = {ONE_CORE: 0, "one process": 0, "one rank": 1, "two ranks": 2}  # ranks under torchrun; 0: without it
 STAGES = ("features", "sft", "context", "preference", "reward", "ppo", "evaluate")
 SHORT = [
     "data.world.sft=80",
@@ -39,13 +41,19 @@ SHORT = [
 ]
 
 
-def run_once(recipe: str, keys: list[str], folder: Path, count: int) -> dict[str, float]:
+def run_once(recipe: str, keys: list[str], folder: Path, way: str) -> dict[str, float]:
     """Seconds of each stage, and of a step of PPO (the median of all but the first)."""
     shutil.rmtree(folder, ignore_errors=True)
+    count = WAYS[way]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count else []
     command = [sys.executable, *launcher, "-m", "rlaif_lite", "run", recipe, *keys, f"output={folder}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, stderr=subprocess.DEVNULL)
+    usable = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, usable[:1] if way == ONE_CORE else usable)  # the run inherits it
+    try:
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, stderr=subprocess.DEVNULL)
+    finally:
+        os.sched_setaffinity(0, usable)
     stages = read_json(folder / "summary.json")["stages"]
     found = {name: stages[name]["seconds"] for name in STAGES if name in stages}
     steps = [line["time"]["seconds"] for line in read_jsonl(folder / "metrics.jsonl") if line["stage"] == "ppo"]
@@ -54,16 +62,13 @@ def run_once(recipe: str, keys: list[str], folder: Path, count: int) -> dict[str
 
 def as_table(found: dict[str, dict[str, float]]) -> str:
     """Markdown: a row per stage."""
-    lines = [
-        "| | one process | one rank, torchrun | two ranks | speed-up | serial share |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, one in found["one process"].items():
-        alone, two = found["one rank"][name], found["two ranks"][name]
-        serial = max(0.0, 2 * two / one - 1)
+    lines = ["| | one core | one process | one rank, torchrun | two ranks | against one core | against one process |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for name in found["two ranks"]:
+        core, one, alone, two = (found[way][name] for way in WAYS)
         lines.append(
-            f"| {name} | {one:.2f} s | {alone:.2f} s ({alone / one - 1:+.1%}) | {two:.2f} s | {one / two:.2f} x "
-            f"| {serial:.1%} |"
+            f"| {name} | {core:.2f} s | {one:.2f} s | {alone:.2f} s ({alone / one - 1:+.1%}) | {two:.2f} s "
+            f"| {core / two:.2f} x | {one / two:.2f} x |"
         )
     return "\n".join(lines)
 
@@ -83,7 +88,7 @@ def main() -> None:
         subprocess.run([*made, "--until", "data"], cwd=ROOT, check=True)
         for number in range(given.rounds):
             for way in list(WAYS) if number % 2 == 0 else reversed(WAYS):
-                every[way].append(run_once(given.recipe, keys, folder / "run", WAYS[way]))
+                every[way].append(run_once(given.recipe, keys, folder / "run", way))
                 print(f"round {number + 1}, {way}: {every[way][-1]}", file=sys.stderr, flush=True)
     found = {way: {stage: median(run[stage] for run in runs) for stage in runs[0]} for way, runs in every.items()}
     print(as_table(found))

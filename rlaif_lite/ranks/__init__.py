@@ -29,8 +29,8 @@ from .exchange import (
     went_well,
 )
 from .meeting import check_folder, joined, refuse_several
-from .world import PeerGone, PeerOutOfMemory, count, device, is_first, on_this_machine, rank
+from .world import PeerGone, PeerOutOfMemory, cores, count, device, is_first, on_this_machine, rank
 
-__all__ = ["PeerGone", "PeerOutOfMemory", "alone", "check_folder", "collect", "count", "deal", "device", "first"]
-__all__ += ["gather", "is_first", "joined", "on_this_machine", "ran_out", "rank", "refuse_several", "same", "share"]
-__all__ += ["spread", "sum_gradients", "total", "totals", "wait", "went_well"]
+__all__ = ["PeerGone", "PeerOutOfMemory", "alone", "check_folder", "collect", "cores", "count", "deal", "device"]
+__all__ += ["first", "gather", "is_first", "joined", "on_this_machine", "ran_out", "rank", "refuse_several", "same"]
+__all__ += ["share", "spread", "sum_gradients", "total", "totals", "wait", "went_well"]

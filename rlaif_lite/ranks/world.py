@@ -1,6 +1,7 @@
 """What a process knows of the other ranks, and the small integer that begins every exchange."""
 
 import contextlib
+import os
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -44,6 +45,13 @@ def count() -> int:
 def on_this_machine() -> int:
     """How many of them share this machine."""
     return WORLD.here
+
+
+def cores() -> int:
+    """Of the cores that this process may use, its share beside the other ranks of the machine, at least one. All of
+    them while the others wait."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // (1 if WORLD.alone else WORLD.here))
 
 
 def is_first() -> bool:

@@ -164,7 +164,11 @@ class Features(Section):
     cache: FilePath | None = Field(
         None, description="folder of the feature cache; null: inside the run folder", json_schema_extra=NEUTRAL
     )
-    workers: Count = Field(2, description="processes that hash and decode videos ahead", json_schema_extra=NEUTRAL)
+    workers: Count | None = Field(
+        None,
+        description="processes that hash and decode videos ahead; null: one per core, shared by the ranks of a machine",
+        json_schema_extra=NEUTRAL,
+    )
     max_source_pixels: Count = Field(2**26, description="larger frames are refused, not opened (8K has 2**25)")
 
 

@@ -6,8 +6,6 @@ that the base cannot read (longer than its positions), and an answer that it can
 tokens).
 """
 
-import os
-
 from .. import ranks
 from ..data.truth import TRUTH
 from ..data.world import WorldConfig, WorldSplits, write_world
@@ -40,7 +38,7 @@ def run(work: Workspace) -> dict:
                     splits,
                     world.seed,
                     WorldConfig(dropout=world.dropout, weak_video=world.weak_video),
-                    workers=world.workers or os.cpu_count() or 1,
+                    workers=world.workers or ranks.cores(),
                     progress=lambda done, total: bar.advance(done - bar.done),
                 )
             )

@@ -189,7 +189,7 @@ def write_examples(work: Workspace, records: list[Record]) -> None:
     videos = {str(number): record.video for number, record in enumerate(records) if record.video is not None}
     found: dict[str, np.ndarray | RlaifError] = {}
     try:
-        found.update(strips(videos, features.workers, features.max_source_pixels))
+        found.update(strips(videos, features.workers or ranks.cores(), features.max_source_pixels))
     except StageError as error:  # the answers are what counts, and they are written
         found = dict.fromkeys(videos, error) | found
     index = []

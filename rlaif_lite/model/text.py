@@ -96,16 +96,21 @@ def encode_after(base: Base, before: str, text: str) -> list[int]:
 
     Where a token would reach across the seam, the prompt's tokens cannot stay as they are; the text is then tokenised
     as at the start of a line. Raises ModelError for a text that holds the video's placeholder."""
-    encode = base.tokenizer.encode
-    for start in (before[-CONTEXT:], "\n", ""):
-        head, ids = encode(start, add_special_tokens=False), encode(start + text, add_special_tokens=False)
-        if ids[: len(head)] == head:
-            ids = ids[len(head) :]
-            break
+    ids = ids_after(base.tokenizer, before, text)
     if base.placeholder_id in ids or VIDEO_MARK in text:
         raise ModelError(
             f"A text holds the video placeholder: {text[:200]!r}. Remove it: only prompts may mark a video."
         )
+    return ids
+
+
+def ids_after(tokenizer, before: str, text: str) -> list[int]:
+    """`encode_after` of any text."""
+    for start in (before[-CONTEXT:], "\n", ""):
+        head = tokenizer.encode(start, add_special_tokens=False)
+        ids = tokenizer.encode(start + text, add_special_tokens=False)
+        if ids[: len(head)] == head:
+            return ids[len(head) :]
     return ids
 
 
@@ -135,13 +140,7 @@ def decode_answer(base: Base, ids: Sequence[int]) -> str:
 def word_tokens(base: Base, opening: Opening, word: str, where: str, capitals: bool = True) -> list[int]:
     """The ids of every spelling of `word` that is one token at `opening`, the template's own first: with and without
     a blank and, with `capitals`, "yes", "Yes" and "YES". Raises ModelError, with the pieces, when there is none."""
-    cases = (word, word.lower(), word.capitalize(), word.upper()) if capitals else (word,)
-    found: dict[int, None] = {}
-    for case in cases:
-        for lead in (opening.lead, "", " "):
-            ids = encode_after(base, opening.before, lead + case)
-            if len(ids) == 1 and ids[0] != base.tokenizer.unk_token_id:
-                found[ids[0]] = None
+    found = spellings(base.tokenizer, opening, word, capitals)
     if not found:
         ids = encode_after(base, opening.before, opening.lead + word)
         pieces = base.tokenizer.convert_ids_to_tokens(ids)
@@ -151,3 +150,12 @@ def word_tokens(base: Base, opening: Opening, word: str, where: str, capitals: b
             else f"`{where}`: {word!r} is not in this base's vocabulary; choose a word that is one token."
         )
     return list(found)
+
+
+@lru_cache(maxsize=4096)  # asked for every verdict of every record, step after step
+def spellings(tokenizer, opening: Opening, word: str, capitals: bool) -> tuple[int, ...]:
+    """See `word_tokens`; empty where there are none."""
+    cases = (word, word.lower(), word.capitalize(), word.upper()) if capitals else (word,)
+    texts = dict.fromkeys(lead + case for case in cases for lead in (opening.lead, "", " "))
+    found = [ids_after(tokenizer, opening.before, text) for text in texts]
+    return tuple(dict.fromkeys(ids[0] for ids in found if len(ids) == 1 and ids[0] != tokenizer.unk_token_id))

@@ -440,9 +440,9 @@ def main() -> None:
         raise Terminated
 
     signal.signal(signal.SIGTERM, stop)
-    # Before torch starts OpenMP: threads that wait for one whose core is taken sleep instead of burning their own
-    # cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch starts OpenMP. Threads that wait for another look for it a short while, then sleep: without that
+    # while a second thread gains nothing, and a long one burns cores that others need (docs/profiling.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     app()
 
 

@@ -166,7 +166,7 @@ class Features(Section):
     )
     workers: Count | None = Field(
         None,
-        description="processes that hash and decode videos ahead; null: one per core, shared by the ranks of a machine",
+        description="processes that hash and decode videos ahead; null: one for every two cores of a rank",
         json_schema_extra=NEUTRAL,
     )
     max_source_pixels: Count = Field(2**26, description="larger frames are refused, not opened (8K has 2**25)")

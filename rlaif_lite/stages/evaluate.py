@@ -27,6 +27,7 @@ from ..rl.losses import repetition
 from ..rollout import Sampling, sample
 from ..rollout.score import best_of
 from ..video.strip import strips
+from ..video.workers import how_many
 from ..workspace import Workspace
 from .ppo.rules import accuracy
 
@@ -189,7 +190,7 @@ def write_examples(work: Workspace, records: list[Record]) -> None:
     videos = {str(number): record.video for number, record in enumerate(records) if record.video is not None}
     found: dict[str, np.ndarray | RlaifError] = {}
     try:
-        found.update(strips(videos, features.workers or ranks.cores(), features.max_source_pixels))
+        found.update(strips(videos, how_many(features.workers), features.max_source_pixels))
     except StageError as error:  # the answers are what counts, and they are written
         found = dict.fromkeys(videos, error) | found
     index = []

@@ -28,7 +28,7 @@ from ..progress import progress, say
 from ..video.altered import altered, name_of, parts_of
 from ..video.cache import FeatureRecord, feature_key, write_index
 from ..video.decode import Frames, View
-from ..video.workers import decode_all, digest_all
+from ..video.workers import decode_all, digest_all, how_many
 from ..workspace import WHOLE, Workspace
 
 READS = (
@@ -59,7 +59,7 @@ def fill(work: Workspace, wanted: dict) -> tuple[dict[str, str], dict[str, str]]
     base.limit_pixels(section.max_pixels)
     chain = [step.model_dump() for step in section.prune]
     check_chain(base.family, base.model.config.model_type, chain)
-    keys, failed = keys_of(base, wanted, chain, section.workers or ranks.cores())
+    keys, failed = keys_of(base, wanted, chain, how_many(section.workers))
     missing = ranks.first(lambda: [name for name in keys if not work.store.has(keys[name])])
     by_pyav: dict[str, str] = {}
     with progress(len(wanted), "features", unit="video") as bar:
@@ -101,7 +101,7 @@ def encode_all(
         name: (video, {v: view for v, view in views.items() if not parts_of(v)[1]})
         for name, (video, views) in wanted.items()
     }
-    for name, found in decode_all(plain, section.workers or ranks.cores(), size, section.max_source_pixels):
+    for name, found in decode_all(plain, how_many(section.workers), size, section.max_source_pixels):
         if isinstance(found, VideoError):
             yield name, str(found)
             continue

@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
+from .. import ranks
 from ..errors import StageError, VideoError
 from ..phases import phase
 from .container import FRAME_LIMIT
@@ -69,6 +70,11 @@ class _Limit(NamedTuple):
     """Sent by a worker that has seen how long its video is."""
 
     seconds: float
+
+
+def how_many(asked: int | None) -> int:
+    """Processes: as many as asked for, else one for every two cores, as the caller computes meanwhile."""
+    return asked or max(1, ranks.cores() // 2)
 
 
 def decode_all(

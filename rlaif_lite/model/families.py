@@ -72,11 +72,17 @@ def _encode_images(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
 
 
 def _encode_video(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
-    # SmolVLM takes a video's frames as the images of one sample
-    smol = model.config.model_type == "smolvlm"
-    encode = model.base_model.get_image_features if smol else model.base_model.get_video_features
     # by position: the parameter is `pixel_values` in transformers 5.17 and `pixel_values_videos` in newer ones
-    return _square(encode(pixels_TCHW[None], return_dict=True).pooler_output, len(pixels_TCHW))
+    return _square(
+        model.base_model.get_video_features(pixels_TCHW[None], return_dict=True).pooler_output, len(pixels_TCHW)
+    )
+
+
+def _encode_smolvlm(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
+    # Its own `get_image_features` reads all values to leave out pictures of zeros, which pad its batches.
+    inner = model.base_model
+    seen = inner.vision_model(pixel_values=pixels_TCHW, return_dict=True).last_hidden_state
+    return _square(inner.connector(seen), len(pixels_TCHW))
 
 
 def _encode_onevision(model, pixels_TCHW: Tensor, images: ImageSpec) -> Encoded:
@@ -201,7 +207,7 @@ FAMILIES = {  # by config.model_type of transformers
     ),
     "smolvlm": Family(
         "image",
-        _encode_video,
+        _encode_smolvlm,
         ("vision_model", "connector"),
         per_frame=True,
         mark="<video>",

@@ -16,6 +16,7 @@ from transformers import masking_utils
 import rlaif_kernels.triton_kernels as triton_kernels
 
 from ..model import random_base
+from ..model.inputs import ALIGNED
 from .tracker import Tracker
 
 
@@ -107,8 +108,9 @@ def attention(
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
-        if ragged := -attn_mask.shape[-1] % 16:  # the kernel reads aligned rows
-            attn_mask = nn.functional.pad(attn_mask, (0, ragged))[..., : attn_mask.shape[-1]]
+        if any(stride % ALIGNED for stride in attn_mask.stride()[:-1]):  # the kernel reads aligned rows
+            width = attn_mask.shape[-1]
+            attn_mask = nn.functional.pad(attn_mask, (0, ALIGNED - width % ALIGNED))[..., :width]
         attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     differentiable = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
     return aten._scaled_dot_product_efficient_attention(

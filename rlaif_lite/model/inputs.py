@@ -35,6 +35,7 @@ BRANCH_MARK = "<|>"  # in a message: prefix <|> branch <|> branch <|> closing
 MARK_WITH_BLANKS = re.compile(rf" *{re.escape(BRANCH_MARK)} *")
 CLOSING = -1  # group of the tokens that see every branch
 IGNORE = -100  # target of a position that predicts nothing
+ALIGNED = 8  # values, see `_branched_attention`
 
 
 class Sequence(NamedTuple):
@@ -224,5 +225,8 @@ def _branched_attention(rows: Seq[Sequence], length: int, base: Base) -> Tensor:
     allowed_BSS = (key_B1S == 0) | (key_B1S == query_BS1) | (query_BS1 == CLOSING)
     allowed_BSS &= place_S[:, None] >= place_S  # which also hides the padding, as it is on the right
     blocked = torch.finfo(base.dtype).min
-    attention_BSS = torch.zeros(allowed_BSS.shape, dtype=base.dtype, device=base.device)
+    # Rows begin at multiples of 8 values. Of others torch's attention on a GPU makes a copy, in every layer, and
+    # keeps each for the backward.
+    aligned = length + -length % ALIGNED
+    attention_BSS = torch.zeros(len(rows), length, aligned, dtype=base.dtype, device=base.device)[..., :length]
     return attention_BSS.masked_fill_(~allowed_BSS, blocked)[:, None]

@@ -111,5 +111,5 @@ def tower(shapes: Shapes, section: Features, clips: int, on_gpu: bool) -> int:
     layers = vision.num_hidden_layers + 1 if named else 0
     ffn = vision.to_dict().get("intermediate_size", 4 * vision.hidden_size)
     frames = 3 * pixels * (E + 4 * (not on_gpu))  # the float32 of the GPU's copy is in host memory
-    fused = vision.model_type.startswith("siglip")  # GELU in one kernel
+    fused = vision.to_dict().get("hidden_act", "").startswith("gelu")  # in one kernel; CLIP's takes three
     return int(frames + E * pixels / side**2 * ((layers + 4) * vision.hidden_size + (3 - fused) * ffn))

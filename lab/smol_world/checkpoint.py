@@ -57,7 +57,7 @@ def assemble(tokenizer: PreTrainedTokenizerBase, language: LlamaForCausalLM, fol
     embeddings_VD[tokenizer.eos_token_id] = embeddings_VD[turn_end]
 
     text = language.config.to_dict() | {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": turn_end}
-    text.pop("quantization_config")  # what the GGUF was
+    text.pop("quantization_config", None)  # what a GGUF file was
     config = SmolVLMConfig(
         text_config=text,
         vision_config=TOWER | {"image_size": FRAME, "patch_size": PATCH},

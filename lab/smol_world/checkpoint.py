@@ -47,11 +47,8 @@ TOWER = {  # as the embedded base's, which it starts from (`tower.py`)
 HALF = [0.5, 0.5, 0.5]
 
 
-def assemble(gguf: Path, folder: Path, seed: int = 0) -> Path:
-    """Write the checkpoint into `folder` -> `folder`. `gguf` is the file of a Llama model with its tokenizer.
-
-    Raises ModelError for a file that transformers cannot read, and for a tokenizer without an end of an answer."""
-    tokenizer, language = read_gguf(gguf)
+def assemble(tokenizer: PreTrainedTokenizerBase, language: LlamaForCausalLM, folder: Path, seed: int = 0) -> Path:
+    """Write the checkpoint of a language model (see `read_gguf`) into `folder` -> `folder`."""
     turn_end = tokenizer.eos_token_id
     tokenizer.add_special_tokens({"additional_special_tokens": MARKS, "eos_token": END})
     tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
@@ -60,7 +57,7 @@ def assemble(gguf: Path, folder: Path, seed: int = 0) -> Path:
     embeddings_VD[tokenizer.eos_token_id] = embeddings_VD[turn_end]
 
     text = language.config.to_dict() | {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": turn_end}
-    text.pop("quantization_config")  # what the GGUF was
+    text.pop("quantization_config", None)  # what a GGUF file was
     config = SmolVLMConfig(
         text_config=text,
         vision_config=TOWER | {"image_size": FRAME, "patch_size": PATCH},
@@ -82,7 +79,9 @@ def assemble(gguf: Path, folder: Path, seed: int = 0) -> Path:
 
 
 def read_gguf(gguf: Path) -> tuple[PreTrainedTokenizerBase, LlamaForCausalLM]:
-    """Tokenizer and model of a GGUF file. Raises ModelError, see `assemble`."""
+    """Tokenizer and model of a Llama's GGUF file.
+
+    Raises ModelError for a file that transformers cannot read, and for a tokenizer without an end of an answer."""
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
@@ -107,7 +106,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0, help="of the tower's and the connector's weights")
     given = parser.parse_args()
-    print(assemble(given.gguf, given.out, given.seed))
+    print(assemble(*read_gguf(given.gguf), given.out, given.seed))
 
 
 if __name__ == "__main__":

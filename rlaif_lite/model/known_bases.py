@@ -2,7 +2,7 @@
 
 `bases/OWNER--NAME/` holds sizes and counts, and no weights. `source` is the file that they describe. `confirmed_by`
 names where each was checked, since that file itself was not read: copies of it, and the script that converted it.
-`note` says what could not be confirmed.
+`note` says what follows from what, and what could not be confirmed.
 """
 
 import os

@@ -117,6 +117,16 @@ RATIOS: dict[str, Metric] = {
 NEEDS_TRUTH = ("precision", "recall", "f1", "hallucination", "mentions", "malformed", "right", "wrong", "score")
 
 
+def by_video(tallies: Iterable[tuple[str, Mapping[str, Sequence[float]]]]) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """(video, {metric: (part, whole)}) of each item -> {metric: {video: its sums (2,)}}, for `ratio`."""
+    sums: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for video, tally in tallies:
+        for metric, counts in tally.items():
+            of_video = sums.setdefault(metric, {})
+            of_video[video] = of_video.get(video, 0.0) + np.array(counts, dtype=np.float64)
+    return sums
+
+
 def ratio(sums_R2: NDArray[np.float64]) -> NDArray[np.float64]:
     """(part, whole) -> the share; 0 where nothing was counted."""
     return sums_R2[..., 0] / np.where(sums_R2[..., 1] == 0, 1.0, sums_R2[..., 1])

@@ -52,6 +52,7 @@ def test_the_wheel_holds_what_it_needs(wheel):
         "rlaif_lite/model/base.py",
         "rlaif_kernels/linear_logprob.py",
         "rlaif_lite/report/page.html.jinja",
+        "rlaif_lite/exchange/card.md.jinja",
         "rlaif_lite/tiny/base/config.json",
         "rlaif_lite/tiny/base/model.safetensors",
         "rlaif_lite/tiny/base/tokenizer.json",

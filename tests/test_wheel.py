@@ -53,6 +53,8 @@ def test_the_wheel_holds_what_it_needs(wheel):
         "rlaif_kernels/linear_logprob.py",
         "rlaif_lite/report/page.html.jinja",
         "rlaif_lite/exchange/card.md.jinja",
+        "rlaif_lite/ui/page.css",
+        "rlaif_lite/ui/keys.js",
         "rlaif_lite/tiny/base/config.json",
         "rlaif_lite/tiny/base/model.safetensors",
         "rlaif_lite/tiny/base/tokenizer.json",

@@ -253,13 +253,11 @@ def test_metrics_log_takes_scalars_and_refuses_nan(tmp_path):
 def test_meter_measures_the_phase_not_the_process():
     with Meter("cpu") as big:
         block = torch.ones(50_000_000)  # 200 MB
-        big.tokens += 1000
         del block
     seconds, peak = big.seconds, big.peak_memory_bytes
     with Meter("cpu") as small:
         pass
     assert big.peak_memory_bytes > 200e6 and big.seconds > 0
-    assert big.tokens_per_second == pytest.approx(1000 / big.seconds)
     assert (big.seconds, big.peak_memory_bytes) == (seconds, peak)  # fixed when the phase ends
     if Path("/proc/self/clear_refs").exists():
         assert small.peak_memory_bytes < big.peak_memory_bytes - 150e6

@@ -37,7 +37,7 @@ from rlaif_lite.recipe import Recipe, load_recipe
 from rlaif_lite.rollout import loop, sample
 from rlaif_lite.stages import features
 from rlaif_lite.stages.ppo import step as ppo
-from rlaif_lite.training.meter import Meter, describe_machine, peak_bytes, versions
+from rlaif_lite.training.meter import Meter, describe_machine, peak_bytes, settle, versions
 from rlaif_lite.workspace import WHOLE, pick_device
 
 Without = Callable[[Step], contextlib.AbstractContextManager]
@@ -151,8 +151,8 @@ def measure(recipe: Recipe, technique: Technique, random: profiler.Random | None
     """Peak memory, and tokens of answers per second of whole steps, after one to warm up."""
     device = torch.device("cuda" if on_gpu(recipe) else "cpu")
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
-    with Meter(device):
-        before = peak_bytes(device)
+    settle(device)
+    before = peak_bytes(device)
     with profiler.opened(recipe, 1, None, random) as (work, _):
         given = plain_ppo.prepare(work)
         keeps_tower = technique.without is tower_in_every_forward

@@ -37,12 +37,7 @@ class Line(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Empty where the interval holds 0."""
-        if self.interval.low <= 0 <= self.interval.high:
-            return ""
-        if self.better == 0:
-            return "differs"
-        return "better" if (self.interval.low > 0) == (self.better > 0) else "worse"
+        return self.interval.verdict(self.better)
 
 
 class Comparison(NamedTuple):

@@ -34,6 +34,13 @@ class Interval(NamedTuple):
     low: float  # 2.5th percentile over resamples
     high: float  # 97.5th percentile over resamples
 
+    def verdict(self, better: int) -> str:
+        """Where more is better (1), or less (-1): "better" or "worse"; where neither is (0): "differs". Empty where the
+        interval holds 0."""
+        if self.low <= 0 <= self.high:
+            return ""
+        return "differs" if not better else "better" if (self.low > 0) == (better > 0) else "worse"
+
 
 def tally(rows: Iterable[Mapping]) -> dict[str, NDArray[np.float64]]:
     """Counts (K,) per VIDEO, over all answers to all questions about it, of rows of `evaluate/*.jsonl`.

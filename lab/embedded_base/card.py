@@ -18,7 +18,6 @@ from lab.embedded_base.network import pooled_features
 from lab.embedded_base.skills import measure
 from lab.embedded_base.videos import WORLD_SEED, make_videos
 from rlaif_lite.data.world import WorldConfig
-from rlaif_lite.formats import markdown_table
 
 HARDER = WorldConfig(dropout=0.4)  # as in recipes/tiny.yaml
 FRESH = 100_000  # index of the first freshly made video: far beyond those of any pretraining
@@ -65,8 +64,10 @@ def skill_table(folder: Path, videos: int = 400, workers: int = 1) -> dict[str, 
 
 def markdown(table: dict[str, dict[str, float]]) -> str:
     """The skill table as text."""
-    rows = [(kind, *(f"{skills[kind]:.3f}" for skills in table.values())) for kind in table["fp32"]]
-    return markdown_table(("skill", *table), rows)
+    lines = [f"| skill | {' | '.join(table)} |", "|---" * (len(table) + 1) + "|"]
+    for kind in table["fp32"]:
+        lines.append(f"| {kind} | {' | '.join(f'{skills[kind]:.3f}' for skills in table.values())} |")
+    return "\n".join(lines)
 
 
 def card_text(made: dict, table: dict[str, dict[str, float]], videos: int) -> str:

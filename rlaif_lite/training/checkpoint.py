@@ -49,7 +49,7 @@ def _save(folder: Path, step: int, tensors: dict[str, Tensor], optimizers: dict[
         described["optimizers"][name] = _pack(optimizer.state_dict(), f"optimizer/{name}", flat)
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in flat.items()}
     text = json.dumps(described)
-    header = json.dumps({"sha256": _digest(on_cpu, text), "state": text})
+    header = json.dumps({"sha256": digest(on_cpu, text), "state": text})
     with atomic(Path(folder) / FILE) as tmp:
         save_file(on_cpu, tmp, metadata={HEADER: header})
 
@@ -64,7 +64,7 @@ def load(folder: Path) -> Checkpoint | None:
             header = json.loads(file.metadata()[HEADER])
             flat = {name: file.get_tensor(name) for name in file.keys()}
         text = header["state"]
-        if _digest(flat, text) != header["sha256"]:
+        if digest(flat, text) != header["sha256"]:
             raise ValueError("its content does not match its checksum")
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise StageError(
@@ -80,13 +80,13 @@ def load(folder: Path) -> Checkpoint | None:
     )
 
 
-def _digest(tensors: dict[str, Tensor], text: str) -> str:
+def digest(tensors: dict[str, Tensor], text: str = "") -> str:
     """sha256 over the text and every tensor's name, type, shape and bytes."""
-    digest = hashlib.sha256(text.encode())
+    found = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def restore_optimizer(optimizer: Optimizer, checkpoint: Checkpoint, name: str) -> None:

@@ -9,12 +9,12 @@ extrapolated by itself, because another one may have the peak at full depth.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from lab import commit
 from rlaif_lite.dryrun.launch import dry_run
 from rlaif_lite.model.base import read_config
 from rlaif_lite.planner.plan import AUTO, CHECKPOINTING, DENSE, get_key, make_plan
@@ -72,7 +72,6 @@ def figures_of(name: str, whole: bool) -> dict:
         if other is not None and (other.batch_size, other.micro_batch) == (sft.easy.batch_size, sft.easy.micro_batch):
             sizes = {key: value for key, value in sizes.items() if not key.startswith(f"sft.{phase}.")}
             sizes |= {f"sft.{phase}": None}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     overrides = [f"{key}={json.dumps(value)}" for key, value in sizes.items()]
     runs = [profile(name, card, depth, overrides) for depth in ((None,) if whole else DEPTHS)]
     stages = runs[0]["stages"]
@@ -81,7 +80,7 @@ def figures_of(name: str, whole: bool) -> dict:
         stages = {stage: extrapolated(*(run["stages"][stage] for run in runs), depth) for stage in stages}
     planned = runs[0]["dry"]["planned_at_full_depth"]
     return {
-        "commit": commit.strip(),
+        "commit": commit(),
         "card": card,
         "sizes": sizes,
         "depth": "whole" if whole else list(DEPTHS),

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from packaging.requirements import Requirement
 
 from . import ranks
+from .formats import aligned
 from .recipe.file import recipe_folders
 
 GIB = 1024**3
@@ -279,7 +280,5 @@ def as_text(findings: dict[str, Any]) -> str:
         rows.append(("ok" if package["ok"] else "FAIL", name, detail))
     for path, verdict in findings["recipes"].items():
         rows.append(("ok" if verdict == "runs here" else "-", path, verdict))
-    width = max(len(name) for _, name, _ in rows)
-    table = "\n".join(f"{mark:<4}  {name:<{width}}  {detail}".rstrip() for mark, name, detail in rows)
     advice = "Mend what is marked FAIL; installing rlaif-lite in a fresh environment mends versions."
-    return f"{table}\n{'All is well.' if findings['healthy'] else advice}"
+    return f"{aligned(rows, 3)}\n{'All is well.' if findings['healthy'] else advice}"

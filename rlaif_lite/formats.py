@@ -1,4 +1,6 @@
-"""Figures as people read them."""
+"""Figures and tables as people read them."""
+
+from collections.abc import Iterable, Sequence
 
 
 def duration(seconds: float) -> str:
@@ -38,3 +40,17 @@ def signed(value: float, digits: int = 1) -> str:
     """A number with its sign, + included; none on what rounds to zero."""
     text = number(value, digits)
     return text if text.startswith("−") or not text.strip("0.") else f"+{text}"
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells as a Markdown table; a bar in a cell becomes a slash."""
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def aligned(rows: Sequence[Sequence[str]], texts: int = 2) -> str:
+    """Cells in columns, the first `texts` of them on the left and numbers on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    places = [str.ljust] * texts + [str.rjust] * (len(widths) - texts)
+    lines = ("  ".join(map(lambda put, cell, width: put(cell, width), places, row, widths)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

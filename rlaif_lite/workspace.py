@@ -13,6 +13,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -53,9 +54,6 @@ class Workspace:
         self.video_tokens = 0  # of a whole video, as planned; 0: not planned
         self._base: Base | None = None
         self._roles: Roles | None = None
-        self._loaded: Loaded | None = None
-        self._truth: Truth | None = None
-        self._features: FeatureStore | None = None
         self._index: dict[str, str] = {}
         self._narratives: dict[str, str] = {}
         self._files: dict[str, list[Record]] = {}
@@ -73,7 +71,7 @@ class Workspace:
         if self._for_reward is None:
             recipe = self.recipe.model_copy(update={"model": self.recipe.model.for_reward()})
             self._for_reward = Workspace(recipe, "index_reward.json", self._load_model)
-            self._for_reward._loaded = self._load()
+            self._for_reward._loaded = self._loaded
         return self._for_reward
 
     # ---- folders and randomness
@@ -102,7 +100,7 @@ class Workspace:
         """The records of a split; `sft` files are split into `sft_easy` and `sft_hard` by the length of the answer.
 
         Videos that are missing stop the run with their list, or are left out and counted (`data.on_missing: skip`)."""
-        loaded = self._load().records
+        loaded = self._loaded.records
         if name not in loaded:
             raise StageError(f"The recipe names no `data.{name}`, which this stage needs. Add its file to the recipe.")
         bad = self.quarantined
@@ -110,21 +108,20 @@ class Workspace:
 
     def cut_by_recipe(self) -> bool:
         """Whether a record is about a clip and does not say of how many: `features.clips` decides its frames."""
-        return any(r.clip is not None and r.clips is None for found in self._load().records.values() for r in found)
+        return any(r.clip is not None and r.clips is None for found in self._loaded.records.values() for r in found)
 
     def split_names(self) -> list[str]:
         """The splits that the recipe gives data for."""
-        return list(self._load().records)
+        return list(self._loaded.records)
 
     @property
     def missing_videos(self) -> set[str]:
         """Videos that are not on the disk (only with `data.on_missing: skip`)."""
-        return self._load().missing
+        return self._loaded.missing
 
-    def _load(self) -> Loaded:
-        if self._loaded is None:
-            self._loaded = load_splits(self.recipe, self.data_folder, self._of_file)
-        return self._loaded
+    @cached_property
+    def _loaded(self) -> Loaded:
+        return load_splits(self.recipe, self.data_folder, self._of_file)
 
     def _of_file(self, path: str) -> list[Record]:
         if path not in self._files:
@@ -172,23 +169,19 @@ class Workspace:
 
     def name_of(self, record: Record) -> str:
         """A record's video as the run's files name it; of a record without a video, the record's key."""
-        return record.key if record.video is None else self._load().video_names[record.video]
+        return record.key if record.video is None else self._loaded.video_names[record.video]
 
-    @property
+    @cached_property
     def truth(self) -> Truth:
         """What is true of the records' videos; nothing is trained on it."""
-        if self._truth is None:
-            section, splits = self.recipe.evaluate, self._load().records.values()
-            self._truth = Truth((r for records in splits for r in records), section.truth, section.synonyms)
-        return self._truth
+        section, splits = self.recipe.evaluate, self._loaded.records.values()
+        return Truth((r for records in splits for r in records), section.truth, section.synonyms)
 
     # ---- features
 
-    @property
+    @cached_property
     def store(self) -> FeatureStore:
-        if self._features is None:
-            self._features = FeatureStore(Path(self.recipe.features.cache or self.folder / "features" / "cache"))
-        return self._features
+        return FeatureStore(Path(self.recipe.features.cache or self.folder / "features" / "cache"))
 
     def features(self, record: Record, altered: str = "") -> FeatureRecord | None:
         """The cached tokens of a record's video (or of its clip), pruned as the recipe says; None for a text record.

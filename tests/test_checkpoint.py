@@ -26,7 +26,8 @@ def training(seed: int = 0) -> tuple[torch.nn.Module, torch.optim.AdamW]:
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
-        noise = torch.rand(()) + np.random.rand() + random.random()  # all three generators matter
+        torch.manual_seed(100 + step)  # as `training.fit` seeds each step
+        noise = torch.rand(())
         x = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         (model(x) * noise).square().mean().backward()
@@ -35,7 +36,6 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: range
 
 def test_resumed_training_is_bit_equal(tmp_path):
     model, optimizer = training()
-    random.seed(1), np.random.seed(1)
     train(model, optimizer, range(3))
     state = {"kl_coef": 0.1 + 0.2, "position": [3, None, True], "pair": (1, "a"), 7: torch.arange(3), "empty": {}}
     checkpoint.save(tmp_path, 3, model.state_dict(), {"policy": optimizer}, state)
@@ -45,7 +45,6 @@ def test_resumed_training_is_bit_equal(tmp_path):
     loaded = checkpoint.load(tmp_path)
     other.load_state_dict(loaded.tensors)
     checkpoint.restore_optimizer(other_optimizer, loaded, "policy")
-    checkpoint.restore_rng(loaded)
     train(other, other_optimizer, range(loaded.step, 6))
 
     assert torch.equal(loaded.state.pop(7), state.pop(7)) and loaded.state == state
@@ -254,13 +253,11 @@ def test_metrics_log_takes_scalars_and_refuses_nan(tmp_path):
 def test_meter_measures_the_phase_not_the_process():
     with Meter("cpu") as big:
         block = torch.ones(50_000_000)  # 200 MB
-        big.tokens += 1000
         del block
     seconds, peak = big.seconds, big.peak_memory_bytes
     with Meter("cpu") as small:
         pass
     assert big.peak_memory_bytes > 200e6 and big.seconds > 0
-    assert big.tokens_per_second == pytest.approx(1000 / big.seconds)
     assert (big.seconds, big.peak_memory_bytes) == (seconds, peak)  # fixed when the phase ends
     if Path("/proc/self/clear_refs").exists():
         assert small.peak_memory_bytes < big.peak_memory_bytes - 150e6

@@ -97,6 +97,6 @@ def test_one_prompt_has_a_scale(rerun):
     work = Workspace(rerun())
     work.load_role("reference")
     feedback = RewardModelFeedback(work)
-    work._loaded = work._load()._replace(records={"rl": work.records("rl")[:1]})
+    work._loaded = work._loaded._replace(records={"rl": work.records("rl")[:1]})
     mean, std = feedback.scale()
     assert std == 1.0 and mean == mean

@@ -20,7 +20,7 @@ STAGES = ("features", "reward", "ppo")
 def clock(monkeypatch):
     """A clock and a memory that move only when told."""
     state = SimpleNamespace(now=0.0, peak=0)
-    monkeypatch.setattr(recorder.time, "perf_counter", lambda: state.now)
+    monkeypatch.setattr(recorder, "now", lambda _: state.now)
     monkeypatch.setattr(recorder, "peak_bytes", lambda device: state.peak)
     monkeypatch.setattr(recorder, "reset_peak", lambda device: setattr(state, "peak", 0))
     return state

@@ -17,7 +17,7 @@ from PIL import Image
 from rlaif_lite.errors import VideoError
 from rlaif_lite.video import readers
 from rlaif_lite.video.cache import FeatureRecord, FeatureStore, feature_key, read_index, write_index
-from rlaif_lite.video.decode import View, decode, decode_views, indices_between, probe, sample_indices
+from rlaif_lite.video.decode import View, decode, decode_views, indices_between, open_video, sample_indices
 from rlaif_lite.video.digest import video_digest
 
 CLOSED = {"x264-params": "bframes=2:keyint=12:min-keyint=12:scenecut=0"}
@@ -148,10 +148,10 @@ def test_one_frame(tmp_path):
     assert found["video"].time_T.tolist() == [0.0] * 4 and found["video"].duration == pytest.approx(0.1)
 
 
-def test_probe(clip):
-    facts = probe(clip)
-    assert (facts.frames, facts.height, facts.width, facts.source, facts.reason) == (60, 64, 64, "decord", "")
-    assert facts.duration == pytest.approx(6.0)
+def test_what_a_video_is_without_decoding_it(clip):
+    video = open_video(clip)
+    assert (len(video.time_N), *video.shape, video.source, video.reason) == (60, 64, 64, "decord", "")
+    assert video.duration == pytest.approx(6.0)
 
 
 # ---- where decord is silently wrong
@@ -311,7 +311,7 @@ def test_audio_only(tmp_path):
         out.mux(stream.encode(sound))
         out.mux(stream.encode())
     with pytest.raises(VideoError, match="a.mp4: it has no video stream, only audio"):
-        probe(path)
+        open_video(path)
 
 
 @pytest.mark.parametrize("name, codec", [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.avi", "mpeg4")])
@@ -335,7 +335,7 @@ def test_truncated_without_an_index_at_the_front(clip, tmp_path):
     path = tmp_path / "a.mp4"
     path.write_bytes(clip.read_bytes()[:-600])
     with pytest.raises(VideoError, match="a.mp4: it is not a video that can be read \\(End of file\\)"):
-        probe(path)
+        open_video(path)
 
 
 def test_views_that_name_no_frames_are_a_mistake_of_ours(clip):

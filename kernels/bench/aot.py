@@ -38,16 +38,20 @@ _ROW_TYPES = {
     "valid_ptr": "*u8",
     "dz_ptr": "*bf16",
 }
-_FLAGS = {
-    "BIAS": False,
-    "SOFTCAP": False,
-    "REF": False,
-    "GRAD": False,
-    "UPSTREAM": False,
-    "REVERSE": False,
-    "UNIT": 1.0,
-}
+_FLAGS = {**dict.fromkeys(("BIAS", "SOFTCAP", "REF", "GRAD", "UPSTREAM", "REVERSE"), False), "UNIT": 1.0}
 _ALL = {"BIAS": True, "SOFTCAP": True}
+_GAE_TYPES = {
+    **dict.fromkeys(("reward_ptr", "value_ptr", "advantage_ptr", "return_ptr"), "*fp32"),
+    **dict.fromkeys(("gamma", "decay"), "fp32"),
+    "real_ptr": "*u8",
+    "T": "i32",
+}
+_GATHER_TYPES = {
+    **dict.fromkeys(("index_ptr", "position_ptr", "frame_ptr", "position_out_ptr", "frame_out_ptr"), "*i64"),
+    **dict.fromkeys(("features_ptr", "features_out_ptr"), "*bf16"),
+    **dict.fromkeys(("N", "K", "C"), "i32"),
+}
+_DISSIMILARITY_TYPES = {"features_ptr": "*bf16", "score_ptr": "*fp32", "P": "i32", "C": "i32", "tiny_norm": "fp32"}
 
 
 class Case(NamedTuple):
@@ -64,72 +68,33 @@ class Case(NamedTuple):
         return getattr(table, self.name.split(":")[0])
 
 
+def _rows(name: str, **flags: bool) -> Case:
+    return Case(name, kernels.row_kernel, _ROW_TYPES, _FLAGS | flags, ("V",))
+
+
 CASES = (
-    Case("rows: statistics", kernels.row_kernel, _ROW_TYPES, _FLAGS, ("V",)),
-    Case("rows: log-prob and gradient", kernels.row_kernel, _ROW_TYPES, {**_FLAGS, "GRAD": True}, ("V",)),
-    Case(
-        "rows: gradient of log-prob and entropy, all options",
-        kernels.row_kernel,
-        _ROW_TYPES,
-        {**_FLAGS, **_ALL, "GRAD": True, "UPSTREAM": True},
-        ("V",),
-    ),
-    Case("rows_with_reference: statistics", kernels.row_kernel, _ROW_TYPES, {**_FLAGS, "REF": True}, ("V",)),
-    Case(
+    _rows("rows: statistics"),
+    _rows("rows: log-prob and gradient", GRAD=True),
+    _rows("rows: gradient of log-prob and entropy, all options", **_ALL, GRAD=True, UPSTREAM=True),
+    _rows("rows_with_reference: statistics", REF=True),
+    _rows(
         "rows_with_reference: gradient of log-prob, entropy and KL, all options",
-        kernels.row_kernel,
-        _ROW_TYPES,
-        {**_FLAGS, **_ALL, "REF": True, "GRAD": True, "UPSTREAM": True},
-        ("V",),
+        **_ALL,
+        REF=True,
+        GRAD=True,
+        UPSTREAM=True,
     ),
-    Case(
+    _rows(
         "rows_with_reference: gradient with KL(reference || policy), all options",
-        kernels.row_kernel,
-        _ROW_TYPES,
-        {**_FLAGS, **_ALL, "REF": True, "GRAD": True, "UPSTREAM": True, "REVERSE": True},
-        ("V",),
+        **_ALL,
+        REF=True,
+        GRAD=True,
+        UPSTREAM=True,
+        REVERSE=True,
     ),
-    Case(
-        "gae",
-        kernels.gae_kernel,
-        {
-            "reward_ptr": "*fp32",
-            "value_ptr": "*fp32",
-            "real_ptr": "*u8",
-            "advantage_ptr": "*fp32",
-            "return_ptr": "*fp32",
-            "T": "i32",
-            "gamma": "fp32",
-            "decay": "fp32",
-        },
-        {},
-        ("T",),
-    ),
-    Case(
-        "dissimilarity",
-        kernels.dissimilarity_kernel,
-        {"features_ptr": "*bf16", "score_ptr": "*fp32", "P": "i32", "C": "i32", "tiny_norm": "fp32"},
-        {},
-        ("P", "C"),
-    ),
-    Case(
-        "gather",
-        kernels.gather_kernel,
-        {
-            "index_ptr": "*i64",
-            "features_ptr": "*bf16",
-            "position_ptr": "*i64",
-            "frame_ptr": "*i64",
-            "features_out_ptr": "*bf16",
-            "position_out_ptr": "*i64",
-            "frame_out_ptr": "*i64",
-            "N": "i32",
-            "K": "i32",
-            "C": "i32",
-        },
-        {"AXES": 3},
-        ("N", "K", "C"),
-    ),
+    Case("gae", kernels.gae_kernel, _GAE_TYPES, {}, ("T",)),
+    Case("dissimilarity", kernels.dissimilarity_kernel, _DISSIMILARITY_TYPES, {}, ("P", "C")),
+    Case("gather", kernels.gather_kernel, _GATHER_TYPES, {"AXES": 3}, ("N", "K", "C")),
 )
 
 

@@ -23,6 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[n]) for n in (1, 2)] + [str
 from providers import MATMULS, PROVIDERS, CannotRun, Problem, make_problem
 
 from rlaif_kernels import reference
+from rlaif_lite.formats import markdown_table
 
 MAIN = (8192, 3584, 152064)
 SHAPES = [MAIN, (2048, 3584, 152064), (8192, 2048, 151936), (8192, 4096, 32000)]
@@ -193,8 +194,7 @@ def write(rows: list[Row], device: str, out: Path) -> None:
         f"Device: {device}. torch {torch.__version__}. Written by `python kernels/bench/run.py`.",
         "",
     ]
-    lines += ["| target at N=8192, D=3584, V=152064, bf16 | wanted | measured |", "|---|---|---|"]
-    lines += [f"| {what} | {wanted} | {measured} |" for what, wanted, measured in targets(rows)]
+    lines += [markdown_table(("target at N=8192, D=3584, V=152064, bf16", "wanted", "measured"), targets(rows))]
     columns = (
         "provider",
         "ms",
@@ -208,15 +208,9 @@ def write(rows: list[Row], device: str, out: Path) -> None:
         "note",
     )
     for task, N, D, V in dict.fromkeys(row[:4] for row in rows):
-        lines += ["", f"## {task}, N={N}, D={D}, V={V}", "", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-        for row in rows:
-            if row[:4] == (task, N, D, V):
-                values = (getattr(row, column) for column in columns)
-                lines.append(
-                    "| "
-                    + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values)
-                    + " |"
-                )
+        shown = [[getattr(row, column) for column in columns] for row in rows if row[:4] == (task, N, D, V)]
+        cells = [[f"{value:.3g}" if isinstance(value, float) else str(value) for value in row] for row in shown]
+        lines += ["", f"## {task}, N={N}, D={D}, V={V}", "", markdown_table(columns, cells)]
     (out / "kernels_bench.md").write_text("\n".join(lines) + "\n")
     plot(rows, device, out / "kernels_bench.png")
 

@@ -23,7 +23,7 @@ CHECKS = [
     (fit, "refuse_non_finite"),
     (roles, "refuse_non_finite"),
     (health.Watch, "see"),
-    (checkpoint, "_digest"),
+    (checkpoint, "digest"),
     (loop.MetricsLog, "digest_of"),
     (loop.MetricsLog, "append"),
     (files, "fsync"),

@@ -23,7 +23,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from lab import commit
 from lab.bench import ROOT
+from rlaif_lite.formats import markdown_table
 
 PREDICTED = ROOT / "docs" / "results" / "gpu_predicted.json"
 
@@ -206,38 +208,37 @@ def as_markdown(result: dict) -> str:
         + ", ".join(f"{name} {number}" for name, number in result["versions"].items())
         + ".",
     ]
-    lines += ["", "| target | wanted | measured |", "|---|---|---|"]
+    rows = []
     for part, what, bound, value, at_most in TARGETS:
         figures = result["parts"][part].get("figures")
         got = "not measured" if figures is None else f"{value(figures):.2f}" if bound else f"{value(figures):.2g}"
-        lines.append(f"| {part}: {what} | {'at most' if at_most else 'at least'} {bound} | {got} |")
-    lines += ["", "| part | status | seconds | |", "|---|---|---|---|"]
-    for name, found in result["parts"].items():
-        why = found.get("why", "").replace("|", "/").replace("\n", " ")
-        lines.append(f"| {name} | {found['status']} | {found['seconds']:.0f} | {why} |")
-    expected = json.loads(PREDICTED.read_text(encoding="utf-8")) if PREDICTED.exists() else {"card": "", "recipes": {}}
-    lines += [
-        "",
-        f"`dry` is a dry run's prediction for {expected['card'] or 'no card: there is none'}.",
-        "",
-        "| recipe | stage | peak, GB | planned, GB | dry, GB | phase | ms a step | dry, ms | tokens/s | of matmul |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        rows.append((f"{part}: {what}", f"{'at most' if at_most else 'at least'} {bound}", got))
+    lines += ["", markdown_table(("target", "wanted", "measured"), rows)]
+    rows = [
+        (name, found["status"], f"{found['seconds']:.0f}", found.get("why", "").replace("\n", " "))
+        for name, found in result["parts"].items()
     ]
+    lines += ["", markdown_table(("part", "status", "seconds", ""), rows)]
+    expected = json.loads(PREDICTED.read_text(encoding="utf-8")) if PREDICTED.exists() else {"card": "", "recipes": {}}
+    head = ("recipe", "stage", "peak, GB", "planned, GB", "dry, GB")
+    head += ("phase", "ms a step", "dry, ms", "tokens/s", "of matmul")
+    rows = []
     for name, found in result["parts"].items():
         stages = (found.get("figures") or {}).get("stages", {}) if name.startswith("ppo ") else {}
         for stage, cost in stages.items():
             dry = {} if result["rehearsal"] else expected["recipes"].get(name[4:], {}).get(stage, {})
             peak, planned = cost["peak_memory_bytes"] / 1e9, cost["planned_memory_bytes"] / 1e9
             most = f"{max(phase['peak_memory_bytes'] for phase in dry.values()) / 1e9:.2f}" if dry else ""
-            head = f"| {name[4:]} | {stage} | {peak:.2f} | {planned:.2f} | {most}"
+            first = (name[4:], stage, f"{peak:.2f}", f"{planned:.2f}", most)
             for phase, spent in cost["phases"].items():
                 rate = "" if spent["per_second"] is None else f"{spent['per_second']:.0f}"
                 share = "" if spent["of_matmul"] is None else f"{spent['of_matmul']:.1%}"
                 taken = 1e3 * spent["seconds"] / max(1, cost["steps"])
                 roofline = f"{1e3 * dry[phase]['seconds']:.1f}" if phase in dry else ""
-                lines.append(f"{head} | {phase} | {taken:.1f} | {roofline} | {rate} | {share} |")
-                head = "| | | | | "
-    return "\n".join(lines) + "\n"
+                rows.append((*first, phase, f"{taken:.1f}", roofline, rate, share))
+                first = ("",) * len(first)
+    lines += ["", f"`dry` is a dry run's prediction for {expected['card'] or 'no card: there is none'}.", ""]
+    return "\n".join([*lines, markdown_table(head, rows)]) + "\n"
 
 
 def describe() -> tuple[bool, dict, dict]:
@@ -257,11 +258,10 @@ def main(only: list[Part] | None = None, out: Path | None = None, patience: floa
     on_gpu, machine, found_versions = describe()
     out = out or (ROOT / "docs" / "results" if on_gpu else Path("gpu_rehearsal"))
     out.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
         "schema": 1,
         "rehearsal": not on_gpu,
-        "commit": commit or "unknown",
+        "commit": commit(),
         "machine": machine,
         "versions": found_versions,
         "parts": {},

@@ -9,10 +9,12 @@ adapters. An update is `TOKENS` tokens on every card.
 from math import exp
 
 from rlaif_lite.dryrun.cards import CARDS
+from rlaif_lite.formats import markdown_table
 from rlaif_lite.planner.memory import ADAPTER
 from rlaif_lite.planner.several import LINKS, all_reduce_seconds
 
 CARD_COUNTS = (8, 64, 512)
+COLUMNS = [f"{count} cards" for count in CARD_COUNTS]
 RANKS = (16, 64)  # of the adapters
 LAYERS, WIDTH, INNER = 32, 4096, 11008
 LINEAR = LAYERS * (4 * WIDTH**2 + 3 * WIDTH * INNER)
@@ -40,29 +42,23 @@ def longest(count: int, cap: float = CAP) -> float:
 
 def exchange_table() -> str:
     """Milliseconds of one all-reduce, and its share of an update."""
-    lines = [
-        "| adapters | link | " + " | ".join(f"{count} cards" for count in CARD_COUNTS) + " |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for rank in RANKS:
         size = adapter_bytes(rank)
         for link in LINKS.values():
             times = [all_reduce_seconds(size, count, link) for count in CARD_COUNTS]
             cells = [f"{1e3 * t:.1f} ms ({t / (t + update_seconds()):.1%})" for t in times]
-            lines.append(f"| rank {rank}, {size / 1e6:.0f} MB | {link.name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append((f"rank {rank}, {size / 1e6:.0f} MB", link.name, *cells))
+    return markdown_table(("adapters", "link", *COLUMNS), rows)
 
 
 def straggler_table() -> str:
     """Share of sampling that the mean card waits."""
-    lines = [
-        "| answers on each card | " + " | ".join(f"{count} cards" for count in CARD_COUNTS) + " |",
-        "|---|---|---|---|",
+    rows = [
+        (f"{answers}", *(f"{1 - longest(answers) / longest(answers * count):.0%}" for count in CARD_COUNTS))
+        for answers in (1, 8, 64)
     ]
-    for answers in (1, 8, 64):
-        cells = [f"{1 - longest(answers) / longest(answers * count):.0%}" for count in CARD_COUNTS]
-        lines.append(f"| {answers} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown_table(("answers on each card", *COLUMNS), rows)
 
 
 if __name__ == "__main__":

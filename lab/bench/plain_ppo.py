@@ -14,7 +14,6 @@ both decode as many tokens.
 import argparse
 import json
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 
-from lab.bench import ROOT
+from lab import commit
 from rlaif_lite import profiler
 from rlaif_lite.data.records import Record
 from rlaif_lite.files import chunks
@@ -280,12 +279,6 @@ def clock(device: torch.device) -> float:
         return time.process_time()
     torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def commit() -> str:
-    """Of the code that runs, or "unknown"."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
 
 
 def arguments_of_a_step(description: str | None) -> argparse.ArgumentParser:

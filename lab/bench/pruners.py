@@ -15,18 +15,19 @@ Points are lines of FOLDER/points.jsonl, and a killed bench goes on after the la
 import argparse
 import json
 import random
-import subprocess
 import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from lab import commit
 from lab.bench import ROOT
 from rlaif_kernels import frame_dissimilarity
 from rlaif_lite import pipeline
 from rlaif_lite.data.world_text import pair
 from rlaif_lite.files import write_json, write_text
+from rlaif_lite.formats import markdown_table
 from rlaif_lite.recipe import Recipe, load_recipe
 from rlaif_lite.report.stats import stat
 from rlaif_lite.stages.evaluate import answer_all, metrics_of
@@ -145,11 +146,6 @@ def recipe_of(point: Point, out: Path) -> Recipe:
     )
 
 
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def costs() -> dict[str, float]:
     """Milliseconds of one thread that each selector takes for a video of a 7B, the median of five."""
     torch.set_num_threads(1)
@@ -197,9 +193,8 @@ def table(found: dict) -> str:
         "",
         f"{len(rows)} of {len(points(given, []))} points have run.",
         "",
-        f"| selector | share | seeds | tokens | {' | '.join(MEASURES.values())} | malformed |",
-        "|---|---|---|---|---|---|---|---|",
     ]
+    body = []
     for (name, share), group in groups.items():
         cells = [_cell(group, full, key) for key in MEASURES]
         fewest, most = min(row["fewest"] for row in group), max(row["most"] for row in group)
@@ -207,17 +202,16 @@ def table(found: dict) -> str:
         tokens += f" ({fewest} to {most})" if fewest != most else ""
         malformed = sum(row["malformed"] for row in group) / len(group)
         asked = "" if share is None else f"{share:.0%}"
-        lines.append(f"| {name} | {asked} | {len(group)} | {tokens} | {' | '.join(cells)} | {malformed:.3f} |")
+        body.append((name, asked, f"{len(group)}", tokens, *cells, f"{malformed:.3f}"))
     frames, tokens, width = REAL
     lines += [
+        markdown_table(("selector", "share", "seeds", "tokens", *MEASURES.values(), "malformed"), body),
         "",
         "## Cost per video",
         "",
         f"A video of {frames} x {tokens} tokens of {width} channels in bfloat16, one CPU thread, median of five.",
         "",
-        "| selector | ms |",
-        "|---|---|",
-        *(f"| {name} | {milliseconds:.0f} |" for name, milliseconds in found["costs"].items()),
+        markdown_table(("selector", "ms"), [(name, f"{cost:.0f}") for name, cost in found["costs"].items()]),
         "",
     ]
     return "\n".join(lines)

@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
+from lab import commit
 from rlaif_lite.files import read_json, read_jsonl
 from rlaif_lite.training.meter import describe_machine, versions
 
@@ -93,13 +94,10 @@ def main() -> None:
     found = {way: {stage: median(run[stage] for run in runs) for stage in runs[0]} for way, runs in every.items()}
     print(as_table(found))
     if given.out is not None:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
-        facts = {"command": " ".join(["python -m lab.bench.ranks", *sys.argv[1:]]), "commit": commit}
+        facts = {"command": " ".join(["python -m lab.bench.ranks", *sys.argv[1:]]), "commit": commit()}
         facts |= {"machine": describe_machine(), "versions": versions(), "keys": [*SHORT, *given.keys], "runs": every}
         given.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        head = f"# Two ranks against one process\n\n`{facts['command']}`, commit {commit}, {given.rounds} rounds, "
+        head = f"# Two ranks against one process\n\n`{facts['command']}`, commit {facts['commit']}, {given.rounds} rounds, "
         head += f"{facts['machine']['cores']} cores of {facts['machine']['cpu']}; medians.\n\n"
         given.out.with_suffix(".md").write_text(head + as_table(found) + "\n", encoding="utf-8")
 

@@ -11,27 +11,27 @@ per token, and its answers are as long as a trained policy's, while the embedded
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from torch.nn.utils.rnn import pad_sequence
 
+from lab import commit
 from lab.bench import ROOT
+from lab.bench.plain_ppo import clock, left
 from lab.embedded_base import architecture
 from rlaif_lite.data.records import Message
+from rlaif_lite.formats import markdown_table
 from rlaif_lite.model.base import Base, load_base
 from rlaif_lite.model.inputs import Sequence, collate, encode_prompt
 from rlaif_lite.model.roles import ActiveRole, Roles
 from rlaif_lite.recipe import Lora, Model
 from rlaif_lite.rollout import Sampling, sample, slot_bytes, slot_length
+from rlaif_lite.training.meter import describe_machine
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -61,14 +61,10 @@ def made_up_prompts(base: Base, count: int, video_tokens: int) -> list[Sequence]
 
 def generate(base: Base, prompts: list[Sequence], sampling: Sampling, per_prompt: int) -> list[list[int]]:
     """transformers' own loop on the same embeddings and positions, padded on the left as it wants them."""
-
-    def left(rows: list[torch.Tensor]) -> torch.Tensor:
-        return pad_sequence([row.flip(0) for row in rows], batch_first=True).flip(1).to(base.device)
-
     out = base.model.generate(
         inputs_embeds=left([collate(base, [p]).embed(base)[0] for p in prompts]),
-        attention_mask=left([torch.ones(len(p.ids_S), dtype=torch.long) for p in prompts]),
-        position_ids=left([p.position_CS[0] for p in prompts]),
+        attention_mask=left([torch.ones(len(p.ids_S), dtype=torch.long) for p in prompts]).to(base.device),
+        position_ids=left([p.position_CS[0] for p in prompts]).to(base.device),
         do_sample=True,
         temperature=sampling.temperature,
         top_k=0,
@@ -112,13 +108,6 @@ def ways(
             "slots, dense copy, CUDA graph": lambda seed: ours(seed, dense=True, graph=True),
         }
     return found
-
-
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time()
 
 
 @torch.no_grad()
@@ -189,13 +178,11 @@ def main() -> None:
     with roles.use("policy") as role:
         for name, (given, per_prompt, slots) in settings.items():
             table[name] = measure(ways(role, given, sampling, per_prompt, slots), device, args.rounds)
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
     facts = {
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "hardware": describe_machine()["device" if device.type == "cuda" else "cpu"],
         "clock": "wall" if device.type == "cuda" else "CPU seconds of one thread",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "arguments": {key: str(value) for key, value in vars(args).items() if key != "out"},
         "sequences_in_memory": sequences_in_memory(base, text=128, new=256, before=626, after=157),
         "settings": table,
@@ -220,12 +207,10 @@ def page(facts: dict) -> str:
         "`lab/bench/rollout.py`.",
     ]
     for name, rows in facts["settings"].items():
-        lines += ["", f"| {name} | tokens/s | x generate | spread | tokens per round |", "|---|---|---|---|---|"]
-        lines += [
-            f"| {way} | {row['tokens_per_second']:.0f} | {row['times_generate']:.2f} | {row['spread']:.0%} "
-            f"| {row['mean_tokens']:.0f} |"
-            for way, row in rows.items()
-        ]
+        head = (name, "tokens/s", "x generate", "spread", "tokens per round")
+        forms = {"tokens_per_second": ".0f", "times_generate": ".2f", "spread": ".0%", "mean_tokens": ".0f"}
+        cells = [(way, *(format(row[key], form) for key, form in forms.items())) for way, row in rows.items()]
+        lines += ["", markdown_table(head, cells)]
     more = facts["sequences_in_memory"]
     lines += [
         "",
@@ -234,11 +219,6 @@ def page(facts: dict) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -25,17 +25,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lab import commit
 from lab.bench import ROOT, plain_ppo
 from lab.bench.plain_ppo import Step
 from rlaif_kernels import LinearLogprob
 from rlaif_lite import profiler
+from rlaif_lite.formats import markdown_table
 from rlaif_lite.model import roles
 from rlaif_lite.model.inputs import decode
 from rlaif_lite.recipe import Recipe, load_recipe
 from rlaif_lite.rollout import loop, sample
 from rlaif_lite.stages import features
 from rlaif_lite.stages.ppo import step as ppo
-from rlaif_lite.training.meter import Meter, describe_machine, peak_bytes, versions
+from rlaif_lite.training.meter import Meter, describe_machine, peak_bytes, settle, versions
 from rlaif_lite.workspace import WHOLE, pick_device
 
 Without = Callable[[Step], contextlib.AbstractContextManager]
@@ -149,8 +151,8 @@ def measure(recipe: Recipe, technique: Technique, random: profiler.Random | None
     """Peak memory, and tokens of answers per second of whole steps, after one to warm up."""
     device = torch.device("cuda" if on_gpu(recipe) else "cpu")
     torch.set_num_threads(recipe.threads or torch.get_num_threads())
-    with Meter(device):
-        before = peak_bytes(device)
+    settle(device)
+    before = peak_bytes(device)
     with profiler.opened(recipe, 1, None, random) as (work, _):
         given = plain_ppo.prepare(work)
         keeps_tower = technique.without is tower_in_every_forward
@@ -185,17 +187,17 @@ def as_markdown(result: dict) -> str:
             f"**CPU figures of {made}: they are no forecast of a GPU's.** There is no graph to decode with on "
             "a CPU, rollouts run on a dense copy of the weights, and the peak is the process's.",
         ]
-    columns = ("switched off", "instead", "peak, MiB", "ratio", "answer tokens/s", "ratio")
-    lines += ["", f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    rows = []
     for name, found in result["techniques"].items():
         if "why" in found:
-            lines.append(f"| {name} | {found['instead']} | {found['why']} | | | |")
+            rows.append((name, found["instead"], found["why"], "", "", ""))
             continue
         cells = []
         for key, unit in (("peak_memory_bytes", 2**20), ("tokens_per_second", 1)):
             cells += [f"{found[key] / unit:.1f}", f"{found[key] / full[key]:.2f}" if key in full else ""]
-        lines.append(f"| {'none' if found is full else name} | {found['instead']} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(("none" if found is full else name, found["instead"], *cells))
+    columns = ("switched off", "instead", "peak, MiB", "ratio", "answer tokens/s", "ratio")
+    return "\n".join([*lines, "", markdown_table(columns, rows)]) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -212,7 +214,7 @@ def main(arguments: list[str] | None = None) -> dict:
     groups = ["ppo.group_size=4", "model.gradient_checkpointing=true"]
     result: dict = {"schema": 1, "small": options.small, "machine": describe_machine(), "versions": versions()}
     given = sys.argv[1:] if arguments is None else arguments
-    result |= {"commit": plain_ppo.commit(), "techniques": {}}
+    result |= {"commit": commit(), "techniques": {}}
     result["command"] = f"python -m lab.bench.techniques {shlex.join(given)}"
     for technique in (each for each in TECHNIQUES if each.name in options.only):
         base = load_recipe(options.recipe).model.base

@@ -6,8 +6,6 @@ runs of one stack and share its random generators; intervals are Student's t ove
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 from pathlib import Path
 
@@ -15,8 +13,11 @@ import gymnasium
 import numpy as np
 import torch
 
+from lab import commit
+from rlaif_lite.formats import markdown_table
 from rlaif_lite.progress import say
 from rlaif_lite.report.stats import stat
+from rlaif_lite.training.meter import describe_machine
 
 from .study import ARMS, Outcome, Settings, learn, make_cast
 from .tasks import PENDULUM, returns
@@ -85,8 +86,7 @@ def page(found: dict) -> str:
     }
 
     def table(head: str, rows: dict[str, list[str]], columns: list[str]) -> list[str]:
-        lines = [f"| {head} | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
-        return [*lines, *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items()), ""]
+        return [markdown_table((head, *columns), [(name, *cells) for name, cells in rows.items()]), ""]
 
     def cell(figure: dict) -> str:
         return f"{figure['mean']:.0f} [{figure['low']:.0f}, {figure['high']:.0f}]"
@@ -128,25 +128,16 @@ def main() -> None:
     ask.add_argument("--out", type=Path, required=True, help="OUT.json; OUT.md is written beside it")
     given = ask.parse_args()
     torch.set_num_threads(1)
-    here = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here, check=False
-    )
     found = {
-        "hardware": _cpu_name(),
+        "hardware": describe_machine()["cpu"],
         "versions": {"torch": torch.__version__, "gymnasium": gymnasium.__version__},
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         **run(Settings(seeds=given.seeds), given.seed),
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(json.dumps(found, indent=1) + "\n")
     given.out.with_suffix(".md").write_text(page(found))
     say(f"written: {given.out} and {given.out.with_suffix('.md')}")
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ from typing import TypeVar
 from ..data.records import VIDEO_MARK, Message
 from ..errors import DataError, StageError
 from ..files import appending, chunks, digest_of, file_digest, whole_lines
-from ..judge.narrative import narrative, spans_of
+from ..judge.narrative import captions_of, narrative, spans_of
 from ..model.base import Base, base_digest
 from ..model.inputs import Sequence, encode_prompt
 from ..model.roles import BASE, ActiveRole
 from ..model.text import decode_answer, encode_answer
 from ..progress import progress
 from ..recipe import load_recipe
-from ..rollout import Sampling, greedy_texts, sample
+from ..rollout import Sampling, sample
 from ..stages.evaluate import ADAPTERS
 from ..stages.features import fill
 from ..video.cache import FeatureRecord
@@ -175,17 +175,13 @@ class Examinee:
     def narratives(self, videos: list[str], path: Path) -> dict[str, str | None]:
         """{video: narrative}, as the context stage makes them, by the role that judges; None for a picture."""
         section = self.work.recipe.context
-        message = Message("user", f"{VIDEO_MARK}\n{section.prompt}")
 
         def work(batch: list[str]) -> Iterable[dict]:
-            clips = [[view for part, view in self.views(name).items() if part != WHOLE] for name in batch]
-            prompts = [encode_prompt(self.base, [message], clip) for of_video in clips for clip in of_video]
+            videos = [[view for part, view in self.views(name).items() if part != WHOLE] for name in batch]
             with self.use(self.judge_role) as role:
-                found = iter(greedy_texts(role, prompts, section.max_new_tokens, section.batch_size))
-            for name, of_video in zip(batch, clips, strict=True):
-                captions = [next(found) for _ in of_video]
-                told = narrative(captions, section.markers, spans_of(of_video)) if captions else None
-                yield {"id": name, "narrative": told}
+                captions = captions_of(role, videos, [section.prompt] * len(videos), section)
+            for name, said, clips in zip(batch, captions, videos, strict=True):
+                yield {"id": name, "narrative": narrative(said, section.markers, spans_of(clips)) if said else None}
 
         lines = resumed(path, "id", {name: name for name in videos}, self._keys, section.batch_size, work, "narratives")
         return {name: line["narrative"] for name, line in lines.items()}
@@ -195,9 +191,8 @@ class Examinee:
         section, size = self.work.recipe.preference.claims, self.work.recipe.preference.batch_size
         videos = list(dict.fromkeys(item.video for item in items))
         narrative_of = self.narratives(videos, folder / "narratives.jsonl")
-        after = dict(
-            zip(videos, videos[1:] + videos[:1], strict=True)
-        )  # the control: each claim at the next video as well
+        # the control: each claim at the next video as well
+        after = dict(zip(videos, videos[1:] + videos[:1], strict=True))
 
         def shown(name: str) -> Seen:
             return Seen(self.views(name)[WHOLE], narrative_of[name])

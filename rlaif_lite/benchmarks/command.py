@@ -104,7 +104,7 @@ def make_judge(judging: Judging, examinee: Examinee, folder: Path) -> Judge:
     raise RlaifError(f"There is no judge {judging.kind}: local, rules, or a URL that begins with http.")
 
 
-def of_role(work: Workspace, role: str, words: bool = False, batch_size: int = 16) -> local.LocalRole:
+def of_role(work: Workspace, role: str, words: bool = False) -> local.LocalRole:
     """A role of a run, on the base that the run has loaded; `base` is the role without an adapter.
 
     Raises ModelError for a role that is not there."""
@@ -114,7 +114,7 @@ def of_role(work: Workspace, role: str, words: bool = False, batch_size: int = 1
         adapter = work.adapter(role) / "adapter_model.safetensors"
         revision += f"+{file_digest(adapter)}"
     name = f"local:{local.short_name(section.base)}:{role}:{section.quantization}"
-    return local.LocalRole(work.roles, role, name, revision, words, batch_size)
+    return local.LocalRole(work.roles, role, name, revision, words)
 
 
 def listing() -> str:

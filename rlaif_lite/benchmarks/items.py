@@ -100,15 +100,20 @@ def one_of(entry: dict, key: str, place: str, *allowed: str) -> str:
     raise DataError(f"{place}: `{key}` is {found!r}, expected {', '.join(allowed[:-1])} or {allowed[-1]}.")
 
 
-def rows_of(path: Path, format: str) -> list[dict[str, str]]:
+def csv_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV, separated by commas or tabs, by their column names. Raises DataError for what is none."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             header = file.readline()
             file.seek(0)
-            found = list(csv.DictReader(file, delimiter="\t" if "\t" in header else ","))
+            return list(csv.DictReader(file, delimiter="\t" if "\t" in header else ","))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: it cannot be read as CSV ({error}).") from None
+
+
+def rows_of(path: Path, format: str) -> list[dict[str, str]]:
+    """`csv_rows` of a file that has some, each with every column. Raises DataError."""
+    found = csv_rows(path)
     if not found:
         raise DataError(f"{path}: it holds no rows. Expected {format}.")
     for number, row in enumerate(found, 2):

@@ -14,23 +14,20 @@ Files, as their authors ship them:
                 Description), English only; and a list of names, one per line (test_list.txt), where only these count
     UCF101      testlist01.txt (lines Class/name.avi) and classInd.txt (lines `1 Class`) where you have it
     HMDB51      <class>_test_split1.txt, all of them: lines `name.avi 2`, where 2 is a test video
-
-Shapes: N tokens, D width.
 """
 
-import csv
 import re
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch
 
-from rlaif_kernels import linear_logprob
-
 from ..errors import DataError
-from ..model.inputs import Sequence, branch, collate
+from ..model.answers import Group
+from ..model.inputs import Sequence
 from ..model.roles import ActiveRole
-from .items import Item, Tally, entries, lines_of
+from ..rollout.score import answer_logps
+from .items import Item, Tally, csv_rows, entries, lines_of
 
 CAPTIONS = "MSR-VTT's csv or json of captions, or MSVD's lines or csv of captions, and a list of test videos"
 ACTIONS = "UCF101's testlist01.txt and classInd.txt, or HMDB51's <class>_test_split1.txt"
@@ -79,11 +76,7 @@ def _from_json(path: Path) -> list[tuple[str, str]]:
 
 
 def _from_csv(path: Path) -> list[tuple[str, str]]:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: it cannot be read as CSV ({error}).") from None
+    rows = csv_rows(path)
     columns = set(rows[0]) if rows else set()
     if {"video_id", "sentence"} <= columns:
         if short := [number for number, row in enumerate(rows, 2) if not (row["video_id"] and row["sentence"])]:
@@ -148,20 +141,11 @@ def _all(paths: list[Path]) -> str:
 def score_texts(role: ActiveRole, prompt: Sequence, texts: list[list[int]]) -> list[float]:
     """Mean log-probability, in nats per token, of each text (ids, its EOS included) as the answer to `prompt`.
 
-    Texts are branches of one row: the prompt with its video is computed once for as many as fit `TOGETHER` tokens."""
-    base, scores = role.roles.base, []
+    The texts share the prompt with its video (see `model.answers`), as many as fit `TOGETHER` tokens at a time."""
+    scores = []
     for chunk in _chunks(texts, TOGETHER):
-        hidden_SD = role.hidden(collate(base, [branch(prompt, chunk)]))[0]
-        before = len(prompt.ids_S)
-        # a text's first token is predicted at the prompt's last one, the others at the one before
-        at_N, target_N, start = [], [], before
-        for ids in chunk:
-            at_N += [before - 1, *range(start, start + len(ids) - 1)]
-            target_N += ids
-            start += len(ids)
-        target_N = torch.tensor(target_N, device=hidden_SD.device)
-        logp_N = linear_logprob(hidden_SD[at_N], base.head_weight_VD, target_N, bias_V=base.ban_bias_V).logp_N
-        scores += [part.mean().item() for part in logp_N.split([len(ids) for ids in chunk])]
+        sums = answer_logps(role, [Group(prompt, chunk)]).tolist()
+        scores += [logp / len(ids) for logp, ids in zip(sums, chunk, strict=True)]
     return scores
 
 

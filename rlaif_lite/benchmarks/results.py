@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
-from ..report.stats import paired_bootstrap, ratio
+from ..formats import markdown_table
+from ..report.stats import by_video, paired_bootstrap, ratio
 from .items import Tally
 
 RESAMPLES = 2000
@@ -19,17 +20,11 @@ RESAMPLES = 2000
 
 def figures(tallies: list[tuple[str, Tally]], seed: int = 0) -> dict[str, dict]:
     """(video, tally) of every item -> {metric: {value, low, high, items}}; null where nothing was counted."""
-    sums: dict[str, dict[str, np.ndarray]] = {}
-    counted: dict[str, int] = {}
-    for video, tally in tallies:
-        for metric, (part, whole) in tally.items():
-            of_video = sums.setdefault(metric, {})
-            of_video[video] = of_video.get(video, 0.0) + np.array([part, whole], dtype=np.float64)
-            counted[metric] = counted.get(metric, 0) + (whole > 0)
     out = {}
-    for metric, of_video in sums.items():
+    for metric, of_video in by_video(tallies).items():
         counts_N2 = np.stack(list(of_video.values()))
-        out[metric] = {"value": None, "low": None, "high": None, "items": counted[metric]}
+        counted = sum(metric in tally and tally[metric][1] > 0 for _, tally in tallies)
+        out[metric] = {"value": None, "low": None, "high": None, "items": counted}
         if counts_N2[:, 1].sum() > 0:
             # the change from nothing at all is the figure itself: a ratio of nothing is 0 here
             found = paired_bootstrap(np.zeros_like(counts_N2), counts_N2, ratio, RESAMPLES, seed)
@@ -53,11 +48,9 @@ def table(results: list[dict]) -> str:
                     f"There are two results of {result['who']} for {result['benchmark']}. Give one of them."
                 )
             row[result["who"]] = cell
-    lines = [f"| benchmark | metric | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
-    for (benchmark, metric), row in cells.items():
-        lines.append(f"| {benchmark} | {metric} | {' | '.join(row.get(who, '') for who in columns)} |")
+    rows = [(*names, *(row.get(who, "") for who in columns)) for names, row in cells.items()]
     notes = [f"Judge{' of claims' if of_claims else ''}: {judge}" for of_claims, judge in judges.items()]
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([markdown_table(("benchmark", "metric", *columns), rows), "", *notes])
 
 
 def _judges(results: list[dict]) -> dict[bool, str]:

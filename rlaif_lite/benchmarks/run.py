@@ -8,12 +8,11 @@
 The answers do not depend on the judge: another judge reads the same ones.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import DataError
-from ..files import digest_of, file_digest, write_json, write_jsonl
+from ..files import digest_of, file_digest, read_json, write_json, write_jsonl
 from ..judge.outside import Case, Judge
 from .answer import Examinee, write_pictures
 from .catalogue import BENCHMARKS, Benchmark
@@ -64,7 +63,7 @@ def run(
     if benchmark.kind == "retrieval":
         settings["texts"] = digest_of([item.reference for item in usable])
     path = out / "settings.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    before = read_json(path) if path.exists() else settings
     if changed := [key for key in settings if before.get(key) != settings[key]]:
         shown = "; ".join(f"{key} was {before.get(key)}, is {settings[key]}" for key in changed)
         raise DataError(f"{out} holds answers of other settings ({shown}). Give another --out, or remove it.")
@@ -124,9 +123,8 @@ def _rows(
     rows = [{key: value for key, value in answers[item.id].items() if key not in ("id", "seen")} for item in items]
     if benchmark.kind == "claims":
         found = examinee.audits(items, answers, out)
-        return [row | {"claims": found[item.id]["claims"]} for item, row in zip(items, rows, strict=True)], settings[
-            "judge"
-        ]
+        rows = [row | {"claims": found[item.id]["claims"]} for item, row in zip(items, rows, strict=True)]
+        return rows, settings["judge"]
     if not benchmark.tasks:
         return rows, None
     examinee.work.release_roles()

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from ..errors import DataError
 from . import world_text
 from .records import Record
+from .world_text import Counts
 
 TRUTH = ("evaluate.truth", "evaluate.synonyms")  # keys of the recipe: part of what a stage reads that measures with it
 KINDS = ("objects", "events", "statements")  # of annotated facts
@@ -39,17 +40,6 @@ STOP_WORDS = frozenset(
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_]+(?:['’-][^\W_]+)*")  # Chinese and Japanese: by character
 SENTENCE = re.compile(r"[^.!?;。！？；\n]+")
 Function = Callable[[str, Record], Mapping[str, Any] | None]
-
-
-class Counts(NamedTuple):
-    """One answer held against the truth."""
-
-    correct: int  # facts said rightly
-    wrong: int  # facts said wrongly
-    total: int  # facts there are to say
-    mentions: int  # objects mentioned
-    hallucinated: int  # of these, objects that are nowhere in the video
-    malformed: int | None  # sentences outside the grammar; None: the truth has no grammar
 
 
 class Finding(NamedTuple):
@@ -98,7 +88,7 @@ class Truth:
             labels = world_text.verdicts(answer, record.facts)
             spans = zip((match.span() for match in re.finditer(r"\S+", answer)), labels, strict=False)
             wrong = [span for span, label in spans if label == "no"]
-            return Finding(Counts(*world_text.truth(answer, record.facts)), wrong)
+            return Finding(world_text.truth(answer, record.facts), wrong)
         return self._annotations.of(answer, record.facts)
 
     def known(self, records: Iterable[Record]) -> int:

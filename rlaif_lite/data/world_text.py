@@ -42,15 +42,15 @@ class Noise(NamedTuple):
     omit_star: float = 0.05  # chance that a true star is left out
 
 
-class Truth(NamedTuple):
-    """One text held against the facts of its video."""
+class Counts(NamedTuple):
+    """One answer held against the truth, of the world or of any video."""
 
-    correct: int  # attributes (and the star) said rightly
-    wrong: int  # said wrongly, plus MALFORMED_COST for each malformed sentence
-    total: int  # facts there are to say: 9, or 10 with a star
-    mentions: int  # objects mentioned: well-formed event and star sentences
-    hallucinated: int  # of these, objects (colour and shape) that are nowhere in the video
-    malformed: int  # sentences that are not of the grammar, or repeat an ordinal
+    correct: int  # facts said rightly; of the world attributes, and the star
+    wrong: int  # facts said wrongly; in the world plus MALFORMED_COST for each malformed sentence
+    total: int  # facts there are to say; 9 in the world, or 10 with a star
+    mentions: int  # objects mentioned; in the world by well-formed event and star sentences
+    hallucinated: int  # of these, objects that are nowhere in the video; in the world by colour and shape
+    malformed: int | None  # sentences outside the grammar, or that repeat an ordinal; None: the truth has no grammar
 
 
 def describe(facts: Facts) -> str:
@@ -122,7 +122,7 @@ def _is_star(words: list[str]) -> bool:
     return len(words) == 4 and words[:2] == ["also", "a"] and words[2] in COLOURS and words[3] == "star"
 
 
-def truth(text: str, facts: Facts) -> Truth:
+def truth(text: str, facts: Facts) -> Counts:
     """Holds a description against the facts. A second star sentence is wrong even when its colour is right."""
     correct = wrong = mentions = hallucinated = malformed = 0
     objects = {(colour, shape) for colour, shape, _ in facts["events"]}
@@ -141,7 +141,7 @@ def truth(text: str, facts: Facts) -> Truth:
         else:
             malformed += 1
             wrong += MALFORMED_COST
-    return Truth(correct, wrong, 9 + (facts["star"] is not None), mentions, hallucinated, malformed)
+    return Counts(correct, wrong, 9 + (facts["star"] is not None), mentions, hallucinated, malformed)
 
 
 def score(text: str, facts: Facts) -> int:

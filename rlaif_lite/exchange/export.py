@@ -201,8 +201,7 @@ def upload(folder: Path, repository: str) -> None:
 def compare(work: Workspace, role: str, adapter: Path, merged: Path) -> Comparison:
     """Next-token distributions over the role's greedy answers to the first test prompts (where the run has none: of
     the first token alone)."""
-    path = work.folder / "evaluate" / f"{role}.greedy.jsonl"
-    answers = {row["key"]: row["answer"] for row in read_jsonl(path)} if path.is_file() else {}
+    answers = {row["key"]: row["answer"] for row in read_jsonl(work.folder / "evaluate" / f"{role}.greedy.jsonl")}
     trained = work.recipe.model
     exact = trained.model_copy(update={"quantization": "none", "loader": "transformers"})
     reference_NV, base_NV = _logits(work, exact, adapter, answers), _logits(work, exact, None, answers)

@@ -2,12 +2,33 @@
 
 The judge reads it together with the video. Each clip is seen with more frames per second than the whole video is, so
 the narrative holds what the judge's own view of the video misses.
+
+i-SRT (arXiv 2406.11280) makes it again in every round: the policy describes each clip while it reads its own last
+description. With `features.clips: 1` it describes the whole video at once, as published.
 """
 
 from collections.abc import Sequence
 
+from ..data.records import VIDEO_MARK, Message
 from ..data.sentences import says_something
+from ..model.inputs import encode_prompt
+from ..model.roles import ActiveRole
+from ..recipe import Context
+from ..rollout import greedy_texts
 from ..video.cache import FeatureRecord
+
+
+def captions_of(
+    role: ActiveRole, videos: Sequence[Sequence[FeatureRecord]], prompts: Sequence[str], section: Context
+) -> list[list[str]]:
+    """What a role writes of each clip of each video, in order; `prompts`: the request for each video. Decoding is
+    greedy, so a caption is a function of the adapter and its request."""
+    rows = []
+    for clips, prompt in zip(videos, prompts, strict=True):
+        content = prompt if VIDEO_MARK in prompt else f"{VIDEO_MARK}\n{prompt}"
+        rows += [encode_prompt(role.roles.base, [Message("user", content)], clip) for clip in clips]
+    found = iter(greedy_texts(role, rows, section.max_new_tokens, section.batch_size))
+    return [[next(found) for _ in clips] for clips in videos]
 
 
 def narrative(captions: Sequence[str], markers: Sequence[str], spans: Sequence[tuple[float, float]]) -> str:

@@ -19,11 +19,11 @@ from .. import ranks
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
-# What torch says where it does not raise OutOfMemoryError: its CPU allocator, cuBLAS without room to work in, and the
-# CUDA runtime outside of torch's allocator.
 BLOCK = 1 << 20  # bytes from which a large base's tensors are mapped
 LARGE = 64 << 20  # bytes of a feed-forward in float32 above which a base is large
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+# What torch says where it does not raise OutOfMemoryError: its CPU allocator, cuBLAS without room to work in, and the
+# CUDA runtime outside of torch's allocator.
 SAYINGS = ("DefaultCPUAllocator: ", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
 
 

@@ -25,7 +25,7 @@ from ..recipe import Recipe, recipe_hash
 from ..training.meter import describe_machine, versions
 from ..workspace import Workspace, pick_device
 from .inputs import made_up, reduced, stand_ins, write_inputs
-from .recorder import FLOPS, Recorder, matmul_rate
+from .recorder import DECODING, Cost, Recorder, matmul_rate
 from .tables import SCHEMA, draw_memory
 
 PROFILED = tuple(name for name in STAGES if name not in ("data", "dpo"))  # rounds of DPO need answers that differ
@@ -126,9 +126,10 @@ def stage_figures(recorder: Recorder, base: Base, rate: float, planned: int) -> 
     # weights of the decoder's linear layers: each costs a multiplication and an addition per token
     layers = (module for module in base.decoder.modules() if isinstance(module, torch.nn.Linear))
     total, size = recorder.measured_seconds, sum(layer.in_features * layer.out_features for layer in layers)
+    other = Cost(calls=1, seconds=total - sum(cost.seconds for cost in recorder.costs.values()))
     phases = {}
-    for name, cost in recorder.costs.items():
-        work = FLOPS.get(name, 0) * size * cost.count
+    for name, cost in (*recorder.costs.items(), ("other", other)):
+        work = 2 * size * cost.count if name in DECODING else 0
         phases[name] = {
             "calls": cost.calls,
             "seconds": cost.seconds,
@@ -138,16 +139,6 @@ def stage_figures(recorder: Recorder, base: Base, rate: float, planned: int) -> 
             "peak_memory_bytes": cost.peak_memory_bytes,
             "of_matmul": work / cost.seconds / rate if work else None,
         }
-    rest = total - sum(cost.seconds for cost in recorder.costs.values())
-    phases["other"] = {
-        "calls": 1,
-        "seconds": rest,
-        "count": 0,
-        "per_second": None,
-        "share": rest / total,
-        "peak_memory_bytes": 0,
-        "of_matmul": None,
-    }
     return {
         "seconds": recorder.seconds,
         "measured_seconds": total,

@@ -5,30 +5,20 @@ GPU every phase begins and ends with a synchronisation, so what the host would o
 the peak is that of the process, free heap that it has not given back included.
 """
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
-from ..training.meter import Meter, peak_bytes, reset_peak
+from ..training.meter import Meter, now, peak_bytes, reset_peak, settle
 
-# Floating-point operations per token and parameter of the decoder's linear layers. The base is frozen: its backward
-# has one matmul and not two. What checkpointing computes twice counts once: it is no progress.
-FLOPS = {
-    "prefill": 2,
-    "decode": 2,
-    "score policy": 2,
-    "score reference": 2,
-    "score reward": 2,
-    "score value": 2,
-    "forward": 2,
-    "backward": 2,
-    "update policy forward": 2,
-    "update policy backward": 2,
-    "update value forward": 2,
-    "update value backward": 2,
+# The phases that run the decoder once, with two floating-point operations per token and parameter of its linear layers.
+# The base is frozen: its backward has one matmul and not two. What checkpointing computes twice counts once: it is no
+# progress.
+DECODING = {
+    *("prefill", "decode", "score policy", "score reference", "score reward", "score value", "forward", "backward"),
+    *("update policy forward", "update policy backward", "update value forward", "update value backward"),
 }
 
 
@@ -67,14 +57,13 @@ class Recorder:
     trace: torch.profiler.profile | None = None
 
     def __enter__(self) -> "Recorder":
-        with Meter(self.device):  # gives back what earlier stages left
-            pass
+        settle(self.device)
         self._inside = False
-        self._begin = self._since = self._now()
+        self._begin = self._since = now(self.device)
         return self
 
     def __exit__(self, *_: object) -> None:
-        end = self._now()
+        end = now(self.device)
         self._look()
         if self.trace is not None:
             self.trace.stop()
@@ -83,7 +72,7 @@ class Recorder:
     def step(self) -> None:
         if self.steps == 1 and not self.warmed:
             self.costs.clear()
-            self.steps, self.warmed, self._since = 0, True, self._now()
+            self.steps, self.warmed, self._since = 0, True, now(self.device)
         self.steps += 1
         if self.steps + self.warmed == self.traced_step:
             self.trace = torch.profiler.profile()  # of the CPU, and of the GPU where there is one
@@ -96,11 +85,11 @@ class Recorder:
         self._inside = True
         self._look()
         reset_peak(self.device)
-        begin = self._now()
+        begin = now(self.device)
         try:
             with torch.profiler.record_function(name):
                 yield
-            end = self._now()
+            end = now(self.device)
         finally:
             self._inside = False
         peak = self._look()
@@ -112,11 +101,6 @@ class Recorder:
         cost.peak_memory_bytes = max(cost.peak_memory_bytes, peak)
         held = peak_bytes(self.device)  # just reset: what is held now
         self.moments.append(Moment(name, begin - self._begin, end - self._begin, held, peak))
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
     def _look(self) -> int:
         """The peak since the last reset, which also counts for the stage."""

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ..errors import RlaifError
-from ..formats import number, percent
+from ..formats import aligned, number, percent
 
 SCHEMA = 1  # of the JSON; counted up when a field changes its meaning
 COLUMNS = ("stage", "phase", "calls", "seconds", "per second", "share", "peak", "of matmul")
@@ -78,16 +78,6 @@ def compare(a: dict, b: dict) -> str:
         raise RlaifError("The two profiles have no stage and phase in common; profile the same stages twice.")
     names = [f"{key}: {p['recipe']} on {p['machine']['device']}" for key, p in (("a", a), ("b", b))]
     return "\n".join([*names, aligned(rows)])
-
-
-def aligned(rows: list[tuple[str, ...]]) -> str:
-    """Columns side by side, numbers on the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def gib(size: int) -> str:

@@ -1,9 +1,8 @@
 """The recipe: one strict YAML file that says everything about a run.
 
 The sections stand in `sections.py`, `feedback.py`, `ppo.py` and `dpo.py`, what no single key can say about itself in
-`checks.py`. Here are
-the Recipe, the way from a file to a checked one (`load_recipe`), and views of it. Errors name file and line, or the
-override that they came from.
+`checks.py`. Here are the Recipe, the way from a file to a checked one (`load_recipe`), and views of it. Errors name
+file and line, or the override that they came from.
 """
 
 from __future__ import annotations

@@ -5,12 +5,13 @@
 Reads each run's `summary.json`; a figure that a run does not have is left out of its row.
 """
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import StageError
+from ..files import read_json
+from ..formats import markdown_table
 from .folder import method_of
 
 METHOD = "<method>"  # in a row's path: the trained policy's column, by the run's own method
@@ -99,17 +100,16 @@ ROWS = [
 def table(folders: list[Path]) -> tuple[str, list[dict]]:
     """(Markdown table, the figures of each run). Raises StageError for a folder without a finished run."""
     runs = [figures(folder) for folder in folders]
-    names = [f"{run['name']}" for run in runs]
-    lines = [f"| figure | mean | sd | {' | '.join(names)} |", "|---|---|---|" + "---|" * len(runs)]
+    lines = []
     for row in ROWS:
         values = [value_of(run, row) for run in runs]
         found = [v for v in values if v is not None]
         if not found:
             continue
         spread = f"{statistics.stdev(found):.3f}" if len(found) > 1 else ""
-        cells = " | ".join("" if v is None else f"{v:.3f}" for v in values)
-        lines.append(f"| {row.label} | {statistics.fmean(found):.3f} | {spread} | {cells} |")
-    return "\n".join(lines) + "\n", runs
+        cells = ("" if v is None else f"{v:.3f}" for v in values)
+        lines.append((row.label, f"{statistics.fmean(found):.3f}", spread, *cells))
+    return markdown_table(("figure", "mean", "sd", *(run["name"] for run in runs)), lines) + "\n", runs
 
 
 def figures(folder: Path) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def figures(folder: Path) -> dict[str, Any]:
     path = folder / "summary.json"
     if not path.exists():
         raise StageError(f"{path} is missing: {folder} is not the folder of a run.")
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary = read_json(path)
     if not summary["finished"]:
         raise StageError(f"The run in {folder} is not finished. Run its recipe again; it goes on where it stopped.")
     method = method_of(summary)

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlaif_lite.errors import StageError
+from rlaif_lite.files import read_json, read_jsonl
 from rlaif_lite.formats import duration, size
 from rlaif_lite.report.folder import Run, method_of, read_run
 from rlaif_lite.report.page import MEASURES, MODES
-from rlaif_lite.report.stats import RATIOS, Interval, measured, paired, paired_bootstrap, ratio
+from rlaif_lite.report.stats import RATIOS, Interval, by_video, measured, paired, paired_bootstrap, ratio
 
 SEED_NOTE = "One run of each: with another seed, the same recipe may differ by more than these intervals say."
 SETTINGS = ("answers", "prompt", "max_new_tokens", "weights", "features")  # of a benchmark
@@ -36,12 +37,7 @@ class Line(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """Empty where the interval holds 0."""
-        if self.interval.low <= 0 <= self.interval.high:
-            return ""
-        if self.better == 0:
-            return "differs"
-        return "better" if (self.interval.low > 0) == (self.better > 0) else "worse"
+        return self.interval.verdict(self.better)
 
 
 class Comparison(NamedTuple):
@@ -121,10 +117,7 @@ def _name(run: Run, column: str) -> str:
 
 def _reads(run: Run) -> dict[str, dict[str, Any]]:
     """{stage: what it read}, of every stage that is done: recipe keys, digests of files, the version."""
-    found = {
-        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(run.folder.glob("*/done.json"))
-    }
+    found = {path.parent.name: read_json(path) for path in sorted(run.folder.glob("*/done.json"))}
     if missing := {"data", "evaluate"} - found.keys():
         raise StageError(
             f"{run.folder} has not done {' and '.join(sorted(missing))}, so there is nothing to compare. Run its "
@@ -256,10 +249,8 @@ def compare_benchmarks(a: Path, b: Path) -> Comparison:
 def _results(folder: Path) -> dict[str, Result]:
     out = {}
     for path in sorted(folder.rglob("results.json")):
-        text = (path.parent / "items.jsonl").read_text(encoding="utf-8")
-        items = [json.loads(line) for line in text.split("\n") if line]
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        out[f"{path.parent.relative_to(folder)}"] = Result(path.parent, summary, {item["id"]: item for item in items})
+        items = {item["id"]: item for item in read_jsonl(path.parent / "items.jsonl")}
+        out[f"{path.parent.relative_to(folder)}"] = Result(path.parent, read_json(path), items)
     return out
 
 
@@ -287,12 +278,7 @@ def _same_benchmark(a: Result, b: Result) -> None:
 def _metrics(table: str, a: Result, b: Result) -> list[Line]:
     """Every metric that both counted: ratios of sums over items, all items about a video together."""
     lines = []
-    counts: list[dict[str, dict[str, np.ndarray]]] = [{}, {}]  # {metric: {video: (part, whole)}}
-    for result, found in zip((a, b), counts, strict=True):
-        for item in result.items.values():
-            for metric, pair in item["counts"].items():
-                of_video = found.setdefault(metric, {})
-                of_video[item["video"]] = of_video.get(item["video"], 0.0) + np.array(pair, dtype=np.float64)
+    counts = [by_video((item["video"], item["counts"]) for item in result.items.values()) for result in (a, b)]
     for metric in (name for name in counts[0] if name in counts[1]):
         of_videos = [found[metric] for found in counts]
         videos = sorted(of_videos[0].keys() | of_videos[1].keys())

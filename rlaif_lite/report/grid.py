@@ -5,12 +5,11 @@ there is none but, for a change against SFT, the evaluation's own, over videos. 
 seed by seed first, so that what a seed does to both drops out.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import StageError
-from ..files import write_json, write_text
+from ..files import read_json, write_json, write_text
+from ..formats import markdown_table
 from .across import METHOD, ROWS, figures, value_of
 from .plots import Spread, panels
 from .stats import stat
@@ -83,12 +82,8 @@ def summed(ran: list[Ran]) -> dict[str, Any]:
 
 def costs(folder: Path) -> dict[str, Any]:
     """Seconds that the point's own stages took, seconds that it took from other points, and which stages those were."""
-    try:
-        stages = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["stages"]
-    except FileNotFoundError:  # it ended before its first stage did
-        stages = {}
-    except ValueError as error:
-        raise StageError(f"{folder / 'summary.json'} is not JSON ({error}); run the sweep again.") from error
+    path = folder / "summary.json"
+    stages = read_json(path)["stages"] if path.exists() else {}  # it may end before its first stage does
     taken = [name for name, stage in stages.items() if "shared_from" in stage]
     own = sum(stage["seconds"] for name, stage in stages.items() if name not in taken)
     return {"seconds_own": own, "seconds_shared": sum(stages[name]["seconds"] for name in taken), "shared": taken}
@@ -112,29 +107,25 @@ def markdown(found: dict[str, Any], settings: list[str], of: int) -> str:
         "interval",
         "over videos. Seconds count a shared stage as if the run had done it.",
         "",
-        f"| figure | {' | '.join(settings)} |",
-        "|---|" + "---|" * len(settings),
     ]
-    for label, by_setting in found["figures"].items():
-        cells = (_cell(by_setting[one][1]) if one in by_setting else "" for one in settings)
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+    rows = [
+        (label, *(_cell(by_setting[one][1]) if one in by_setting else "" for one in settings))
+        for label, by_setting in found["figures"].items()
+    ]
+    lines.append(markdown_table(("figure", *settings), rows))
     if found["differences"]:
         others = settings[1:]
-        lines += [
-            "",
-            f"Differences from `{found['baseline']}`, paired by seed; **bold** where the interval leaves 0 out.",
-            "",
-            f"| figure | {' | '.join(others)} |",
-            "|---|" + "---|" * len(others),
+        rows = [
+            (label, *(_cell(by_setting[one], bold=True) if one in by_setting else "" for one in others))
+            for label, by_setting in found["differences"].items()
         ]
-        for label, by_setting in found["differences"].items():
-            cells = (_cell(by_setting[one], bold=True) if one in by_setting else "" for one in others)
-            lines.append(f"| {label} | {' | '.join(cells)} |")
-    lines += ["", "| point | seed | seconds | taken from other points | |", "|---|---|---|---|---|"]
+        said = f"Differences from `{found['baseline']}`, paired by seed; **bold** where the interval leaves 0 out."
+        lines += ["", said, "", markdown_table(("figure", *others), rows)]
+    rows = []
     for point in points:
         reason = "" if point["reason"] is None else "failed: " + " ".join(point["reason"].split())[:300]
-        row = (point["folder"], point["draw"], f"{point['seconds_own']:.0f}", ", ".join(point["shared"]), reason)
-        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |")
+        rows.append((point["folder"], point["draw"], f"{point['seconds_own']:.0f}", ", ".join(point["shared"]), reason))
+    lines += ["", markdown_table(("point", "seed", "seconds", "taken from other points", ""), rows)]
     return "\n".join(lines) + "\n\n![every figure by setting](sweep.svg)\n"
 
 

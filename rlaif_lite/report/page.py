@@ -195,10 +195,8 @@ def change_panels(role: str, baseline: str, by_mode: dict[str, Changes]) -> list
             if name in found:
                 interval = found[name].interval
                 bar = Interval(*(50 + 50 * edge / reach for edge in interval)) if measure.share else None
-                clear = measure.better and not interval.low <= 0 <= interval.high
-                better = (interval.low > 0) == (measure.better > 0)
-                verdict = "same" if not clear else "better" if better else "worse"
-                rows.append(ChangeRow(measure, found[name], verdict, bar))
+                verdict = interval.verdict(measure.better) if measure.better else ""
+                rows.append(ChangeRow(measure, found[name], verdict or "same", bar))
         if rows:
             title = f"{MODES[mode]} answers, {_role_label(role)} against {ROLES[baseline]}"
             if "@" in role:

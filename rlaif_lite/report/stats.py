@@ -34,6 +34,13 @@ class Interval(NamedTuple):
     low: float  # 2.5th percentile over resamples
     high: float  # 97.5th percentile over resamples
 
+    def verdict(self, better: int) -> str:
+        """Where more is better (1), or less (-1): "better" or "worse"; where neither is (0): "differs". Empty where the
+        interval holds 0."""
+        if self.low <= 0 <= self.high:
+            return ""
+        return "differs" if not better else "better" if (self.low > 0) == (better > 0) else "worse"
+
 
 def tally(rows: Iterable[Mapping]) -> dict[str, NDArray[np.float64]]:
     """Counts (K,) per VIDEO, over all answers to all questions about it, of rows of `evaluate/*.jsonl`.
@@ -115,6 +122,16 @@ RATIOS: dict[str, Metric] = {
     "repetition": _share("repetition", "answers"),
 }
 NEEDS_TRUTH = ("precision", "recall", "f1", "hallucination", "mentions", "malformed", "right", "wrong", "score")
+
+
+def by_video(tallies: Iterable[tuple[str, Mapping[str, Sequence[float]]]]) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """(video, {metric: (part, whole)}) of each item -> {metric: {video: its sums (2,)}}, for `ratio`."""
+    sums: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for video, tally in tallies:
+        for metric, counts in tally.items():
+            of_video = sums.setdefault(metric, {})
+            of_video[video] = of_video.get(video, 0.0) + np.array(counts, dtype=np.float64)
+    return sums
 
 
 def ratio(sums_R2: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,1 +1,1 @@
-"""Reinforcement-learning arithmetic as pure functions of tensors; the one state is the KL controller's."""
+"""Reinforcement-learning arithmetic as pure functions of tensors; the one state is `TaskDeviation`'s."""

@@ -79,35 +79,13 @@ def shaped_reward(score_B: Tensor, kl_BT: Tensor, mask_BT: Tensor, kl_coef: floa
     return reward_BT.scatter_add(1, last_B[:, None], score_B.to(reward_BT.dtype)[:, None])
 
 
-class FixedKL:
-    """A KL coefficient that stays as it is (published: 0.1)."""
+def adapted(kl_coef: float, kl: float, answers: int, target: float | None, horizon: float) -> float:
+    """The KL coefficient of the next step: a proportional controller in log space (Ziegler et al. 2019, arXiv
+    1909.08593, section 2.2), kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * answers / horizon).
 
-    def __init__(self, kl_coef: float):
-        self.kl_coef = kl_coef
-
-    def update(self, kl: float, answers: int) -> None:
-        """Does nothing; the signature is `AdaptiveKL.update`'s."""
-
-    def state_dict(self) -> dict:
-        return {"kl_coef": self.kl_coef}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.kl_coef = state["kl_coef"]
-
-
-class AdaptiveKL(FixedKL):
-    """Proportional controller of the KL coefficient in log space (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).
-
-    After each step: error = clip(kl / target - 1, -0.2, 0.2); kl_coef *= 1 + error * answers / horizon.
-    `target` is nats per answer, `horizon` is in answers.
+    `kl`: mean over answers of the KL summed over tokens, in nats; `answers`: how many the step sampled; `target`: nats
+    per answer, None for a coefficient that stays as it is (published: 0.1); `horizon`: in answers.
     """
-
-    def __init__(self, kl_coef: float, target: float, horizon: float):
-        super().__init__(kl_coef)
-        self.target = target
-        self.horizon = horizon
-
-    def update(self, kl: float, answers: int) -> None:
-        """`kl`: mean over answers of the KL summed over tokens, in nats; `answers`: how many this step sampled."""
-        error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-        self.kl_coef *= 1.0 + error * answers / self.horizon
+    if target is None:
+        return kl_coef
+    return kl_coef * (1.0 + min(max(kl / target - 1.0, -0.2), 0.2) * answers / horizon)

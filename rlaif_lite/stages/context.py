@@ -6,13 +6,10 @@ Published: at most 20 frames a clip, 3 clips the best setting, "Describe this vi
 many prompts it has.
 """
 
-from ..data.records import VIDEO_MARK, Message
 from ..data.sentences import says_something
-from ..files import by_batches, chunks, even_chunks, write_json
-from ..judge.narrative import narrative, spans_of
-from ..model.inputs import encode_prompt
+from ..files import by_batches, even_chunks, write_json
+from ..judge.narrative import captions_of, narrative, spans_of
 from ..progress import progress, say
-from ..rollout import greedy_texts
 from ..workspace import Workspace
 
 READS = ("seed", "context", "features.clips", "features.clip_frames", "data.preference", "data.pairs")
@@ -30,21 +27,15 @@ def run(work: Workspace) -> dict:
     work.load_role("sft")
     narrated = [record for split in work.recipe.narrated for record in work.records(split)]
     records = {work.name_of(record): record for record in narrated if record.video is not None}
-    base = work.base()
-    message = Message("user", f"{VIDEO_MARK}\n{section.prompt}")
+    names = [f"clip{i}" for i in range(recipe.features.clips)]
 
     def caption(batch: list[str]) -> list[dict]:
-        prompts, spans = [], []
-        for key in batch:
-            views = work.views(records[key])
-            clips = [views[f"clip{i}"] for i in range(recipe.features.clips)]
-            spans.append(spans_of(clips))
-            prompts += [encode_prompt(base, [message], clip) for clip in clips]
+        videos = [[views[name] for name in names] for views in (work.views(records[key]) for key in batch)]
         with work.roles.use("sft") as judge:
-            captions = greedy_texts(judge, prompts, section.max_new_tokens, section.batch_size)
+            captions = captions_of(judge, videos, [section.prompt] * len(videos), section)
         return [
-            {"video": key, "captions": part, "spans": times}
-            for key, part, times in zip(batch, chunks(captions, recipe.features.clips), spans, strict=True)
+            {"video": key, "captions": said, "spans": spans_of(clips)}
+            for key, said, clips in zip(batch, captions, videos, strict=True)
         ]
 
     batches = even_chunks(list(records), section.batch_size // recipe.features.clips)

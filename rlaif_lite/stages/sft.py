@@ -106,9 +106,7 @@ def train(
         targets = [t for e in rows for t in e.targets_S if t != IGNORE]
         weight = sum(e.weight * scored(e.targets_S) for e in rows)
         whole = ranks.totals({"weight": weight, "targets": len(targets)})  # of the batch, all ranks' rows
-        loss = 0.0
-        for part in split_micro(rows, micro):
-            loss += backward(active, part, whole["weight"])
+        loss = sum(backward(active, part, whole["weight"]) for part in split_micro(rows, micro))
         return {"loss": loss, "unknown_share": base.unknown_share(targets) * len(targets) / whole["targets"]}
 
     checkpoint = work.stage("sft") / "checkpoint" / phase

@@ -1,16 +1,14 @@
 """A training state as one safetensors file, replaced so that a kill at any moment leaves a valid one.
 
 The file's header holds everything that is no tensor, and the sha256 of all. Loading gives the same bits back: tensors,
-optimizer states with their step counters, other state, and the random states of Python, NumPy, torch and CUDA devices.
+optimizer states with their step counters, and other state. Random states are not kept: every step seeds its own.
 """
 
 import hashlib
 import json
-import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -32,7 +30,6 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, Tensor]  # as given to `save`, on the CPU
     optimizers: dict[str, dict]  # state dicts; put back with `restore_optimizer`
     state: dict  # as given to `save`
-    rng: dict  # random states; put back with `restore_rng`
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], optimizers: dict[str, Optimizer], state: dict) -> None:
@@ -50,26 +47,15 @@ def _save(folder: Path, step: int, tensors: dict[str, Tensor], optimizers: dict[
     described: dict[str, Any] = {"step": step, "state": _pack(state, "state", flat), "optimizers": {}}
     for name, optimizer in optimizers.items():
         described["optimizers"][name] = _pack(optimizer.state_dict(), f"optimizer/{name}", flat)
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    rng = {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), position, has_gauss, cached),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
-    described["rng"] = _pack(rng, "rng", flat)
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in flat.items()}
     text = json.dumps(described)
-    header = json.dumps({"sha256": _digest(on_cpu, text), "state": text})
+    header = json.dumps({"sha256": digest(on_cpu, text), "state": text})
     with atomic(Path(folder) / FILE) as tmp:
         save_file(on_cpu, tmp, metadata={HEADER: header})
 
 
 def load(folder: Path) -> Checkpoint | None:
-    """The checkpoint in `folder`, or None when none was ever completed. Changes no random state: see `restore_rng`.
-
-    Raises StageError when it is damaged.
-    """
+    """The checkpoint in `folder`, or None when none was ever completed. Raises StageError when it is damaged."""
     path = Path(folder) / FILE
     if not ranks.first(path.exists):
         return None
@@ -78,7 +64,7 @@ def load(folder: Path) -> Checkpoint | None:
             header = json.loads(file.metadata()[HEADER])
             flat = {name: file.get_tensor(name) for name in file.keys()}
         text = header["state"]
-        if _digest(flat, text) != header["sha256"]:
+        if digest(flat, text) != header["sha256"]:
             raise ValueError("its content does not match its checksum")
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise StageError(
@@ -91,17 +77,16 @@ def load(folder: Path) -> Checkpoint | None:
         tensors={name.removeprefix("tensor/"): t for name, t in flat.items() if name.startswith("tensor/")},
         optimizers={name: _unpack(packed, flat) for name, packed in described["optimizers"].items()},
         state=_unpack(described["state"], flat),
-        rng=_unpack(described["rng"], flat),
     )
 
 
-def _digest(tensors: dict[str, Tensor], text: str) -> str:
+def digest(tensors: dict[str, Tensor], text: str = "") -> str:
     """sha256 over the text and every tensor's name, type, shape and bytes."""
-    digest = hashlib.sha256(text.encode())
+    found = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def restore_optimizer(optimizer: Optimizer, checkpoint: Checkpoint, name: str) -> None:
@@ -119,17 +104,6 @@ def restore_optimizer(optimizer: Optimizer, checkpoint: Checkpoint, name: str) -
         raise StageError(
             f"optimizer {name!r} of the checkpoint is over other parameters ({error}); delete it to start over"
         ) from error
-
-
-def restore_rng(checkpoint: Checkpoint) -> None:
-    """Sets the random states of Python, NumPy, torch and the CUDA devices to what they were at `save`."""
-    version, words, gauss = checkpoint.rng["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, position, has_gauss, cached = checkpoint.rng["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(checkpoint.rng["torch"])
-    for device, state in enumerate(checkpoint.rng["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state, device)
 
 
 def _pack(value: Any, name: str, flat: dict[str, Tensor]) -> Any:

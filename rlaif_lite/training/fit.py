@@ -7,10 +7,9 @@ A step that runs out of memory, optimiser included, is undone and done again in 
 No update is made with a gradient that is not finite.
 """
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from ..phases import phase
 from ..phases import step as step_begins
 from ..progress import progress
 from ..recipe import Training
-from .checkpoint import load, restore_optimizer, save
+from .checkpoint import digest, load, restore_optimizer, save
 from .loop import MetricsLog, derive_seed, lr_at
 from .oom import Backoff, put_back, remember
 
@@ -118,10 +117,11 @@ def keep(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Pat
     """Checkpoint the adapters and heads of the roles that `optimizers` train, and the optimisers themselves.
 
     Raises StageError, and keeps the last checkpoint, where anything is not finite."""
-    ranks.same(f"the adapter of {', '.join(optimizers)}", digest_of(roles, optimizers), f"after step {step - 1}")
     tensors = {
         f"{role}/{i}": parameter.data for role in optimizers for i, parameter in enumerate(roles.parameters(role))
     }
+    if ranks.count() > 1:  # one process has nothing to compare it with
+        ranks.same(f"the adapter of {', '.join(optimizers)}", digest(tensors), f"after step {step - 1}")
     moments = {
         f"optimiser of {role}: {name} {index}": value
         for role, optimizer in optimizers.items()
@@ -130,16 +130,6 @@ def keep(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Pat
     }
     refuse_non_finite(tensors | moments, f"the checkpoint after step {step - 1}")
     save(folder, step, tensors, optimizers, state)
-
-
-def digest_of(roles: Roles, names: Iterable[str]) -> str:
-    """Of the trained parameters of some roles; "" in one process, where there is nothing to compare it with."""
-    if ranks.count() == 1:
-        return ""
-    digest = hashlib.sha256()
-    for parameter in (parameter for role in names for parameter in roles.parameters(role)):
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def restore(roles: Roles, optimizers: dict[str, torch.optim.Optimizer], folder: Path) -> tuple[int, dict]:

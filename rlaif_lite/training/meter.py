@@ -1,4 +1,4 @@
-"""What a phase cost: seconds, peak memory, tokens per second; and on which machine, with which versions.
+"""What a phase cost: seconds and peak memory; and on which machine, with which versions.
 
 Peak memory is the CUDA allocator's peak on a GPU and this process's peak resident set on a CPU. The kernel's high-water
 mark is reset at the start of a phase (Linux: 5 into /proc/self/clear_refs) and free heap is returned to the system, so
@@ -23,54 +23,40 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "triton", "decord",
 
 
 class Meter:
-    """Measures the block under `with`; reading it inside gives the figures so far.
-
-    with Meter(device) as meter:
-        ...
-        meter.tokens += answer_tokens
-    meter.seconds, meter.peak_memory_bytes, meter.tokens_per_second
+    """Measures the block under `with`; its figures are there when the block has ended.
 
     Phases do not nest and do not overlap: each start resets the one high-water mark there is.
     """
 
+    seconds: float
+    peak_memory_bytes: int
+
     def __init__(self, device: str | torch.device):
         self.device = torch.device(device)
-        self.tokens = 0
-        self._started = 0.0
-        self._seconds: float | None = None
-        self._peak: int | None = None
 
     def __enter__(self) -> "Meter":
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        else:
-            give_back()
-        reset_peak(self.device)
-        self._started = time.perf_counter()
+        settle(self.device)
+        self._began = now(self.device)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._peak = self.peak_memory_bytes
-        self._seconds = self.seconds
+        self.seconds = now(self.device) - self._began
+        self.peak_memory_bytes = peak_bytes(self.device)
 
-    @property
-    def seconds(self) -> float:
-        if self._seconds is not None:
-            return self._seconds
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter() - self._started
 
-    @property
-    def peak_memory_bytes(self) -> int:
-        if self._peak is not None:
-            return self._peak
-        return peak_bytes(self.device)
+def now(device: torch.device) -> float:
+    """Seconds of a clock, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / max(self.seconds, 1e-9)
+
+def settle(device: torch.device) -> None:
+    """Give back what earlier phases left, and let the peak begin."""
+    gc.collect()
+    if device.type != "cuda":
+        give_back()
+    reset_peak(device)
 
 
 def reset_peak(device: torch.device) -> None:

@@ -24,8 +24,13 @@ from . import show
 from .media import Media
 from .store import Store
 
-BUTTONS = {"one": ("1 is better  [1]", "1"), "two": ("2 is better  [2]", "2"), "tie": ("Tie  [t]", TIE),
-           "skip": ("Skip  [s]", SKIP)}  # fmt: skip
+HERE = Path(__file__).parent
+BUTTONS = {
+    "one": ("1 is better  [1]", "1"),
+    "two": ("2 is better  [2]", "2"),
+    "tie": ("Tie  [t]", TIE),
+    "skip": ("Skip  [s]", SKIP),
+}
 ROLES = ("base", "sft", "reference", "policy")
 
 
@@ -209,8 +214,8 @@ def serve(run: Path, host: str, port: int | None, share: bool, block: bool = Tru
             ssr_mode=False,
             footer_links=[],
             theme=gr.themes.Default(font=system, font_mono=["ui-monospace", "monospace"]),
-            css=show.CSS,
-            head=show.KEYS,
+            css=(HERE / "page.css").read_text(encoding="utf-8"),
+            head=f"<script>{(HERE / 'keys.js').read_text(encoding='utf-8')}</script>",
             app_kwargs={"routes": media.routes()},
         )
     except OSError as error:

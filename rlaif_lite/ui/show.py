@@ -12,41 +12,6 @@ TITLES = {"policy": "The policy against SFT, held-out videos", "judged": "Pairs 
 COLUMNS = ("Record", "Margin", "Won, words", "Lost, words", "People", "Question", "Pair")
 DISAGREE, LONGER, SHORTER = "people disagree", "the longer answer won", "the shorter answer won"
 
-# Gradio's own colours follow the browser's dark mode; so do these.
-CSS = """
-.gradio-container { max-width: 1180px !important; margin: 0 auto !important; }
-.item video, .item img.strip { display: block; width: 100%; max-height: 46vh; object-fit: contain; background: #16181d;
-  border-radius: 8px; }
-.item { font-size: 16px; line-height: 1.5; }
-.item h3 { margin: 14px 0 10px; font-size: 17px; font-weight: 600; }
-.item .two { display: grid; grid-template-columns: 1fr 1fr; gap: 16px; }
-.item .answer { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 12px 16px;
-  background: var(--background-fill-primary); overflow-wrap: anywhere; white-space: pre-wrap; }
-.item .answer b { display: block; margin-bottom: 4px; color: var(--body-text-color-subdued); font-size: 13px; }
-.item .note, .item .none { margin-top: 10px; color: var(--body-text-color-subdued); font-size: 14px; }
-.item mark { border-radius: 3px; padding: 1px 3px; color: inherit; }
-.item mark small { opacity: .75; font-size: 11px; }
-.said button { min-width: 90px; }
-@media (max-width: 700px) { .item .two { grid-template-columns: 1fr; } }
-"""
-
-# Keys press the buttons of the page, but for keys that are typed into a field. One press, one verdict: until the next
-# item is there, `waiting` holds the item that was judged.
-KEYS = """<script>
-let waiting = null;
-document.addEventListener("keydown", event => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
-  if (/^(INPUT|TEXTAREA|SELECT|VIDEO)$/.test(event.target.tagName) && event.target.type !== "radio") return;
-  const name = {1: "one", 2: "two", t: "tie", s: "skip", b: "back"}[event.key.toLowerCase()];
-  const button = name && document.querySelector(`#say-${name}`);
-  const item = document.querySelector("#label-item [data-item]");
-  if (!button || !button.offsetParent || (item && item.dataset.item === waiting)) return;
-  waiting = name === "back" ? null : item && item.dataset.item;
-  button.click();
-  event.preventDefault();
-});
-</script>"""
-
 
 def item(shown: Shown, media: Media) -> str:
     """An item to judge: video, question, both answers."""

@@ -27,7 +27,7 @@ from .pictures import SUFFIXES as IMAGES
 from .pictures import AnimationReader, PictureReader, is_animated, natural, open_picture
 from .readers import DecordReader, PyAVReader
 
-__all__ = ["IMAGES", "Frames", "Probe", "Reader", "View", "decode", "decode_views", "open_video", "probe", "read_views"]
+__all__ = ["IMAGES", "Frames", "Reader", "View", "decode", "decode_views", "open_video", "read_views"]
 
 Reader = DecordReader | PyAVReader | PictureReader | AnimationReader
 
@@ -50,18 +50,6 @@ class Frames(NamedTuple):
     source: str  # "decord", "pyav" or "images"
     reason: str  # why PyAV and not decord; "" where it is not PyAV
     timed: bool  # False for still pictures: they carry no times, so each is given one second
-
-
-class Probe(NamedTuple):
-    """What a video is, without decoding it."""
-
-    frames: int
-    duration: float  # seconds
-    height: int
-    width: int
-    source: str  # what will decode it: "decord", "pyav" or "images"
-    reason: str  # why PyAV and not decord; "" where it is not PyAV
-    timed: bool
 
 
 def sample_indices(frames: int, view: View) -> np.ndarray:
@@ -164,12 +152,6 @@ def read_views(video: Reader, views: dict[str, View]) -> dict[str, Frames]:
         if not isinstance(video, DecordReader):
             raise
         return _read(PyAVReader(video.facts, video.size, str(error)), views)
-
-
-def probe(path_or_frames: str | os.PathLike | Sequence[str]) -> Probe:
-    """What a video is; nothing but its first frame is decoded. Raises as `decode`."""
-    video = open_video(path_or_frames)
-    return Probe(len(video.time_N), video.duration, *video.shape, video.source, video.reason, video.timed)
 
 
 def _read(video: Reader, views: dict[str, View]) -> dict[str, Frames]:

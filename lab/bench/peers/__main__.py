@@ -18,11 +18,11 @@ from dataclasses import asdict
 from pathlib import Path
 from shlex import join
 
+from lab import commit
 from lab.bench import ROOT
 from lab.bench.peers.table import write_tables
 from lab.bench.peers.work import Sizes, prepare
 from lab.bench.peers.worker import Row, Worker, installed
-from lab.bench.plain_ppo import commit
 from rlaif_lite.files import read_json, write_json
 from rlaif_lite.training.meter import describe_machine, versions
 

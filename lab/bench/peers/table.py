@@ -4,6 +4,7 @@ from pathlib import Path
 from statistics import median
 
 from rlaif_lite.files import write_text
+from rlaif_lite.formats import markdown_table
 
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 TITLES = {"grpo": "GRPO", "dpo": "DPO", "sft": "SFT"}
@@ -52,18 +53,18 @@ def as_table(title: str, found: dict, video: dict[str, float] | None, videos: in
     rows = found["rows"]
     ours = next((figures(row) for row in rows if row["name"] == "ours" and row["steps"]), None)
     rounds = max((len(row["steps"]) for row in rows), default=0)
-    lines = [f"## {title}", "", f"Commit {found['commit']}, medians of {rounds} rounds.", ""]
-    lines += [f"| {' | '.join(HEAD)} |", "|" + "---|" * len(HEAD)]
     shown = [(row["name"], row["reads"], figures(row)) for row in rows if row["steps"]]
     if ours and video:
         both = ours | {key: ours[key] + videos * video[key] for key in ("seconds", "processor")}
         both |= {key: max(ours[key], video[key]) for key in ("peak", "own")}
         shown.insert(1, ("ours, nothing cached", "video", both))
+    body = []
     for name, reads, each in shown:
         times = lambda key, each=each: f"{each[key] / ours[key]:.2f}" if ours else ""
         cells = [name, reads, f"{each['seconds']:.2f}", f"{each['processor']:.2f}", times("processor")]
         cells += [f"{each['peak'] / MIB:.0f}", times("peak"), f"{each['own'] / MIB:.0f}", times("own")]
         cells += [f"{each[key]:.0f}" if each[key] else "" for key in ("positions", "patches")]
-        lines.append(f"| {' | '.join(cells)} |")
+        body.append(cells)
     missing = [f"- {row['name']} did not run: `{row['why']}`." for row in rows if "why" in row]
-    return "\n".join([*lines, *([""] if missing else []), *missing])
+    lines = [f"## {title}", "", f"Commit {found['commit']}, medians of {rounds} rounds.", ""]
+    return "\n".join([*lines, markdown_table(HEAD, body), *([""] if missing else []), *missing])

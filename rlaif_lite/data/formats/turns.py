@@ -118,15 +118,15 @@ def answers_in(found: dict, *keys: str) -> list[str | None]:
     return [read_answer(found[key], f"`{key}`") if found.get(key) is not None else None for key in keys]
 
 
-def read_history(found, key: str = "history") -> list[Message]:
+def read_history(found) -> list[Message]:
     """Earlier rounds as a list of [question, answer]."""
     rounds = [] if found in (None, "") else found
     if not isinstance(rounds, list):
-        raise DataError(f"`{key}` is {_short(found)}, expected a list of [question, answer].")
+        raise DataError(f"`history` is {_short(found)}, expected a list of [question, answer].")
     messages = []
     for i, each in enumerate(rounds):
         if not isinstance(each, list) or len(each) != 2 or not all(isinstance(text, str) for text in each):
-            raise DataError(f"`{key}` round {i} is {_short(each)}, expected [question, answer].")
+            raise DataError(f"`history` round {i} is {_short(each)}, expected [question, answer].")
         messages += [Message("user", each[0]), Message("assistant", each[1])]
     return messages
 

@@ -12,8 +12,8 @@ from ...data.records import Message, Record, question_of
 from ...data.world import divided_answer
 from ...files import by_batches, chunks, even_chunks, read_json, write_json
 from ...judge.claims import ask, judge_claims, refuse_silent_judge
-from ...judge.describe import describe_again
 from ...judge.divide import Divided, TextModel, Writer, divide, rejected, write_by_role
+from ...judge.narrative import captions_of, narrative, spans_of
 from ...model.memory import in_pieces
 from ...model.roles import BASE, ActiveRole
 from ...phases import phase
@@ -171,18 +171,19 @@ def describe_videos(
     """Describe the records' videos while reading their descriptions in `last` (the narratives, where it is not there)
     -> ({video: description}, what to say of them). `descriptions.json` holds them, and the last ones of other videos.
     """
-    section = work.recipe.dpo.describe
+    section, context = work.recipe.dpo.describe, work.recipe.context
     read = ranks.first(lambda: read_json(last) if last.exists() else dict(work.narratives()))
     shown = {work.name_of(r): r for r in records if r.video is not None}
     clips = [f"clip{i}" for i in range(work.recipe.features.clips)]
 
     def write(batch: list[str]) -> list[str]:
-        views = [work.views(shown[name]) for name in batch]
+        videos = [[views[clip] for clip in clips] for views in (work.views(shown[name]) for name in batch)]
+        prompts = [section.prompt.format(context=read[name]) for name in batch]
         with work.roles.use(role) as active:
-            videos = [[of[clip] for clip in clips] for of in views]
-            return describe_again(active, videos, [read[name] for name in batch], section, work.recipe.context)
+            captions = captions_of(active, videos, prompts, context)
+        return [narrative(said, context.markers, spans_of(of)) for said, of in zip(captions, videos, strict=True)]
 
-    batches = even_chunks(list(shown), work.recipe.context.batch_size // len(clips))
+    batches = even_chunks(list(shown), context.batch_size // len(clips))
     with progress(len(shown), "dpo: descriptions", unit="video") as bar:
         texts = by_batches(folder / "described.jsonl", batches, write, bar.advance)
     now = dict(zip(shown, texts, strict=True))

@@ -46,7 +46,7 @@ from ...progress import progress, say
 from ...recipe import Ppo, Recipe
 from ...rl.advantages import TaskDeviation, group_relative, rloo, whiten
 from ...rl.losses import PolicyStats, merge_stats, policy_loss, token_weights, value_loss, weighted_sum
-from ...rl.shaping import AdaptiveKL, FixedKL, kl_penalty, sequence_score, shaped_reward, symbolic_bonus
+from ...rl.shaping import adapted, kl_penalty, sequence_score, shaped_reward, symbolic_bonus
 from ...rollout import Trajectory
 from ...training.fit import clip_and_step, keep, restore
 from ...training.health import FLAT
@@ -105,15 +105,11 @@ def run(work: Workspace) -> dict:
     optimizers = prepare(work, feedback)
     folder = work.stage("ppo") / "checkpoint"
     backoff = Backoff("ppo", section.micro_batch or section.minibatch, work.folder)
-    controller = (
-        AdaptiveKL(section.kl_coef, section.kl_target, section.kl_horizon)
-        if section.kl_target
-        else FixedKL(section.kl_coef)
-    )
+    kl_coef = section.kl_coef
     deviation = None if section.task_std is None else TaskDeviation(section.task_std)
     start, state = restore(work.roles, optimizers, folder)
     if start:
-        controller.load_state_dict(state["controller"])
+        kl_coef = state["kl_coef"]
         if deviation is not None:
             deviation.load_state_dict(state["deviation"])
         feedback.load_state(state["feedback"])
@@ -133,12 +129,11 @@ def run(work: Workspace) -> dict:
                 for group in optimizer.param_groups:
                     group["lr"] = highest * lr_share(section, step)
             chosen = [records[i] for i in prompts_of_step[step] for _ in range(section.group_size)]
-            kl_coef = controller.kl_coef
             metrics, times = one_step(work, feedback, optimizers, backoff, chosen, step, kl_coef, deviation)
-            controller.update(metrics["objective/kl"], len(chosen))
+            kl_coef = adapted(kl_coef, metrics["objective/kl"], len(chosen), section.kl_target, section.kl_horizon)
             work.log.append("ppo", step, metrics, times)
             if (step + 1) % section.checkpoint_every == 0 or step + 1 == section.steps:
-                extra = {"controller": controller.state_dict(), "feedback": feedback.state()}
+                extra = {"kl_coef": kl_coef, "feedback": feedback.state()}
                 extra |= {"deviation": deviation.state_dict()} if deviation is not None else {}
                 extra |= {"micro_batch": backoff.micro, "metrics": work.log.digest_of("ppo")}
                 keep(work.roles, optimizers, folder, step + 1, extra)

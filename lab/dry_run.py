@@ -33,10 +33,10 @@ HEAD = """# Dry runs of the shipped GPU recipes, and the planner
 
 GiB of one GPU. No GPU was used: these are shapes, not measurements ([dry_run.md](../dry_run.md)). The runs had 2 and
 3 layers of the decoder and are extrapolated to its depth, unless `depth` says `whole`. `reserved` is a model of torch's
-allocator with `expandable_segments`. Sizes that a recipe leaves to the plan are those for the card in its name.
-They are chosen for the lengths that the plan assumes where data is missing. The records of a dry run are made up and
-longer, so a stage may take more here than the card has. `planned` is `rlaif-lite plan`'s peak for the same inputs,
-cuBLAS's workspace included in both. `seconds` is a roofline on the card named: of one step of a training stage, else of the whole stage.
+allocator with `expandable_segments`. Sizes that a recipe leaves to the plan are those for the card in its name, for
+the lengths that the plan assumes where data is missing. The records of a dry run are made up and longer, so a stage may
+take more here than the card has. `planned` is `rlaif-lite plan`'s peak for the same inputs, cuBLAS's workspace included
+in both. `seconds` is a roofline on the card named: of one step of a training stage, else of the whole stage.
 """
 
 

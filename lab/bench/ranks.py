@@ -97,7 +97,7 @@ def main() -> None:
         facts = {"command": " ".join(["python -m lab.bench.ranks", *sys.argv[1:]]), "commit": commit()}
         facts |= {"machine": describe_machine(), "versions": versions(), "keys": [*SHORT, *given.keys], "runs": every}
         given.out.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        head = f"# Two ranks against one process\n\n`{facts['command']}`, commit {facts['commit']}, {given.rounds} rounds, "
+        head = f"# Two ranks against one process\n\n`{facts['command']}`, commit {commit()}, {given.rounds} rounds, "
         head += f"{facts['machine']['cores']} cores of {facts['machine']['cpu']}; medians.\n\n"
         given.out.with_suffix(".md").write_text(head + as_table(found) + "\n", encoding="utf-8")
 

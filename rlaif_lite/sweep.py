@@ -104,8 +104,10 @@ def axis(text: str) -> list[Setting]:
 
 
 def grid(paths: list[str], axes: list[list[Setting]], overrides: list[str], out: Path) -> list[Point]:
-    """Every point, recipe by recipe; the last axis changes fastest."""
-    names = [Path(path).stem for path in paths]
+    """Every point, recipe by recipe; the last axis changes fastest. `name=...` among the overrides names the points, so
+    that a recipe with other keys gets folders of its own."""
+    named = dict(text.split("=", 1) for text in overrides if "=" in text).get("name")
+    names = [named or Path(path).stem for path in paths]
     swept = [key for choices in axes for key in {key for choice in choices for key in choice.keys}]
     if twice := {name for name in (*names, *swept) if (*names, *swept).count(name) > 1}:
         raise RecipeError(f"{', '.join(sorted(twice))} stands twice in the sweep. Say each recipe and key once.")

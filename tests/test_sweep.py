@@ -134,6 +134,13 @@ def test_the_grid(path, tmp_path):
     assert len(worlds) == 2 and {p.recipe.features.cache for p in points} == {str(tmp_path / "out" / "features")}
 
 
+def test_a_recipe_with_another_name_has_points_of_its_own(path, tmp_path):
+    grids = [grid([str(path)], [axis("seed=[1]")], keys, tmp_path) for keys in ([], ["name=other", "ppo.kl_coef=0.5"])]
+    (first,), (second,) = grids
+    assert Path(first.recipe.output).name != Path(second.recipe.output).name == "other_seed=1"
+    assert (second.setting, first.setting) == ("other", "test")
+
+
 def test_settings_with_names(path, tmp_path):
     """For what takes several keys; an empty one is the recipe as it is."""
     named = "{as it is: {}, two clips: {features.clips: 2, context.markers: [first, finally]}}"

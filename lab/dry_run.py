@@ -4,7 +4,7 @@ python -m lab.dry_run               # every recipe at two small depths; two minu
 python -m lab.dry_run NAME --whole  # one recipe at full depth instead
 
 A decoder's layers are alike, so sizes and times are linear in their number: two depths give the full one. Each phase is
-extrapolated by itself, because another one may have the peak at full depth.
+extrapolated by itself, because another one may have the peak at full depth. A recipe with two bases is run whole.
 """
 
 import argparse
@@ -64,6 +64,7 @@ def read() -> dict:
 def figures_of(name: str, whole: bool) -> dict:
     """Sizes and roofline seconds of each stage of a recipe at its full depth."""
     size = name.rsplit("_", 1)[1]
+    whole = whole or load_recipe(ROOT / "recipes" / f"{name}.yaml").model.reward_base is not None  # of another depth
     card, chosen = CARDS.get(size, "4090"), make_plan(load_recipe(ROOT / "recipes" / f"{name}.yaml"), size).recipe
     sizes = {key: value for key in SIZES if (value := get_key(chosen, key)) is not None}
     sft = chosen.sft  # phases of one size need the same

@@ -196,3 +196,12 @@ def test_a_sealed_file_says_when_a_digit_changed(tmp_path):
     (tmp_path / "done.json").write_text((tmp_path / "done.json").read_text().replace("0.25", "0.26"))
     with pytest.raises(StageError, match="does not match its checksum"):
         read_sealed(tmp_path / "done.json")
+
+
+@pytest.mark.parametrize(("count", "handed"), [(1, [1] * 10), (2, [8, 2])])
+def test_ranks_wait_for_each_other_after_several_batches(tmp_path, monkeypatch, count, handed):
+    together = []
+    monkeypatch.setattr(files.ranks, "count", lambda: count)
+    monkeypatch.setattr(files.ranks, "spread", lambda some, work: together.append(len(some)) or work(some))
+    assert by_batches(tmp_path / "x.jsonl", [[number] for number in range(10)], list) == list(range(10))
+    assert together == handed

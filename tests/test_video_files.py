@@ -445,3 +445,10 @@ def test_mutated_videos_get_a_clean_verdict(tmp_path, count):
 
 
 KINDS = {".mp4": "libx264", ".mkv": "libx264", ".avi": "mpeg4", ".ts": "libx264", ".webm": "libvpx", ".mov": "mpeg4"}
+
+
+def test_half_the_cores_decode_where_nothing_else_is_asked(monkeypatch):
+    for cores, processes in ((1, 1), (2, 1), (5, 2)):
+        monkeypatch.setattr(workers.ranks, "cores", lambda cores=cores: cores)
+        assert workers.how_many(None) == processes
+    assert workers.how_many(3) == 3

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 from core import RECIPE
@@ -14,6 +15,9 @@ from rlaif_lite.dryrun.cards import CARDS, fuses, seconds
 from rlaif_lite.errors import StageError
 from rlaif_lite.workspace import let_segments_grow
 
+pytestmark = pytest.mark.skipif(
+    torch.backends.cuda.is_built() and not torch.cuda.is_available(), reason="a torch with CUDA needs a GPU for this"
+)
 MIB = 1 << 20
 LONG = {"max_new_tokens": 12}
 LAYERS = 2
@@ -234,4 +238,8 @@ def test_wrong_input_is_said(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(cpp_extension, "load", fail)
     monkeypatch.setattr("torch.backends.cuda.is_built", lambda: False)
     with pytest.raises(StageError, match="(?s)Ninja is required.*Install a C.. compiler and ninja"):
+        shim.build()
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(StageError, match="has CUDA and sees no GPU.*pip install torch=="):
         shim.build()

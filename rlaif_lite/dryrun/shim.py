@@ -13,11 +13,18 @@ SOURCE = Path(__file__).parent / "guard.cpp"
 def build() -> Path | None:
     """The shim's library, compiled where it is not there yet; None where torch has CUDA and needs none.
 
-    Raises StageError where it cannot be compiled."""
+    Raises StageError where it cannot be compiled, and for a torch with CUDA that sees no GPU."""
     import torch
     from torch.utils import cpp_extension
 
     if torch.backends.cuda.is_built():
+        if not torch.cuda.is_available():  # its own hooks ask for a device, and the shim cannot take their place
+            raise StageError(
+                f"This torch ({torch.__version__}) has CUDA and sees no GPU, so a dry run cannot run backward passes. "
+                "Run it where there is a GPU, or in an environment of its own with a torch without CUDA: "
+                f"`pip install torch=={torch.__version__.partition('+')[0]}+cpu "
+                "--index-url https://download.pytorch.org/whl/cpu`."
+            )
         return None
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder = cache / "rlaif-lite" / f"dry-run-torch-{torch.__version__}"
@@ -27,8 +34,8 @@ def build() -> Path | None:
     except (RuntimeError, OSError) as error:
         raise StageError(
             f"This torch ({torch.__version__}) has no CUDA, so a dry run needs a small shim, and the shim cannot be "
-            f"built: {str(error).strip().splitlines()[0]}\nInstall a C++ compiler and ninja, or use a torch with CUDA, "
-            "which needs no shim and no GPU."
+            f"built: {str(error).strip().splitlines()[0]}\nInstall a C++ compiler and ninja, or use a torch with CUDA "
+            "where there is a GPU, which needs no shim."
         ) from error
     return folder / "guard.so"
 

@@ -100,7 +100,7 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return found | {"torch": torch.__version__}  # with its build, which not every package's metadata names
 
 
 def give_back() -> None:

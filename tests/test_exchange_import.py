@@ -43,8 +43,8 @@ from rlaif_lite.model.inputs import collate, encode_prompt
 from rlaif_lite.model.roles import Roles
 from rlaif_lite.recipe import Lora, Model
 
-sentencepiece = pytest.importorskip("sentencepiece")
-pytest.importorskip("google.protobuf")
+sentencepiece = pytest.importorskip("sentencepiece", reason="it makes the tokenizer that is imported")
+pytest.importorskip("google.protobuf", reason="transformers reads that tokenizer by it")
 
 
 @pytest.fixture(scope="module")

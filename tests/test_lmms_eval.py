@@ -12,7 +12,7 @@ from rlaif_lite.exchange import export as exporter
 from rlaif_lite.model.roles import Roles
 from rlaif_lite.recipe import dump_yaml, load_recipe
 
-pytest.importorskip("lmms_eval")
+pytest.importorskip("lmms_eval", reason="lmms-eval pins other versions: an environment of its own")
 from lmms_eval import evaluator  # noqa: E402
 from lmms_eval.api.instance import Instance  # noqa: E402
 from lmms_eval.models import MODEL_REGISTRY_V2  # noqa: E402

@@ -36,7 +36,7 @@ from rlaif_lite.rollout import Sampling, sample
 from rlaif_lite.stages.features import encode
 from rlaif_lite.video.decode import Frames
 
-gguf = pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf", reason="the extra `smol` is not installed")
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(sys.prefix) / "smollm2"
 WIDTH, FFN, LAYERS, HEADS, KV = 64, 128, 2, 2, 1

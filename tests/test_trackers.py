@@ -89,7 +89,7 @@ def records(path: Path) -> list[bytes]:
 
 def test_wandb_works_without_a_network_and_is_sent_no_step_twice(tmp_path):
     """wandb's own package in offline mode, in a process of its own since it writes its file as it ends."""
-    internal = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    internal = pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="the extra `wandb` is not installed")
     environment = os.environ | {
         "WANDB_MODE": "offline",
         "WANDB_SILENT": "true",

@@ -181,7 +181,7 @@ def test_what_it_does_not_serve_is_refused(checkpoint):
 @pytest.mark.gpu
 def test_on_a_gpu_it_loads_what_transformers_loads(checkpoint):
     """In a process of its own, since it has to come first. bfloat16 and other kernels: hidden states within 5 %."""
-    pytest.importorskip("unsloth")
+    pytest.importorskip("unsloth", reason="the extra `unsloth` is not installed; it needs a GPU")
     code = f"""
 import unsloth, torch
 from rlaif_lite.data.records import Message

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     """Built from a copy: a build leaves folders behind."""
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools", reason="it builds the wheel")
     folder = tmp_path_factory.mktemp("package")
     leave = shutil.ignore_patterns(
         ".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", ".pytest_cache", ".hypothesis"

@@ -99,8 +99,8 @@ def test_the_dataset_info_of_the_page_maps_columns_and_tags(tmp_path):
 
 
 def test_parquet_and_folders_of_datasets(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow reads Parquet, and is an extra")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow reads Parquet, and is an extra")
     rows = [json.loads(line) for line in EXAMPLES["trl-messages"].splitlines()[:1]] * 3
     rows.append({"messages": [{"role": "user", "content": "Hello"}], "videos": [], "rejected_response": None})
     table = pyarrow.Table.from_pylist(rows)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", reason="Triton has no build for this system")
 HERE = Path(__file__).parent
 
 SELF_TEST = """
